@@ -1,0 +1,1 @@
+"""Policy, names, numbers and files: everything both backends share. Imports no torch and no mlx."""
