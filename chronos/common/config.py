@@ -1,0 +1,254 @@
+"""The model's geometry as one frozen dataclass, read from and written to a `config.json`.
+
+A config is written in both spellings in use (`rope_theta` and `rope_parameters`, `num_experts` and
+`num_local_experts`), since Transformers 5 and MLX-LM each misread a file that has only the other's.
+Unknown keys are refused with the nearest valid name. Nothing is allocated before `ModelConfig`
+has checked every bound. Not covered: foreign model types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chronos.common.errors import ConfigError
+
+MODEL_TYPE = "chronos"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ATTENTION_KINDS = ("mla", "sliding")
+# Written by other libraries beside the geometry; they carry nothing Chronos needs.
+_IGNORED_KEYS = frozenset(
+    "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id pad_token_id"
+    " tie_word_embeddings hidden_act num_local_experts rope_parameters rope_scaling layer_types"
+    " chronos_version is_encoder_decoder return_dict output_hidden_states".split()
+)
+# Upper bounds that no model of this family needs to pass; they stop a hostile file before allocation.
+_LIMITS = {
+    "hidden_size": 65_536,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+    "head_dim": 1_024,
+    "vocab_size": 4_000_000,
+    "max_position_embeddings": 1 << 26,
+    "num_experts": 65_535,
+    "num_experts_per_tok": 1_024,
+    "moe_intermediate_size": 1 << 20,
+    "kv_latent_dim": 16_384,
+    "rope_dim": 1_024,
+    "sliding_window": 1 << 26,
+    "lookahead_hidden_size": 1 << 17,
+}
+_MAX_PARAMETERS = 1 << 43
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the training terms of spec section 3; 0 switches a term off."""
+
+    balance: float = 0.01
+    temporal: float = 0.0
+    locality: float = 0.0
+    lookahead: float = 0.1
+    lookahead_hit: float = 0.0
+    z: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Geometry and numerics of a Chronos model. All sizes are counts of elements."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    vocab_size: int = 32_000
+    max_position_embeddings: int = 32_768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    num_experts: int = 32
+    num_experts_per_tok: int = 4
+    num_shared_experts: int = 1
+    moe_intermediate_size: int = 512
+    norm_topk_prob: bool = True
+    kv_latent_dim: int = 64
+    rope_dim: int = 32
+    sliding_window: int = 2_048
+    hybrid_pattern: tuple[str, ...] = ATTENTION_KINDS
+    lookahead_steps: int = 2
+    lookahead_hidden_size: int = 256
+    routing_source: str = "gate"
+    loss_weights: LossWeights = LossWeights()
+    fallback_mask_prob: float = 0.0
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def attention_kind(self, layer: int) -> str:
+        """"mla" or "sliding": the pattern repeats over the layers."""
+        return self.hybrid_pattern[layer % len(self.hybrid_pattern)]
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed (or shared) expert: gate, up and down projections."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Routed experts of the whole model, all layers."""
+        return self.num_hidden_layers * self.num_experts
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json object, in both spellings."""
+        data = dataclasses.asdict(self)
+        data["hybrid_pattern"] = list(self.hybrid_pattern)
+        return data | {
+            "model_type": MODEL_TYPE,
+            "architectures": ["ChronosForCausalLM"],
+            "num_local_experts": self.num_experts,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        }
+
+    @classmethod
+    def from_json(cls, source: dict[str, Any] | str | Path) -> ModelConfig:
+        """Read a config from its JSON object, file or model folder. Raises ConfigError."""
+        data, where = _load(source)
+        if "auto_map" in data:
+            raise ConfigError(
+                "config.json asks for code from the checkpoint (auto_map); Chronos runs none",
+                where,
+                "remove auto_map if the architecture is a built-in one",
+            )
+        if data.get("model_type") != MODEL_TYPE:
+            raise ConfigError(
+                f"model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}", where
+            )
+        try:
+            return cls(**_fields(data, where))
+        except ConfigError as error:
+            raise ConfigError(error.what, where or error.where, error.fix) from None
+
+
+def _load(source: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
+    if isinstance(source, dict):
+        return source, ""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        if path.stat().st_size > 4 << 20:
+            raise ConfigError("config.json is larger than 4 MiB", str(path))
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no config.json", str(path), "name a model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config.json cannot be read: {error}", str(path)) from None
+    if not isinstance(data, dict):
+        raise ConfigError("config.json is not a JSON object", str(path))
+    return data, str(path)
+
+
+def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Known fields under our own names; both spellings must agree where both are given."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for key in data.keys() - known - _IGNORED_KEYS - {"model_type"}:
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ConfigError(
+            f"unknown key {key!r}", where, f"did you mean {near[0]!r}?" if near else ""
+        )
+    fields = {key: value for key, value in data.items() if key in known}
+    rope = data.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError("rope_parameters is not an object", where)
+    _merge(fields, "rope_theta", rope.get("rope_theta"), where)
+    _merge(fields, "num_experts", data.get("num_local_experts"), where)
+    _merge(fields, "dtype", data.get("torch_dtype"), where)
+    scaling = data.get("rope_scaling") or rope.get("rope_type", "default")
+    if scaling not in ("default", None):
+        raise ConfigError(f"RoPE scaling {scaling!r} is not supported", where, "use rope_type default")
+    if data.get("tie_word_embeddings", True) is not True:
+        raise ConfigError("tie_word_embeddings must be true", where)
+    if isinstance(fields.get("hybrid_pattern"), list):
+        fields["hybrid_pattern"] = tuple(fields["hybrid_pattern"])
+    weights = fields.get("loss_weights")
+    if weights is not None:
+        fields["loss_weights"] = _loss_weights(weights, where)
+    return fields
+
+
+def _merge(fields: dict[str, Any], name: str, other: Any, where: str) -> None:
+    if other is None:
+        return
+    if fields.setdefault(name, other) != other:
+        raise ConfigError(f"{name} is {fields[name]!r} in one spelling, {other!r} in the other", where)
+
+
+def _loss_weights(value: Any, where: str) -> LossWeights:
+    names = {field.name for field in dataclasses.fields(LossWeights)}
+    if not isinstance(value, dict) or value.keys() - names:
+        raise ConfigError(f"loss_weights takes {sorted(names)}", where)
+    if not all(_is_number(weight) and weight >= 0 for weight in value.values()):
+        raise ConfigError("loss_weights must be numbers of at least 0", where)
+    return LossWeights(**value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _check(c: ModelConfig) -> None:
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{field.name} must be a whole number, not {value!r}")
+        if field.type == "float" and not _is_number(value):
+            raise ConfigError(f"{field.name} must be a number, not {value!r}")
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{field.name} must be true or false, not {value!r}")
+    for name, limit in _LIMITS.items():
+        if not 1 <= getattr(c, name) <= limit:
+            raise ConfigError(f"{name} must be 1 to {limit}, not {getattr(c, name)}")
+    rules = {
+        "num_experts_per_tok is above num_experts": c.num_experts_per_tok > c.num_experts,
+        "num_shared_experts must be 0 to 64": not 0 <= c.num_shared_experts <= 64,
+        "num_attention_heads must be a multiple of num_key_value_heads": bool(
+            c.num_attention_heads % c.num_key_value_heads
+        ),
+        "rope_dim must be even": bool(c.rope_dim % 2),
+        "head_dim must be even": bool(c.head_dim % 2),
+        "lookahead_steps must be 0 to 16": not 0 <= c.lookahead_steps <= 16,
+        "rope_theta and rms_norm_eps must be above 0": c.rope_theta <= 0 or c.rms_norm_eps <= 0,
+        "dropout and fallback_mask_prob must be in [0, 1)": not (
+            0 <= c.dropout < 1 and 0 <= c.fallback_mask_prob < 1
+        ),
+        "fallback_mask_prob needs a shared expert": c.fallback_mask_prob > 0
+        and c.num_shared_experts == 0,
+        f"dtype must be one of {sorted(DTYPE_BYTES)}": c.dtype not in DTYPE_BYTES,
+        "routing_source must be 'gate' or 'lookahead'": c.routing_source
+        not in ("gate", "lookahead"),
+        f"hybrid_pattern must list some of {ATTENTION_KINDS}": not (
+            isinstance(c.hybrid_pattern, tuple)
+            and c.hybrid_pattern
+            and len(c.hybrid_pattern) <= c.num_hidden_layers
+            and all(kind in ATTENTION_KINDS for kind in c.hybrid_pattern)
+        ),
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise ConfigError(message)
+    if (c.num_routed_experts + c.num_shared_experts) * c.expert_parameters > _MAX_PARAMETERS:
+        raise ConfigError(f"the experts would hold more than {_MAX_PARAMETERS} parameters")
