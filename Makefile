@@ -1,0 +1,60 @@
+# Every target does its own set-up: a virtual environment in .venv, an editable install with the pinned
+# versions of constraints.txt, then the work. The second time only the work is left.
+#
+#   make demo            the main job: one model answered twice, with all and with a quarter of its experts
+#   make test            the whole test suite (tests marked `cuda` need `make gpu`)
+#   make check           ruff, mypy, import contracts, generated docs up to date
+#   make gpu             the tests that need an NVIDIA GPU
+#   make docs            writes docs/cli.md from the commands
+#
+# Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx).
+
+PY ?= python3
+VENV ?= .venv
+BACKEND ?= auto
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+EXTRA := $(if $(filter-out auto,$(BACKEND)),-$(BACKEND),)
+USE_STAMP := $(VENV)/.chronos-use$(EXTRA)
+DEV_STAMP := $(VENV)/.chronos-dev$(EXTRA)
+INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+.PHONY: demo test check gpu docs clean
+
+demo: $(USE_STAMP)
+	@$(RUN) chronos demo --backend $(BACKEND)
+
+test: $(DEV_STAMP)
+	$(RUN) pytest -m "not cuda"
+
+check: $(DEV_STAMP)
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(BIN)/lint-imports
+	$(RUN) chronos.cli.docs --check docs/cli.md
+
+gpu: $(DEV_STAMP)
+	$(RUN) pytest -m cuda
+
+docs: $(USE_STAMP)
+	$(RUN) chronos.cli.docs docs/cli.md
+
+clean:
+	rm -rf $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Chronos needs Python 3.11 or newer; name one: make PY=python3.12 ..." >&2; exit 2; }
+	$(PY) -m venv $(VENV)
+
+$(USE_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) (once; downloads the framework where it is not there yet) ..." >&2
+	$(INSTALL) '.$(if $(EXTRA),[$(BACKEND)],)'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) with the test tools (once) ..." >&2
+	$(INSTALL) '.[dev$(if $(EXTRA),$(comma)$(BACKEND),)]'
+	@touch $@ $(USE_STAMP)
+
+comma := ,
