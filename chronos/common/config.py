@@ -53,9 +53,8 @@ class LossWeights:
     balance: float = 0.01
     temporal: float = 0.0
     locality: float = 0.0
-    lookahead: float = 0.1
+    lookahead: float = 0.5
     lookahead_hit: float = 0.0
-    z: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""Attention of the torch backend: multi-head latent attention and sliding-window attention.
+
+Both take whole sequences (training, prefill) or chunks behind a cache (decode). The latent layer
+caches the latent and one shared rotary key per token and decodes in absorbed form; the window layer
+keeps the last W keys and values in a ring. Rotations are half-split (NeoX order).
+Not covered: attention sinks, RoPE scaling.
+
+Shape legend: B batch, T new tokens, S all keys, D hidden, H heads, G key-value heads, d head_dim,
+r rope_dim, z latent, W window.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronos.common.config import ModelConfig
+
+
+class Rotary:
+    """RoPE tables (2104.09864, eq. 34) for one rotated width, grown on demand, angles in float64."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self.dim, self.theta = dim, theta
+        self.cos_PR = self.sin_PR = torch.empty(0, dim)
+
+    def tables(self, positions: range | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, dim] for a range or [B, T, dim] for a tensor of positions."""
+        end = positions.stop if isinstance(positions, range) else int(positions.max()) + 1
+        if end > len(self.cos_PR) or self.cos_PR.device != like.device:
+            self._grow(max(end, 2 * len(self.cos_PR), 256), like)
+        if isinstance(positions, range):
+            return self.cos_PR[positions.start : end], self.sin_PR[positions.start : end]
+        return self.cos_PR[positions], self.sin_PR[positions]
+
+    def _grow(self, length: int, like: Tensor) -> None:
+        half = self.theta ** -(torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        angle_PR = torch.arange(length, dtype=torch.float64)[:, None] * torch.cat((half, half))
+        self.cos_PR = angle_PR.cos().to(like.device, like.dtype)
+        self.sin_PR = angle_PR.sin().to(like.device, like.dtype)
+
+
+def rotate(x_BHTR: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the last axis; rope tables are [T, R] or [B, T, R]."""
+    cos, sin = rope
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    first, second = x_BHTR.chunk(2, dim=-1)
+    return x_BHTR * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_mask(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+    """True where a query may look: j <= i, and i - W < j inside a window. [..., T, S]."""
+    distance = q_pos[..., :, None] - k_pos[..., None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+class LatentCache:
+    """z and the rotary key of every past token, [B, capacity, z + r]; grows by doubling."""
+
+    def __init__(self, batch: int, width: int, like: Tensor) -> None:
+        self.length = 0
+        self.buffer_BSC = like.new_empty(batch, 256, width)
+
+    def append(self, x_BTC: Tensor) -> Tensor:
+        """Add T entries; returns all of them, [B, S, z + r], valid until the next append."""
+        end = self.length + x_BTC.shape[1]
+        if end > self.buffer_BSC.shape[1]:
+            size = max(end, 2 * self.buffer_BSC.shape[1])
+            grown = self.buffer_BSC.new_empty(x_BTC.shape[0], size, x_BTC.shape[2])
+            grown[:, : self.length] = self.buffer_BSC[:, : self.length]
+            self.buffer_BSC = grown
+        self.buffer_BSC[:, self.length : end] = x_BTC
+        self.length = end
+        return self.buffer_BSC[:, :end]
+
+
+class WindowCache:
+    """The last W keys and values in a ring, [2, B, G, W, d]; entry p sits at slot p mod W."""
+
+    def __init__(self, batch: int, heads: int, window: int, dim: int, like: Tensor) -> None:
+        self.length = 0
+        self.window = window
+        self.ring_2BGWd = like.new_empty(2, batch, heads, min(window, 256), dim)
+
+    def append(self, kv_2BGTd: Tensor) -> Tensor:
+        """Add T entries; returns what the new queries may see, in position order when T > 1."""
+        start, count = self.length, kv_2BGTd.shape[3]
+        self.length += count
+        self._grow(min(self.length, self.window))
+        size = self.ring_2BGWd.shape[3]
+        if count == 1:
+            self.ring_2BGWd[:, :, :, start % size] = kv_2BGTd[:, :, :, 0]
+            return self.ring_2BGWd[:, :, :, : min(self.length, self.window)]
+        device = kv_2BGTd.device
+        past = torch.arange(max(0, start - self.window + 1), start, device=device) % size
+        seen = torch.cat((self.ring_2BGWd[:, :, :, past], kv_2BGTd), dim=3)
+        kept = torch.arange(max(start, self.length - self.window), self.length, device=device)
+        self.ring_2BGWd[:, :, :, kept % size] = kv_2BGTd[:, :, :, kept - start]
+        return seen
+
+    def _grow(self, needed: int) -> None:
+        """Before the ring is full slot p is entry p, so growing is a copy of the prefix."""
+        size = self.ring_2BGWd.shape[3]
+        if needed <= size:
+            return
+        shape = list(self.ring_2BGWd.shape)
+        shape[3] = min(self.window, max(needed, 2 * size))
+        grown = self.ring_2BGWd.new_empty(shape)
+        grown[:, :, :, :size] = self.ring_2BGWd
+        self.ring_2BGWd = grown
+
+
+class LatentAttention(nn.Module):
+    """MLA (DeepSeek-V2, 2405.04434, section 2.1): scores (q_N.k_N + q_R.k_R) / sqrt(d + r)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H, d = config.hidden_size, config.num_attention_heads, config.head_dim
+        z, r = config.kv_latent_dim, config.rope_dim
+        self.heads, self.head_dim, self.latent, self.rope_dim = H, d, z, r
+        self.scale = 1.0 / math.sqrt(d + r)
+        self.q_proj = nn.Linear(D, H * (d + r), bias=False)
+        self.kv_down_proj = nn.Linear(D, z, bias=False)
+        self.kv_norm = nn.RMSNorm(z, eps=config.rms_norm_eps)
+        self.k_rope_proj = nn.Linear(D, r, bias=False)
+        self.k_up_proj = nn.Linear(z, H * d, bias=False)
+        self.v_up_proj = nn.Linear(z, H * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+
+    def new_cache(self, batch: int, like: Tensor) -> LatentCache:
+        return LatentCache(batch, self.latent + self.rope_dim, like)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LatentCache | None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTX = self.q_proj(x_BTD).view(B, T, self.heads, -1).transpose(1, 2)
+        q_BHTd, q_BHTr = q_BHTX.split((self.head_dim, self.rope_dim), dim=-1)
+        q_BHTr = rotate(q_BHTr, rope)
+        z_BTz = self.kv_norm(self.kv_down_proj(x_BTD))
+        k_BTr = rotate(self.k_rope_proj(x_BTD)[:, None], rope)[:, 0]
+        latent_BSC = torch.cat((z_BTz, k_BTr), dim=-1)
+        if cache is not None:
+            latent_BSC = cache.append(latent_BSC)
+        attend = self._absorbed if cache is not None and T == 1 else self._expanded
+        y_BHTd = attend(q_BHTd, q_BHTr, latent_BSC, mask)
+        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))
+
+    def _expanded(self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: Tensor) -> Tensor:
+        B, S, _ = latent_BSC.shape
+        z_BSz, k_BSr = latent_BSC.split((self.latent, self.rope_dim), dim=-1)
+        k_BHSd = self.k_up_proj(z_BSz).view(B, S, self.heads, -1).transpose(1, 2)
+        v_BHSd = self.v_up_proj(z_BSz).view(B, S, self.heads, -1).transpose(1, 2)
+        k_BHSr = k_BSr[:, None].expand(-1, self.heads, -1, -1)
+        q, k = torch.cat((q_BHTd, q_BHTr), -1), torch.cat((k_BHSd, k_BHSr), -1)
+        return F.scaled_dot_product_attention(q, k, v_BHSd, attn_mask=mask, scale=self.scale)
+
+    def _absorbed(self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: None) -> Tensor:
+        """One query: W_UK folded into it, W_UV into the result; K and V are never rebuilt."""
+        up_k_Hdz = self.k_up_proj.weight.view(self.heads, self.head_dim, self.latent)
+        up_v_Hdz = self.v_up_proj.weight.view(self.heads, self.head_dim, self.latent)
+        q_BHTC = torch.cat((q_BHTd @ up_k_Hdz, q_BHTr), dim=-1)
+        scores_BHTS = q_BHTC @ latent_BSC[:, None].transpose(-1, -2) * self.scale
+        z_BHTz = scores_BHTS.softmax(dim=-1) @ latent_BSC[:, None, :, : self.latent]
+        return z_BHTz @ up_v_Hdz.transpose(-1, -2)
+
+
+class WindowAttention(nn.Module):
+    """Grouped-query attention (2305.13245) with QK-norm over the last W positions (2004.05150)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        d, eps = config.head_dim, config.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim = H, G, d
+        self.window = config.sliding_window
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, G * d, bias=False)
+        self.v_proj = nn.Linear(D, G * d, bias=False)
+        self.q_norm = nn.RMSNorm(d, eps=eps)
+        self.k_norm = nn.RMSNorm(d, eps=eps)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+
+    def new_cache(self, batch: int, like: Tensor) -> WindowCache:
+        return WindowCache(batch, self.kv_heads, self.window, self.head_dim, like)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: WindowCache | None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTd = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, -1)).transpose(1, 2)
+        k_BGTd = self.k_norm(self.k_proj(x_BTD).view(B, T, self.kv_heads, -1)).transpose(1, 2)
+        v_BGTd = self.v_proj(x_BTD).view(B, T, self.kv_heads, -1).transpose(1, 2)
+        q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
+        if cache is not None:
+            k_BGTd, v_BGTd = cache.append(torch.stack((k_BGTd, v_BGTd))).unbind(0)
+        y_BHTd = F.scaled_dot_product_attention(
+            q_BHTd, k_BGTd, v_BGTd, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))

@@ -1,0 +1,207 @@
+"""The Chronos decoder of the torch backend: blocks, caches, loading and saving.
+
+A model is built with its routed experts (training, resident inference) or without (streaming); the
+arithmetic is the same. The dense part is computed in float32 on a CPU and in the stored dtype on an
+accelerator. Checkpoints go through `common.tensorfile` only: no mmap, no pickle.
+Not covered: batched generation with padding (batches are for training).
+
+Shape legend: B batch, T new tokens, D hidden, V vocabulary, L layers, E experts, J lookahead steps + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronos.backends.torch.attention import (
+    LatentAttention,
+    Rotary,
+    WindowAttention,
+    causal_mask,
+)
+from chronos.backends.torch.moe import ExpertSource, LookaheadRouter, MoE, Routing
+from chronos.common.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Output:
+    """Logits [B, T, V] (T = 1 with `last_only`), the routing of each layer over the B * T tokens,
+    and the LookaheadRouter's logits [B, T, J, L, E] where they were asked for."""
+
+    logits: Tensor
+    routing: list[Routing] = field(default_factory=list)
+    lookahead: Tensor | None = None
+
+
+@dataclass
+class Cache:
+    """What each layer keeps of the past; `position` is the number of tokens seen."""
+
+    layers: list[Any]
+    position: int = 0
+
+
+class Block(nn.Module):
+    """Pre-norm attention and mixture of experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+        super().__init__()
+        self.kind = config.attention_kind(layer)
+        attention = LatentAttention if self.kind == "mla" else WindowAttention
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MoE(config, layer, resident)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x_BTD: Tensor, rope: Any, mask: Tensor | None, cache: Any, **routing: Any
+    ) -> tuple[Tensor, Routing]:
+        y_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        x_BTD = x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+        h_TD = self.post_attention_layernorm(x_BTD).flatten(0, 1)
+        y_TD, decision = self.mlp(h_TD, **routing)
+        y_TD = F.dropout(y_TD, self.dropout, self.training)
+        return x_BTD + y_TD.view_as(x_BTD), decision
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the parameters named `model.*` on disk."""
+
+    def __init__(self, config: ModelConfig, resident: bool) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer, resident) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """A Chronos language model; `resident` says whether it holds its own routed experts."""
+
+    def __init__(self, config: ModelConfig, resident: bool = True) -> None:
+        super().__init__()
+        self.config, self.resident = config, resident
+        self.model = Decoder(config, resident)
+        self.lookahead = LookaheadRouter(config)
+        self._rotary = {
+            "mla": Rotary(config.rope_dim, config.rope_theta),
+            "sliding": Rotary(config.head_dim, config.rope_theta),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        like = self.model.embed_tokens.weight
+        return Cache([block.self_attn.new_cache(batch, like) for block in self.model.layers])
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        cache: Cache | None = None,
+        segments_BT: Tensor | None = None,
+        source: ExpertSource | None = None,
+        on_lookahead: Callable[[Tensor], None] | None = None,
+        want_lookahead: bool = False,
+        lookahead_into_trunk: bool = False,
+        replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """Run T tokens behind `cache` (or from scratch).
+
+        segments_BT: document number of each token, -1 for padding; tokens see their own document
+        only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E] right
+        after block 0. replay(layer) gives (ids, weights) [T, K] in place of the gates' choice.
+        """
+        x_BTD = self.model.embed_tokens(ids_BT)
+        geometry = self._geometry(ids_BT, cache, segments_BT, x_BTD)
+        committed = self.config.routing_source == "lookahead"
+        out = Output(x_BTD)
+        for layer, block in enumerate(self.model.layers):
+            rope, mask = geometry[block.kind]
+            probs_TE = None
+            if committed and layer > 0:
+                assert out.lookahead is not None
+                probs_TE = out.lookahead[:, :, 0, layer].flatten(0, 1).float().softmax(-1)
+            x_BTD, decision = block(
+                x_BTD,
+                rope,
+                mask,
+                cache.layers[layer] if cache else None,
+                probs_TE=probs_TE,
+                chosen=replay(layer) if replay else None,
+                source=source,
+            )
+            out.routing.append(decision)
+            if layer == 0 and (want_lookahead or on_lookahead or committed):
+                trunk = x_BTD if lookahead_into_trunk or committed else x_BTD.detach()
+                out.lookahead = self.lookahead(trunk)
+                if on_lookahead:
+                    on_lookahead(out.lookahead.float().softmax(-1).flatten(0, 1))
+        if cache is not None:
+            cache.position += ids_BT.shape[1]
+        x_BTD = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        out.logits = F.linear(x_BTD, self.model.embed_tokens.weight)
+        return out
+
+    def _geometry(
+        self, ids_BT: Tensor, cache: Cache | None, segments_BT: Tensor | None, like: Tensor
+    ) -> dict[str, tuple[Any, Tensor | None]]:
+        """Rotary tables and mask per kind of attention, shared by all its layers."""
+        T, window = ids_BT.shape[1], self.config.sliding_window
+        if segments_BT is not None:
+            return self._packed_geometry(segments_BT, like)
+        start = cache.position if cache else 0
+        span = range(start, start + T)
+        masks: dict[str, Tensor | None] = {"mla": None, "sliding": None}
+        if T > 1 or cache is None:
+            q_T = torch.arange(start, start + T, device=ids_BT.device)
+            masks["mla"] = causal_mask(q_T, torch.arange(start + T, device=q_T.device), None)
+            first = max(0, start - window + 1)
+            k_S = torch.arange(first, start + T, device=q_T.device)
+            masks["sliding"] = causal_mask(q_T, k_S, window)
+        return {k: (self._rotary[k].tables(span, like), masks[k]) for k in masks}
+
+    def _packed_geometry(
+        self, segments_BT: Tensor, like: Tensor
+    ) -> dict[str, tuple[Any, Tensor | None]]:
+        B, T = segments_BT.shape
+        index_T = torch.arange(T, device=segments_BT.device)
+        fresh_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+        fresh_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        start_BT = torch.where(fresh_BT, index_T, 0).cummax(dim=1).values
+        same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+        position_BT = index_T - start_BT
+        full = same_B1TT & causal_mask(index_T, index_T, None)
+        near = same_B1TT & causal_mask(index_T, index_T, self.config.sliding_window)
+        return {
+            "mla": (self._rotary["mla"].tables(position_BT, like), full),
+            "sliding": (self._rotary["sliding"].tables(position_BT, like), near),
+        }
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> Model:
+        """Normal weights, norms at one; projections into the residual stream scaled by
+        1 / sqrt(2 L) (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        deep = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            scale = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            parameter.normal_(0.0, self.config.initializer_range * scale, generator=generator)
+        return self
