@@ -1,0 +1,96 @@
+"""What a backend is: the names every `chronos.backends.<name>` module must offer.
+
+Ids cross this seam, tensors do not: token ids, keys `(layer, expert)`, byte counts, NumPy arrays,
+plain floats. A backend is a module checked against `Backend` by mypy; there is no base class.
+Not covered: how bytes move and when to wait, which is each backend's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from chronos.common.config import ModelConfig
+    from chronos.common.layout import Layout
+    from chronos.common.sampling import SamplingParams
+    from chronos.common.stats import StoreStats
+
+Key = tuple[int, int]  # (absolute layer index, expert index)
+
+
+class Model(Protocol):
+    """The backend's own model object; only its config is read on this side of the seam."""
+
+    config: ModelConfig
+
+
+class ExpertStore(Protocol):
+    """Routed experts within a fixed number of bytes; the backend's `moe.py` alone calls acquire."""
+
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        """Ask for experts, best first. A hint: idempotent, may be ignored. Returns new bytes."""
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Start the missing reads now; yield each expert once, as it becomes ready, pinned until
+        the next is asked for. None stands for a miss with `miss="fallback"` only. A failed read
+        raises and leaves the store usable."""
+
+    def end_token(self) -> None:
+        """One decode step is over: histories decay, rates are measured."""
+
+    def resident(self) -> frozenset[Key]: ...
+    def stats(self) -> StoreStats: ...
+    def close(self) -> None:
+        """Join threads, close files. Safe to call twice."""
+
+
+class Runner(Protocol):
+    """One sequence on one model: owns the key/value cache and the sampling on the device."""
+
+    prefetch: str  # "auto" or "off"
+
+    @property
+    def position(self) -> int:
+        """Tokens the cache holds."""
+
+    def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
+        """Process the prompt and return the first sampled token."""
+
+    def decode(self, token: int, sampling: SamplingParams) -> int: ...
+    def logits(self) -> np.ndarray:
+        """float32 [V] of the last position; a copy."""
+
+    def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids_TLK, weights_TLK) of each call since the last one of this method."""
+
+    def reset(self) -> None: ...
+
+
+class TrainStep(Protocol):
+    """Loss, gradients and optimizer; owns the optimizer's state."""
+
+    def step(self, batches: Sequence[Any], learning_rate: float, step: int) -> dict[str, float]:
+        """One update over micro-batches; `skipped` = 1 where the loss or gradient is not finite."""
+
+    def evaluate(self, batches: Sequence[Any]) -> dict[str, float]: ...
+    def state(self) -> Iterator[tuple[str, Any]]: ...
+    def load_state(self, tensors: dict[str, Any]) -> None: ...
+
+
+class Backend(Protocol):
+    """The module itself."""
+
+    name: str
+
+    def build(self, config: ModelConfig) -> Model: ...
+    def load(self, folder: Path, *, device: str | None, resident: bool) -> Model: ...
+    def save(self, model: Any, folder: Path) -> None: ...
+    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
+    def runner(self, model: Any, store: Any) -> Runner: ...
+    def train_step(self, model: Any, config: Any) -> TrainStep: ...
+    def devices(self) -> Iterable[str]:
+        """Names accepted as `device`, best first, each with a word on what it is."""
