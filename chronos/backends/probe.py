@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes. `limit` is the smallest of the machine's memory and every cgroup above this process."""
+    """Bytes. `limit` is the smallest of the machine's memory and each cgroup of this process."""
 
     machine: int
     available: int
@@ -83,7 +83,7 @@ def find(name: str) -> Finding:
             name,
             False,
             reason=f"this version of Chronos has no {name} backend",
-            fix=_pip_line("torch"),
+            fix=f"use --backend torch ({_pip_line('torch')})",
         )
     if not has_module(_MODULES[name]):
         return Finding(

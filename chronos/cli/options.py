@@ -1,0 +1,232 @@
+"""Flags declared once, shared by every command that takes them.
+
+A command names a bundle, `def generate(model: ModelArg, run: RunOptions, ...)`, and `command` unfolds
+it into single flags for Typer, gives each flag its environment twin CHRONOS_<NAME>, and runs the
+function inside the error handling of `chronos.cli.errors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo
+
+from chronos.cli import errors, output
+
+_T = TypeVar("_T")
+_RUN, _SAMPLE, _OUT = "Where and how it runs", "Sampling", "Output"
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, or `demo` for the one that ships.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="A .txt, .jsonl or .jsonl.gz file or a folder; `stdlib` is Python's own sources.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Which framework, on which device."""
+
+    backend: Annotated[
+        str,
+        typer.Option(help="auto, torch or mlx.", metavar="NAME", rich_help_panel=_RUN),
+    ] = "auto"
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps. [default: the best one]", metavar="NAME",
+                     rich_help_panel=_RUN, show_default=False),
+    ] = None  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions(DeviceOptions):
+    """How a model's experts are kept."""
+
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Memory for routed experts: 25% of them, 2GiB, or all.",
+            metavar="SIZE",
+            rich_help_panel=_RUN,
+        ),
+    ] = "all"
+    warm: Annotated[
+        str,
+        typer.Option(
+            help="Second tier in host memory behind the device's: 4GiB, 50%.",
+            metavar="SIZE",
+            rich_help_panel=_RUN,
+        ),
+    ] = "0"
+    miss: Annotated[
+        str,
+        typer.Option(
+            help="exact waits for a missing expert (same tokens as with all of them); "
+            "fallback lets the shared expert stand in.",
+            metavar="exact|fallback",
+            rich_help_panel=_RUN,
+        ),
+    ] = "exact"
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help="Read experts ahead of their use.", metavar="auto|off", rich_help_panel=_RUN
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens", "-n", min=1, help="Stop after this many.", rich_help_panel=_SAMPLE
+        ),
+    ] = 256
+    temp: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLE)
+    ] = 0.0
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.", rich_help_panel=_SAMPLE)
+    ] = 1.0
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Likeliest k only; 0 is off.", rich_help_panel=_SAMPLE)
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Share of the likeliest one's.", rich_help_panel=_SAMPLE
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLE),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Stop where this text appears; may be repeated.",
+            metavar="TEXT",
+            rich_help_panel=_SAMPLE,
+        ),
+    ] = None
+
+    def params(self) -> Any:
+        """As `chronos.common.sampling.SamplingParams`; raises UsageError on a bad value."""
+        from chronos.common.sampling import SamplingParams
+
+        return SamplingParams(
+            temperature=self.temp,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How much is said."""
+
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="No progress, no footer.", rich_help_panel=_OUT),
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="A traceback with errors.", rich_help_panel=_OUT),
+    ] = False
+
+
+@dataclass(frozen=True)
+class JsonOptions(OutputOptions):
+    """For commands whose result is also one JSON object."""
+
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_OUT),
+    ] = False
+
+
+def command(app: typer.Typer, name: str | None = None, **kwargs: Any) -> Callable[[_T], _T]:
+    """Register a function as a command: bundles unfolded, twins set, errors handled."""
+
+    def register(function: Any) -> Any:
+        app.command(name, **kwargs)(unfold(function))
+        return function
+
+    return register
+
+
+def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of single flags that builds the bundles `function` asks for."""
+    hints = get_type_hints(function, include_extras=True)
+    bundles: dict[str, type[Any]] = {}
+    flat: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            bundles[parameter.name] = hint
+            flat += _fields(hint)
+        else:
+            flat.append(parameter.replace(annotation=hint))
+    flat = [p.replace(annotation=_with_twin(p.name, p.annotation), kind=p.KEYWORD_ONLY) for p in flat]
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        def call() -> None:
+            made = {
+                name: bundle(**{f.name: values.pop(f.name) for f in dataclasses.fields(bundle)})
+                for name, bundle in bundles.items()
+            }
+            output.configure(next((b for b in made.values() if isinstance(b, OutputOptions)), None))
+            function(**values, **made)
+
+        errors.guard(call, verbose=bool(values.get("verbose")))
+
+    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in flat}
+    return run
+
+
+def _fields(bundle: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(bundle, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(bundle)
+    ]  # fmt: skip
+
+
+def _with_twin(name: str, hint: Any) -> Any:
+    """The annotation with `envvar` set on its Option; arguments have no twin."""
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"parameter {name!r} needs an Annotated typer.Option or typer.Argument")
+    base, info = get_args(hint)
+    if isinstance(info, ArgumentInfo):
+        return hint
+    assert isinstance(info, OptionInfo)
+    info = copy(info)
+    info.envvar = f"CHRONOS_{name.upper()}"
+    info.show_envvar = False
+    return Annotated[base, info]
+
+

@@ -1,0 +1,113 @@
+"""What commands print: data on stdout, progress and footers on stderr, JSON when asked.
+
+Bars and colours appear on a terminal only. `configure` is called once per command with its output
+flags. Rich is imported when something is drawn, never at start-up.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chronos.cli.options import OutputOptions
+
+
+@dataclass
+class _State:
+    quiet: bool = False
+    json: bool = False
+
+
+_state = _State()
+
+
+def configure(options: OutputOptions | None) -> None:
+    _state.quiet = bool(options and options.quiet)
+    _state.json = bool(getattr(options, "json", False))
+
+
+def console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on one line; NaN and infinity, which JSON lacks, become null."""
+    print(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def note(text: str) -> None:
+    """A line for the person watching; none with -q."""
+    if not _state.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    caption: str = "",
+) -> None:
+    """Print a table to stdout: the first column left, the others right."""
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(
+        box=box.SIMPLE_HEAD, title=title or None, caption=caption or None, title_justify="left",
+        caption_justify="left", title_style="bold", caption_style="", pad_edge=False,
+    )  # fmt: skip
+    for index, name in enumerate(columns):
+        grid.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console().print(grid)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields `update(done, total)`. Nothing without a terminal, with -q or --json."""
+    if _state.quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(), console=console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in decimal units as disks count them: 1.23 MB."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
