@@ -1,0 +1,46 @@
+"""Stop strings in text that arrives in pieces, whatever the cuts between tokens.
+
+Text that may be the beginning of a stop string is held back until it is known not to be one, so
+nothing shown ever has to be taken back. Knows no tokens and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopText:
+    """`push` pieces, show what it returns, end when `found`."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = tuple(stop)
+        self.found = False
+        self._held = ""
+        self._beginnings = {text[:size] for text in self.stop for size in range(1, len(text))}
+        self._longest = max(map(len, self._beginnings), default=0)
+
+    def push(self, piece: str) -> str:
+        """The text that is final now: ends before a stop string, leaves out what may begin one."""
+        if not self.stop:
+            return piece
+        self._held += piece
+        starts = [at for at in map(self._held.find, self.stop) if at >= 0]
+        if starts:
+            self.found = True
+            shown, self._held = self._held[: min(starts)], ""
+            return shown
+        keep = len(self._held) - self._beginning()
+        shown, self._held = self._held[:keep], self._held[keep:]
+        return shown
+
+    def flush(self) -> str:
+        """What is still held, once no more text will come; "" after a stop string."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _beginning(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        for size in range(min(self._longest, len(self._held)), 0, -1):
+            if self._held[-size:] in self._beginnings:
+                return size
+        return 0
