@@ -1,0 +1,18 @@
+"""The learning rate as a function of the step alone: linear warm-up, then cosine decay to a floor."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Rate of update `step` (from 0) out of `total`.
+
+    Rises to `peak` at step `warmup`, reaches `floor` at the last step and stays there. The first
+    step already learns, at peak / (warmup + 1).
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    last = max(total - 1, warmup + 1)
+    progress = min((step - warmup) / (last - warmup), 1.0)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
