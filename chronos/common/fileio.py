@@ -1,0 +1,302 @@
+"""The lowest file layer: the seam faults are injected through, and the errors they become.
+
+Every open, read, write, fsync, rename and unlink of model, trace and checkpoint files goes through
+a `FileIO`, so a test can make the Nth one fail. Nothing here maps a file: a file truncated under
+mmap kills the process by a signal, a short `preadv` is an error with a name. Reads that fail with
+EIO or EAGAIN are tried again, within bounds. Not here: the reader (`files`), writing (`atomic`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import random
+import resource
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from chronos.common.errors import (
+    ChronosError,
+    CorruptClusterError,
+    CorruptFileError,
+    DiskFullError,
+    ResourceError,
+    StoreError,
+)
+
+ALIGN = 4096  # what O_DIRECT needs of offsets, lengths and addresses on every disk we met
+RETRY_DELAYS_S = (0.005, 0.02, 0.08)  # a bad block stays bad; a flaky bus or link recovers
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_RETRIED = frozenset({errno.EIO, errno.EAGAIN})
+_HUGE_PAGE = 2 << 20
+
+StrPath = str | os.PathLike[str]
+
+
+class FileIO:
+    """System calls on regular files, one method each; all raise OSError. Tests subclass it."""
+
+    def open(self, path: StrPath, direct: bool = False) -> int:
+        """Open a regular file for reading; a final symlink or a FIFO is refused, without blocking.
+
+        `direct` bypasses the page cache where the file system can; elsewhere it is ignored.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        o_direct = getattr(os, "O_DIRECT", 0) if direct else 0
+        try:
+            fd = os.open(path, flags | o_direct)
+        except OSError as error:
+            if not o_direct or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+            fd = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if direct and hasattr(fcntl, "F_NOCACHE"):  # macOS has no O_DIRECT
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        return fd
+
+    def create(self, path: StrPath) -> int:
+        """Open a new or existing file for writing; a new one gets 0666 & ~umask."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return os.write(fd, data)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def replace(self, source: StrPath, target: StrPath) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: StrPath) -> None:
+        os.unlink(path)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def free_bytes(self, folder: StrPath) -> int:
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+
+    def sync_folder(self, folder: StrPath) -> None:
+        """Make renames in `folder` durable; file systems that cannot say so are let through."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
+
+
+def aligned_buffer(nbytes: int) -> memoryview:
+    """A writable, page-aligned, zeroed buffer; its memory goes when the last view of it goes."""
+    rounded = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
+    try:
+        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ResourceError(f"cannot reserve {nbytes} bytes of memory: {error.strerror}") from error
+    if rounded >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:nbytes]
+
+
+def address(buffer: memoryview) -> int:
+    """Where a writable buffer lies in memory; 0 for an empty one."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
+
+
+def read_some(io: FileIO, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """One `preadv` that gets through interrupts, and through EIO and EAGAIN within bounds."""
+    delays = iter(RETRY_DELAYS_S)
+    while True:
+        try:
+            return io.preadv(fd, buffers, offset)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            delay = next(delays, None) if error.errno in _RETRIED else None
+            if delay is None:
+                raise
+        time.sleep(delay)
+
+
+def read_exact(io: FileIO, fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; fewer bytes than asked only where the file ends."""
+    done = 0
+    while done < len(buffer):
+        count = read_some(io, fd, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def read_error(path: StrPath, error: OSError) -> ChronosError:
+    """The typed error for a file that could not be opened or read."""
+    where, reason = os.fspath(path), error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return ResourceError(
+            f"too many open files (this process may open {limit})", where, "raise `ulimit -n`"
+        )
+    if error.errno in (errno.ELOOP, errno.EMLINK):
+        reason = "it is a symbolic link"
+    known = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+    if error.errno in (*known, errno.EINVAL):
+        return corrupt(where, f"cannot be opened: {reason}")
+    return StoreError(f"reading {Path(where).name} failed: {reason}", where)
+
+
+def corrupt(path: StrPath, what: str, fix: str = "") -> CorruptFileError:
+    """An error naming a damaged file, of the kind its suffix calls for."""
+    kind = CorruptClusterError if os.fspath(path).endswith(".ctsr") else CorruptFileError
+    return kind(f"{Path(path).name} {what}", os.fspath(path), fix)
+
+
+def short_read(path: StrPath, offset: int, wanted: int, have: int) -> CorruptFileError:
+    """The error for a file that ends inside an extent it should hold."""
+    return corrupt(
+        path, f"ends too early: {wanted} bytes wanted at offset {offset}, {have} bytes there"
+    )
+
+
+def write_error(
+    path: Path, error: OSError, io: FileIO, needed: int = 0, written: int = 0
+) -> ResourceError:
+    """The typed error for a write, fsync or rename that failed."""
+    reason = error.strerror or str(error)
+    if error.errno not in FULL_DISK:
+        return ResourceError(f"cannot write {path.name}: {reason}", str(path))
+    try:
+        free = f"{io.free_bytes(path.parent)} bytes free"
+    except OSError:
+        free = "free space unknown"
+    size = f"{needed} bytes needed" if needed else f"more than {written} bytes needed"
+    return DiskFullError(
+        f"cannot write {path.name}: {reason}: {size}, {free}",
+        str(path),
+        "free some space or choose another folder; what was there before is unchanged",
+    )
+
+
+def check_free_space(folder: Path, nbytes: int, io: FileIO) -> None:
+    """Refuse early, with both numbers, what would not fit into `folder`. Raises DiskFullError."""
+    free = io.free_bytes(folder)
+    if nbytes > free:
+        raise DiskFullError(
+            f"not enough disk space: {nbytes} bytes needed, {free} bytes free",
+            str(folder),
+            "free some space or choose another folder",
+        )
+
+
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    fd: int
+    users: int = 0
+
+
+class OpenFiles:
+    """At most `limit` descriptors, the least recently used closed first; any thread may ask."""
+
+    def __init__(self, io: FileIO, limit: int) -> None:
+        self._io, self._limit = io, limit
+        self._handles: OrderedDict[tuple[str, bool], OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def use(self, path: str, direct: bool) -> OpenFile:
+        key = (path, direct)
+        with self._lock:
+            handle = self._handles.get(key)
+            if handle is None:
+                handle = self._handles[key] = self._open(path, direct)
+            else:
+                self._handles.move_to_end(key)
+            handle.users += 1
+            return handle
+
+    def release(self, handle: OpenFile) -> None:
+        with self._lock:
+            handle.users -= 1
+
+    def close(self) -> None:
+        with self._lock:
+            self._close_idle(0)
+
+    def _open(self, path: str, direct: bool) -> OpenFile:
+        self._close_idle(self._limit - 1)
+        try:
+            return OpenFile(self._io.open(path, direct))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._close_idle(0):
+                raise
+        return OpenFile(self._io.open(path, direct))
+
+    def _close_idle(self, keep: int) -> bool:
+        """Close idle files, oldest first, until `keep` are open; true if any was closed."""
+        idle = [key for key, handle in self._handles.items() if not handle.users]
+        excess = idle[: max(0, len(self._handles) - keep)]
+        for key in excess:
+            self._io.close(self._handles.pop(key).fd)
+        return bool(excess)
+
+
+def measure_read_rate(
+    path: StrPath,
+    block_bytes: int = 1 << 20,
+    threads: int = 4,
+    *,
+    max_bytes: int = 512 << 20,
+    io: FileIO | None = None,
+) -> float:
+    """Bytes per second of plain direct reads of `block_bytes` at scattered places.
+
+    Cold where the file system has direct reads; elsewhere the page cache may answer. At most
+    `max_bytes` are read. Raises the typed errors of `read_error`.
+    """
+    io = io or FileIO()
+    try:
+        fd = io.open(path, direct=True)
+    except OSError as error:
+        raise read_error(path, error) from error
+    try:
+        size = io.size(fd)
+        block = max(ALIGN, min(block_bytes, size) // ALIGN * ALIGN)
+        offsets = list(range(0, size - block + 1, block)) or [0]
+        random.Random(0).shuffle(offsets)
+        offsets = offsets[: max(1, max_bytes // block)]
+        buffers = [aligned_buffer(block) for _ in range(threads)]
+
+        def read_share(number: int) -> int:
+            return sum(
+                read_some(io, fd, [buffers[number]], offset) for offset in offsets[number::threads]
+            )
+
+        with ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            total = sum(pool.map(read_share, range(threads)))
+            return total / (time.perf_counter() - began)
+    except OSError as error:
+        raise read_error(path, error) from error
+    finally:
+        io.close(fd)
