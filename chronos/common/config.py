@@ -122,6 +122,10 @@ class ModelConfig:
             "hidden_act": "silu",
         }
 
+    def dumps(self) -> str:
+        """The text of config.json."""
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
     @classmethod
     def from_json(cls, source: dict[str, Any] | str | Path) -> ModelConfig:
         """Read a config from its JSON object, file or model folder. Raises ConfigError."""

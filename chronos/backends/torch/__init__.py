@@ -1,0 +1,81 @@
+"""The PyTorch backend: CPU, CUDA and MPS. Satisfies `chronos.backends.protocol.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chronos.backends.torch.checkpoint import load_model, save_model
+from chronos.backends.torch.model import Model
+from chronos.common.errors import MissingBackendError, UsageError
+
+if TYPE_CHECKING:
+    from chronos.backends.torch.runner import Runner
+    from chronos.backends.torch.store import ExpertStore
+    from chronos.backends.torch.train import TrainStep
+    from chronos.common.config import ModelConfig
+    from chronos.common.layout import Layout
+    from chronos.common.recipe import TrainRecipe
+
+name = "torch"
+
+
+def devices() -> Iterable[str]:
+    """Usable device names, best first; MPS is used only by name."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [*found, "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, else CUDA where there is one, else the CPU. Raises for what is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}", "--device", "try cpu, cuda or mps") from None
+    usable = {d.split(":")[0] for d in devices()}
+    if wanted.type not in usable:
+        raise MissingBackendError(
+            f"device {device!r} cannot be used", f"torch sees {sorted(usable)}", "see chronos doctor"
+        )
+    return wanted
+
+
+def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model:
+    """A freshly initialised model with its routed experts, in float32."""
+    return Model(config).initialize(seed).to(pick_device(device))
+
+
+def load(folder: Path, *, device: str | None = None, resident: bool = True) -> Model:
+    """The model of a folder, ready to run; without `resident` its routed experts stay on disk."""
+    return load_model(folder, pick_device(device), resident)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write an unpacked model folder."""
+    save_model(model, folder)
+
+
+def open_store(layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore:
+    """An expert store over a packed folder; see `ExpertStore` for the options."""
+    from chronos.backends.torch.store import ExpertStore
+
+    return ExpertStore(layout, capacity_bytes, **options)
+
+
+def runner(model: Any, store: Any = None, **options: Any) -> Runner:
+    """One sequence on a model, with its experts from `store` (None: the model's own)."""
+    from chronos.backends.torch.runner import Runner
+
+    return Runner(model, store, **options)
+
+
+def train_step(model: Any, config: TrainRecipe) -> TrainStep:
+    """Losses, gradients and optimizer of one model."""
+    from chronos.backends.torch.train import TrainStep
+
+    return TrainStep(model, config)

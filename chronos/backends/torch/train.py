@@ -10,17 +10,21 @@ Shape legend: B batch, T tokens, V vocabulary, L layers, E experts, K top-k, J l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.torch.model import Model, Output
 from chronos.common.config import LossWeights
 from chronos.common.data import Batch
+from chronos.common.errors import ShapeMismatch
 from chronos.common.recipe import TrainRecipe
+from chronos.common.tensorfile import TensorEntry
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainStep:
@@ -40,6 +44,7 @@ class TrainStep:
         ]
         betas = (recipe.beta1, recipe.beta2)
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=True)
+        self.updates = 0
 
     def step(self, batches: Sequence[Batch], learning_rate: float, step: int) -> dict[str, float]:
         """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
@@ -59,7 +64,11 @@ class TrainStep:
         if not totals["skipped"]:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            for parameter in model.parameters():
+                if parameter.grad is None:  # an expert no token chose: its moments decay all the same
+                    parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
+            self.updates += 1
         assert picks_LE is not None
         return totals | _health(picks_LE)
 
@@ -96,21 +105,42 @@ class TrainStep:
         terms["loss"] = terms["ce"] + sum(w * terms[name] for name, w in mix.items() if w)
         return terms, picks_LE
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Optimizer moments by parameter name; with the weights, all that a resume needs."""
+    def state(self) -> Iterator[Named]:
+        """Weights and optimizer moments, all in float32: all that a resume needs."""
+        yield to_bytes("optimizer.step", torch.tensor(float(self.updates)), torch.float32)
         for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"{key}.{name}", value
+            yield to_bytes(name, parameter, torch.float32)
+            for moment in _MOMENTS:
+                value = self.optimizer.state[parameter].get(moment)
+                if value is not None:
+                    yield to_bytes(f"{moment}.{name}", value, torch.float32)
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over moments written by `state`."""
-        for name, parameter in self.model.named_parameters():
-            found: dict[str, Any] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}.{name}" in tensors:
-                    found[key] = tensors[f"{key}.{name}"].to(parameter.device)
-            if found:
-                self.optimizer.state[parameter] = found
+    @torch.no_grad()
+    def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
+        """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
+        parameters = dict(self.model.named_parameters())
+        missing = set(parameters)
+        for entry, data in tensors:
+            value = from_bytes(data, entry.dtype, entry.shape)
+            if entry.name == "optimizer.step":
+                self.updates = int(value)
+                continue
+            moment, _, name = entry.name.partition(".")
+            if moment not in _MOMENTS:
+                moment, name = "", entry.name
+            parameter = parameters.get(name)
+            if parameter is None or value.shape != parameter.shape:
+                raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
+            if moment:
+                self.optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
+            else:
+                parameter.copy_(value)
+                missing.discard(name)
+        if missing:
+            raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
+        for parameter in parameters.values():
+            if self.updates:
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(self.updates))
 
 
 def routing_terms(

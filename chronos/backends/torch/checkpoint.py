@@ -1,0 +1,130 @@
+"""Model folders in and out of the torch backend, and nothing else: no policy, no arithmetic.
+
+Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap, no pickle). The
+dense part is widened to float32 on a CPU, where 16-bit matrix products are slow; routed experts keep
+the dtype they are stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chronos.backends.torch.model import DTYPES, Model
+from chronos.common.config import ModelConfig
+from chronos.common.errors import ShapeMismatch
+from chronos.common.files import atomic_write
+from chronos.common.layout import is_packed, open_layout
+from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
+from chronos.common.weights import (
+    SAFETENSORS_DTYPE,
+    TensorSpec,
+    dense_tensors,
+    expert_name,
+    lookahead_tensors,
+    routed_tensors,
+)
+
+_FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
+Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
+
+
+def load_model(folder: Path, device: torch.device, resident: bool) -> Model:
+    """Build the model of a folder; with `resident` its routed experts too, packed or not.
+
+    Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
+    `lookahead` is None.
+    """
+    config = ModelConfig.from_json(folder)
+    with torch.device("meta"):
+        model = Model(config, resident)
+    wide = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
+    tensors: dict[str, Tensor] = {}
+    wanted = dense_tensors(config)
+    tensors |= _read(read_checkpoint(folder, [s.name for s in wanted]), wanted, device, wide)
+    side = folder / "lookahead.safetensors"
+    if side.exists():
+        tensors |= _read(read_tensors(side), lookahead_tensors(config), device, wide)
+    else:
+        model.lookahead = None
+    if resident:
+        specs = routed_tensors(config)
+        experts = _packed(folder) if is_packed(folder) else read_checkpoint(
+            folder, [s.name for s in specs]
+        )
+        tensors |= _read(experts, specs, device, None)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _packed(folder: Path) -> Iterator[tuple[TensorEntry, memoryview]]:
+    """Every routed expert of a packed folder, under its unpacked name."""
+    layout = open_layout(folder)
+    for path in layout.files:
+        for entry, data in read_tensors(path):
+            if entry.name.startswith("pad."):
+                continue
+            layer, expert, tensor = entry.name.split(".")
+            yield entry._replace(name=expert_name(int(layer[1:]), int(expert[1:]), tensor)), data
+
+
+def _read(
+    found: Iterable[tuple[TensorEntry, memoryview]],
+    specs: list[TensorSpec],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Tensors by name, each checked against its spec, moved to the device and widened."""
+    wanted = {spec.name: spec for spec in specs}
+    tensors = {}
+    for entry, data in found:
+        spec = wanted.pop(entry.name, None)
+        if spec is None:
+            continue
+        if entry.shape != spec.shape or entry.dtype not in _FROM_FILE:
+            raise ShapeMismatch(
+                f"{entry.name} is {entry.dtype} {list(entry.shape)}; "
+                f"the config implies {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}"
+            )
+        tensor = from_bytes(data, entry.dtype, entry.shape)
+        tensors[entry.name] = tensor.to(device, dtype, copy=True)
+    if wanted:
+        raise ShapeMismatch(f"tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")
+    return tensors
+
+
+def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that shares the buffer's memory; `dtype` is safetensors' name."""
+    return torch.frombuffer(data, dtype=_FROM_FILE[dtype]).view(shape)
+
+
+def to_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> Named:
+    """A tensor as what `write_tensors` takes, narrowed to `dtype`."""
+    flat = tensor.detach().to("cpu", dtype).contiguous()
+    kind = next(key for key, value in _FROM_FILE.items() if value == dtype)
+    view = memoryview(flat.reshape(-1).view(torch.uint8).numpy())
+    return name, kind, tuple(flat.shape), view
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write an unpacked model folder: config.json, model.safetensors, lookahead.safetensors."""
+    config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict(model.named_parameters())
+    dtype = DTYPES[config.dtype]
+    main = dense_tensors(config) + routed_tensors(config)
+    write_tensors(
+        folder / "model.safetensors",
+        (to_bytes(spec.name, state[spec.name], dtype) for spec in main),
+        {"format": "pt"},
+    )
+    side = lookahead_tensors(config)
+    write_tensors(
+        folder / "lookahead.safetensors",
+        (to_bytes(spec.name, state[spec.name], torch.float32) for spec in side),
+        {"format": "pt"},
+    )
+    atomic_write(folder / "config.json", [config.dumps().encode()])
