@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone: linear warm-up, then cosine decay to a floor."""
+"""The learning rate as a function of the step: linear warm-up, then cosine decay to a floor."""
 
 from __future__ import annotations
 
