@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,16 @@ class Model(Protocol):
     """The backend's own model object; only its config is read on this side of the seam."""
 
     config: ModelConfig
+
+
+class Observed(NamedTuple):
+    """One forward pass in NumPy terms: L layers, N = B * T tokens, K top-k, J lookahead steps + 1."""
+
+    logits_BTV: np.ndarray
+    ids_LNK: np.ndarray
+    weights_LNK: np.ndarray
+    probs_LNE: np.ndarray
+    lookahead_BTJLE: np.ndarray | None  # logits; None where the model has no LookaheadRouter
 
 
 class ExpertStore(Protocol):
@@ -89,6 +99,12 @@ class Backend(Protocol):
     def build(self, config: ModelConfig, *, seed: int) -> Model: ...
     def load(self, folder: Path, *, device: str | None, resident: bool) -> Model: ...
     def save(self, model: Any, folder: Path) -> None: ...
+    def tensors(self, model: Any) -> Iterable[tuple[str, str, tuple[int, ...], memoryview]]:
+        """(name on disk, dtype, shape, bytes) of every parameter, in float32."""
+
+    def forward(self, model: Any, ids_BT: np.ndarray, **options: Any) -> Observed:
+        """options: segments_BT (document numbers, -1 pad), cache (`model.new_cache()`), source."""
+
     def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
     def runner(self, model: Any, store: Any) -> Runner: ...
     def train_step(self, model: Any, config: Any) -> TrainStep: ...

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from chronos.backends.torch.checkpoint import load_model, save_model
+from chronos.backends.protocol import Observed
+from chronos.backends.torch.checkpoint import Named, load_model, save_model, to_bytes
 from chronos.backends.torch.model import Model
 from chronos.common.errors import MissingBackendError, UsageError
 
@@ -58,6 +60,41 @@ def load(folder: Path, *, device: str | None = None, resident: bool = True) -> M
 def save(model: Any, folder: Path) -> None:
     """Write an unpacked model folder."""
     save_model(model, folder)
+
+
+def tensors(model: Any) -> Iterator[Named]:
+    """(name, dtype, shape, bytes) of every parameter, in float32, under its name on disk."""
+    for key, value in model.named_parameters():
+        yield to_bytes(key, value, torch.float32)
+
+
+@torch.no_grad()
+def forward(
+    model: Any,
+    ids_BT: np.ndarray,
+    *,
+    segments_BT: np.ndarray | None = None,
+    cache: Any = None,
+    source: Any = None,
+) -> Observed:
+    """One pass in NumPy terms, for evaluation and tests; `cache` comes from `model.new_cache`."""
+    device = model.device
+    segments = None if segments_BT is None else torch.from_numpy(segments_BT).to(device)
+    ids = torch.from_numpy(ids_BT).long().to(device)
+    out = model(
+        ids,
+        cache=cache,
+        segments_BT=segments,
+        source=source,
+        want_lookahead=model.lookahead is not None,
+    )
+    return Observed(
+        out.logits.float().cpu().numpy(),
+        np.stack([r.ids_TK.cpu().numpy() for r in out.routing]),
+        np.stack([r.weights_TK.float().cpu().numpy() for r in out.routing]),
+        np.stack([r.probs_TE.float().cpu().numpy() for r in out.routing]),
+        None if out.lookahead is None else out.lookahead.float().cpu().numpy(),
+    )
 
 
 def open_store(layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore:

@@ -1,0 +1,194 @@
+"""TrainTests: what every backend's training step must satisfy. Subclass it with a `backend` fixture.
+
+The terms are compared with the NumPy formulas of `common.losses` in the parity tests; here it is
+their effects that count: what they move, what they leave alone, and that a run can be continued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chronos.common.config import LossWeights, ModelConfig
+from chronos.common.data import Batch
+from chronos.common.recipe import TrainRecipe
+from chronos.common.tensorfile import read_tensors, write_tensors
+from chronos.testing.model_tests import CONFIG
+
+RECIPE = TrainRecipe(batch_size=2, seq_len=16, learning_rate=1e-2, min_learning_rate=1e-3, seed=5)
+TINY = dataclasses.replace(CONFIG, num_hidden_layers=2, initializer_range=0.1)
+
+
+def batch(seed: int = 0, pads: int = 0, pad_token: int = 0) -> Batch:
+    """Two rows of two documents each, the second row ending in `pads` padding."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, TINY.vocab_size, (2, 16)).astype(np.int32)
+    segments = np.repeat([[0] * 9 + [1] * 7], 2, axis=0).astype(np.int32)
+    labels = np.roll(ids, -1, axis=1)
+    labels[:, [8, 15]] = -100
+    if pads:
+        ids[1, -pads:], segments[1, -pads:], labels[1, -pads - 1 :] = pad_token, -1, -100
+    return Batch(ids, labels.astype(np.int32), segments)
+
+
+def with_losses(**weights: float) -> ModelConfig:
+    zero = LossWeights(balance=0, temporal=0, locality=0, lookahead=0, lookahead_hit=0)
+    return dataclasses.replace(TINY, loss_weights=dataclasses.replace(zero, **weights))
+
+
+class TrainTests:
+    """`backend`: the backend module."""
+
+    def start(self, backend: Any, config: ModelConfig = TINY, **changes: Any) -> Any:
+        model = backend.build(config, seed=7)
+        return backend.train_step(model, dataclasses.replace(RECIPE, **changes))
+
+    def weights(self, step: Any) -> dict[str, np.ndarray]:
+        """Weights only, as float32 arrays."""
+        return {
+            name: np.frombuffer(bytes(data), np.float32).reshape(shape)
+            for name, _, shape, data in step.state()
+            if not name.startswith(("exp_avg", "optimizer."))
+        }
+
+    def after_one(self, backend: Any, config: ModelConfig, data: Batch, **changes: Any) -> Any:
+        step = self.start(backend, config, **changes)
+        terms = step.step([data], 1e-2, 0)
+        return terms, self.weights(step)
+
+    def test_learns(self, backend: Any) -> None:
+        step, data = self.start(backend), batch()
+        losses = [step.step([data], 1e-2, i)["ce"] for i in range(12)]
+        assert losses[0] == pytest.approx(math.log(TINY.vocab_size), rel=0.15)
+        assert losses[-1] < 0.6 * losses[0]
+
+    def test_says_how_the_router_is(self, backend: Any) -> None:
+        terms = self.start(backend).step([batch()], 1e-3, 0)
+        assert 0 < terms["entropy"] <= math.log(TINY.num_experts) + 1e-5
+        assert 1 / TINY.num_experts <= terms["largest_share"] <= 1 / TINY.num_experts_per_tok
+        assert 1 <= terms["effective_experts_min"] <= terms["effective_experts"] <= TINY.num_experts
+
+    def test_continuing_is_the_same_run(self, backend: Any, tmp_path: Path) -> None:
+        """Dropout and simulated misses included: random numbers follow the step number."""
+        config = dataclasses.replace(TINY, dropout=0.1, fallback_mask_prob=0.1)
+        straight = self.start(backend, config)
+        for i in range(4):
+            straight.step([batch(i)], 1e-2, i)
+        stopped = self.start(backend, config)
+        for i in range(2):
+            stopped.step([batch(i)], 1e-2, i)
+        write_tensors(tmp_path / "state.safetensors", stopped.state(), {})
+        resumed = self.start(backend, config)
+        resumed.load_state(read_tensors(tmp_path / "state.safetensors"))
+        for i in range(2, 4):
+            resumed.step([batch(i)], 1e-2, i)
+        expected, found = self.weights(straight), self.weights(resumed)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert np.array_equal(found[name], expected[name]), name
+
+    def test_pads_have_no_influence(self, backend: Any) -> None:
+        config = with_losses(balance=0.1, temporal=0.1, locality=0.1, lookahead=0.5, lookahead_hit=0.1)
+        one, first = self.after_one(backend, config, batch(pads=5, pad_token=0))
+        two, second = self.after_one(backend, config, batch(pads=5, pad_token=33))
+        for name in ("loss", "ce", "balance", "temporal", "lookahead", "entropy", "largest_share"):
+            assert one[name] == pytest.approx(two[name], abs=1e-6), name
+        for name in first:
+            if name != "model.embed_tokens.weight":
+                np.testing.assert_allclose(first[name], second[name], atol=1e-5, err_msg=name)
+
+    @pytest.mark.parametrize("term", ["balance", "temporal", "locality"])
+    def test_a_term_moves_the_router(self, backend: Any, term: str) -> None:
+        _, without = self.after_one(backend, with_losses(), batch())
+        _, within = self.after_one(backend, with_losses(**{term: 1.0}), batch())
+        gate = "model.layers.0.mlp.gate.weight"
+        assert np.abs(without[gate] - within[gate]).max() > 1e-4
+
+    @pytest.mark.parametrize("term", ["lookahead", "lookahead_hit"])
+    def test_lookahead_trains_the_predictor_alone(self, backend: Any, term: str) -> None:
+        """Clipping is off: it would couple the two through the norm."""
+        _, without = self.after_one(backend, with_losses(), batch(), clip=1e9)
+        _, within = self.after_one(backend, with_losses(**{term: 1.0}), batch(), clip=1e9)
+        predictor = {name for name in without if name.startswith("lookahead.")}
+        assert predictor
+        assert any(not np.array_equal(without[name], within[name]) for name in predictor)
+        for name in without.keys() - predictor:
+            assert np.array_equal(without[name], within[name]), name
+
+    def test_lookahead_into_the_trunk_spares_the_routers_as_targets(self, backend: Any) -> None:
+        """Into the trunk, block 0 moves; a router after it is a target only and does not."""
+        config, wide = with_losses(lookahead=1.0), {"clip": 1e9, "lookahead_into_trunk": True}
+        _, without = self.after_one(backend, with_losses(), batch(), clip=1e9)
+        _, within = self.after_one(backend, config, batch(), **wide)
+        moved = {n for n in without if not np.array_equal(without[n], within[n])}
+        assert "model.layers.0.self_attn.q_proj.weight" in moved
+        assert "model.layers.1.mlp.gate.weight" not in moved
+
+    def test_simulated_misses_train_the_shared_expert_in(self, backend: Any) -> None:
+        masked = dataclasses.replace(with_losses(), fallback_mask_prob=0.9)
+        _, without = self.after_one(backend, with_losses(), batch())
+        _, within = self.after_one(backend, masked, batch())
+        name = "model.layers.0.mlp.experts.0.down_proj.weight"
+        assert not np.array_equal(without[name], within[name])
+
+    def test_micro_batches_add_up(self, backend: Any) -> None:
+        """Two equal micro-batches are one: the mean gradient and the global fractions agree."""
+        config = with_losses(balance=0.5)
+        _, once = self.after_one(backend, config, batch())
+        step = self.start(backend, config)
+        step.step([batch(), batch()], 1e-2, 0)
+        twice = self.weights(step)
+        for name in once:
+            np.testing.assert_allclose(once[name], twice[name], atol=2e-5, err_msg=name)
+
+    def test_an_update_that_is_not_finite_is_skipped(self, backend: Any, tmp_path: Path) -> None:
+        step = self.start(backend)
+        path = tmp_path / "state.safetensors"
+
+        def poisoned() -> Any:
+            for name, dtype, shape, data in step.state():
+                bad = np.frombuffer(bytes(data), np.float32).copy()
+                if name == "model.norm.weight":
+                    bad[:] = np.nan
+                yield name, dtype, shape, memoryview(bad).cast("B")
+
+        write_tensors(path, poisoned(), {})
+        step.load_state(read_tensors(path))
+        before = self.weights(step)
+        assert step.step([batch()], 1e-2, 0)["skipped"] == 1.0
+        after = self.weights(step)
+        for name in before:
+            assert np.array_equal(before[name], after[name], equal_nan=True), name
+
+    def test_tied_weights_stay_tied(self, backend: Any, tmp_path: Path) -> None:
+        step = self.start(backend)
+        step.step([batch()], 1e-2, 0)
+        names = [name for name in self.weights(step) if "embed" in name or "lm_head" in name]
+        assert names == ["model.embed_tokens.weight"]
+        backend.save(step.model, tmp_path)
+        loaded = backend.load(tmp_path, device="cpu", resident=True)
+        ids = batch().ids_BT
+        assert np.array_equal(
+            backend.forward(loaded, ids).logits_BTV, backend.forward(step.model, ids).logits_BTV
+        )
+
+    def test_evaluation_changes_nothing(self, backend: Any) -> None:
+        step = self.start(backend)
+        before = self.weights(step)
+        first = step.evaluate([batch(1), batch(2)])
+        assert first == step.evaluate([batch(1), batch(2)])
+        after = self.weights(step)
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+    def test_state_of_another_model_is_refused(self, backend: Any, tmp_path: Path) -> None:
+        from chronos.common.errors import ShapeMismatch
+
+        other = self.start(backend, dataclasses.replace(TINY, hidden_size=16))
+        write_tensors(tmp_path / "other.safetensors", other.state(), {})
+        with pytest.raises(ShapeMismatch):
+            self.start(backend).load_state(read_tensors(tmp_path / "other.safetensors"))
