@@ -1,0 +1,269 @@
+"""The whole model in float64 NumPy, written for reading: what every backend is compared with.
+
+It follows the papers, not a backend: MLA in expanded form, masks spelled out, no cache, experts
+one after another. Rotations are half-split (NeoX order). Where two experts are equally probable
+the one with the lower index comes first. Slow on purpose; for models of a few thousand weights.
+Not covered: dropout, caches, RoPE scaling.
+
+Shape legend: B batch, T tokens, S keys, D hidden, F expert hidden, V vocabulary, L layers,
+E experts, K top-k, J lookahead steps + 1, H heads, G key-value heads, d head_dim, r rope_dim,
+z latent, U lookahead hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from chronos.common.config import ModelConfig
+from chronos.common.weights import (
+    TensorSpec,
+    dense_tensors,
+    expert_name,
+    lookahead_tensors,
+    routed_tensors,
+)
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+Weights = Mapping[str, npt.NDArray[np.floating]]
+
+
+@dataclass(frozen=True)
+class OracleOutput:
+    """Logits [B, T, V]; per layer the router's probabilities, the chosen experts, the most probable
+    first, and their weights; the LookaheadRouter's logits [B, T, J, L, E] if there are weights for
+    it."""
+
+    logits_BTV: Array
+    probs_LBTE: Array
+    ids_LBTK: npt.NDArray[np.int64]
+    weights_LBTK: Array
+    lookahead_BTJLE: Array | None
+
+
+def forward(
+    weights: Weights,
+    config: ModelConfig,
+    ids_BT: Ints,
+    *,
+    segments_BT: Ints | None = None,
+    available_LE: Bools | None = None,
+) -> OracleOutput:
+    """Run the model over whole sequences.
+
+    segments_BT: a token attends within its own segment only, and positions restart with it.
+    available_LE: an expert that is False is replaced by the sum of the shared experts.
+    """
+    w = _Scope(weights)
+    ids_BT = np.asarray(ids_BT)
+    segments_BT = np.zeros_like(ids_BT) if segments_BT is None else np.asarray(segments_BT)
+    position_BT = _positions(segments_BT)
+    x_BTD = w["model.embed_tokens.weight"][ids_BT]
+    q_BTJLE: Array | None = None
+    routing: list[tuple[Array, npt.NDArray[np.int64], Array]] = []
+    for layer in range(config.num_hidden_layers):
+        block = w.under(f"model.layers.{layer}.")
+        h_BTD = rms_norm(x_BTD, block["input_layernorm.weight"], config.rms_norm_eps)
+        attend = _latent if config.attention_kind(layer) == "mla" else _window
+        x_BTD = x_BTD + attend(block.under("self_attn."), config, h_BTD, position_BT, segments_BT)
+        h_BTD = rms_norm(x_BTD, block["post_attention_layernorm.weight"], config.rms_norm_eps)
+        probs_BTE = softmax(h_BTD @ block["mlp.gate.weight"].T)
+        if config.routing_source == "lookahead" and layer > 0:
+            assert q_BTJLE is not None, "committed routing needs the LookaheadRouter's weights"
+            probs_BTE = softmax(q_BTJLE[:, :, 0, layer])
+        ids_BTK, weights_BTK = route(probs_BTE, config.num_experts_per_tok, config.norm_topk_prob)
+        available_E = None if available_LE is None else available_LE[layer]
+        x_BTD = x_BTD + _mixture(w, config, layer, h_BTD, ids_BTK, weights_BTK, available_E)
+        routing.append((probs_BTE, ids_BTK, weights_BTK))
+        if layer == 0 and "lookahead.in_proj.weight" in weights:
+            q_BTJLE = _lookahead(w.under("lookahead."), config, x_BTD)
+    x_BTD = rms_norm(x_BTD, w["model.norm.weight"], config.rms_norm_eps)
+    probs, ids, mix = (np.stack(part) for part in zip(*routing, strict=True))
+    return OracleOutput(x_BTD @ w["model.embed_tokens.weight"].T, probs, ids, mix, q_BTJLE)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (1910.07467, eq. 4)."""
+    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + eps) * weight
+
+
+def rope(x: Array, position: Ints, theta: float) -> Array:
+    """Rotate pairs (i, i + n/2) of the last axis, of width n, by position * theta^(-2i/n)
+    (2104.09864, eq. 15). `position` broadcasts to the shape of x without its last axis."""
+    half = x.shape[-1] // 2
+    angle = np.asarray(position)[..., None] * theta ** (-np.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def softmax(x: Array) -> Array:
+    """Over the last axis; -inf entries get probability 0."""
+    e: Array = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def silu(x: Array) -> Array:
+    return x / (1.0 + np.exp(-x))
+
+
+def swiglu(x_TD: Array, gate_up_FD: Array, down_DF: Array) -> Array:
+    """down(silu(gate x) * up x) (2002.05202, eq. 6); the gate's rows come first in gate_up."""
+    gate_FD, up_FD = np.split(gate_up_FD, 2)
+    return (silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
+
+
+def route(
+    probs_BTE: Array, top_k: int, normalize: bool
+) -> tuple[npt.NDArray[np.int64], Array]:
+    """The k most probable experts and their weights; ties go to the lower index."""
+    ids = np.argsort(-probs_BTE, -1, kind="stable")[..., :top_k]
+    chosen = np.take_along_axis(probs_BTE, ids, -1)
+    return ids, chosen / chosen.sum(-1, keepdims=True) if normalize else chosen
+
+
+def visible(segments_BT: Ints, window: int | None) -> Bools:
+    """Whether query i may see key j: the same segment, j <= i, and i - window < j. [B, T, T]"""
+    index = np.arange(segments_BT.shape[1])
+    distance = index[:, None] - index[None, :]
+    near = (distance >= 0) & (distance < (window or len(index) + 1))
+    result: Bools = near & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return result
+
+
+def random_weights(config: ModelConfig, seed: int = 0, scale: float = 0.2) -> dict[str, Array]:
+    """Every tensor of a model with its LookaheadRouter; norms near one, so that a backend that
+    forgets a norm's weight is found out."""
+    random = np.random.default_rng(seed)
+
+    def values(spec: TensorSpec) -> Array:
+        noise = random.standard_normal(spec.shape) * scale
+        # Rounded, so that float32 backends start from exactly these numbers.
+        return (noise + ("norm" in spec.name)).astype(np.float32).astype(np.float64)
+
+    specs = dense_tensors(config) + routed_tensors(config) + lookahead_tensors(config)
+    return {spec.name: values(spec) for spec in specs}
+
+
+def read_weights(folder: str | Path) -> dict[str, Array]:
+    """All tensors of an unpacked model folder with one model.safetensors, as float64."""
+    from chronos.common.tensorfile import read_tensors
+
+    found: dict[str, Array] = {}
+    for name in ("model.safetensors", "lookahead.safetensors"):
+        path = Path(folder) / name
+        for entry, data in read_tensors(path) if path.exists() else ():
+            found[entry.name] = _to_float64(data, entry.dtype).reshape(entry.shape)
+    return found
+
+
+class _Scope:
+    """Weights by name under a prefix, in float64."""
+
+    def __init__(self, weights: Weights, prefix: str = "") -> None:
+        self.weights, self.prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> Array:
+        return np.asarray(self.weights[self.prefix + name], np.float64)
+
+    def under(self, prefix: str) -> _Scope:
+        return _Scope(self.weights, self.prefix + prefix)
+
+
+def _positions(segments_BT: Ints) -> npt.NDArray[np.int64]:
+    """How far each token is from the start of its run of equal segments."""
+    position_BT = np.zeros(segments_BT.shape, np.int64)
+    for t in range(1, segments_BT.shape[1]):
+        same = segments_BT[:, t] == segments_BT[:, t - 1]
+        position_BT[:, t] = np.where(same, position_BT[:, t - 1] + 1, 0)
+    return position_BT
+
+
+def _heads(x_BTC: Array, heads: int) -> Array:
+    """[B, T, heads * width] -> [B, heads, T, width]"""
+    B, T, _ = x_BTC.shape
+    return x_BTC.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _softmax_attention(scores_BHTS: Array, v_BHSd: Array, mask_BTS: Bools) -> Array:
+    """[B, T, H * d]"""
+    y_BHTd = softmax(np.where(mask_BTS[:, None], scores_BHTS, -np.inf)) @ v_BHSd
+    B, H, T, d = y_BHTd.shape
+    return y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, H * d)
+
+
+def _latent(w: _Scope, c: ModelConfig, x_BTD: Array, position_BT: Ints, segments_BT: Ints) -> Array:
+    """Multi-head latent attention (2405.04434, eq. 9-19, without query compression)."""
+    at_BHT = position_BT[:, None]
+    q_BHTX = _heads(x_BTD @ w["q_proj.weight"].T, c.num_attention_heads)
+    qN_BHTd, qR_BHTr = q_BHTX[..., : c.head_dim], q_BHTX[..., c.head_dim :]
+    qR_BHTr = rope(qR_BHTr, at_BHT, c.rope_theta)
+    z_BSz = rms_norm(x_BTD @ w["kv_down_proj.weight"].T, w["kv_norm.weight"], c.rms_norm_eps)
+    kR_BSr = rope(x_BTD @ w["k_rope_proj.weight"].T, position_BT, c.rope_theta)
+    kN_BHSd = _heads(z_BSz @ w["k_up_proj.weight"].T, c.num_attention_heads)
+    v_BHSd = _heads(z_BSz @ w["v_up_proj.weight"].T, c.num_attention_heads)
+    content = np.einsum("bhtd,bhsd->bhts", qN_BHTd, kN_BHSd)
+    place = np.einsum("bhtr,bsr->bhts", qR_BHTr, kR_BSr)
+    scores = (content + place) / np.sqrt(c.head_dim + c.rope_dim)
+    return _softmax_attention(scores, v_BHSd, visible(segments_BT, None)) @ w["o_proj.weight"].T
+
+
+def _window(w: _Scope, c: ModelConfig, x_BTD: Array, position_BT: Ints, segments_BT: Ints) -> Array:
+    """Grouped-query attention with QK-norm over the last `sliding_window` positions."""
+    at_BHT, per_group = position_BT[:, None], c.num_attention_heads // c.num_key_value_heads
+    q_BHTd = _heads(x_BTD @ w["q_proj.weight"].T, c.num_attention_heads)
+    k_BGSd = _heads(x_BTD @ w["k_proj.weight"].T, c.num_key_value_heads)
+    v_BGSd = _heads(x_BTD @ w["v_proj.weight"].T, c.num_key_value_heads)
+    q_BHTd = rope(rms_norm(q_BHTd, w["q_norm.weight"], c.rms_norm_eps), at_BHT, c.rope_theta)
+    k_BGSd = rope(rms_norm(k_BGSd, w["k_norm.weight"], c.rms_norm_eps), at_BHT, c.rope_theta)
+    k_BHSd, v_BHSd = np.repeat(k_BGSd, per_group, 1), np.repeat(v_BGSd, per_group, 1)
+    scores = np.einsum("bhtd,bhsd->bhts", q_BHTd, k_BHSd) / np.sqrt(c.head_dim)
+    mask_BTS = visible(segments_BT, c.sliding_window)
+    return _softmax_attention(scores, v_BHSd, mask_BTS) @ w["o_proj.weight"].T
+
+
+def _mixture(
+    w: _Scope,
+    c: ModelConfig,
+    layer: int,
+    h_BTD: Array,
+    ids_BTK: Ints,
+    weights_BTK: Array,
+    available_E: Bools | None,
+) -> Array:
+    """sum_k w_k E_k(h) + sum_s S_s(h) (2401.06066, eq. 9); a missing E_k is sum_s S_s."""
+    shared_BTD = np.zeros_like(h_BTD)
+    for s in range(c.num_shared_experts):
+        scope = w.under(f"model.layers.{layer}.mlp.shared_experts.{s}.")
+        shared_BTD += swiglu(h_BTD, scope["gate_up_proj.weight"], scope["down_proj.weight"])
+    y_BTD = shared_BTD.copy()
+    for expert in np.unique(ids_BTK):
+        share_BT = (weights_BTK * (ids_BTK == expert)).sum(-1)
+        if available_E is not None and not available_E[expert]:
+            y_BTD += share_BT[..., None] * shared_BTD
+            continue
+        gate_up = w[expert_name(layer, int(expert), "gate_up_proj")]
+        down = w[expert_name(layer, int(expert), "down_proj")]
+        y_BTD += share_BT[..., None] * swiglu(h_BTD, gate_up, down)
+    return y_BTD
+
+
+def _lookahead(w: _Scope, c: ModelConfig, x_BTD: Array) -> Array:
+    """Logits of the routing of tokens t .. t + J - 1 in every layer. [B, T, J, L, E]"""
+    h_BTU = silu(rms_norm(x_BTD, w["norm.weight"], c.rms_norm_eps) @ w["in_proj.weight"].T)
+    shape = (c.lookahead_steps + 1, c.num_hidden_layers, c.num_experts)
+    return (h_BTU @ w["out_proj.weight"].T).reshape(*x_BTD.shape[:2], *shape)
+
+
+def _to_float64(data: memoryview, dtype: str) -> Array:
+    if dtype == "BF16":  # the upper half of a float32
+        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).astype(np.float64)
+    kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+    return np.frombuffer(data, kind).astype(np.float64)
