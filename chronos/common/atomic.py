@@ -16,7 +16,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from chronos.common.errors import ResourceError
@@ -39,7 +38,8 @@ class _Sink(_io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # no cast of a shape with a 0
         done = 0
         while done < len(view):
             with contextlib.suppress(InterruptedError):
@@ -168,12 +168,7 @@ class RunLock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         os.close(self._fd)

@@ -151,6 +151,37 @@ def read_exact(io: FileIO, fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
+class SmallReader:
+    """A regular file open for a few reads of exact length, with typed errors; a context manager."""
+
+    def __init__(self, path: StrPath, io: FileIO | None = None) -> None:
+        self.path, self.io = path, io or FileIO()
+        try:
+            self.fd = self.io.open(path)
+        except OSError as error:
+            raise read_error(path, error) from error
+        self.nbytes = self.io.size(self.fd)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes; what the file cannot hold is refused before it is allocated."""
+        have = max(0, self.nbytes - offset)
+        if nbytes <= have:
+            buffer = bytearray(nbytes)
+            try:
+                have = read_exact(self.io, self.fd, memoryview(buffer), offset)
+            except OSError as error:
+                raise read_error(self.path, error) from error
+            if have == nbytes:
+                return bytes(buffer)
+        raise short_read(self.path, offset, nbytes, have)
+
+    def __enter__(self) -> SmallReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.io.close(self.fd)
+
+
 def read_error(path: StrPath, error: OSError) -> ChronosError:
     """The typed error for a file that could not be opened or read."""
     where, reason = os.fspath(path), error.strerror or str(error)

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
 
 import xxhash
 
@@ -136,7 +135,7 @@ class RangedReader:
         except RuntimeError as error:
             self.close()
             raise ResourceError(
-                f"cannot start {threads} reader threads", "", "raise `ulimit -u`"
+                f"cannot start {threads} threads", "", "raise `ulimit -u`"
             ) from error
 
     def submit(
@@ -217,12 +216,7 @@ class RangedReader:
     def __enter__(self) -> RangedReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # What follows runs on the workers. "Locked" means the caller holds `_lock`.
