@@ -1,0 +1,251 @@
+"""The routed experts of a streamed model: slots of a fixed number of bytes, filled from disk.
+
+On a CPU the slots computed with are the bytes read: one arena, torch views into it, no copy. On an
+accelerator there are slots on the device and, in host memory, page-locked slots (the warm tier, or
+a small staging area); records are read into the latter and copied on by a `CopyEngine`.
+What to keep and evict is `chronos.common.residency`'s business, when to wait that of
+`chronos.common.slots`. Not covered: experts in quantised formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chronos.backends.torch.moe import Expert
+from chronos.common.budget import slots_within
+from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.files import RangedReader, aligned_buffer
+from chronos.common.residency import DecayedLFU, Key, Policy
+from chronos.common.stats import StoreStats
+from chronos.common.tier import CopyEngine, SlotTier, StagedTier
+from chronos.common.weights import EXPERT_TENSORS
+
+if TYPE_CHECKING:
+    from chronos.common.layout import Layout, Record
+
+# safetensors' names of the dtypes torch can compute with after widening.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# Host memory that reads pass through where no warm tier was asked for: enough for the reads and
+# copies of a few layers under way, whatever the size of an expert.
+_STAGING_BYTES, _STAGING_SLOTS = 256 << 20, 8
+# A demand copy queued behind a prefetch waits for one chunk: 0.2 ms at 20 GB/s.
+_COPY_CHUNK = 4 << 20
+
+
+class ExpertStore:
+    """Experts of a layout within `capacity_bytes`. Close it, or use it as a context."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        capacity_bytes: int,
+        *,
+        top_k: int = 1,
+        warm_bytes: int = 0,
+        device: str | torch.device = "cpu",
+        miss: str = "exact",
+        policy: Policy | None = None,
+        reader: RangedReader | None = None,
+        copies: CopyEngine | None = None,
+        verify: bool = True,
+    ) -> None:
+        """top_k: experts one token needs in a layer; less room than that is a BudgetError.
+        warm_bytes: host memory for experts beside those on an accelerator.
+        miss: "exact" waits for an expert, "fallback" yields None for one that is not ready.
+        reader: stays the caller's to close. copies: how bytes reach the device (tests).
+        Raises BudgetError or UsageError before anything is allocated.
+        """
+        slots = slots_within(layout, capacity_bytes, top_k)
+        device = torch.device(device)
+        staged = device.type != "cpu" or copies is not None
+        _check_options(miss, warm_bytes, staged)
+        self.exact = miss == "exact"
+        self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
+        self._capacity_bytes = capacity_bytes
+        host_slots = _host_slots(layout, warm_bytes) if staged else slots
+        arena, rows = _host_arena(host_slots, layout.record_nbytes, device.type == "cuda")
+        self._rows = rows
+        if staged:
+            self._rows = torch.empty((slots, rows.shape[1]), dtype=torch.uint8, device=device)
+            copies = copies or _copies_for(device)
+        self._owns_reader = reader is None
+        self._reader = reader or RangedReader()
+        view = None if staged else self._view
+        host = SlotTier(
+            layout, host_slots, self._reader, self.policy, arena=arena, view=view, verify=verify
+        )
+        self._tier: SlotTier | StagedTier = host
+        if copies is not None:
+            self._tier = StagedTier(
+                host, slots, copies, list(rows), list(self._rows), self.policy, self._view
+            )
+
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        """Ask for experts, best first; those already here are kept a while. A hint: what finds no
+        room is dropped. Returns the bytes newly asked for."""
+        return self._tier.prefetch(keys)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert | None]]:
+        """Start the missing reads now; yield each expert once, ready ones first, then as they land.
+
+        An expert is valid until the next one is asked for. None: not ready, with miss="fallback".
+        Raises what the read of a needed expert raised, and stays usable.
+        """
+        return self._tier.acquire(layer, experts, exact=self.exact)
+
+    def record_fallback(self, weight: float) -> None:
+        """Routing weight that a None of `acquire` stood for."""
+        self._tier.counters.fallback_weight += weight
+
+    def end_token(self) -> None:
+        """One decode step is over: histories fade, unused prefetches lose their protection."""
+        self._tier.end_token()
+
+    def resident(self) -> frozenset[Key]:
+        return self._tier.resident()
+
+    def stats(self) -> StoreStats:
+        stats = self._tier.stats()
+        stats.capacity_bytes = self._capacity_bytes
+        return stats
+
+    def close(self) -> None:
+        """End the reads, join the threads, close the files. Safe to call twice."""
+        self._tier.close()
+        if self._owns_reader:
+            self._reader.close()
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _view(self, slot: int, record: Record) -> Expert:
+        tensors: dict[str, Tensor] = {}
+        for entry in record.tensors:
+            dtype = DTYPES.get(entry.dtype)
+            if dtype is None:
+                raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
+            count = dtype.itemsize
+            for size in entry.shape:
+                count *= size
+            flat = self._rows[slot, entry.offset : entry.offset + count]
+            tensors[entry.name] = flat.view(dtype).view(entry.shape)
+        missing = [name for name in EXPERT_TENSORS if name not in tensors]
+        if missing:
+            raise ShapeMismatch(f"expert {record.key} has no {', '.join(missing)}")
+        return Expert(*(tensors[name] for name in EXPERT_TENSORS))
+
+
+def _check_options(miss: str, warm_bytes: int, staged: bool) -> None:
+    if miss not in ("exact", "fallback"):
+        raise UsageError(f"miss must be exact or fallback, not {miss!r}")
+    if warm_bytes and not staged:
+        raise UsageError(
+            "a warm tier needs an accelerator with memory of its own",
+            "",
+            "on a CPU, add its bytes to the budget",
+        )
+
+
+def _host_slots(layout: Layout, warm_bytes: int) -> int:
+    if warm_bytes:
+        return slots_within(layout, warm_bytes)
+    staging = max(_STAGING_SLOTS, _STAGING_BYTES // layout.record_nbytes)
+    return min(staging, len(layout.records))
+
+
+def _host_arena(slots: int, stride: int, pinned: bool) -> tuple[memoryview, Tensor]:
+    """Host slots as the bytes reads go into and as a tensor [slots, stride], the same memory."""
+    if pinned:
+        flat = torch.empty(slots * stride, dtype=torch.uint8, pin_memory=True)
+        return flat.numpy().data, flat.view(slots, stride)
+    arena = aligned_buffer(slots * stride)
+    return arena, torch.frombuffer(arena, dtype=torch.uint8).view(slots, stride)
+
+
+def _copies_for(device: torch.device) -> CopyEngine:
+    return CudaCopies(device) if device.type == "cuda" else DirectCopies()
+
+
+class CudaCopies:
+    """Page-locked host rows to device rows, on two streams beside the computation's.
+
+    Both streams feed the same copy engine, which alternates between them chunk by chunk; on one
+    stream a demand would queue behind every prefetch. The computation is the current stream of
+    the thread that acquires.
+    """
+
+    def __init__(self, device: torch.device, chunk_bytes: int = _COPY_CHUNK) -> None:
+        self._device, self._chunk = device, chunk_bytes
+        self._demand = torch.cuda.Stream(device, priority=-1)
+        self._prefetch = torch.cuda.Stream(device)
+
+    def start(
+        self, source: Tensor, target: Tensor, *, demand: bool, after: Sequence[Any]
+    ) -> torch.cuda.Event:
+        stream = self._demand if demand else self._prefetch
+        with torch.cuda.stream(stream):
+            for event in after:
+                stream.wait_event(event)
+            for start in range(0, len(source), self._chunk):
+                piece = slice(start, start + self._chunk)
+                target[piece].copy_(source[piece], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class Done:
+    """The event of work that was finished when it was queued."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class DirectCopies:
+    """For devices without streams of their own in torch (MPS): each copy ends before `start` does.
+
+    Copies and computation share the device's one queue, which keeps them in order.
+    """
+
+    def start(
+        self, source: Tensor, target: Tensor, *, demand: bool, after: Sequence[Any]
+    ) -> Done:
+        target.copy_(source)
+        return Done()
+
+    def mark(self) -> Done:
+        return Done()
+
+    def wait(self, event: Any) -> None:
+        pass

@@ -1,0 +1,67 @@
+"""How many bytes experts may take: reading a budget, and refusing one that cannot work.
+
+A budget is a promise, so everything is rounded down: to whole bytes, then to whole slots.
+Not covered: how much memory the machine has (`chronos.backends.probe`).
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from chronos.common.errors import BudgetError, UsageError
+
+if TYPE_CHECKING:
+    from chronos.common.layout import Layout
+
+_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
+# Bounded digits: a fraction of a million digits would take seconds to convert.
+_QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]{0,3}|%)", re.ASCII)
+_EXAMPLES = "use for example 25%, 2GiB, 500MB, a number of bytes, or all"
+
+
+def parse_budget(text: str | int, total_bytes: int) -> int:
+    """Bytes meant by `25%` (of total_bytes), `2GiB`, `500MB`, a byte count or `all`.
+
+    Raises UsageError for anything else, for 0 and for more than 100 %.
+    """
+    if isinstance(text, bool):
+        raise UsageError(f"a budget cannot be {text!r}", "", _EXAMPLES)
+    cleaned = str(text).strip().lower()
+    if cleaned == "all":
+        return total_bytes
+    match = _QUANTITY.fullmatch(cleaned)
+    if match is None or match[2] not in (*_UNITS, "%"):
+        raise UsageError(f"a budget cannot be {str(text)[:40]!r}", "", _EXAMPLES)
+    quantity, unit = Fraction(match[1]), match[2]
+    if unit == "" and quantity.denominator != 1:
+        raise UsageError(f"{cleaned} bytes is not a whole number", "", _EXAMPLES)
+    if quantity == 0 or (unit == "%" and quantity > 100):
+        raise UsageError(f"a budget cannot be {cleaned}", "", _EXAMPLES)
+    if unit == "%":
+        return int(quantity * total_bytes / 100)
+    return int(quantity * _UNITS[unit])
+
+
+def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
+    """The least a store can run on: room for the experts one token needs in one layer."""
+    return min(top_k, max(1, len(layout.records))) * layout.record_nbytes
+
+
+def slots_within(layout: Layout, capacity_bytes: int, top_k: int = 1) -> int:
+    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum."""
+    least = minimum_bytes(layout, top_k)
+    if capacity_bytes < least:
+        raise BudgetError(
+            f"an expert budget of {capacity_bytes} bytes is too small:"
+            f" one token needs {top_k} experts of {layout.record_nbytes} bytes at once",
+            str(layout.folder),
+            f"give at least {least} bytes ({100 * least / max(1, layout.total_bytes):.1f} %)",
+        )
+    return min(capacity_bytes // max(1, layout.record_nbytes), len(layout.records))

@@ -1,0 +1,49 @@
+"""What an expert store did, counted at the moment of need.
+
+Every routed need of a (layer, expert) is exactly one of hit (ready), late (its read or copy was
+under way) and miss (nothing was under way), so `routed` adds up by construction.
+Not covered: time per token and the limits; the engine and `bench` derive those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+_GAUGES = ("peak_expert_bytes", "capacity_bytes", "live_bytes")
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened, and gauges of its memory (bytes)."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    warm_hits: int = 0  # misses of the fast tier that the warm tier held: no disk read
+    fallbacks: int = 0  # needs not ready and answered with None (miss="fallback")
+    fallback_weight: float = 0.0  # routing weight those needs carried
+    bytes_read: int = 0  # from disk, verified
+    bytes_prefetched: int = 0  # asked for ahead of need and not withdrawn
+    bytes_wasted: int = 0  # prefetched, then evicted or closed without ever being used
+    read_errors: int = 0
+    stall_s: float = 0.0  # the consumer waiting for reads
+    tokens: int = 0
+    peak_expert_bytes: int = 0  # slots being filled count like full ones
+    capacity_bytes: int = 0
+    live_bytes: int = 0
+
+    @property
+    def routed(self) -> int:
+        return self.hits + self.late + self.misses
+
+    def minus(self, earlier: StoreStats) -> StoreStats:
+        """What happened since `earlier`; gauges keep their present value."""
+        change = {
+            name: value if name in _GAUGES else value - getattr(earlier, name)
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return StoreStats(**change)
+
+    def to_json(self) -> dict[str, int | float]:
+        return {**dataclasses.asdict(self), "routed": self.routed}
