@@ -1,0 +1,50 @@
+"""Starting fast: a framework's import, and the reads that can go on meanwhile.
+
+`import torch` is two seconds of Python on one core. Measured on two cores (CPU seconds, best of
+four): 1.95 as it is, 1.70 without garbage collection, 1.18 with the Python kernels for meta tensors
+deferred too. Those serve compilers and shape propagation; a process that only generates needs none.
+Nothing here changes a number that a model computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+# Imported for their side effect at the end of `import torch`; 0.5 s of its 2 s.
+_DEFERRED = {"torch": ("torch._meta_registrations",)}
+
+
+class _Deferred(ModuleType):
+    """Stands for a module until one of its names is asked for; then it is imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        sys.modules.pop(self.__name__, None)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextmanager
+def fast_import(backend: str, *, own_process: bool) -> Iterator[None]:
+    """Import a backend's framework in the body, with less work.
+
+    `own_process` leaves out what only compilers need, which other code here would miss.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # hundreds of thousands of new objects, none of them garbage
+    if own_process and backend not in sys.modules:
+        for name in _DEFERRED.get(backend, ()):
+            sys.modules[name] = _Deferred(name)
+    try:
+        yield
+    finally:
+        if own_process:
+            gc.freeze()  # modules live as long as the process: no later collection walks them
+        if collecting:
+            gc.enable()

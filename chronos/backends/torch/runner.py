@@ -1,0 +1,176 @@
+"""One sequence on one model: prefill, decode, sampling on the device, forecasts into prefetch.
+
+A prompt runs in chunks; within a chunk the model goes layer by layer and streams each needed expert
+once for all its tokens. The resident model takes the same chunks, so streaming cannot change a bit
+of the logits. A token costs one copy to the host: its id, or -1 where the logits hold a NaN or an
+infinity. Draws come from Python's generator, so a seed means the same draws on every backend.
+Not covered: several sequences at once.
+
+Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead steps + 1.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chronos.backends.torch.model import Model
+from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.store import ExpertStore
+from chronos.common.routing.prefetch import Prefetcher
+from chronos.common.sampling import SamplingParams
+
+PREFILL_CHUNK = 512
+# Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
+_PROMPT_AHEAD = 16
+# Recorded routing is compacted after this many calls: a tensor per layer and token costs 300 bytes,
+# which over a long generation would outgrow the experts' budget.
+_COMPACT_EVERY = 32
+
+
+class Runner:
+    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore | None = None,
+        *,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
+        self.model, self.store = model.eval(), store
+        self.prefetch, self.recording = "auto", False
+        self._prefetcher = prefetcher if model.lookahead is not None else None
+        self._record = _RoutingRecord()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequence; the experts stay where they are."""
+        with torch.inference_mode():
+            self._cache = self.model.new_cache()
+        self._logits_V = torch.empty(0)
+        self._random = random.Random()
+
+    @property
+    def position(self) -> int:
+        return self._cache.position
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
+        """Process the prompt and sample the first token; a seed's draws start here."""
+        self._random = random.Random(sampling.seed)
+        ahead = self._prefetcher if self.prefetch == "auto" else None
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            if ahead is not None and len(chunk) >= _PROMPT_AHEAD:
+                self._forward(chunk, ahead, self._forecast_prompt)
+            else:
+                self._forward(chunk, self.store)
+        if ahead is not None:
+            ahead.end_prompt()
+        return self._sample(sampling)
+
+    @torch.inference_mode()
+    def decode(self, token: int, sampling: SamplingParams) -> int:
+        """Append one token and sample the next."""
+        ahead = self._prefetcher if self.prefetch == "auto" else None
+        if ahead is None:
+            self._forward([token], self.store)
+        else:
+            begin = time.perf_counter()
+            self._forward([token], ahead, self._forecast_token if ahead.wanted() else None)
+            ahead.end_token(time.perf_counter() - begin)
+        if self.store is not None:
+            self.store.end_token()
+        return self._sample(sampling)
+
+    def logits(self) -> np.ndarray:
+        return self._logits_V.float().cpu().numpy().copy()
+
+    def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
+        return self._record.take()
+
+    def _forward(
+        self,
+        tokens: Sequence[int],
+        source: ExpertSource | None,
+        on_lookahead: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        ids_1T = torch.tensor([tokens], device=self.model.device)
+        out = self.model(
+            ids_1T, cache=self._cache, source=source, on_lookahead=on_lookahead, last_only=True
+        )
+        self._logits_V = out.logits[0, -1]
+        if self.recording:
+            self._record.add(out.routing)
+
+    def _forecast_token(self, probs_TJLE: Tensor) -> None:
+        assert self._prefetcher is not None
+        self._prefetcher.forecast(probs_TJLE[0].cpu().numpy())
+
+    def _forecast_prompt(self, probs_TJLE: Tensor) -> None:
+        """Sum over the tokens that have an expert among their top-k: the others do not need it."""
+        assert self._prefetcher is not None
+        now_TLE = probs_TJLE[:, 0]
+        best_TLK, ids_TLK = now_TLE.topk(self.model.config.num_experts_per_tok, dim=-1)
+        use_TLE = torch.zeros_like(now_TLE).scatter_(-1, ids_TLK, best_TLK)
+        self._prefetcher.forecast_prompt(use_TLE.sum(0).cpu().numpy())
+
+    def _sample(self, sampling: SamplingParams) -> int:
+        uniform = 0.0 if sampling.greedy else self._random.random()
+        token = draw(self._logits_V, sampling, uniform)
+        return int(torch.where(self._logits_V.isfinite().all(), token, -1))
+
+
+def draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> Tensor:
+    """`common.sampling.draw` on the device: the token a uniform number in [0, 1) selects.
+
+    Equal logits at the edge of top-k may be cut in another order. MPS has no float64.
+    """
+    if params.greedy:
+        return logits_V.argmax()
+    wide = torch.float32 if logits_V.device.type == "mps" else torch.float64
+    p_V = (logits_V.to(wide) / params.temperature).softmax(-1)
+    if params.top_k or params.top_p < 1.0:  # sorting costs as much as a small layer
+        p_N, ids_N = p_V.topk(min(params.top_k or len(p_V), len(p_V)))
+        p_N = p_N / p_N.sum()
+        stays_N = (p_N.cumsum(0) - p_N < params.top_p) & (p_N >= params.min_p * p_N[0])
+        p_V = torch.zeros_like(p_V).scatter_(0, ids_N, p_N * stays_N)
+    else:
+        p_V = p_V * (p_V >= params.min_p * p_V.max())
+    mass_V = p_V.cumsum(0)
+    return torch.searchsorted(mass_V, uniform * mass_V[-1:], right=True)[0]
+
+
+class _RoutingRecord:
+    """The routing of many calls, compacted on the way."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[np.ndarray, np.ndarray]] = []
+        self._calls: list[list[Routing]] = []
+
+    def add(self, routing: list[Routing]) -> None:
+        self._calls.append([r._replace(probs_TE=r.ids_TK) for r in routing])  # drops the wide part
+        if len(self._calls) >= _COMPACT_EVERY:
+            self._compact()
+
+    def take(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        self._compact()
+        done, self._done = self._done, []
+        return done
+
+    def _compact(self) -> None:
+        if not self._calls:
+            return
+        layers = list(zip(*self._calls, strict=True))
+        ids = torch.stack([torch.cat([r.ids_TK for r in layer]) for layer in layers], dim=1)
+        weights = torch.stack([torch.cat([r.weights_TK for r in layer]) for layer in layers], dim=1)
+        self._done.append((ids.cpu().numpy(), weights.float().cpu().numpy()))
+        self._calls.clear()

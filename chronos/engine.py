@@ -1,0 +1,370 @@
+"""Generation on one model: stop rules, limits and numbers. Token ids in, token ids out.
+
+`load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result.
+The engine imports no framework: it is given a runner and a store, or asks `chronos.backends` for
+them in `load`. One generation runs at a time; starting the next one ends the one before.
+Not covered: several sequences at once, keeping the key/value cache between prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from chronos import backends
+from chronos.backends.startup import fast_import
+from chronos.common.budget import parse_budget, slots_within
+from chronos.common.config import ModelConfig
+from chronos.common.errors import UsageError
+from chronos.common.files import RangedReader
+from chronos.common.layout import is_packed, open_layout
+from chronos.common.routing.prefetch import Prefetcher
+from chronos.common.sampling import SamplingParams
+from chronos.common.stop import StopText
+from chronos.common.tokenizer import StreamDecoder, Tokenizer
+from chronos.meter import Machine, Meter, measure_machine
+from chronos.models import resolve_model
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.common.layout import Layout
+
+GREEDY = SamplingParams()
+RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
+_NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token and the text that is final with it.
+
+    `text` is empty while a character or a possible stop string is incomplete. `token` is None in a
+    closing step that only releases text held back. The texts of all steps join to the result's.
+    """
+
+    token: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation came to.
+
+    `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
+    is stop, length, context, cancelled or error, and `error` says why in the last case.
+    """
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    stats: dict[str, Any]
+    error: str = ""
+
+
+class Generation(Iterator[Step]):
+    """Steps as they are made; `result` afterwards (asked for earlier, it runs to the end)."""
+
+    def __init__(self, steps: Generator[Step, None, GenerationResult]) -> None:
+        self._steps = steps
+        self._result: GenerationResult | None = None
+
+    def __next__(self) -> Step:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self._result = end.value or self._result
+            raise StopIteration from None
+
+    @property
+    def result(self) -> GenerationResult:
+        """Raises what the generation raises, UsageError if it was closed before its end."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise UsageError("the generation was closed before its end")
+        return self._result
+
+    def close(self) -> None:
+        self._steps.close()
+
+
+class Engine:
+    """One model, ready to generate. `store` is None where the model holds its own experts.
+
+    `with_limit` adds the share of the physical limit to the stats of streamed generations.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        *,
+        store: ExpertStore | None = None,
+        layout: Layout | None = None,
+        reader: RangedReader | None = None,
+        tokenizer: Tokenizer | None = None,
+        backend: str = "",
+        device: str = "",
+    ) -> None:
+        """reader: the store's; the engine closes both."""
+        self.runner, self.config, self.store, self.layout = runner, config, store, layout
+        self.tokenizer, self.backend, self.device = tokenizer, backend, device
+        self.context = config.max_position_embeddings
+        self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
+        self.with_limit = store is not None
+        self.resident_token_s: float | None = None  # for the limit, where it was measured
+        self._reader = reader
+        self._machine: Machine | None = None
+        self._running: Generation | None = None
+
+    @property
+    def expert_bytes_total(self) -> int:
+        """Bytes of all routed experts as stored."""
+        if self.layout is not None:
+            return self.layout.total_bytes
+        c = self.config
+        return c.num_routed_experts * c.expert_parameters * c.dtype_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes the routed experts may take in fast memory."""
+        return self.store.stats().capacity_bytes if self.store else self.expert_bytes_total
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        cancel: threading.Event | None = None,
+    ) -> Generation:
+        """Stream up to `max_tokens` tokens after `prompt`.
+
+        Raises UsageError at once for a prompt that is empty, foreign or longer than the context.
+        A read that fails for good raises while iterating; the engine stays usable. A prompt may
+        fill the context: one token is still sampled from it, then finish_reason is "context".
+        """
+        self._check(prompt, max_tokens, stop)
+        if self._running is not None:
+            self._running.close()
+        self._running = Generation(self._steps(list(prompt), sampling, max_tokens, stop, cancel))
+        return self._running
+
+    def close(self) -> None:
+        """End the running generation, stop the readers, free the slots. Safe to call twice."""
+        if self._running is not None:
+            self._running.close()
+        if self.store is not None:
+            self.store.close()
+        if self._reader is not None:
+            self._reader.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty", "", "give at least one token")
+        if len(prompt) > self.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.context}",
+                "",
+                "shorten the prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise UsageError(
+                f"the prompt has token ids from {min(prompt)} to {max(prompt)}, "
+                f"the vocabulary ids from 0 to {self.config.vocab_size - 1}",
+                "",
+                "encode the prompt with the model's own tokenizer",
+            )
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}", "", "ask for at least one token")
+        if not all(stop):
+            raise UsageError("a stop string is empty")
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model has none")
+
+    def _steps(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        stop: Sequence[str],
+        cancel: threading.Event | None,
+    ) -> Generator[Step, None, GenerationResult]:
+        record = self.store is not None and self.with_limit
+        meter, text = Meter(self.runner, self.store, record=record), _Text(self.tokenizer, stop)
+        tokens: list[int] = []
+        reason = "cancelled" if cancel and cancel.is_set() else ""
+        token = meter.prefill(prompt, sampling) if not reason else -1
+        while not reason:
+            if token < 0 or token in self.stop_ids:
+                reason = "error" if token < 0 else "stop"
+                break
+            tokens.append(token)
+            piece = text.push(token)
+            reason = self._ending(text, len(tokens) == max_tokens)
+            yield Step(token, piece + text.flush() if reason else piece)
+            if cancel and cancel.is_set():
+                reason = reason or "cancelled"
+            elif not reason:
+                token = meter.decode(token, sampling)
+        if tail := text.flush():
+            yield Step(None, tail)
+        stats = meter.stats()
+        if record:
+            stats["limit"] = self._limit(meter)
+        error = _NOT_FINITE.format(self.runner.position) if reason == "error" else ""
+        return GenerationResult(len(prompt), tokens, text.shown, reason, stats, error)
+
+    def _ending(self, text: _Text, is_last: bool) -> str:
+        """Why the generation ends with the token just taken, or ""."""
+        if text.stopped:
+            return "stop"
+        if is_last:
+            return "length"
+        return "context" if self.runner.position >= self.context else ""
+
+    def _limit(self, meter: Meter) -> dict[str, Any] | None:
+        assert self.layout is not None
+        if self._machine is None:
+            self._machine = measure_machine(
+                self.layout, self.config, self.budget_bytes, self.device
+            )
+        machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
+        return meter.limit(self.config, machine)
+
+
+class _Text:
+    """Tokens to text that is final: whole characters, no stop string and no beginning of one."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._stop = StopText(stop)
+        self._pieces: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.found
+
+    @property
+    def shown(self) -> str:
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> str:
+        return self._show(self._stop.push(self._decoder.push(token))) if self._decoder else ""
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come; nothing after a stop string."""
+        if self._decoder is None or self.stopped:
+            return ""
+        return self._show(self._stop.push(self._decoder.flush()) + self._stop.flush())
+
+    def _show(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece
+
+
+def load(
+    model: str | Path,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    budget: str | int = "all",
+    warm: str | int = 0,
+    miss: str = "exact",
+    prefetch: str = "auto",
+    allow_missing: bool = False,
+    own_process: bool = False,
+) -> Engine:
+    """Open a model folder, or "demo".
+
+    budget: what routed experts may take, as "25%", "2GiB", bytes or "all"; "resident" loads them
+    into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
+    memory behind a device's. miss: "exact" waits for an expert, "fallback" lets the shared ones
+    stand in, which allow_missing needs. own_process: nothing but Chronos runs here, so start-up may
+    leave out parts of the framework that Chronos does not use.
+    Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
+    framework is imported; then MissingBackendError.
+    """
+    _check_choice("miss", miss, ("exact", "fallback"))
+    _check_choice("prefetch", prefetch, ("auto", "off"))
+    folder = resolve_model(model)
+    config = ModelConfig.from_json(folder)
+    layout = _open_layout(folder, config, budget, allow_missing)
+    capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
+    if layout is not None:
+        slots_within(layout, capacity, config.num_experts_per_tok)
+    name = backends.select(backend)
+    with fast_import(name, own_process=own_process):
+        module = backends.load(name)
+    core = module.load(folder, device=device, resident=layout is None)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    known: dict[str, Any] = {"tokenizer": tokenizer, "backend": name, "device": str(core.device)}
+    if layout is None:
+        return Engine(module.runner(core, None), config, **known)
+    options = {
+        "top_k": config.num_experts_per_tok,
+        "device": core.device,
+        "miss": miss,
+        "warm_bytes": parse_budget(warm, layout.total_bytes) if str(warm) != "0" else 0,
+    }
+    reader = RangedReader()
+    try:
+        store = module.open_store(layout, capacity, reader=reader, **options)
+    except BaseException:
+        reader.close()
+        raise
+    runner = module.runner(core, store, prefetcher=_prefetcher(store, layout, config, reader))
+    runner.prefetch = prefetch
+    return Engine(runner, config, store=store, layout=layout, reader=reader, **known)
+
+
+def _open_layout(
+    folder: Path, config: ModelConfig, budget: str | int, allow_missing: bool
+) -> Layout | None:
+    """The packed experts, or None where the model is to hold them itself."""
+    if budget == RESIDENT:
+        return None
+    if is_packed(folder):
+        return open_layout(folder, config=config, allow_missing=allow_missing)
+    if str(budget).strip().lower() == "all":
+        return None
+    raise UsageError(
+        f"a budget of {budget} needs a packed model folder",
+        str(folder),
+        f"pack it: chronos pack {folder} -o {folder}-packed",
+    )
+
+
+def _prefetcher(
+    store: ExpertStore, layout: Layout, config: ModelConfig, reader: RangedReader
+) -> Prefetcher:
+    return Prefetcher(
+        store,
+        shape=(layout.num_layers, layout.num_experts),
+        top_k=config.num_experts_per_tok,
+        record_bytes=layout.record_nbytes,
+        reader=reader,
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} cannot be {value!r}", "", f"use {' or '.join(choices)}")

@@ -1,0 +1,160 @@
+"""The numbers of one generation: seconds, expert traffic, and the share of the physical limit.
+
+A `Meter` times the model, without what the caller does between two tokens, and reads the store's
+counters at the ends of prompt and reply. The limit is that of the decode phase, on the routing that
+was executed, from the experts resident when it began. Where no resident run was measured, decode
+time without its stalls stands for one: reads slow the compute beside them, so it errs on the high
+side. Not covered: printing; the key/value cache's bytes, small beside the weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chronos.common.files import measure_read_rate
+from chronos.common.limits import limit_report
+from chronos.common.routing.trace import TraceRecorder
+from chronos.common.simulate import simulate
+from chronos.common.stats import StoreStats
+from chronos.common.weights import dense_tensors
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.common.config import ModelConfig
+    from chronos.common.layout import Layout
+    from chronos.common.sampling import SamplingParams
+
+_RATE_SAMPLE_BYTES = 64 << 20
+# An accelerator's memory rate is not measured: its roofline stands aside for the kernel time.
+_UNKNOWN_RATE = 1e18
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a streamed run: bytes, and rates in bytes per second.
+
+    resident_token_s: seconds per token with all experts in the model, where that was measured.
+    """
+
+    record_bytes: int
+    slots: int
+    disk_rate: float
+    memory_rate: float
+    dense_bytes: int
+    resident_token_s: float | None = None
+
+
+def measure_machine(
+    layout: Layout, config: ModelConfig, capacity_bytes: int, device: str
+) -> Machine:
+    """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
+    size, on_cpu = layout.record_nbytes, device.startswith("cpu")
+    width = 4 if on_cpu else config.dtype_bytes  # a CPU computes in float32
+    return Machine(
+        record_bytes=size,
+        slots=min(capacity_bytes // size, len(layout.records)),
+        disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
+        memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
+        dense_bytes=sum(t.nbytes for t in dense_tensors(config)) // config.dtype_bytes * width,
+    )
+
+
+class Meter:
+    """Runs the model and counts, from its creation on. With `record`, `limit` can be asked for."""
+
+    def __init__(self, runner: Runner, store: ExpertStore | None, *, record: bool) -> None:
+        self.runner, self.store = runner, store
+        self.prompt_tokens = self.decoded = 0
+        self.prefill_s = self.decode_s = 0.0
+        self._start = self._middle = self._count()
+        self._resident: frozenset[tuple[int, int]] = frozenset()
+        runner.reset()
+        runner.recording = record
+
+    def prefill(self, prompt: Sequence[int], sampling: SamplingParams) -> int:
+        begin = time.perf_counter()
+        token = self.runner.prefill(prompt, sampling)
+        self.prefill_s = time.perf_counter() - begin
+        self.prompt_tokens = len(prompt)
+        self._middle = self._count()
+        if self.runner.recording and self.store:
+            self.runner.routing()  # the prompt's is not asked for
+            self._resident = self.store.resident()
+        return token
+
+    def decode(self, token: int, sampling: SamplingParams) -> int:
+        begin = time.perf_counter()
+        token = self.runner.decode(token, sampling)
+        self.decode_s += time.perf_counter() - begin
+        self.decoded += 1
+        return token
+
+    def stats(self) -> dict[str, Any]:
+        """The numbers of spec section 5; those named decode_* leave the prompt out."""
+        now = self._count()
+        decode = now.minus(self._middle)
+        return {
+            "ttft_s": self.prefill_s,
+            "prefill_tps": _per_second(self.prompt_tokens, self.prefill_s),
+            "decode_tps": _per_second(self.decoded, self.decode_s),
+            "decode_s": self.decode_s,
+            "decode_tokens": self.decoded,
+            "decode_bytes_read": decode.bytes_read,
+            "decode_stall_s": decode.stall_s,
+        } | now.minus(self._start).to_json()
+
+    def limit(self, config: ModelConfig, machine: Machine) -> dict[str, Any] | None:
+        """The limit of the decoded tokens and the shares of it; None if there are none."""
+        recorder = TraceRecorder(config.num_experts, config.num_experts_per_tok)
+        for ids_TLK, _ in self.runner.routing():
+            recorder.append(ids_TLK)
+        if not self.decoded or machine.slots < config.num_experts_per_tok:
+            return None
+        trace = recorder.trace()
+        reads = {
+            policy: simulate(trace, machine.slots, policy, resident=self._resident).reads_per_token
+            for policy in ("min", "lru", "lfu")
+        }
+        decode = self._count().minus(self._middle)
+        stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
+        resident_s = machine.resident_token_s
+        report = limit_report(
+            token_s=token_s,
+            reads_per_token=decode.bytes_read / machine.record_bytes / self.decoded,
+            min_reads_per_token=reads["min"],
+            ref_reads_per_token=min(reads["lru"], reads["lfu"]),
+            record_bytes=machine.record_bytes,
+            slow_bytes_per_s=machine.disk_rate,
+            fast_bytes_per_s=machine.memory_rate,
+            dense_bytes=machine.dense_bytes,
+            layers=trace.num_layers,
+            top_k=trace.top_k,
+            kernel_s=max(0.0, token_s - stall_s) if resident_s is None else resident_s,
+            stall_s=stall_s,
+        )
+        return report.to_json()
+
+    def _count(self) -> StoreStats:
+        return self.store.stats() if self.store else StoreStats()
+
+
+@cache
+def _memory_rate(nbytes: int = 32 << 20) -> float:
+    """Bytes per second one core moves, read and written; the best of three copies."""
+    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * nbytes / best
+
+
+def _per_second(count: int, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
