@@ -75,8 +75,8 @@ def read_documents(
 def stdlib_documents(report: ReadReport | None = None) -> list[Document]:
     """The standard library's own Python sources, some 10 MB on every machine with Python.
 
-    Left out: installed packages, tests, IDLE, lib2to3, character tables, and this installation's
-    build settings. Files that do not decode are listed in `report`.
+    Left out: installed packages, tests, IDLE, lib2to3, character tables, empty files, and this
+    installation's build settings. Files that do not decode are listed in `report`.
     """
     root = Path(sysconfig.get_path("stdlib"))
     report = report if report is not None else ReadReport()
@@ -176,7 +176,7 @@ def _rows(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
 
 
 def _text(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
-    """One document per file; a byte order mark and carriage returns are taken away."""
+    """One document per file, without a byte order mark, its lines ended by LF."""
     try:
         if file.stat().st_size > MAX_TEXT_BYTES:
             raise RowError(f"a text file above {MAX_TEXT_BYTES >> 20} MiB; split it, or use JSONL")

@@ -1,0 +1,98 @@
+"""Sampling parameters and the filter every backend must agree with."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from chronos.common.errors import ChronosError, UsageError
+from chronos.common.sampling import SamplingParams, draw, filter_logits, probabilities
+
+LOGITS = np.log([0.1, 0.4, 0.2, 0.2, 0.1])
+
+
+def kept(**params) -> list[int]:
+    return np.flatnonzero(np.isfinite(filter_logits(LOGITS, SamplingParams(**params)))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [1]),
+        ({"temperature": 1.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1.0, "top_k": 2}, [1, 2]),  # equal logits: the lower id
+        ({"temperature": 1.0, "top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1.0, "top_p": 0.39}, [1]),
+        ({"temperature": 1.0, "top_p": 0.41}, [1, 2]),
+        ({"temperature": 1.0, "top_p": 0.61}, [1, 2, 3]),
+        ({"temperature": 1.0, "min_p": 0.45}, [1, 2, 3]),
+        ({"temperature": 1.0, "min_p": 1.0}, [1]),
+        # top-p counts the mass of what top-k left: 0.4 of 0.6.
+        ({"temperature": 1.0, "top_k": 2, "top_p": 0.6}, [1]),
+        # A low temperature sharpens before the mass is counted.
+        ({"temperature": 0.1, "top_p": 0.9}, [1]),
+    ],
+)
+def test_filter(params, expected) -> None:
+    assert kept(**params) == expected
+
+
+def test_probabilities_are_renormalised() -> None:
+    p = probabilities(LOGITS, SamplingParams(temperature=1.0, top_k=3))
+    np.testing.assert_allclose(p, [0, 0.5, 0.25, 0.25, 0])
+
+
+def test_draw_inverts_the_distribution() -> None:
+    params = SamplingParams(temperature=1.0)
+    counts = np.bincount([draw(LOGITS, params, u) for u in np.arange(0.005, 1, 0.01)])
+    assert counts.tolist() == [10, 40, 20, 20, 10]
+    assert draw(LOGITS, params, 0.0) == 0
+    assert draw(LOGITS, params, np.nextafter(1.0, 0.0)) == 4
+    assert draw(LOGITS, SamplingParams(), 0.99) == 1
+
+
+def test_draw_never_takes_a_filtered_token() -> None:
+    params = SamplingParams(temperature=1.0, top_k=1)
+    assert {draw(LOGITS, params, u) for u in (0.0, 0.5, np.nextafter(1.0, 0.0))} == {1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_logits_are_never_sampled(bad: float) -> None:
+    with pytest.raises(ChronosError, match="not finite"):
+        draw([0.0, bad], SamplingParams(), 0.5)
+    with pytest.raises(ChronosError, match="not finite"):
+        draw([-math.inf, -math.inf], SamplingParams(), 0.5)
+
+
+def test_masked_logits_are_allowed() -> None:
+    assert draw([-math.inf, 0.0], SamplingParams(temperature=1.0), 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 0.5),
+    ],
+)
+def test_bad_values_are_named(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3)).top_k == 3
