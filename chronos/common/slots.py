@@ -110,6 +110,7 @@ class Tier:
     ) -> None:
         self.layout, self.policy = layout, policy
         self.residency = Residency(layout.num_layers, layout.num_experts, slots, policy)
+        self._records = {k: r for k, r in layout.records.items() if k not in layout.missing}
         self.counters = StoreStats(capacity_bytes=slots * layout.record_nbytes)
         self.lock = lock or threading.RLock()
         self.dropped: deque[Lease] = deque()
@@ -153,7 +154,7 @@ class Tier:
             self.counters.late += late
             self.counters.hits += len(wanted) - len(absent) - late
             if absent:
-                self._check_known(lease, absent)
+                self._check_known(lease, absent, exact)
             self.policy.observe(layer, wanted)
             if absent:
                 self._seek(lease, absent, exact)
@@ -172,7 +173,7 @@ class Tier:
                 slot = self.residency.lookup(key)
                 if slot is not None:
                     self.residency.protect(slot)
-                elif key in self.layout.records:
+                elif key in self._records:
                     load = self._load(key, demand=False, guest=True)
                     if load is None:
                         break
@@ -209,8 +210,9 @@ class Tier:
                     self._finish(load, CANCELLED)
             while self._loads:
                 self._changed.wait()
-            for slot in self.residency.unused:
-                self.counters.bytes_wasted += self._record_in(slot).nbytes
+            for key in map(self.residency.key, self.residency.unused):
+                assert key is not None
+                self.counters.bytes_wasted += self._records[key].nbytes
             self._changed.notify_all()
 
     # What a lease calls, under the lock.
@@ -281,11 +283,11 @@ class Tier:
         if self.closed:
             raise StoreError("the expert store is closed")
 
-    def _check_known(self, lease: Lease, experts: list[int]) -> None:
-        for expert in experts:
-            if (lease.layer, expert) not in self.layout.records:
+    def _check_known(self, lease: Lease, experts: list[int], exact: bool) -> None:
+        for key in [(lease.layer, expert) for expert in experts]:
+            if key not in self._records and (exact or key not in self.layout.missing):
                 lease.close()
-                raise self._unknown((lease.layer, expert))
+                raise self._unknown(key)
 
     def _unknown(self, key: Key) -> StoreError:
         return StoreError(f"there is no expert {key[1]} in layer {key[0]}", str(self.layout.folder))
@@ -306,8 +308,9 @@ class Tier:
             return
         self.counters.fallbacks += len(absent)
         lease.ready.extend((expert, -1) for expert in absent)
-        for expert in missed:
-            self._load((layer, expert), demand=False)
+        for key in [(layer, expert) for expert in missed]:
+            if key in self._records:
+                self._load(key, demand=False)
 
     def _claim(self, lease: Lease, expert: int) -> bool:
         """Pin the expert's slot for the lease, loading it if need be. False: no slot is free."""
@@ -339,11 +342,11 @@ class Tier:
             admission = self.residency.admit(key, demand=True)
         if admission is None:
             return None
-        slot, record = admission.slot, self.layout.records[key]
+        slot, record = admission.slot, self._records[key]
         if admission.evicted is not None:
             self._reused(slot)
             if admission.wasted:
-                self.counters.bytes_wasted += self.layout.records[admission.evicted].nbytes
+                self.counters.bytes_wasted += self._records[admission.evicted].nbytes
         load = self._loads[key] = Load(key, record, slot, demand, guest)
         try:
             if self._shapes[slot] != record.tensors:
@@ -385,8 +388,3 @@ class Tier:
                 raise load.error
             del lease.loads[expert]
             lease.ready.append((expert, load.slot))
-
-    def _record_in(self, slot: int) -> Record:
-        key = self.residency.key(slot)
-        assert key is not None
-        return self.layout.records[key]

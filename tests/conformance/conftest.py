@@ -1,0 +1,29 @@
+"""The `backend` fixture: every conformance test runs once per backend module.
+
+CHRONOS_TEST_BACKENDS=torch,mlx names the backends to test; one that is missing is then an error.
+Without it, those that are installed are tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+BACKENDS = {"torch": "torch"}  # name -> the package it cannot do without
+
+
+def wanted() -> list[str]:
+    named = [name for name in os.environ.get("CHRONOS_TEST_BACKENDS", "").split(",") if name]
+    if unknown := set(named) - BACKENDS.keys():
+        raise pytest.UsageError(f"CHRONOS_TEST_BACKENDS: no backend is called {sorted(unknown)}")
+    installed = [name for name, package in BACKENDS.items() if importlib.util.find_spec(package)]
+    return named or installed
+
+
+@pytest.fixture(scope="session", params=wanted())
+def backend(request: pytest.FixtureRequest) -> Any:
+    return importlib.import_module(f"chronos.backends.{request.param}")
