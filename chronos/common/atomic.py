@@ -59,8 +59,7 @@ def atomic_write(
     """
     target, io = Path(path), io or FileIO()
     if nbytes:
-        with contextlib.suppress(OSError):  # statvfs may be refused; the write itself will tell
-            check_free_space(target.parent, nbytes, io)
+        check_free_space(target.parent, nbytes, io)
     temp = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.chronos-tmp")
     fd, written = -1, 0
     try:
@@ -104,6 +103,14 @@ def _create_locked(path: Path, io: FileIO) -> int:
         io.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents where they are missing. Raises ResourceError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error, FileIO()) from error
+
+
 def sweep_orphans(folder: StrPath, io: FileIO | None = None) -> list[Path]:
     """Remove temporary files in `folder` whose writers are gone; returns what was removed."""
     io = io or FileIO()
@@ -138,8 +145,8 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         while True:
+            make_folder(self.path.parent)
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
                 fd = FileIO().create(self.path)
             except OSError as error:
                 raise write_error(self.path, error, FileIO()) from error

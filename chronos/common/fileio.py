@@ -232,7 +232,10 @@ def write_error(
 
 def check_free_space(folder: Path, nbytes: int, io: FileIO) -> None:
     """Refuse early, with both numbers, what would not fit into `folder`. Raises DiskFullError."""
-    free = io.free_bytes(folder)
+    try:
+        free = io.free_bytes(folder)
+    except OSError:  # refused: then the write itself will tell
+        return
     if nbytes > free:
         raise DiskFullError(
             f"not enough disk space: {nbytes} bytes needed, {free} bytes free",

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,7 +252,7 @@ def read_small(path: StrPath, limit: int, io: FileIO | None = None) -> bytes:
 
 def read_located(
     wanted: Sequence[Located], io: FileIO | None = None
-) -> Iterator[tuple[TensorEntry, memoryview]]:
+) -> Generator[tuple[TensorEntry, memoryview], None, None]:
     """Read tensors in the given order, some MiB ahead of the consumer, with several threads."""
     waiting = deque(_extents(wanted))
     flying: deque[tuple[Request, list[TensorEntry]]] = deque()

@@ -1,0 +1,27 @@
+"""Packed models: where each routed expert lies on disk, and how it gets there.
+
+`folder` opens and checks a packed model, `manifest` and `ctsr` are its two formats, `pack` writes
+one, `verify` reads every byte, `clusters` decides which experts lie side by side.
+"""
+
+from chronos.common.layout.ctsr import read_records, write_experts
+from chronos.common.layout.folder import Layout, is_packed, open_layout
+from chronos.common.layout.manifest import Key, Record, RecordTensor
+from chronos.common.layout.pack import PackReport, pack
+from chronos.common.layout.verify import VerifyReport, inspect, verify
+
+__all__ = [
+    "Key",
+    "Layout",
+    "PackReport",
+    "Record",
+    "RecordTensor",
+    "VerifyReport",
+    "inspect",
+    "is_packed",
+    "open_layout",
+    "pack",
+    "read_records",
+    "verify",
+    "write_experts",
+]

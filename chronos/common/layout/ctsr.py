@@ -1,0 +1,240 @@
+"""`.ctsr` cluster files: a safetensors file whose experts are contiguous, aligned records.
+
+The header is padded to a block, so the first record starts on one; filler tensors `pad.N` align
+each tensor to 64 bytes and each record to 4096. The writer takes experts one at a time from an
+iterator, so its memory does not grow with the model, and keeps a finished file it finds. Not here:
+which experts share a file (`clusters`) and where they come from (`pack`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from chronos.common.atomic import atomic_write, make_folder
+from chronos.common.errors import ChronosError, CorruptFileError, ShapeMismatch
+from chronos.common.fileio import ALIGN, FileIO, SmallReader, aligned_buffer
+from chronos.common.files import RangedReader, Request
+from chronos.common.layout.finite import check_finite
+from chronos.common.layout.manifest import (
+    EXPERTS,
+    MANIFEST,
+    TENSOR_ALIGN,
+    Key,
+    Manifest,
+    Record,
+    RecordTensor,
+    manifest_bytes,
+    tensor_key,
+)
+from chronos.common.tensorfile import build_header
+from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
+
+CTSR_FORMAT, CTSR_VERSION = "ctsr", "1"
+_AHEAD = 32 << 20  # bytes of records read before they are asked for
+
+# Given keys, yields each of them with its tensors' bytes by name, in the order given.
+Source = Callable[[Sequence[Key]], Iterable[tuple[Key, Mapping[str, Any]]]]
+Progress = Callable[[int], None]  # bytes written so far
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_experts` did; `reused` counts the files an earlier run had finished."""
+
+    manifest: Manifest
+    reused: int
+
+
+def record_template(specs: Sequence[TensorSpec]) -> tuple[tuple[RecordTensor, ...], int]:
+    """Where tensors lie in a record, and the record's padded size."""
+    tensors, position = [], 0
+    for spec in specs:
+        tensor = RecordTensor(spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, position)
+        tensors.append(tensor)
+        position = _round_up(position + tensor.nbytes, TENSOR_ALIGN)
+    return tuple(tensors), _round_up(position, ALIGN)
+
+
+def write_experts(
+    folder: Path,
+    clusters: Sequence[Sequence[Key]],
+    specs: Sequence[TensorSpec],
+    source: Source,
+    *,
+    fingerprint: str,
+    order: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    finite: bool = True,
+    io: FileIO | None = None,
+) -> Written:
+    """Write `experts/` of the model folder: one file per cluster, the manifest last.
+
+    specs: the tensors of one expert, all experts alike. `source` is called once per cluster; the
+    memory held is what it holds. With `finite` a NaN or infinity is refused by name. Raises
+    ShapeMismatch, CorruptFileError, DiskFullError, ResourceError; what was complete stays complete,
+    and the same call again continues behind it.
+    """
+    tensors, nbytes = record_template(specs)
+    home, advance = folder / EXPERTS, progress or (lambda nbytes: None)
+    files: dict[str, int] = {}
+    records: dict[Key, Record] = {}
+    done = reused = 0
+    make_folder(home)
+    for number, keys in enumerate(clusters):
+        cluster = _Cluster(home / f"cluster-{number:05d}.ctsr", keys, tensors, nbytes, fingerprint)
+        found = cluster.reuse(io)
+        reused += found
+        if not found:
+            chunks = cluster.chunks(source, finite, advance, done)
+            atomic_write(cluster.path, chunks, io, nbytes=cluster.nbytes)
+        files[cluster.path.name] = cluster.nbytes
+        records.update({record.key: record for record in cluster.records})
+        done += cluster.nbytes
+        advance(done)
+    manifest = Manifest(fingerprint, dict(order or {}), files, records)
+    raw = manifest_bytes(manifest)
+    atomic_write(home / MANIFEST, [raw], io, nbytes=len(raw))
+    for path in home.glob("cluster-*.ctsr"):  # of an earlier run with other clusters
+        if path.name not in files:
+            path.unlink()
+    return Written(manifest, reused)
+
+
+class _Cluster:
+    """One cluster file in the making: its header is known before its data."""
+
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[Key],
+        tensors: tuple[RecordTensor, ...],
+        record_nbytes: int,
+        fingerprint: str,
+    ) -> None:
+        layers = sorted({layer for layer, _ in keys})
+        metadata = {
+            "format": CTSR_FORMAT,
+            "version": CTSR_VERSION,
+            "cluster": path.stem.removeprefix("cluster-"),
+            "layers": ",".join(map(str, layers)),
+            "fingerprint": fingerprint,
+        }
+        self.path, self.tensors = path, tensors
+        self.header = build_header(_entries(keys, tensors, record_nbytes), metadata)
+        self.nbytes = len(self.header) + len(keys) * record_nbytes
+        self.records = [
+            Record(
+                key, path.name, len(self.header) + i * record_nbytes, record_nbytes, b"", tensors
+            )
+            for i, key in enumerate(keys)
+        ]
+
+    def reuse(self, io: FileIO | None) -> bool:
+        """Whether an earlier run finished this very file; its records get their digests if so."""
+        try:
+            with SmallReader(self.path, io) as file:
+                if file.nbytes != self.nbytes or file.read(0, len(self.header)) != self.header:
+                    return False
+        except CorruptFileError:  # not there, or not a file
+            return False
+        self.records = [
+            replace(record, digest=xxhash.xxh3_128_digest(data))
+            for record, data in read_records([(self.path, record) for record in self.records], io)
+        ]
+        return True
+
+    def chunks(self, source: Source, finite: bool, advance: Progress, base: int) -> Iterator[Any]:
+        """The file's bytes; sets each record's digest and calls `advance` behind it."""
+        yield self.header
+        given = iter(source([record.key for record in self.records]))
+        for index, record in enumerate(self.records):
+            key, data = next(given, (None, {}))
+            if key != record.key:
+                raise ValueError(f"the source gave expert {key}, {record.key} was asked for")
+            digest = xxhash.xxh3_128()
+            for chunk in _record_chunks(record, data, finite):
+                digest.update(chunk)
+                yield chunk
+            self.records[index] = replace(record, digest=digest.digest())
+            advance(base + record.offset + record.nbytes)
+
+
+def _entries(
+    keys: Sequence[Key], tensors: tuple[RecordTensor, ...], record_nbytes: int
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """The header's tensors in file order, fillers included."""
+    fillers = 0
+    for key in keys:
+        for tensor, gap in _gaps(tensors, record_nbytes):
+            yield tensor_key(key, tensor.name), tensor.dtype, tensor.shape
+            if gap:
+                yield f"pad.{fillers}", "U8", (gap,)
+                fillers += 1
+
+
+def _gaps(
+    tensors: tuple[RecordTensor, ...], record_nbytes: int
+) -> Iterator[tuple[RecordTensor, int]]:
+    """Each tensor with the filler bytes behind it."""
+    ends = [tensor.offset for tensor in tensors[1:]] + [record_nbytes]
+    for tensor, end in zip(tensors, ends, strict=True):
+        yield tensor, end - tensor.offset - tensor.nbytes
+
+
+def _record_chunks(record: Record, data: Mapping[str, Any], finite: bool) -> Iterator[Any]:
+    for tensor, gap in _gaps(record.tensors, record.nbytes):
+        view = memoryview(data[tensor.name])
+        if view.nbytes != tensor.nbytes:
+            raise ShapeMismatch(
+                f"{record.label}: {tensor.name} has {view.nbytes} bytes, {tensor.nbytes} wanted"
+            )
+        if finite:
+            check_finite(view, tensor.dtype, f"{record.label}: {tensor.name}")
+        yield view
+        yield bytes(gap)
+
+
+def read_records(
+    records: Iterable[tuple[Path, Record]],
+    io: FileIO | None = None,
+    on_error: Callable[[ChronosError], None] | None = None,
+) -> Iterator[tuple[Record, memoryview]]:
+    """Read records in the order given, some ahead, each checked against its digest if it has one.
+
+    A view is valid until the next one is asked for. The first error is raised, or all are given to
+    `on_error` and their records left out.
+    """
+    waiting = deque(records)
+    flying: deque[tuple[Request, Record]] = deque()
+    spare: list[memoryview] = []
+    with RangedReader(io=io) as reader:
+        while waiting or flying:
+            while waiting and len(flying) < max(2, _AHEAD // waiting[0][1].nbytes):
+                path, record = waiting.popleft()
+                buffer = spare.pop() if spare else aligned_buffer(0)
+                if len(buffer) != record.nbytes:
+                    buffer = aligned_buffer(record.nbytes)
+                digest, label = record.digest or None, record.label
+                request = reader.submit(
+                    path, record.offset, buffer, demand=True, digest=digest, label=label
+                )
+                flying.append((request, record))
+            request, record = flying.popleft()
+            request.wait()
+            if request.error is None:
+                yield record, request.buffer
+            elif on_error is None:
+                raise request.error
+            else:
+                on_error(request.error)
+            spare.append(request.buffer)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,192 @@
+"""An opened packed model: where each expert lies, after every promise of the folder was checked.
+
+`open_layout` looks at the manifest first, then at each cluster file's size and header, and at the
+fingerprint that ties dense part, manifest and clusters together. No weight is read and nothing is
+allocated for one. Not checked here: the weights' own checksums; the reader does that record by
+record, and `verify` for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from chronos.common.config import ModelConfig
+from chronos.common.errors import CorruptClusterError, ShapeMismatch
+from chronos.common.fileio import FileIO, StrPath
+from chronos.common.layout.manifest import (
+    EXPERTS,
+    MANIFEST,
+    Key,
+    Manifest,
+    Record,
+    read_manifest,
+    tensor_key,
+)
+from chronos.common.tensorfile import read_header
+from chronos.common.weights import SAFETENSORS_DTYPE, expert_tensors
+
+FINGERPRINT = "chronos_fingerprint"  # the dense file's metadata key
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An opened packed model. `missing` is empty unless it was opened with `allow_missing`."""
+
+    folder: Path
+    manifest: Manifest
+    missing: frozenset[Key] = frozenset()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def records(self) -> Mapping[Key, Record]:
+        return self.manifest.records
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.folder / EXPERTS / file for file in self.manifest.files)
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for layer, _ in self.records}))
+
+    @cached_property
+    def num_layers(self) -> int:
+        """One more than the last layer with routed experts: layer indices are absolute."""
+        return self.moe_layers[-1] + 1
+
+    @cached_property
+    def num_experts(self) -> int:
+        return 1 + max(expert for _, expert in self.records)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Bytes of all routed experts, as stored."""
+        return sum(record.nbytes for record in self.records.values())
+
+    @cached_property
+    def record_nbytes(self) -> int:
+        """The largest record, which is what a slot has to hold."""
+        return max(record.nbytes for record in self.records.values())
+
+    def path(self, key: Key) -> Path:
+        """The cluster file of an expert."""
+        return self.folder / EXPERTS / self.records[key].file
+
+
+def is_packed(folder: StrPath) -> bool:
+    """Whether a folder claims to be a packed model."""
+    return os.path.lexists(Path(folder) / EXPERTS / MANIFEST)
+
+
+def open_layout(
+    folder: StrPath,
+    *,
+    fingerprint: str | None = None,
+    config: ModelConfig | None = None,
+    allow_missing: bool = False,
+    io: FileIO | None = None,
+) -> Layout:
+    """Open and check a packed model; `folder` is the model folder.
+
+    With `config` the experts' number, names, dtypes and shapes are compared with it, with
+    `fingerprint` their model. `allow_missing` lets cluster files be absent and lists their experts.
+    Raises CorruptClusterError, ShapeMismatch, ConfigError (not packed), ResourceError.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, io)
+    for expected, what in _fingerprints(folder, fingerprint, io):
+        if expected != manifest.fingerprint:
+            raise CorruptClusterError(
+                f"the experts belong to another model than {what}"
+                f" (fingerprint {manifest.fingerprint}, not {expected})",
+                str(folder / EXPERTS / MANIFEST),
+                "pack the model again into a new folder",
+            )
+    if config is not None:
+        check_geometry(manifest, config)
+    by_file: dict[str, list[Record]] = {file: [] for file in manifest.files}
+    for record in manifest.records.values():
+        by_file[record.file].append(record)
+    missing: set[Key] = set()
+    for file, records in by_file.items():
+        path = folder / EXPERTS / file
+        if allow_missing and not os.path.lexists(path):
+            missing.update(record.key for record in records)
+        else:
+            _check_cluster(path, manifest, records, io)
+    return Layout(folder, manifest, frozenset(missing))
+
+
+def check_geometry(manifest: Manifest, config: ModelConfig) -> None:
+    """Compare the records with what a config implies. Raises ShapeMismatch naming the expert."""
+    wanted = {
+        (layer, expert)
+        for layer in range(config.num_hidden_layers)
+        for expert in range(config.num_experts)
+    }
+    if odd := sorted(wanted ^ manifest.records.keys()):
+        layer, expert = odd[0]
+        state = "missing" if odd[0] in wanted else "not in the config"
+        raise ShapeMismatch(f"expert {expert} of layer {layer} is {state} ({len(odd)} in all)")
+    specs = [(s.name, SAFETENSORS_DTYPE[s.dtype], s.shape) for s in expert_tensors(config)]
+    for record in manifest.records.values():
+        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
+        if found != specs:
+            raise ShapeMismatch(
+                f"{record.label}: {_spell(found)} found, the config implies {_spell(specs)}",
+                record.file,
+            )
+
+
+def _spell(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, dtype, shape in tensors)
+
+
+def _fingerprints(
+    folder: Path, fingerprint: str | None, io: FileIO | None
+) -> Iterable[tuple[str, str]]:
+    if fingerprint is not None:
+        yield fingerprint, "the one asked for"
+    dense = folder / "model.safetensors"
+    if dense.exists():
+        yield read_header(dense, io=io).metadata.get(FINGERPRINT, "none"), "model.safetensors"
+
+
+def _check_cluster(
+    path: Path, manifest: Manifest, records: list[Record], io: FileIO | None
+) -> None:
+    """Compare a cluster file's size, metadata and header with the manifest."""
+    header = read_header(path, follow=False, io=io)
+    if header.file_bytes != manifest.files[path.name]:
+        raise CorruptClusterError(
+            f"{path.name} has {header.file_bytes} bytes, {manifest.files[path.name]} wanted",
+            str(path),
+        )
+    if header.metadata.get("fingerprint") != manifest.fingerprint:
+        raise CorruptClusterError(
+            f"{path.name} belongs to another model"
+            f" (fingerprint {header.metadata.get('fingerprint')}, not {manifest.fingerprint})",
+            str(path),
+            "pack the model again into a new folder",
+        )
+    wanted = {
+        tensor_key(record.key, tensor.name): (tensor, record.offset + tensor.offset)
+        for record in records
+        for tensor in record.tensors
+    }
+    found = {name for name in header.entries if not name.startswith("pad.")}
+    if odd := min(found ^ wanted.keys(), default=None):
+        raise CorruptClusterError(f"{path.name} and the manifest disagree about {odd}", str(path))
+    for name, (tensor, offset) in wanted.items():
+        entry = header.entries[name]
+        if (entry.dtype, entry.shape, entry.offset) != (tensor.dtype, tensor.shape, offset):
+            raise CorruptClusterError(
+                f"{path.name} and the manifest disagree about {name}", str(path)
+            )
