@@ -291,6 +291,7 @@ def load(
     miss: str = "exact",
     prefetch: str = "auto",
     allow_missing: bool = False,
+    reader: RangedReader | None = None,
     own_process: bool = False,
 ) -> Engine:
     """Open a model folder, or "demo".
@@ -298,8 +299,9 @@ def load(
     budget: what routed experts may take, as "25%", "2GiB", bytes or "all"; "resident" loads them
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
     memory behind a device's. miss: "exact" waits for an expert, "fallback" lets the shared ones
-    stand in, which allow_missing needs. own_process: nothing but Chronos runs here, so start-up may
-    leave out parts of the framework that Chronos does not use.
+    stand in, which allow_missing needs. reader: reads the experts, and is closed with the engine.
+    own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework that
+    Chronos does not use.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
     """
@@ -325,7 +327,7 @@ def load(
         "miss": miss,
         "warm_bytes": parse_budget(warm, layout.total_bytes) if str(warm) != "0" else 0,
     }
-    reader = RangedReader()
+    reader = reader or RangedReader()
     try:
         store = module.open_store(layout, capacity, reader=reader, **options)
     except BaseException:

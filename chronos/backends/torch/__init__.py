@@ -12,10 +12,12 @@ import torch
 from chronos.backends.protocol import Observed
 from chronos.backends.torch.checkpoint import Named, load_model, save_model, to_bytes
 from chronos.backends.torch.model import Model
+
+# Here and not in `runner`: a first import later would bind the module's name over the function's.
+from chronos.backends.torch.runner import Runner
 from chronos.common.errors import MissingBackendError, UsageError
 
 if TYPE_CHECKING:
-    from chronos.backends.torch.runner import Runner
     from chronos.backends.torch.store import ExpertStore
     from chronos.backends.torch.train import TrainStep
     from chronos.common.config import ModelConfig
@@ -78,7 +80,7 @@ def forward(
     source: Any = None,
 ) -> Observed:
     """One pass in NumPy terms, for evaluation and tests; `cache` comes from `model.new_cache`."""
-    device = model.device
+    device = model.eval().device
     segments = None if segments_BT is None else torch.from_numpy(segments_BT).to(device)
     ids = torch.from_numpy(ids_BT).long().to(device)
     out = model(
@@ -106,8 +108,6 @@ def open_store(layout: Layout, capacity_bytes: int, **options: Any) -> ExpertSto
 
 def runner(model: Any, store: Any = None, **options: Any) -> Runner:
     """One sequence on a model, with its experts from `store` (None: the model's own)."""
-    from chronos.backends.torch.runner import Runner
-
     return Runner(model, store, **options)
 
 
