@@ -17,7 +17,8 @@ from chronos.common.errors import MissingBackendError, UsageError
 if TYPE_CHECKING:
     from chronos.backends.protocol import Backend
 
-__all__ = ["available", "load", "select"]
+NAMES = probe.NAMES
+__all__ = ["NAMES", "available", "load", "select"]
 
 
 def available() -> dict[str, probe.Finding]:

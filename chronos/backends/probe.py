@@ -71,9 +71,10 @@ def is_apple_silicon() -> bool:
 def has_module(name: str) -> bool:
     """Whether `import name` would find a module; imports at most its parent package."""
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return False
+    return spec is not None and spec.origin is not None  # not an empty folder of that name
 
 
 def find(name: str) -> Finding:

@@ -23,13 +23,16 @@ Key = tuple[int, int]  # (absolute layer index, expert index)
 
 
 class Model(Protocol):
-    """The backend's own model object; only its config is read on this side of the seam."""
+    """The backend's own model object; only config and device are read on this side."""
 
     config: ModelConfig
 
+    @property
+    def device(self) -> Any: ...
+
 
 class Observed(NamedTuple):
-    """One forward pass in NumPy terms: L layers, N = B * T tokens, K top-k, J lookahead steps + 1."""
+    """One forward pass in NumPy: L layers, N = B * T tokens, K top-k, J lookahead steps + 1."""
 
     logits_BTV: np.ndarray
     ids_LNK: np.ndarray
@@ -49,6 +52,9 @@ class ExpertStore(Protocol):
         the next is asked for. None stands for a miss with `miss="fallback"` only. A failed read
         raises and leaves the store usable."""
 
+    def record_fallback(self, weight: float) -> None:
+        """Routing weight that a shared expert stood in for."""
+
     def end_token(self) -> None:
         """One decode step is over: histories decay, rates are measured."""
 
@@ -62,6 +68,7 @@ class Runner(Protocol):
     """One sequence on one model: owns the key/value cache and the sampling on the device."""
 
     prefetch: str  # "auto" or "off"
+    recording: bool  # whether routing() gets what calls are routed to
 
     @property
     def position(self) -> int:
@@ -87,7 +94,7 @@ class TrainStep(Protocol):
         """One update over micro-batches; `skipped` = 1 where the loss or gradient is not finite."""
 
     def evaluate(self, batches: Sequence[Any]) -> dict[str, float]: ...
-    def state(self) -> Iterator[tuple[str, Any]]: ...
+    def state(self) -> Iterator[tuple[str, str, tuple[int, ...], Any]]: ...
     def load_state(self, tensors: Iterable[Any]) -> None: ...
 
 
@@ -106,7 +113,7 @@ class Backend(Protocol):
         """options: segments_BT (document numbers, -1 pad), cache (`model.new_cache()`), source."""
 
     def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
-    def runner(self, model: Any, store: Any) -> Runner: ...
+    def runner(self, model: Any, store: Any, **options: Any) -> Runner: ...
     def train_step(self, model: Any, config: Any) -> TrainStep: ...
     def devices(self) -> Iterable[str]:
         """Names accepted as `device`, best first, each with a word on what it is."""

@@ -1,7 +1,7 @@
 """Errors as people see them: what, where and how to fix it, one line each, and an exit code.
 
-0 ok, 1 failure, 2 usage, 3 bad or corrupt input, 4 resource, 5 missing backend or extra, 130 SIGINT,
-143 SIGTERM. A traceback is shown with -v only.
+0 ok, 1 failure, 2 usage, 3 bad or corrupt input, 4 resource, 5 missing backend or extra, 130
+SIGINT, 143 SIGTERM. A traceback is shown with -v only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Flags declared once, shared by every command that takes them.
 
-A command names a bundle, `def generate(model: ModelArg, run: RunOptions, ...)`, and `command` unfolds
-it into single flags for Typer, gives each flag its environment twin CHRONOS_<NAME>, and runs the
+A command names a bundle, `def generate(model: ModelArg, run: RunOptions, ...)`; `unfold` turns it
+into single flags for Typer, gives each flag its environment twin CHRONOS_<NAME>, and runs the
 function inside the error handling of `chronos.cli.errors`.
 """
 
@@ -13,15 +13,18 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from chronos.cli import errors, output
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from chronos.common.sampling import SamplingParams
+    from chronos.engine import Engine
+
+own_process = False  # set by main(): then start-up may leave out what only compilers need
 _RUN, _SAMPLE, _OUT = "Where and how it runs", "Sampling", "Output"
 
 ModelArg = Annotated[
@@ -88,6 +91,21 @@ class RunOptions(DeviceOptions):
         ),
     ] = "auto"
 
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="With --miss fallback: load although some experts' files are gone.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False
+
+    def open(self, model: str, **changes: Any) -> Engine:
+        """The model, loaded as these flags say; raises what `chronos.load` raises."""
+        from chronos.engine import load
+
+        return load(model, own_process=own_process, **(dataclasses.asdict(self) | changes))
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -127,7 +145,7 @@ class SamplingOptions:
         ),
     ] = None
 
-    def params(self) -> Any:
+    def params(self) -> SamplingParams:
         """As `chronos.common.sampling.SamplingParams`; raises UsageError on a bad value."""
         from chronos.common.sampling import SamplingParams
 
@@ -164,16 +182,6 @@ class JsonOptions(OutputOptions):
     ] = False
 
 
-def command(app: typer.Typer, name: str | None = None, **kwargs: Any) -> Callable[[_T], _T]:
-    """Register a function as a command: bundles unfolded, twins set, errors handled."""
-
-    def register(function: Any) -> Any:
-        app.command(name, **kwargs)(unfold(function))
-        return function
-
-    return register
-
-
 def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of single flags that builds the bundles `function` asks for."""
     hints = get_type_hints(function, include_extras=True)
@@ -186,7 +194,9 @@ def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
             flat += _fields(hint)
         else:
             flat.append(parameter.replace(annotation=hint))
-    flat = [p.replace(annotation=_with_twin(p.name, p.annotation), kind=p.KEYWORD_ONLY) for p in flat]
+    flat = [
+        p.replace(annotation=_with_twin(p.name, p.annotation), kind=p.KEYWORD_ONLY) for p in flat
+    ]
 
     @functools.wraps(function)
     def run(**values: Any) -> None:
@@ -225,8 +235,9 @@ def _with_twin(name: str, hint: Any) -> Any:
         return hint
     assert isinstance(info, OptionInfo)
     info = copy(info)
-    info.envvar = f"CHRONOS_{name.upper()}"
+    # In Annotated, the first flag name given sits where a default would.
+    names = [str(text) for text in (info.default, *(info.param_decls or ()))]
+    flag = next((text[2:] for text in names if text.startswith("--")), name)
+    info.envvar = f"CHRONOS_{flag.upper().replace('-', '_')}"
     info.show_envvar = False
     return Annotated[base, info]
-
-

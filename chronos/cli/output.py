@@ -65,26 +65,27 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     title: str = "",
-    caption: str = "",
+    left: bool = False,
 ) -> None:
-    """Print a table to stdout: the first column left, the others right."""
+    """Print a table to stdout: the first column left, the others right unless `left`."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(
-        box=box.SIMPLE_HEAD, title=title or None, caption=caption or None, title_justify="left",
-        caption_justify="left", title_style="bold", caption_style="", pad_edge=False,
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold",
+        pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     for index, name in enumerate(columns):
-        grid.add_column(name, justify="right" if index else "left", overflow="fold")
+        grid.add_column(name, justify="right" if index and not left else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(cell) for cell in row))
     console().print(grid)
 
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields `update(done, total)`. Nothing without a terminal, with -q or --json."""
+    """A bar on stderr; yields `update(done, total)`. Nothing with -q or without a terminal."""
     if _state.quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -106,8 +107,23 @@ def size(nbytes: float) -> str:
         if abs(value) < 1000 or unit == "TB":
             break
         value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} {unit}"
 
 
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def heading(text: str) -> None:
+    """A line that begins a section of what a person reads."""
+    from rich.text import Text
+
+    console().print(Text(f"\n{text}", style="bold"))
+
+
+def paragraph(text: str) -> None:
+    """Text folded at the terminal's width."""
+    from rich.text import Text
+
+    console().print(Text(text))

@@ -1,0 +1,64 @@
+"""The Typer application and the decorator that puts a command on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+import chronos
+from chronos.cli.options import unfold
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+# As the help page shows them: what a newcomer needs first.
+_ORDER = ("demo generate chat train pack inspect verify trace simulate bench eval doctor").split()
+
+
+class _Ordered(TyperGroup):
+    """Commands in a fixed order, whatever the order of imports."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
+
+app = typer.Typer(
+    name="chronos",
+    cls=_Ordered,
+    help="Train, pack and stream Mixture-of-Experts language models in a fraction of their "
+    "experts' memory, with the very same tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def command(
+    name: str, *, panel: str | None = None, on: typer.Typer = app, **kwargs: Any
+) -> Callable[[_F], _F]:
+    """Register a function as a command: flags unfolded, environment twins set, errors handled."""
+
+    def register(function: _F) -> _F:
+        on.command(name, rich_help_panel=panel, **kwargs)(unfold(function))
+        return function
+
+    return register
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"chronos {chronos.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass

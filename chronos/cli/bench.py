@@ -1,0 +1,93 @@
+"""`chronos bench MODEL`: decode speed by budget, and `bench replay T.npz`: on recorded routing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from chronos.cli import footer, output
+from chronos.cli.app import app, command
+from chronos.cli.options import JsonOptions, ModelArg, RunOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from chronos.benchmark import Bench, Runs
+
+_COLUMNS = (
+    *("budget", "tok/s", "of resident", "same tokens"),
+    *("hits", "MB/token", "stall ms", "of limit"),
+)
+_PROMPT = "import os\n\n\ndef "
+
+
+class _DefaultGroup(TyperGroup):
+    """`bench MODEL` means `bench decode MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["decode", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(
+    cls=_DefaultGroup,
+    no_args_is_help=True,
+    help="Measure decode speed: `bench MODEL` by budget, `bench replay T.npz` on recorded routing.",
+)
+app.add_typer(bench, name="bench", rich_help_panel="Measure")
+
+
+@command("decode", on=bench)
+def decode(
+    model: ModelArg,
+    run: RunOptions,
+    sampling: SamplingOptions,
+    out: JsonOptions,
+    budgets: Annotated[
+        str, typer.Option(metavar="SIZES", help="Budgets to measure, with commas.")
+    ] = "all,50%,25%,12.5%",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False)
+    ] = _PROMPT,
+) -> None:
+    """Decode at several budgets beside the fully resident model. `bench MODEL` is short for it."""
+    from chronos import benchmark
+    from chronos.common.tokenizer import Tokenizer
+    from chronos.models import resolve_model
+
+    ids = Tokenizer.load(resolve_model(model)).encode(prompt)
+    with output.progress("measuring") as update:
+        result = benchmark.run(
+            lambda budget: run.open(model, budget=budget),
+            [text.strip() for text in budgets.split(",")],
+            ids,
+            sampling.params(),
+            max_tokens=sampling.max_tokens,
+            rounds=rounds,
+            progress=update,
+        )
+    if out.json:
+        output.print_json({"model": model} | result.to_json())
+        return
+    rows = [_row(result, runs) for runs in result.runs]
+    title = f"{model}: {output.size(result.expert_bytes_total)} of experts"
+    output.table(_COLUMNS, rows, title=title)
+    output.note(footer.LEGEND)
+
+
+def _row(result: Bench, runs: Runs) -> tuple[str, ...]:
+    speed = f"{runs.median('decode_tps'):.1f}"
+    if runs is result.runs[0]:
+        return ("resident", speed, "100.0 %", *("-",) * 5)
+    return (
+        runs.budget,
+        speed,
+        output.percent(result.ratio(runs)),
+        "yes" if result.identical(runs) else "no",
+        output.percent(runs.hit_rate()),
+        f"{runs.per_token('bytes_read') / 1e6:.3f}",
+        f"{1e3 * runs.per_token('stall_s'):.2f}",
+        output.percent(runs.median_limit("eta_limit")),
+    )

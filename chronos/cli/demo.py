@@ -1,0 +1,100 @@
+"""`chronos demo`: the main job in one minute. One model answers twice, then one table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chronos.cli import footer, output
+from chronos.cli.app import command
+from chronos.cli.generate import show, tokenizer_of
+from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions
+
+if TYPE_CHECKING:
+    from chronos.engine import Engine, GenerationResult
+
+_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+
+
+@command("demo", panel="Start here")
+def demo(
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A packed model folder.")
+    ] = "demo",
+    prompt: Annotated[
+        str,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What both runs continue."),
+    ] = _PROMPT,
+    budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Expert memory of the second run.")
+    ] = "25%",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of each run.")
+    ] = 160,
+) -> None:
+    """Answer a prompt with all experts in memory, then with a quarter of them, and compare."""
+    runs = RunOptions(backend=device.backend, device=device.device)
+    results: list[GenerationResult] = []
+    facts: list[dict[str, Any]] = []
+    for number, size in enumerate(("resident", budget), start=1):
+        with runs.open(model, budget=size) as engine:
+            if results:
+                engine.resident_token_s = 1 / results[0].stats["decode_tps"]
+            if not out.json:
+                _announce(number, engine, model)
+            steps = engine.generate(
+                tokenizer_of(engine, model).encode(prompt), max_tokens=max_tokens
+            )
+            if not out.json:
+                print(prompt, end="", flush=True)
+                show(steps)
+            results.append(steps.result)
+            facts.append(footer.to_json(engine, steps.result))
+    same = results[0].tokens == results[1].tokens
+    if out.json:
+        output.print_json({"model": model, "tokens_identical": same, "runs": facts})
+    else:
+        _table(facts, same, budget)
+
+
+def _announce(number: int, engine: Engine, model: str) -> None:
+    total, held = output.size(engine.expert_bytes_total), output.size(engine.budget_bytes)
+    if engine.store is None:
+        text = f"{number}/2  {model} with all its experts in memory ({total})"
+    else:
+        text = f"{number}/2  {model} with room for {held} of its {total} of experts"
+    output.heading(text)
+
+
+def _table(facts: list[dict[str, Any]], same: bool, budget: str) -> None:
+    """One column per run, one row per question a newcomer would ask."""
+    whole, part = facts[0]["stats"], facts[1]["stats"]
+    read = footer.per_token(part, "bytes_read") / 1e6
+    memory = output.size(facts[0]["expert_bytes_total"]), output.size(part["peak_expert_bytes"])
+    rows = [
+        ("The very same tokens?", "-", "yes" if same else "NO"),
+        ("Tokens per second", f"{whole['decode_tps']:.1f}", f"{part['decode_tps']:.1f}"),
+        ("Hit rate: needs met from memory", "100.0 %", output.percent(footer.hit_rate(part))),
+        ("Read from disk per token", "0 MB", f"{read:.3f} MB"),
+        ("Most memory the experts took", *memory),
+        ("Share of the physical limit", "-", output.percent(footer.limit_share(part))),
+    ]
+    output.heading("What this shows")
+    output.paragraph(_EXPLANATION)
+    output.table(("", "all experts", f"room for {budget}"), rows)
+    output.paragraph(_LIMIT)
+
+
+_EXPLANATION = (
+    "This language model is built from many small networks, its experts, and uses only a few of "
+    "them for each token (a token is a piece of a word). The first run held all of them in "
+    "memory. The second had room for a part, and read an expert from disk whenever it needed one "
+    "it did not hold. Nothing is approximated: both runs must write the same text."
+)
+_LIMIT = (
+    "The physical limit is the speed that nothing could beat on this machine with that memory: "
+    "every expert kept or read with perfect foresight, every read hidden behind computing."
+)

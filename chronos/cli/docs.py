@@ -1,0 +1,102 @@
+"""Writes docs/cli.md from the commands themselves: `python -m chronos.cli.docs docs/cli.md`.
+
+With `--check` it writes nothing and fails where the file is not what the commands say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from chronos.cli.main import app
+
+_HEAD = """# Commands
+
+Generated from the commands by `make docs`; do not edit.
+
+Data goes to stdout, progress and numbers to stderr. `--json` prints one JSON object on stdout.
+Every flag has an environment twin, named beside it; a flag on the command line wins. An error is
+one line each for what happened, where, and how to fix it; `-v` adds the traceback.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | it failed |
+| 2 | usage: a flag, a name or a number makes no sense |
+| 3 | bad or corrupt input |
+| 4 | not enough memory, disk, files or threads |
+| 5 | a backend or an optional package is missing |
+| 130, 143 | ended by SIGINT, SIGTERM |
+"""
+
+
+def render() -> str:
+    """The whole document."""
+    root = typer.main.get_command(app)
+    parts = [_HEAD]
+    for path, command in commands(root, "chronos"):
+        parts.append(_section(path, command))
+    return "\n".join(parts)
+
+
+def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, command) of every leaf, in the order of the help page."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def _section(path: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    usage = " ".join([path, *(_argument(p) for p in arguments), "[OPTIONS]"])
+    text = f"## {path}\n\n    {usage}\n\n{_paragraphs(command.help)}\n"
+    if arguments:
+        text += "\n" + "".join(f"- `{_argument(p)}`: {p.help}\n" for p in arguments)
+    text += "\n| flag | environment | default | |\n|---|---|---|---|\n"
+    return text + "".join(_row(p) for p in options if p.name != "help")
+
+
+def _argument(parameter: Any) -> str:
+    metavar = parameter.metavar or parameter.name.upper()
+    return metavar if parameter.required or metavar.startswith("[") else f"[{metavar}]"
+
+
+def _row(option: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len, reverse=True))
+    if option.metavar and not option.is_flag:
+        names += f" {option.metavar.replace('|', chr(92) + '|')}"
+    default = option.default
+    shown = "" if default in (None, False, "") or option.required else f"`{default!r}`"
+    if option.required:
+        shown = "required"
+    elif isinstance(default, str | Path) and shown:
+        shown = "`" + str(default).replace("\n", "\\n") + "`"
+    return f"| {names} | `{option.envvar}` | {shown} | {option.help or ''} |\n"
+
+
+def _paragraphs(text: str | None) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
+
+def main(args: Sequence[str]) -> int:
+    check = "--check" in args
+    (target,) = [Path(a) for a in args if a != "--check"] or [Path("docs/cli.md")]
+    text = render()
+    if check:
+        if target.is_file() and target.read_text("utf-8") == text:
+            return 0
+        print(f"{target} is not what the commands say; run `make docs`", file=sys.stderr)
+        return 1
+    target.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""`chronos doctor`: what this machine offers, and why something is not used."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import chronos
+from chronos.cli import output
+from chronos.cli.app import command
+from chronos.cli.options import JsonOptions
+
+if TYPE_CHECKING:
+    from chronos.backends.probe import Finding, MemoryLimits
+
+_READ_BLOCK, _READ_THREADS = 1 << 20, 4
+
+
+@command("doctor", panel="This machine")
+def doctor(
+    out: JsonOptions,
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="The model whose disk is measured.")
+    ] = "demo",
+) -> None:
+    """Show backends, devices, memory limits and the read rate of a model's disk."""
+    from chronos.backends import NAMES, probe, select
+    from chronos.common.errors import MissingBackendError
+
+    found = [probe.inspect(name) for name in NAMES]
+    try:
+        chosen = select()
+    except MissingBackendError:
+        chosen = ""
+    memory, disk = probe.memory_limits(), _disk(model)
+    if out.json:
+        output.print_json(
+            _system()
+            | {"backends": [f.to_json() for f in found], "chosen": chosen}
+            | {"memory": memory.to_json(), "disk": disk}
+        )
+        return
+    rows = _system_rows() + [_backend_row(f, chosen) for f in found]
+    rows += [_memory_row(memory), _disk_row(disk)]
+    output.table(("what", "found"), rows, left=True)
+
+
+def _system() -> dict[str, Any]:
+    return {
+        "chronos": chronos.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _system_rows() -> list[tuple[str, str]]:
+    system = _system()
+    return [
+        ("chronos", system["chronos"]),
+        ("python", system["python"]),
+        ("platform", f"{system['platform']}, {system['cores']} cores"),
+    ]
+
+
+def _backend_row(found: Finding, chosen: str) -> tuple[str, str]:
+    label = f"backend {found.name}"
+    if not found.usable:
+        return label, f"no: {found.reason}\n{found.fix}"
+    used = " (used by default)" if found.name == chosen else ""
+    return label, f"{found.version}{used}\n" + "\n".join(found.devices)
+
+
+def _memory_row(memory: MemoryLimits) -> tuple[str, str]:
+    free = output.size(memory.free)
+    lines = [f"{output.size(memory.machine)} in the machine, {free} free to use"]
+    if memory.cgroup is None:
+        lines.append("no cgroup limit")
+    else:
+        lines.append(f"cgroup limit {output.size(memory.cgroup)} ({memory.source})")
+    return "memory", "\n".join(lines)
+
+
+def _disk(model: str) -> dict[str, Any]:
+    """Read rate of the largest file of the model, or why it was not measured."""
+    from chronos.common.errors import ChronosError
+    from chronos.common.files import measure_read_rate
+    from chronos.models import resolve_model
+
+    try:
+        folder = resolve_model(model)
+        path = max((p for p in folder.rglob("*") if p.is_file()), key=_size)
+        rate = measure_read_rate(path, _READ_BLOCK, _READ_THREADS)
+    except (ChronosError, OSError) as error:
+        return {"model": model, "reason": str(error).partition("\n")[0]}
+    return {"model": model, "file": str(path), "bytes": _size(path), "bytes_per_s": rate}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _disk_row(disk: dict[str, Any]) -> tuple[str, str]:
+    if "reason" in disk:
+        return "disk", f"not measured: {disk['reason']}"
+    text = f"{output.size(disk['bytes_per_s'])}/s in reads of {output.size(_READ_BLOCK)}"
+    return "disk", f"{text}, {_READ_THREADS} threads\n{disk['file']}"

@@ -1,0 +1,90 @@
+"""`chronos eval`: loss, lookahead recall, and routing locality beside its entropy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chronos.cli import output
+from chronos.cli.app import command
+from chronos.cli.options import DataOption, DeviceOptions, JsonOptions, ModelArg
+
+if TYPE_CHECKING:
+    from chronos.common.data import Document
+
+
+@command("eval", panel="Measure")
+def evaluate(
+    model: ModelArg,
+    data: DataOption,
+    device: DeviceOptions,
+    out: JsonOptions,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            show_default=False,
+            help="Only the documents that a recipe with this validation_share keeps from training. "
+            "[default: 0.02 for stdlib, else everything]",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 50_000,
+    seq_len: Annotated[int, typer.Option(min=2)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Pass over this many bad rows.")] = 0,
+) -> None:
+    """Measure a model on text, with all its experts in memory."""
+    from chronos import backends
+    from chronos import evaluate as room
+    from chronos.common.recipe import TrainRecipe
+    from chronos.common.tokenizer import Tokenizer
+    from chronos.models import resolve_model
+
+    folder = resolve_model(model)
+    tokenizer = Tokenizer.load(folder)
+    documents = room.documents_of(data, held_out, skip_bad)
+    backend = backends.load(device.backend)
+    loaded = backend.load(folder, device=device.device, resident=True)
+    with output.progress("routing") as update:
+        trace = room.record(
+            backend.runner(loaded, None),
+            loaded.config,
+            room.cut(tokenizer, documents, seq_len),
+            max_tokens=max_tokens,
+            model=model,
+            progress=update,
+        )
+    dataset = room.packed(tokenizer, documents, seq_len)
+    step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
+    terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
+    result = room.summary(terms, dataset, documents) | {"locality": room.locality(trace)}
+    if out.json:
+        output.print_json({"model": model, "data": data, "documents": len(documents)} | result)
+        return
+    output.table(("measure", "value", ""), _rows(result), title=_title(model, data, documents))
+
+
+def _title(model: str, data: str, documents: list[Document]) -> str:
+    return f"{model} on {data}: {len(documents)} documents"
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    place = result["locality"]
+    rows = [
+        ("loss", f"{result['loss']:.4f}", "nats per token"),
+        ("perplexity", f"{result['perplexity']:.2f}", ""),
+        ("bits per byte", f"{result['bits_per_byte']:.4f}", ""),
+    ]
+    for ahead, recall in enumerate(result["lookahead_recall"]):
+        when = "this token" if ahead == 0 else f"{ahead} token{'s' * (ahead > 1)} ahead"
+        rows.append(("lookahead recall", output.percent(recall), f"of the experts of {when}"))
+    chance = output.percent(place["repeat_by_chance"])
+    return [
+        *rows,
+        ("locality", output.percent(place["repeat"]), f"picked again; {chance} by chance"),
+        ("router entropy", f"{place['entropy']:.3f}", f"nats of {place['entropy_max']:.3f}"),
+        ("effective experts", f"{place['effective_experts']:.1f}", "per layer, exp(entropy)"),
+        ("largest share", output.percent(place["largest_share"]), "of a layer's picks, one expert"),
+    ]

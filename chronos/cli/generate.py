@@ -1,0 +1,209 @@
+"""Commands that answer: generate and chat."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chronos.cli import errors, footer, output
+from chronos.cli.app import command
+from chronos.cli.options import JsonOptions, ModelArg, OutputOptions, RunOptions, SamplingOptions
+from chronos.common.errors import ChronosError, UsageError
+
+if TYPE_CHECKING:
+    from chronos.common.tokenizer import Tokenizer
+    from chronos.engine import Engine, GenerationResult, Step
+
+_PANEL = "Run a model"
+# Far above any context; a larger prompt is refused before it is tokenized.
+_MAX_PROMPT_BYTES = 16 << 20
+
+
+@command("generate", panel=_PANEL)
+def generate(
+    model: ModelArg,
+    run: RunOptions,
+    sampling: SamplingOptions,
+    out: JsonOptions,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="`-` or none: read it from stdin."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from here.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut the start of a prompt that does not fit.")
+    ] = False,
+) -> None:
+    """Continue a text. The text goes to stdout, the numbers to stderr."""
+    text = _prompt(prompt, file)
+    params = sampling.params()
+    with run.open(model) as engine:
+        ids = tokenizer_of(engine, model).encode(text)
+        if truncate:
+            ids = ids[-engine.context :]
+        steps = engine.generate(
+            ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or ()
+        )
+        if not out.json:
+            show(steps)
+        finish(engine, steps.result, out)
+
+
+@command("chat", panel=_PANEL)
+def chat(
+    model: ModelArg,
+    run: RunOptions,
+    sampling: SamplingOptions,
+    out: OutputOptions,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Instructions before the conversation.")
+    ] = None,
+) -> None:
+    """Talk to a model. Ctrl-C stops a reply, /reset forgets the conversation, Ctrl-D leaves."""
+    params = sampling.params()
+    start = [{"role": "system", "content": system}] if system else []
+    with run.open(model) as engine:
+        tokenizer, messages = tokenizer_of(engine, model), list(start)
+        output.note(f"{model}, {engine.backend} on {engine.device}. /reset forgets, Ctrl-D leaves.")
+        for line in _lines():
+            if line == "/reset":
+                messages = list(start)
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                result = _reply(engine, tokenizer, messages, params, sampling)
+            except ChronosError as error:
+                errors.report(error.what, error.where, error.fix or "/reset forgets what was said")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": result.text})
+            if result.finish_reason in ("cancelled", "context", "error"):
+                output.note(f"[{result.error or result.finish_reason}]")
+
+
+def _reply(
+    engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, Any]], params: Any,
+    sampling: SamplingOptions,
+) -> GenerationResult:  # fmt: skip
+    ids = tokenizer.apply_chat(messages)
+    with stop_on_sigint() as cancel:
+        steps = engine.generate(
+            ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or (), cancel=cancel
+        )
+        show(steps)
+        return steps.result
+
+
+def tokenizer_of(engine: Engine, model: str) -> Tokenizer:
+    """The model's tokenizer; UsageError where its folder has none."""
+    if engine.tokenizer is None:
+        raise UsageError(f"model {model!r} has no tokenizer.json, so it takes no text")
+    return engine.tokenizer
+
+
+def show(steps: Iterable[Step]) -> None:
+    """Print text as it becomes final."""
+    for step in steps:
+        if step.text:
+            sys.stdout.write(step.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def finish(engine: Engine, result: GenerationResult, out: JsonOptions) -> None:
+    """JSON or footer; exit code 1 where the generation ended in an error."""
+    if out.json:
+        output.print_json(footer.to_json(engine, result))
+    else:
+        for line in footer.lines(engine, result):
+            output.note(line)
+    if result.finish_reason == "error":
+        errors.report(result.error, "", "`chronos verify` finds damaged weights")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def stop_on_sigint() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; a second one interrupts as usual."""
+    event = threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if file is not None:
+        if prompt is not None:
+            raise UsageError("--prompt and --file exclude each other")
+        data, where = _read(file), str(file)
+    elif prompt is not None and prompt != "-":
+        return prompt
+    elif sys.stdin.isatty():
+        raise UsageError("no prompt", "", "give one with -p TEXT, --file PATH or on stdin")
+    else:
+        data, where = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1), "stdin"
+    if len(data) > _MAX_PROMPT_BYTES:
+        raise UsageError(f"the prompt is larger than {_MAX_PROMPT_BYTES >> 20} MiB", where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt is not UTF-8: byte {error.start}", where) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"the prompt cannot be read: {error.strerror}", str(path)) from None
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, without empty lines, until Ctrl-D or /exit."""
+    tty = sys.stdin.isatty()
+    if tty:
+        import_readline()
+    while True:
+        try:
+            line = input("> " if tty else "").strip()
+        except EOFError:
+            if tty:
+                print()
+            return
+        except errors.Terminated:
+            raise
+        except KeyboardInterrupt:
+            if not tty:
+                raise
+            output.note("\n(Ctrl-D or /exit leaves)")
+            continue
+        if line in ("/exit", "/quit"):
+            return
+        if line:
+            yield line
+
+
+def import_readline() -> None:
+    """Line editing and history for `input`, where Python was built with it."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return

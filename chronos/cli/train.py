@@ -1,0 +1,123 @@
+"""`chronos train ...`: one command per training stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chronos.cli import output
+from chronos.cli.app import app, command
+from chronos.cli.options import DeviceOptions, JsonOptions
+
+if TYPE_CHECKING:
+    from chronos.common.recipe import Recipe
+    from chronos.trainer import Report
+
+train = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
+app.add_typer(train, name="train", rich_help_panel="Train")
+
+_SHOWN = ("loss", "ce", "lookahead", "valid_ce", "effective_experts", "largest_share")
+
+
+@command("pretrain", on=train)
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", "-c", metavar="RECIPE.toml")],
+    device: DeviceOptions,
+    out: JsonOptions,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Text to train on, instead of the recipe's."),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="RUN", help="Run folder. [default: runs/<recipe>]",
+                     show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although the recipe has changed.")
+    ] = False,
+    skip_bad: Annotated[
+        int | None, typer.Option(min=0, help="Pass over this many bad rows of the data.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Train a model from scratch on text.
+
+    Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
+    """
+    from chronos import backends
+    from chronos.common.recipe import load_recipe
+    from chronos.trainer import Trainer, prepare
+
+    recipe, folder = _changed(load_recipe(config), data, skip_bad), to or Path("runs") / config.stem
+    backend = backends.load(device.backend)
+    with _events(recipe.train.steps) as on_event:
+        recipe, tokenizer, training, validation = prepare(recipe, folder, on_event)
+        trainer = Trainer(backend, recipe, folder, training, validation, tokenizer, on_event)
+        report = trainer.run(resume=resume, force=force)
+    if out.json:
+        output.print_json(report_json(report, folder))
+    elif report.model:
+        print(report.model)
+        output.note(f"chronos pack {report.model} -o DST makes it streamable")
+    else:
+        output.note(f"stopped and saved at step {report.step}; --resume goes on")
+    if report.signal:
+        raise typer.Exit(128 + report.signal)
+
+
+def report_json(report: Report, folder: Path) -> dict[str, Any]:
+    return {
+        "run": str(folder),
+        "model": str(report.model) if report.model else None,
+        "step": report.step,
+        "skipped": report.skipped,
+        "signal": report.signal,
+        "last": report.last,
+    }
+
+
+def _changed(recipe: Recipe, data: str | None, skip_bad: int | None) -> Recipe:
+    changes: dict[str, Any] = {} if data is None else {"path": data}
+    if skip_bad is not None:
+        changes["skip_bad"] = skip_bad
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
+
+
+@contextmanager
+def _events(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Where the trainer's events go: a line each on stderr, above a bar on a terminal."""
+    with output.progress("training") as update:
+
+        def on_event(event: dict[str, Any]) -> None:
+            if "step" in event:
+                update(event["step"], steps)
+            if text := _line(event, steps):
+                output.note(text)
+
+        yield on_event
+
+
+def _line(event: dict[str, Any], steps: int) -> str:
+    if "step" not in event:
+        return str(event.get("message") or event.get("warning") or "")
+    parts = [f"step {event['step']}/{steps}"]
+    parts += [f"{name} {event[name]:.4g}" for name in _SHOWN if event.get(name) is not None]
+    if "tokens_per_s" in event:
+        parts.append(f"{event['tokens_per_s']:.0f} tok/s, {_duration(event['eta_s'])} left")
+    if event.get("skipped"):
+        parts.append("update skipped: not finite")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

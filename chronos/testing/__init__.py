@@ -1,0 +1,1 @@
+"""Tools for tests, shipped for authors of backends: tiny models, oracles, faults, fakes."""
