@@ -1,0 +1,272 @@
+"""A backend without a framework: a correct ExpertStore in NumPy, and stores that are wrong.
+
+`FakeBackend(store)` offers `open_store` as a backend module does. `FakeStore` shows what is left to
+write for a backend whose slots are host memory: the views. Each wrong store breaks one promise, and
+`WRONG` names the test of `StoreTests` that must notice. Not covered: models and runners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chronos.common.budget import slots_within
+from chronos.common.errors import ChronosError, StoreError
+from chronos.common.files import RangedReader
+from chronos.common.layout import Layout, Record
+from chronos.common.residency import LRU, Key
+from chronos.common.slots import Load
+from chronos.common.stats import StoreStats
+from chronos.common.tier import SlotTier
+
+
+class Expert(NamedTuple):
+    """One expert's weights: gate_up [2F, D] and down [D, F]."""
+
+    gate_up_FD: np.ndarray
+    down_DF: np.ndarray
+
+
+Item = tuple[int, Expert | None]
+
+
+class FakeStore:
+    """Experts as NumPy views of the slots they were read into (float32 only)."""
+
+    tier_class = SlotTier
+    extra_slots, verify = 0, True
+
+    def __init__(
+        self,
+        layout: Layout,
+        capacity_bytes: int,
+        *,
+        top_k: int = 1,
+        miss: str = "exact",
+        reader: RangedReader | None = None,
+    ) -> None:
+        slots = slots_within(layout, capacity_bytes, top_k) + self.extra_slots
+        self.layout, self.exact, self.capacity_bytes = layout, miss == "exact", capacity_bytes
+        self.owns_reader = reader is None
+        self.reader = reader or RangedReader(threads=2)
+        policy = LRU(layout.num_layers, layout.num_experts)
+        self.arena = np.zeros((slots, layout.record_nbytes), np.uint8)
+        self.tier = self.tier_class(
+            layout,
+            slots,
+            self.reader,
+            policy,
+            arena=self.arena.reshape(-1).data,
+            view=self.view,
+            verify=self.verify,
+        )
+
+    def view(self, slot: int, record: Record) -> Expert:
+        parts = [
+            self.arena[slot, t.offset : t.offset + t.nbytes].view(np.float32).reshape(t.shape)
+            for t in record.tensors
+        ]
+        return Expert(*parts)
+
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        return self.tier.prefetch(keys)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        return self.tier.acquire(layer, experts, exact=self.exact)
+
+    def record_fallback(self, weight: float) -> None:
+        self.tier.counters.fallback_weight += weight
+
+    def end_token(self) -> None:
+        self.tier.end_token()
+
+    def resident(self) -> frozenset[Key]:
+        return self.tier.resident()
+
+    def stats(self) -> StoreStats:
+        stats = self.tier.stats()
+        stats.capacity_bytes = self.capacity_bytes
+        return stats
+
+    def close(self) -> None:
+        self.tier.close()
+        if self.owns_reader:
+            self.reader.close()
+
+
+class FakeBackend:
+    """What stands for a backend module in a test."""
+
+    name = "fake"
+
+    def __init__(self, store: type[FakeStore] = FakeStore) -> None:
+        self.store = store
+
+    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> FakeStore:
+        return self.store(layout, capacity_bytes, **options)
+
+
+class TakesOneSlotMore(FakeStore):
+    extra_slots = 1
+
+
+class IgnoresDigests(FakeStore):
+    verify = False
+
+
+class EvictsWhatIsHeld(FakeStore):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tier.residency.pin = self.tier.residency.unpin = lambda slot: None  # type: ignore
+
+
+class YieldsTwice(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        return (item for item in super().acquire(layer, experts) for _ in range(2))
+
+
+class ForgetsTheLast(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        return super().acquire(layer, experts[:-1])
+
+
+class MixesUpExperts(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        items = list(super().acquire(layer, experts))
+        return iter([(items[-1 - i][0], expert) for i, (_, expert) in enumerate(items)])
+
+
+class DeliversUnfinished(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        self.tier.prefetch([(layer, expert) for expert in experts])
+        for expert in experts:
+            slot = self.tier.residency.lookup((layer, expert))
+            yield expert, None if slot is None else self.tier.taken(slot)
+
+
+class StartsLazily(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        yield from super().acquire(layer, experts)
+
+
+class WaitsForAll(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        return iter(list(super().acquire(layer, experts)))
+
+
+class FallsBackSilently(FakeStore):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.exact = False
+
+
+class HidesFailures(FakeStore):
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        try:
+            yield from super().acquire(layer, experts)
+        except ChronosError:
+            return
+
+
+class StaysBroken(FakeStore):
+    failure: ChronosError | None = None
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            yield from super().acquire(layer, experts)
+        except ChronosError as error:
+            self.failure = error
+            raise
+
+
+class ReadsAgain(SlotTier):
+    def _urge(self, load: Load) -> None:
+        self._cancel(load)
+        super()._begin(load)
+
+
+class RereadsLateOnes(FakeStore):
+    tier_class = ReadsAgain
+
+
+class WithoutUrgency(SlotTier):
+    def _begin(self, load: Load) -> None:
+        load.demand = False
+        super()._begin(load)
+
+    def _urge(self, load: Load) -> None:
+        pass
+
+
+class QueuesDemands(FakeStore):
+    tier_class = WithoutUrgency
+
+
+class WithoutReclaim(SlotTier):
+    def _reclaim(self) -> bool:
+        return False
+
+
+class LetsPrefetchesBlock(FakeStore):
+    tier_class = WithoutReclaim
+
+
+class PrefetchesAgain(FakeStore):
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        super().prefetch(keys)
+        return sum(self.layout.records[key].nbytes for key in keys)
+
+
+class CountsLateAsHits(FakeStore):
+    def stats(self) -> StoreStats:
+        stats = super().stats()
+        stats.hits += stats.late
+        return stats
+
+
+class NeverWastes(FakeStore):
+    def stats(self) -> StoreStats:
+        stats = super().stats()
+        stats.bytes_wasted = 0
+        return stats
+
+
+class LeaksItsReader(FakeStore):
+    def close(self) -> None:
+        self.tier.close()
+
+
+class CannotCloseTwice(FakeStore):
+    def close(self) -> None:
+        if self.tier.closed:
+            raise StoreError("closed twice")
+        super().close()
+
+
+# A wrong store and the test that must fail on it.
+WRONG: dict[type[FakeStore], str] = {
+    TakesOneSlotMore: "test_capacity_is_never_exceeded",
+    IgnoresDigests: "test_corrupt_bytes_are_never_delivered",
+    EvictsWhatIsHeld: "test_what_is_held_is_not_evicted",
+    YieldsTwice: "test_each_expert_once_with_its_bytes",
+    ForgetsTheLast: "test_each_expert_once_with_its_bytes",
+    MixesUpExperts: "test_each_expert_once_with_its_bytes",
+    DeliversUnfinished: "test_exact_waits_however_long_it_takes",
+    StartsLazily: "test_all_missing_reads_start_when_called",
+    WaitsForAll: "test_ready_ones_come_before_any_read_ends",
+    FallsBackSilently: "test_exact_waits_however_long_it_takes",
+    HidesFailures: "test_a_failed_read_leaves_the_store_usable",
+    StaysBroken: "test_a_failed_read_leaves_the_store_usable",
+    RereadsLateOnes: "test_a_late_prefetch_is_awaited_not_reread",
+    QueuesDemands: "test_a_demand_overtakes_prefetches",
+    LetsPrefetchesBlock: "test_queued_prefetches_never_block_a_demand",
+    PrefetchesAgain: "test_prefetch_is_idempotent",
+    CountsLateAsHits: "test_counters_add_up_to_the_needs",
+    NeverWastes: "test_bytes_never_used_are_wasted",
+    LeaksItsReader: "test_close_leaks_no_thread_and_no_file",
+    CannotCloseTwice: "test_close_leaks_no_thread_and_no_file",
+}

@@ -1,0 +1,262 @@
+"""Streaming changes nothing but memory: acceptance checks 4, 5 and 10, on every backend.
+
+The reference is the same backend with all experts in the model; logits are compared bit for bit
+after the prompt and after every decoded token.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chronos.common.files import FileIO, RangedReader
+from chronos.common.layout import Key, pack
+from chronos.common.sampling import SamplingParams
+from chronos.engine import Engine, load
+from chronos.testing.tiny import CONFIG, tiny_model
+
+LAYERS, EXPERTS, TOP_K = CONFIG.num_hidden_layers, CONFIG.num_experts, CONFIG.num_experts_per_tok
+KEYS = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+GREEDY = SamplingParams()
+LONG = [7 * i % CONFIG.vocab_size for i in range(3 * CONFIG.sliding_window)]
+SHORT = [5, 80, 41]
+
+
+def orders() -> dict[str, Any]:
+    """Cluster layouts: by layer, one expert a cluster, across layers, shuffled."""
+    shuffled = random.Random(3).sample(KEYS, len(KEYS))
+    across: list[list[Key]] = [[(layer, e) for layer in range(LAYERS)] for e in range(EXPERTS)]
+    return {
+        "layer": "layer",
+        "single": [[key] for key in KEYS],
+        "across": across,
+        "shuffled": [shuffled[at : at + 5] for at in range(0, len(KEYS), 5)],
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("streaming") / "model")
+
+
+@pytest.fixture(scope="module")
+def folders(source: Path) -> dict[str, Path]:
+    packed = {}
+    for name, order in orders().items():
+        packed[name] = source.with_name(name)
+        pack(source, packed[name], order=order)
+    return packed
+
+
+class Rollout:
+    """What a model answered: logits after the prompt and after each token, tokens, routed needs."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], steps: int = 12) -> None:
+        runner, store = engine.runner, engine.store
+        self.live: list[int] = []
+        runner.reset()
+        runner.recording = True
+        before = store.stats() if store else None
+        self.tokens = [runner.prefill(prompt, GREEDY)]
+        self.logits = [runner.logits()]
+        for _ in range(steps):
+            self.tokens.append(runner.decode(self.tokens[-1], GREEDY))
+            self.logits.append(runner.logits())
+            if store:
+                self.live.append(store.stats().live_bytes)
+        self.stats = store.stats().minus(before) if store and before else None
+        self.routed = sum(map(routed_needs, routing_by_call(runner.routing(), len(prompt))))
+
+    def assert_same(self, other: Rollout) -> None:
+        assert self.tokens == other.tokens
+        for mine, theirs in zip(self.logits, other.logits, strict=True):
+            assert np.array_equal(mine, theirs)
+
+
+def routing_by_call(recorded: list[tuple[Any, Any]], prompt: int) -> list[np.ndarray]:
+    """ids_TLK of the prompt's one call, then of each decoded token."""
+    ids_TLK = np.concatenate([ids for ids, _ in recorded])
+    return [ids_TLK[:prompt], *(ids_TLK[at : at + 1] for at in range(prompt, len(ids_TLK)))]
+
+
+def routed_needs(ids_TLK: np.ndarray) -> int:
+    """A call needs each expert of a layer once, however many of its tokens are routed to it."""
+    return sum(len(np.unique(ids_TLK[:, layer])) for layer in range(ids_TLK.shape[1]))
+
+
+@pytest.fixture(scope="module")
+def resident(backend: Any, source: Path) -> dict[str, Rollout]:
+    with load(source, backend=backend.name, budget="resident") as engine:
+        return {
+            "long": Rollout(engine, LONG),
+            "short": Rollout(engine, SHORT),
+            "brief": Rollout(engine, SHORT, steps=3),
+        }
+
+
+class JitterIO(FileIO):
+    """Every read takes a random while, so experts arrive in another order each time."""
+
+    def __init__(self, seed: int, longest_s: float) -> None:
+        self.random, self.longest_s = random.Random(seed), longest_s
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(self.longest_s * self.random.random())
+        return super().preadv(fd, buffers, offset)
+
+
+def open_slots(backend: Any, folder: Path, slots: int, **options: Any) -> Engine:
+    """An engine with room for exactly so many experts."""
+    with load(folder, backend=backend.name) as probe:
+        record = probe.layout.record_nbytes
+    return load(folder, backend=backend.name, budget=slots * record, **options)
+
+
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
+@pytest.mark.parametrize("slots", [TOP_K, TOP_K + 1, 5, TOP_K * LAYERS, 12, 23, len(KEYS)])
+@pytest.mark.parametrize("order", orders())
+def test_streamed_is_resident_bit_for_bit(
+    backend: Any,
+    folders: dict[str, Path],
+    resident: dict[str, Rollout],
+    order: str,
+    slots: int,
+    prefetch: str,
+) -> None:
+    with open_slots(backend, folders[order], slots, prefetch=prefetch) as engine:
+        for prompt, name in ((LONG, "long"), (SHORT, "short")):
+            rollout = Rollout(engine, prompt)
+            rollout.assert_same(resident[name])
+            stats = rollout.stats
+            assert stats is not None
+            assert stats.hits + stats.late + stats.misses == rollout.routed
+            assert stats.fallbacks == 0 and stats.fallback_weight == 0.0
+            assert max(rollout.live) <= engine.budget_bytes
+            assert stats.peak_expert_bytes <= engine.budget_bytes
+            if prefetch == "off":
+                assert stats.bytes_prefetched == 0
+
+
+def test_a_hundred_runs_with_experts_arriving_in_any_order(
+    backend: Any, folders: dict[str, Path], resident: dict[str, Rollout]
+) -> None:
+    reader = RangedReader(io=JitterIO(seed=1, longest_s=2e-4))
+    with open_slots(backend, folders["layer"], TOP_K + 2, reader=reader) as engine:
+        for number in range(100):
+            engine.runner.prefetch = "auto" if number % 2 else "off"
+            Rollout(engine, SHORT, steps=3).assert_same(resident["brief"])
+
+
+def test_prefetch_on_and_off_at_equal_budget_and_latency(
+    backend: Any, folders: dict[str, Path], resident: dict[str, Rollout]
+) -> None:
+    """Check 10: the same tokens and the same needs; only when the reads are made may differ."""
+    needs = {}
+    for prefetch in ("auto", "off"):
+        reader = RangedReader(io=JitterIO(seed=2, longest_s=2e-3))
+        options = {"prefetch": prefetch, "reader": reader}
+        with open_slots(backend, folders["layer"], 2 * TOP_K * LAYERS, **options) as engine:
+            rollout = Rollout(engine, LONG)
+        rollout.assert_same(resident["long"])
+        assert rollout.stats is not None
+        needs[prefetch] = rollout.stats.routed
+        assert rollout.stats.stall_s > 0
+    assert needs["auto"] == needs["off"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"routing_source": "lookahead"},
+        {"num_shared_experts": 0},
+        {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_models_stream_exactly_too(
+    backend: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    source = tiny_model(tmp_path / "model", **changes)
+    pack(source, tmp_path / "packed")
+    with load(source, backend=backend.name) as whole:
+        expected = Rollout(whole, SHORT)
+    top_k = changes.get("num_experts_per_tok", TOP_K)
+    with open_slots(backend, tmp_path / "packed", top_k) as engine:
+        Rollout(engine, SHORT).assert_same(expected)
+
+
+def test_a_prompt_of_several_chunks(backend: Any, tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    pack(source, tmp_path / "packed")
+    prompt = [11 * i % CONFIG.vocab_size for i in range(1100)]
+    with load(source, backend=backend.name) as whole:
+        expected = Rollout(whole, prompt, steps=2)
+    with open_slots(backend, tmp_path / "packed", TOP_K) as engine:
+        Rollout(engine, prompt, steps=2).assert_same(expected)
+
+
+def test_sampled_tokens_do_not_depend_on_the_budget(
+    backend: Any, folders: dict[str, Path]
+) -> None:
+    params = SamplingParams(temperature=1.3, top_k=60, top_p=0.95, seed=11)
+    answers = set()
+    for budget in ("resident", "all", "50%", "10%"):
+        with load(folders["layer"], backend=backend.name, budget=budget) as engine:
+            answers.add(tuple(engine.generate(SHORT, params, max_tokens=20).result.tokens))
+    assert len(answers) == 1
+
+
+def test_fallback_answers_without_waiting_and_says_how_much_it_replaced(
+    backend: Any, folders: dict[str, Path]
+) -> None:
+    reader = RangedReader(io=JitterIO(seed=3, longest_s=0.05))
+    options = {"miss": "fallback", "reader": reader}
+    with open_slots(backend, folders["layer"], TOP_K, **options) as engine:
+        stats = engine.generate(SHORT, max_tokens=8).result.stats
+    assert stats["fallbacks"] > 0
+    assert 0 < stats["fallback_weight"] <= stats["routed"]
+    assert stats["stall_s"] == 0.0
+
+
+# Expert bytes of this geometry: 4 x 16 x 3 x 256 x 320 x 4 = 63 MB; everything else is 2 MB.
+_MEMORY = {
+    "hidden_size": 256, "num_hidden_layers": 4, "num_experts": 16, "moe_intermediate_size": 320,
+}  # fmt: skip
+_MEASURE = """
+    import json, sys
+    import chronos
+    from chronos import backends
+    from chronos.cli.footer import peak_memory
+    backend, folder, budget = sys.argv[1:]
+    backends.load(backend)  # the framework's own memory comes first
+    before = peak_memory()
+    engine = chronos.load(folder, backend=backend, budget=budget)
+    engine.with_limit = False
+    engine.generate([1, 2, 3], max_tokens=12).result
+    print(json.dumps({"grown": peak_memory() - before, "total": engine.expert_bytes_total}))
+"""
+
+
+@pytest.mark.slow
+def test_a_streamed_start_takes_less_memory_than_the_model_has(backend: Any, tmp_path: Path) -> None:
+    pack(tiny_model(tmp_path / "model", **_MEMORY), tmp_path / "packed")
+    command = [sys.executable, "-c", textwrap.dedent(_MEASURE), backend.name]
+    found = {}
+    for budget in ("10%", "resident"):
+        out = subprocess.run(
+            [*command, str(tmp_path / "packed"), budget], capture_output=True, text=True, check=True
+        )
+        found[budget] = json.loads(out.stdout)
+    assert found["resident"]["grown"] > found["resident"]["total"]  # the measure itself works
+    assert found["10%"]["grown"] < 0.5 * found["10%"]["total"]
