@@ -31,7 +31,9 @@ def test_both_spellings_are_written() -> None:
     assert json.loads(SMALL.dumps()) == json.loads(json.dumps(data))
 
 
-@pytest.mark.parametrize("gone", ["num_experts", "num_local_experts", "rope_theta", "rope_parameters"])
+@pytest.mark.parametrize(
+    "gone", ["num_experts", "num_local_experts", "rope_theta", "rope_parameters"]
+)
 def test_either_spelling_is_read(gone: str) -> None:
     data = changed(num_experts=16, num_local_experts=16, rope_theta=5e5)
     data["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}

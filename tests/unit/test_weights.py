@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -101,15 +102,14 @@ def test_lookahead_router_is_float32() -> None:
 def test_sizes() -> None:
     assert {spec.dtype for spec in dense_tensors(CONFIG)} == {"bfloat16"}
     experts = routed_tensors(CONFIG)
-    assert sum(s.nbytes for s in experts) == 2 * CONFIG.num_routed_experts * CONFIG.expert_parameters
+    parameters = CONFIG.num_routed_experts * CONFIG.expert_parameters
+    assert sum(s.nbytes for s in experts) == 2 * parameters
     every = dense_tensors(CONFIG) + experts
     assert count_parameters(CONFIG) == sum(math.prod(s.shape) for s in every)
 
 
 @pytest.mark.parametrize("shared", [0, 1])
 def test_shared_experts_are_counted(shared: int) -> None:
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, num_shared_experts=shared)
     fewer = (2 - shared) * 3 * CONFIG.expert_parameters
     assert count_parameters(config) == count_parameters(CONFIG) - fewer
