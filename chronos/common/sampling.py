@@ -91,9 +91,7 @@ def draw(logits_V: npt.ArrayLike, params: SamplingParams, uniform: float) -> int
     return int(np.searchsorted(cumulated, uniform * cumulated[-1], "right"))
 
 
-def _keep(
-    logits: npt.NDArray[np.float64], kept: npt.NDArray[np.intp]
-) -> npt.NDArray[np.float64]:
+def _keep(logits: npt.NDArray[np.float64], kept: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
     filtered = np.full_like(logits, -np.inf)
     filtered[kept] = logits[kept]
     return filtered

@@ -119,9 +119,7 @@ def swiglu(x_TD: Array, gate_up_FD: Array, down_DF: Array) -> Array:
     return (silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)) @ down_DF.T
 
 
-def route(
-    probs_BTE: Array, top_k: int, normalize: bool
-) -> tuple[npt.NDArray[np.int64], Array]:
+def route(probs_BTE: Array, top_k: int, normalize: bool) -> tuple[npt.NDArray[np.int64], Array]:
     """The k most probable experts and their weights; ties go to the lower index."""
     ids = np.argsort(-probs_BTE, -1, kind="stable")[..., :top_k]
     chosen = np.take_along_axis(probs_BTE, ids, -1)
