@@ -240,7 +240,7 @@ def _check(c: ModelConfig) -> None:
         ),
         "fallback_mask_prob needs a shared expert": c.fallback_mask_prob > 0
         and c.num_shared_experts == 0,
-        f"dtype must be one of {sorted(DTYPE_BYTES)}": c.dtype not in DTYPE_BYTES,
+        f"dtype must be one of {sorted(DTYPE_BYTES)}": c.dtype not in list(DTYPE_BYTES),
         "routing_source must be 'gate' or 'lookahead'": c.routing_source
         not in ("gate", "lookahead"),
         f"hybrid_pattern must list some of {ATTENTION_KINDS}": not (
