@@ -103,12 +103,15 @@ def _create_locked(path: Path, io: FileIO) -> int:
         io.close(fd)
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents where they are missing. Raises ResourceError."""
+def make_folder(folder: Path, io: FileIO | None = None) -> None:
+    """Create a folder, and durably so where its parent is there. Raises ResourceError."""
+    io = io or FileIO()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            io.sync_folder(folder.parent)
     except OSError as error:
-        raise write_error(folder, error, FileIO()) from error
+        raise write_error(folder, error, io) from error
 
 
 def sweep_orphans(folder: StrPath, io: FileIO | None = None) -> list[Path]:

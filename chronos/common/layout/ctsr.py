@@ -22,6 +22,8 @@ from chronos.common.fileio import ALIGN, FileIO, SmallReader, aligned_buffer
 from chronos.common.files import RangedReader, Request
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.manifest import (
+    CTSR_FORMAT,
+    CTSR_VERSION,
     EXPERTS,
     MANIFEST,
     TENSOR_ALIGN,
@@ -35,7 +37,6 @@ from chronos.common.layout.manifest import (
 from chronos.common.tensorfile import build_header
 from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
 
-CTSR_FORMAT, CTSR_VERSION = "ctsr", "1"
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
 
 # Given keys, yields each of them with its tensors' bytes by name, in the order given.
@@ -85,7 +86,7 @@ def write_experts(
     files: dict[str, int] = {}
     records: dict[Key, Record] = {}
     done = reused = 0
-    make_folder(home)
+    make_folder(home, io)
     for number, keys in enumerate(clusters):
         cluster = _Cluster(home / f"cluster-{number:05d}.ctsr", keys, tensors, nbytes, fingerprint)
         found = cluster.reuse(io)
@@ -120,7 +121,7 @@ class _Cluster:
         layers = sorted({layer for layer, _ in keys})
         metadata = {
             "format": CTSR_FORMAT,
-            "version": CTSR_VERSION,
+            "version": str(CTSR_VERSION),
             "cluster": path.stem.removeprefix("cluster-"),
             "layers": ",".join(map(str, layers)),
             "fingerprint": fingerprint,

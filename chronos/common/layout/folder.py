@@ -16,8 +16,10 @@ from pathlib import Path
 
 from chronos.common.config import ModelConfig
 from chronos.common.errors import CorruptClusterError, ShapeMismatch
-from chronos.common.fileio import FileIO, StrPath
+from chronos.common.fileio import FileIO, StrPath, corrupt
 from chronos.common.layout.manifest import (
+    CTSR_FORMAT,
+    CTSR_VERSION,
     EXPERTS,
     MANIFEST,
     Key,
@@ -169,6 +171,7 @@ def _check_cluster(
             f"{path.name} has {header.file_bytes} bytes, {manifest.files[path.name]} wanted",
             str(path),
         )
+    _check_version(path, header.metadata)
     if header.metadata.get("fingerprint") != manifest.fingerprint:
         raise CorruptClusterError(
             f"{path.name} belongs to another model"
@@ -190,3 +193,11 @@ def _check_cluster(
             raise CorruptClusterError(
                 f"{path.name} and the manifest disagree about {name}", str(path)
             )
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    version = metadata.get("version", "")
+    if metadata.get("format") != CTSR_FORMAT or not version.isdecimal():
+        raise corrupt(path, "is a safetensors file, but not a cluster of experts")
+    if int(version) > CTSR_VERSION:
+        raise corrupt(path, f"was made by version {version} of its format; upgrade Chronos")

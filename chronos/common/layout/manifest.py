@@ -28,6 +28,7 @@ EXPERTS = "experts"
 MANIFEST = "cluster_manifest.json"
 FORMAT = "chronos-clusters"
 VERSION = 2
+CTSR_FORMAT, CTSR_VERSION = "ctsr", 1  # of the cluster files
 MAX_MANIFEST = 32 << 20
 TENSOR_ALIGN = 64  # of a tensor within its record: what vector loads and accelerators like
 _MAX_INDEX = 65_535
