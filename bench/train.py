@@ -1,0 +1,117 @@
+"""Training throughput of a mixture of experts against a dense model of equal active size.
+
+Ceiling: 6 * active parameters floating-point operations per token / the machine's own float32 matrix
+rate, measured here on products of the shape the experts have. Runs are interleaved (MoE, dense,
+MoE, ...) and compared pair by pair. Nothing is read from disk.
+
+    python -m bench.train [--rounds 5] [--recipe recipes/demo.toml]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chronos import backends
+from chronos.common.config import ModelConfig
+from chronos.common.data import Batch
+from chronos.common.recipe import TrainRecipe, load_recipe
+from chronos.common.weights import dense_tensors
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """One expert as wide as the experts a token visits: equal active parameters, no choice."""
+    visited = config.num_experts_per_tok + config.num_shared_experts
+    return dataclasses.replace(
+        config,
+        num_experts=1,
+        num_experts_per_tok=1,
+        num_shared_experts=0,
+        moe_intermediate_size=visited * config.moe_intermediate_size,
+        fallback_mask_prob=0.0,
+    )
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters a token's matrix products touch; the embedding counts once, as output head."""
+    dense = sum(int(np.prod(spec.shape)) for spec in dense_tensors(config))
+    chosen = config.num_hidden_layers * config.num_experts_per_tok * config.expert_parameters
+    return dense + chosen
+
+
+def random_batch(config: ModelConfig, recipe: TrainRecipe, seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    shape = (recipe.batch_size, recipe.seq_len)
+    ids = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+    return Batch(ids, np.roll(ids, -1, 1), np.zeros(shape, np.int32))
+
+
+def seconds_per_step(step: Any, config: ModelConfig, recipe: TrainRecipe, number: int) -> float:
+    begin = time.perf_counter()
+    step.step([random_batch(config, recipe, number)], 1e-4, number)
+    return time.perf_counter() - begin
+
+
+def matrix_rate(config: ModelConfig, recipe: TrainRecipe) -> float:
+    """float32 operations per second of one expert's first product at its mean number of rows."""
+    import torch
+
+    rows = recipe.batch_size * recipe.seq_len * config.num_experts_per_tok // config.num_experts
+    x = torch.randn(rows, config.hidden_size)
+    w = torch.randn(2 * config.moe_intermediate_size, config.hidden_size)
+    work, best = 2 * x.shape[0] * w.numel(), 0.0
+    for _ in range(50):
+        begin = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = max(best, work / (time.perf_counter() - begin))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.toml"))
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe)
+    backend = backends.load("torch")
+    configs = {"moe": recipe.model, "dense": dense_twin(recipe.model)}
+    steps = {
+        name: backend.train_step(backend.build(config, seed=0), recipe.train)
+        for name, config in configs.items()
+    }
+    rate = matrix_rate(recipe.model, recipe.train)
+    work = 6 * active_parameters(recipe.model)
+    print(f"active parameters: {work // 6:,}; ceiling {rate / work:,.0f} tok/s at {rate / 1e9:.0f} GFLOP/s")
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    for number in range(args.rounds + 1):
+        for name, config in configs.items():
+            taken = seconds_per_step(steps[name], config, recipe.train, number)
+            if number:  # the first step of each warms up
+                times[name].append(taken)
+    tokens = recipe.train.batch_size * recipe.train.seq_len
+    speed = {name: tokens / statistics.median(taken) for name, taken in times.items()}
+    ratios = [d / m for m, d in zip(times["moe"], times["dense"], strict=True)]
+    print(f"MoE {speed['moe']:,.0f} tok/s, dense of equal active size {speed['dense']:,.0f} tok/s")
+    print(f"ratio MoE/dense, pair by pair: median {statistics.median(ratios):.2f} "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    report = {
+        "bench": "train",
+        "tokens_per_s": speed,
+        "ratio_median": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+        "ceiling_tokens_per_s": rate / work,
+        "experts": recipe.model.num_experts,
+        "top_k": recipe.model.num_experts_per_tok,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
