@@ -72,7 +72,7 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size
-        if bits >= 1 << 63:  # before a later 0 hides it: other readers multiply in 64 bits
+        if size >= 1 << 62 or bits >= 1 << 63:  # before a later 0 hides it: other readers multiply in 64 bits
             raise ValueError(f"shape {list(shape)} is too large")
     if bits % 8:
         raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
