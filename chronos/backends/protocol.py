@@ -7,7 +7,7 @@ Not covered: how bytes move and when to wait, which is each backend's own busine
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -69,6 +69,7 @@ class Runner(Protocol):
 
     prefetch: str  # "auto" or "off"
     recording: bool  # whether routing() gets what calls are routed to
+    replay: Callable[[int], tuple[np.ndarray, np.ndarray]] | None  # layer -> (ids, weights) [T, K]
 
     @property
     def position(self) -> int:

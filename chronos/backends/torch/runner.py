@@ -31,10 +31,13 @@ _PROMPT_AHEAD = 16
 # Recorded routing is compacted after this many calls: a tensor per layer and token costs 300 bytes,
 # which over a long generation would outgrow the experts' budget.
 _COMPACT_EVERY = 32
+# (ids int64, weights float32) [T, K] of a layer, in place of what its gate would choose.
+Replay = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 class Runner:
-    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`."""
+    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`;
+    `replay`, where set, decides the routing instead of the gates."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Runner:
         """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
         self.model, self.store = model.eval(), store
         self.prefetch, self.recording = "auto", False
+        self.replay: Replay | None = None
         self._prefetcher = prefetcher if model.lookahead is not None else None
         self._record = _RoutingRecord()
         self.reset()
@@ -105,11 +109,22 @@ class Runner:
     ) -> None:
         ids_1T = torch.tensor([tokens], device=self.model.device)
         out = self.model(
-            ids_1T, cache=self._cache, source=source, on_lookahead=on_lookahead, last_only=True
+            ids_1T,
+            cache=self._cache,
+            source=source,
+            on_lookahead=on_lookahead,
+            replay=self._replayed if self.replay else None,
+            last_only=True,
         )
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
+
+    def _replayed(self, layer: int) -> tuple[Tensor, Tensor]:
+        assert self.replay is not None
+        ids_TK, weights_TK = self.replay(layer)
+        device = self.model.device
+        return torch.from_numpy(ids_TK).to(device), torch.from_numpy(weights_TK).to(device)
 
     def _forecast_token(self, probs_TJLE: Tensor) -> None:
         assert self._prefetcher is not None

@@ -1,0 +1,196 @@
+"""Recorded routing of a real model on a generated one of the same geometry.
+
+Random weights say nothing about routing, so the trace decides it: which experts are read, kept and
+computed is what the recorded model would have asked for; the arithmetic is real, its values are not.
+A resident and a streamed run go over the same tokens; both begin with tokens that are not counted.
+Not covered: prefetch by forecasts, which random weights cannot make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chronos.common.config import ModelConfig
+from chronos.common.errors import UsageError
+from chronos.common.layout import is_packed, pack
+from chronos.common.routing.trace import RoutingTrace
+from chronos.common.sampling import SamplingParams
+from chronos.common.tensorfile import write_tensors
+from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec, dense_tensors, routed_tensors
+from chronos.meter import Meter, measure_machine
+
+if TYPE_CHECKING:
+    from chronos.engine import Engine
+
+Progress = Callable[[int, int], None]
+_HIDDEN, _VOCABULARY = 1024, 2048
+_GREEDY = SamplingParams()
+
+
+class ReplayedRouting:
+    """What a runner's `replay` is set to: the trace's next token each time layer 0 is asked."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        self._ids_TLK = trace.ids_TLK.astype(np.int64)
+        if trace.weights_TLK is not None:
+            self._weights_TLK = trace.weights_TLK.astype(np.float32)
+        else:
+            shape = self._ids_TLK.shape
+            self._weights_TLK = np.full(shape, 1 / trace.top_k, np.float32)
+        self._token = -1
+
+    def __call__(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(ids, weights) [1, K] of this token's layer."""
+        self._token += layer == 0
+        at = self._token
+        return self._ids_TLK[at : at + 1, layer], self._weights_TLK[at : at + 1, layer]
+
+
+def config_for(trace: RoutingTrace, record_bytes: int) -> ModelConfig:
+    """A model of the trace's geometry with experts of about `record_bytes` in bfloat16."""
+    width = record_bytes // (6 * _HIDDEN) // 32 * 32
+    if width < 32:
+        raise UsageError(f"experts of {record_bytes} bytes are too small", "", "give 200kB or more")
+    return ModelConfig(
+        hidden_size=_HIDDEN,
+        num_hidden_layers=trace.num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        vocab_size=_VOCABULARY,
+        num_experts=trace.num_experts,
+        num_experts_per_tok=trace.top_k,
+        moe_intermediate_size=width,
+        sliding_window=256,
+        lookahead_steps=0,
+        dtype="bfloat16",
+    )
+
+
+def make_model(
+    folder: Path, config: ModelConfig, progress: Progress = lambda done, total: None
+) -> Path:
+    """A packed folder of random weights; one that is there already with this config is used again.
+
+    Needs twice the model's size on disk while it works.
+    """
+    if is_packed(folder):
+        if ModelConfig.from_json(folder) != config:
+            raise UsageError("the folder holds another model", str(folder), "name another --work")
+        return folder
+    source = folder.with_name(folder.name + "-unpacked")
+    source.mkdir(parents=True, exist_ok=True)
+    try:
+        (source / "config.json").write_text(json.dumps(config.to_json()), "utf-8")
+        specs = dense_tensors(config) + routed_tensors(config)
+        write_tensors(source / "model.safetensors", _weights(specs, progress), {"format": "pt"})
+        pack(source, folder, progress=progress)
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+    return folder
+
+
+def _weights(
+    specs: list[TensorSpec], progress: Progress
+) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    """bfloat16 values near 0, cut at a different place of one pool for each tensor: drawing them
+    all anew would take longer than writing them. Norms are one."""
+    largest = max(spec.nbytes for spec in specs) // 2
+    random = np.random.default_rng(0)
+    values = random.standard_normal(largest + 65_536, np.float32) * np.float32(0.02)
+    pool = (values.view(np.uint32) >> 16).astype("<u2")
+    one = np.array([1.0], np.float32).view(np.uint32)[0] >> 16
+    for index, spec in enumerate(specs):
+        count = spec.nbytes // 2
+        start = index * 131 % 65_536
+        part = np.full(count, one, "<u2") if "norm" in spec.name else pool[start : start + count]
+        yield spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, memoryview(part.view(np.uint8))
+        progress(index + 1, len(specs))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One run over the counted tokens. Seconds and bytes are per token."""
+
+    token_s: float
+    bytes_read: float
+    stall_s: float
+    stats: dict[str, Any]
+    limit: dict[str, Any] | None
+    disk_rate: float | None
+
+    @property
+    def serial_s(self) -> float | None:
+        """What the token would take if no read overlapped any computing; None if not streamed."""
+        if self.limit is None or self.disk_rate is None:
+            return None
+        return float(self.limit["t_res_s"]) + self.bytes_read / self.disk_rate
+
+    def to_json(self) -> dict[str, Any]:
+        serial = self.serial_s
+        return {
+            "token_s": self.token_s,
+            "bytes_read_per_token": self.bytes_read,
+            "stall_s_per_token": self.stall_s,
+            "disk_bytes_per_s": self.disk_rate,
+            "serial_s": serial,
+            "share_of_serial": self.token_s / serial if serial else None,
+            "limit": self.limit,
+            "stats": self.stats,
+        }
+
+
+def replay(
+    open_engine: Callable[[str], AbstractContextManager[Engine]],
+    trace: RoutingTrace,
+    budget: str,
+    *,
+    warmup: int,
+    tokens: int,
+    resident_token_s: float | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Replayed:
+    """Run `warmup` tokens of the trace uncounted, then `tokens` counted, at one budget."""
+    if trace.num_tokens < warmup + tokens + 2:
+        raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
+    with open_engine(budget) as engine:
+        engine.runner.replay = ReplayedRouting(trace)
+        meter = _run(engine, warmup, lambda done: progress(done, warmup + tokens))
+        meter = _run(engine, tokens, lambda done: progress(warmup + done, warmup + tokens))
+        stats, machine, limit = meter.stats(), None, None
+        if engine.layout is not None:
+            machine = dataclasses.replace(
+                measure_machine(
+                    engine.layout, engine.config, engine.budget_bytes, engine.device
+                ),
+                resident_token_s=resident_token_s,
+            )
+            limit = meter.limit(engine.config, machine)
+    return Replayed(
+        stats["decode_s"] / tokens,
+        stats["decode_bytes_read"] / tokens,
+        stats["decode_stall_s"] / tokens,
+        stats,
+        limit,
+        machine.disk_rate if machine else None,
+    )
+
+
+def _run(engine: Engine, tokens: int, progress: Callable[[int], None]) -> Meter:
+    """One prompt token, then `tokens` decoded; the key/value cache starts empty."""
+    meter = Meter(engine.runner, engine.store, record=engine.store is not None)
+    meter.prefill([0], _GREEDY)
+    for done in range(tokens):
+        meter.decode(0, _GREEDY)
+        progress(done + 1)
+    return meter
