@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Key = tuple[int, int]  # (absolute layer index, expert index)
+from chronos.common.residency import Key as Key
+
 Floats = npt.NDArray[np.floating]
 
 PAYS = 0.5  # used fraction of prefetched bytes at break-even; PrefetchController says why

@@ -1,0 +1,101 @@
+"""The physical limit of a streamed run, and how much of it was reached. Plain floats in and out.
+
+    T_res  = max((D + L k S) / B_fast, T_kernels)   everything resident
+    T*     = max(T_res, R* S / B_slow)              perfect foresight, full overlap
+    T_dem  = T_nonexpert + R* S / B_slow            perfect cache, no prediction
+    eta_limit = T*/T      eta_res = T_res/T         eta_bytes = R*/R
+    eta_policy = (R_ref - R) / (R_ref - R*)         eta_overlap = 1 - stall / (R S / B_slow)
+
+R is expert reads per token, prefetched ones and waste included; R* those of exact MIN with bypass
+on the same routing (`simulate`). Shares are not clipped: above 1 or below 0 says an input was
+wrong, or that prefetch waste made things worse. Lossy miss policies have no place on this axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from chronos.common.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LimitReport:
+    """Seconds per token and shares of the limit; None where the inputs say nothing about it."""
+
+    t_res_s: float  # T_res: everything resident
+    t_limit_s: float  # T*: no streamed run on this machine can be faster
+    t_demand_s: float  # T_dem: the best without prediction
+    eta_limit: float
+    eta_res: float
+    eta_bytes: float
+    eta_policy: float | None
+    eta_overlap: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        return dataclasses.asdict(self)
+
+
+def limit_report(
+    *,
+    token_s: float,
+    reads_per_token: float,
+    min_reads_per_token: float,
+    record_bytes: float,
+    slow_bytes_per_s: float,
+    fast_bytes_per_s: float,
+    dense_bytes: float,
+    layers: int,
+    top_k: int,
+    kernel_s: float = 0.0,
+    nonexpert_s: float | None = None,
+    ref_reads_per_token: float | None = None,
+    stall_s: float | None = None,
+) -> LimitReport:
+    """The limit for one measured run.
+
+    token_s: T, measured seconds per token. reads_per_token: R. min_reads_per_token: R*.
+    record_bytes: S, one expert. slow_bytes_per_s: B_slow, measured on reads of S bytes.
+    fast_bytes_per_s: B_fast, memory. dense_bytes: D, bytes outside the experts read per token, KV
+    cache included. layers: MoE layers. kernel_s: T_kernels, measured resident seconds per token
+    (0: unknown, the roofline stands alone). nonexpert_s: resident seconds per token outside the
+    experts (default D / B_fast). ref_reads_per_token: R_ref, the better of LRU and decayed LFU on
+    the same routing. stall_s: seconds per token spent waiting for experts.
+    Raises UsageError for a number that is negative, not finite, or a rate or time of 0.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    _check_numbers(given, positive=("token_s", "slow_bytes_per_s", "fast_bytes_per_s"))
+    read_s = record_bytes / slow_bytes_per_s
+    resident_s = max((dense_bytes + layers * top_k * record_bytes) / fast_bytes_per_s, kernel_s)
+    limit_s = max(resident_s, min_reads_per_token * read_s)
+    rest_s = dense_bytes / fast_bytes_per_s if nonexpert_s is None else nonexpert_s
+    return LimitReport(
+        t_res_s=resident_s,
+        t_limit_s=limit_s,
+        t_demand_s=rest_s + min_reads_per_token * read_s,
+        eta_limit=limit_s / token_s,
+        eta_res=resident_s / token_s,
+        eta_bytes=min_reads_per_token / reads_per_token if reads_per_token else 1.0,
+        eta_policy=eta_policy(reads_per_token, ref_reads_per_token, min_reads_per_token),
+        eta_overlap=_eta_overlap(stall_s, reads_per_token * read_s),
+    )
+
+
+def eta_policy(reads: float, ref_reads: float | None, min_reads: float) -> float | None:
+    """Share of the gap between the reference cache and MIN that is closed; None without a gap."""
+    if ref_reads is None or ref_reads <= min_reads:
+        return None
+    return (ref_reads - reads) / (ref_reads - min_reads)
+
+
+def _eta_overlap(stall_s: float | None, reading_s: float) -> float | None:
+    if stall_s is None:
+        return None
+    return 1.0 - stall_s / reading_s if reading_s else 1.0
+
+
+def _check_numbers(given: dict[str, float], positive: tuple[str, ...]) -> None:
+    for name, value in given.items():
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+            raise UsageError(f"limit_report: {name} = {value} is no usable measurement")

@@ -1,0 +1,232 @@
+"""Replay a routing trace against cache policies, to learn how many expert reads each would need.
+
+A token's k experts of one layer are one request: all are looked up, then the cache changes. The
+cache starts cold (or with given residents) and is carried across sequences. `pooled`: one pool of
+slots over all layers, as the stores have it; otherwise `slots` in every layer. Policies:
+
+- lru, lfu (uses fading by `decay` per token): every requested expert is admitted, as a store must;
+  equal ranks go by slot number like `residency`, so counts equal the store's without prefetch;
+- min: Belady's MIN with bypass - a missed expert need not be kept; its reads are R*, the least any
+  cache of this size needs;  min-admit: MIN that admits all k;
+- min-w<W>: as min, but only the next W tokens are known; what they do not use is ranked by lfu.
+
+Not covered: time, prefetch, more than one read of an expert per request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chronos.common.caches import Stream, missing_keys, window_of
+from chronos.common.errors import UsageError
+from chronos.common.limits import eta_policy
+from chronos.common.residency import Key, Policy, Residency
+from chronos.common.routing.trace import RoutingTrace
+
+POLICIES = ("lru", "lfu", "min-w1", "min-w2", "min-w4", "min-w8", "min")
+LFU_DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one policy would have done. Counts leave out the warm-up tokens."""
+
+    policy: str
+    pooled: bool
+    slots: int  # of the pool, or of every layer
+    tokens: int
+    requests: int  # routed needs of single experts
+    misses: int  # each one read
+
+    @property
+    def hits(self) -> int:
+        return self.requests - self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.requests
+
+    @property
+    def reads_per_token(self) -> float:
+        return self.misses / self.tokens
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several policies on one trace and one number of slots."""
+
+    replays: tuple[Replay, ...]
+
+    @property
+    def min_reads_per_token(self) -> float:
+        """R*."""
+        return self._reads("min")
+
+    @property
+    def ref_reads_per_token(self) -> float:
+        """R_ref: the better of LRU and decayed LFU."""
+        return min(self._reads("lru"), self._reads("lfu"))
+
+    def eta_policy(self, reads_per_token: float) -> float | None:
+        """Share of the gap between R_ref and R* closed by a policy with that many reads."""
+        return eta_policy(reads_per_token, self.ref_reads_per_token, self.min_reads_per_token)
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.replays[0]
+        return {
+            "slots": first.slots,
+            "pooled": first.pooled,
+            "tokens": first.tokens,
+            "r_min": self.min_reads_per_token,
+            "r_ref": self.ref_reads_per_token,
+            "policies": {
+                replay.policy: {
+                    "hits": replay.hits,
+                    "misses": replay.misses,
+                    "hit_rate": replay.hit_rate,
+                    "reads_per_token": replay.reads_per_token,
+                    "eta_policy": self.eta_policy(replay.reads_per_token),
+                }
+                for replay in self.replays
+            },
+        }
+
+    def _reads(self, policy: str) -> float:
+        return next(replay.reads_per_token for replay in self.replays if replay.policy == policy)
+
+
+def slots_for(trace: RoutingTrace, share: float, *, pooled: bool = True) -> int:
+    """Slots that hold a share of the experts: floor(share E) per layer, floor(share L E) pooled."""
+    experts = trace.num_experts * (trace.num_layers if pooled else 1)
+    return math.floor(share * experts + 1e-9)
+
+
+def simulate(
+    trace: RoutingTrace,
+    slots: int,
+    policy: str,
+    *,
+    pooled: bool = True,
+    decay: float = LFU_DECAY,
+    warmup: float = 0.0,
+    resident: Collection[Key] = (),
+) -> Replay:
+    """Replay the trace with `slots` slots (in every layer unless pooled).
+
+    The first `warmup` share of the tokens fills the cache and is not counted. `resident` keys are
+    in the cache from the start, least worth keeping first. About 3 microseconds per routed expert.
+    Raises UsageError for an unknown policy or fewer slots than top_k.
+    """
+    _check(trace, slots, policy, decay, warmup)
+    first = int(warmup * trace.num_tokens)
+    misses = 0
+    for stream in _streams(trace, pooled, resident):
+        if len(stream.start) > slots:
+            raise UsageError(f"{len(stream.start)} resident experts do not fit in {slots} slots")
+        missing = missing_keys(stream, slots, policy, decay)
+        counts = np.fromiter(map(len, missing), np.int64, len(stream.keys_NK))
+        misses += int(counts[first * stream.events_per_token :].sum())
+    tokens = trace.num_tokens - first
+    requests = tokens * trace.num_layers * trace.top_k
+    return Replay(policy, pooled, slots, tokens, requests, misses)
+
+
+def compare(
+    trace: RoutingTrace,
+    slots: int,
+    policies: Sequence[str] = POLICIES,
+    *,
+    pooled: bool = True,
+    decay: float = LFU_DECAY,
+    warmup: float = 0.0,
+) -> Comparison:
+    """Replay several policies; lru, lfu and min are always among them, for R_ref and R*."""
+    names = dict.fromkeys([*policies, "lru", "lfu", "min"])
+    return Comparison(
+        tuple(
+            simulate(trace, slots, name, pooled=pooled, decay=decay, warmup=warmup)
+            for name in names
+        )
+    )
+
+
+def simulate_policy(
+    trace: RoutingTrace, slots: int, policy: Policy, *, warmup: float = 0.0
+) -> Replay:
+    """Replay against any `residency` policy, through the bookkeeping the stores use; pooled.
+
+    For rankings that are no array of `replay`, such as forecasts; some five times slower.
+    """
+    _check(trace, slots, "lru", LFU_DECAY, warmup)
+    residency = Residency(trace.num_layers, trace.num_experts, slots, policy)
+    first = int(warmup * trace.num_tokens)
+    misses = 0
+    for token, ids_LK in enumerate(trace.ids_TLK):
+        missed = sum(
+            _serve(residency, layer, experts) for layer, experts in enumerate(ids_LK.tolist())
+        )
+        misses += missed if token >= first else 0
+        policy.end_token()
+        residency.end_token()
+    tokens = trace.num_tokens - first
+    requests = tokens * trace.num_layers * trace.top_k
+    return Replay(type(policy).__name__, True, slots, tokens, requests, misses)
+
+
+def _serve(residency: Residency, layer: int, experts: list[int]) -> int:
+    """One request as a store does it: pin what is there, rank, then make room for the rest."""
+    held = [slot for e in experts if (slot := residency.ready.get((layer, e))) is not None]
+    absent = [expert for expert in experts if (layer, expert) not in residency.ready]
+    for slot in held:
+        residency.pin(slot)
+    residency.policy.observe(layer, experts)
+    for expert in absent:
+        admission = residency.admit((layer, expert), demand=True)
+        assert admission is not None, "fewer slots than one request needs"
+        residency.mark_ready(admission.slot)
+        residency.pin(admission.slot)
+        held.append(admission.slot)
+    for slot in held:
+        residency.unpin(slot)
+    return len(absent)
+
+
+def missed_keys(trace: RoutingTrace, slots: int, policy: str) -> Iterator[list[int]]:
+    """Per (token, layer) in order, what a pool would read, as flat indices row * E + expert."""
+    _check(trace, slots, policy, LFU_DECAY, 0.0)
+    return missing_keys(_streams(trace, True, ())[0], slots, policy, LFU_DECAY)
+
+
+def _streams(trace: RoutingTrace, pooled: bool, resident: Collection[Key]) -> list[Stream]:
+    ids, experts, layers = trace.ids_TLK, trace.num_experts, trace.num_layers
+    rows = {layer: row for row, layer in enumerate(trace.layers)}
+    for layer, expert in resident:
+        if layer not in rows or not 0 <= expert < experts:
+            raise UsageError(f"resident expert {(layer, expert)} is not in the trace")
+    start = [(rows[layer], expert) for layer, expert in dict.fromkeys(resident)]
+    if not pooled:
+        return [
+            Stream(ids[:, row], experts, 1, [expert for at, expert in start if at == row])
+            for row in range(layers)
+        ]
+    keys_TLK = ids + np.arange(layers, dtype=np.int32)[:, None] * experts
+    flat = [row * experts + expert for row, expert in start]
+    return [Stream(keys_TLK.reshape(-1, trace.top_k), layers * experts, layers, flat)]
+
+
+def _check(trace: RoutingTrace, slots: int, policy: str, decay: float, warmup: float) -> None:
+    if policy not in ("lru", "lfu", "min", "min-admit") and not window_of(policy):
+        raise UsageError(f"unknown policy {policy!r}", "", f"one of {', '.join(POLICIES)}")
+    if slots < trace.top_k:
+        raise UsageError(
+            f"{slots} slots cannot hold the {trace.top_k} experts of one request",
+            "",
+            "raise the budget",
+        )
+    if not 0.0 < decay <= 1.0 or not 0.0 <= warmup < 1.0:
+        raise UsageError(f"decay {decay} must be in (0, 1], warmup {warmup} in [0, 1)")
