@@ -1,0 +1,231 @@
+"""Generation on every backend: how it ends, what it refuses, what it counts, how it draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronos.common.errors import BudgetError, UsageError
+from chronos.common.sampling import SamplingParams, draw
+from chronos.engine import Engine, load
+from chronos.testing.tiny import CONFIG, tiny_packed
+
+PROMPT = [5, 80, 41]
+CONTEXT = CONFIG.max_position_embeddings
+# Keys of `generate --json` that a user may rely on.
+STATS = (
+    "ttft_s decode_tps hits late misses bytes_read bytes_wasted stall_s peak_expert_bytes"
+    " fallback_weight"
+).split()
+LIMIT = "t_res_s t_limit_s eta_limit eta_res eta_bytes".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_packed(tmp_path_factory.mktemp("engine") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(backend: Any, folder: Path) -> Iterator[Engine]:
+    with load(folder, backend=backend.name, budget="50%") as engine:
+        engine.stop_ids = frozenset()  # random weights like the end token; most tests do not
+        yield engine
+
+
+def greedy(engine: Engine, count: int = 24) -> list[int]:
+    return engine.generate(PROMPT, max_tokens=count).result.tokens
+
+
+def text_of(engine: Engine, tokens: list[int]) -> str:
+    assert engine.tokenizer is not None
+    return engine.tokenizer.decode(tokens)
+
+
+def test_steps_join_to_the_result(engine: Engine) -> None:
+    steps = engine.generate(PROMPT, max_tokens=24)
+    seen = list(steps)
+    result = steps.result
+    assert [step.token for step in seen if step.token is not None] == result.tokens
+    assert "".join(step.text for step in seen) == result.text == text_of(engine, result.tokens)
+    assert (result.finish_reason, len(result.tokens), result.prompt_tokens) == ("length", 24, 3)
+
+
+def test_the_same_again_is_the_same(engine: Engine) -> None:
+    assert greedy(engine) == greedy(engine)
+
+
+def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(engine: Engine) -> None:
+    tokens = greedy(engine)
+    text = text_of(engine, tokens)
+    ends = [len(text_of(engine, tokens[:count])) for count in range(len(tokens))]
+    # Two characters that two tokens bring, and that no earlier text holds.
+    at = next(e for e in ends if 0 < e < len(text) - 1 and text.find(text[e - 1 : e + 1]) == e - 1)
+    steps = engine.generate(PROMPT, max_tokens=24, stop=["nowhere", text[at - 1 : at + 1]])
+    shown = "".join(step.text for step in steps)
+    assert shown == steps.result.text == text[: at - 1]
+    assert steps.result.finish_reason == "stop"
+    assert len(steps.result.tokens) < 24
+
+
+def test_text_held_back_for_a_stop_string_is_released_at_the_end(engine: Engine) -> None:
+    text = text_of(engine, greedy(engine))
+    never = text[-1] + "\0"
+    assert engine.generate(PROMPT, max_tokens=24, stop=[never]).result.text == text
+
+
+def test_the_end_token_ends_the_reply_and_is_not_part_of_it(engine: Engine) -> None:
+    tokens = greedy(engine)
+    last = next(t for at, t in enumerate(tokens) if at > 2 and t not in tokens[:at])
+    engine.stop_ids = frozenset({last})
+    try:
+        result = engine.generate(PROMPT, max_tokens=24).result
+    finally:
+        engine.stop_ids = frozenset()
+    assert result.tokens == tokens[: tokens.index(last)]
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("length", "made"), [(CONTEXT - 2, 3), (CONTEXT - 1, 2), (CONTEXT, 1)])
+def test_a_full_context_ends_the_generation(engine: Engine, length: int, made: int) -> None:
+    result = engine.generate([7] * length, max_tokens=10).result
+    assert (result.finish_reason, len(result.tokens)) == ("context", made)
+
+
+def test_a_prompt_above_the_context_is_refused_with_both_numbers(engine: Engine) -> None:
+    with pytest.raises(UsageError, match=f"{CONTEXT + 1} tokens.* {CONTEXT}") as caught:
+        engine.generate([7] * (CONTEXT + 1))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ([], {}),
+        ([-1], {}),
+        ([CONFIG.vocab_size], {}),
+        (PROMPT, {"max_tokens": 0}),
+        (PROMPT, {"stop": [""]}),
+    ],
+)
+def test_nonsense_is_refused_at_once(
+    engine: Engine, prompt: list[int], options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError):
+        engine.generate(prompt, **options)
+
+
+def test_cancel_takes_effect_at_the_next_token(engine: Engine) -> None:
+    cancel = threading.Event()
+    steps = engine.generate(PROMPT, max_tokens=50, cancel=cancel)
+    next(steps)
+    next(steps)
+    cancel.set()
+    assert (steps.result.finish_reason, len(steps.result.tokens)) == ("cancelled", 2)
+    before = engine.generate(PROMPT, cancel=cancel).result
+    assert (before.finish_reason, before.tokens) == ("cancelled", [])
+
+
+def test_a_new_generation_ends_the_one_before(engine: Engine) -> None:
+    first = engine.generate(PROMPT, max_tokens=50)
+    next(first)
+    assert greedy(engine) == greedy(engine)
+    assert list(first) == []
+    with pytest.raises(UsageError, match="closed"):
+        _ = first.result
+
+
+def test_seeds_repeat_and_differ(engine: Engine) -> None:
+    def sampled(seed: int | None) -> list[int]:
+        params = SamplingParams(temperature=2.0, seed=seed)
+        return engine.generate(PROMPT, params, max_tokens=24).result.tokens
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    assert sampled(None) != sampled(None)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.5),
+        SamplingParams(temperature=0.7, top_k=20),
+        SamplingParams(temperature=1.0, top_p=0.8),
+        SamplingParams(temperature=1.0, min_p=0.1),
+        SamplingParams(temperature=2.0, top_k=50, top_p=0.9, min_p=0.02),
+    ],
+)
+def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams) -> None:
+    """Every backend takes what `common.sampling.draw` takes; a seed is one of Python's generator."""
+    runner = engine.runner
+    for seed in range(20):
+        runner.reset()
+        token = runner.prefill(PROMPT, dataclasses.replace(params, seed=seed))
+        assert token == draw(runner.logits(), params, random.Random(seed).random())
+
+
+def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
+    steps = engine.generate(PROMPT, max_tokens=24)
+    for _ in steps:
+        assert engine.store is not None
+        assert engine.store.stats().live_bytes <= engine.budget_bytes
+    stats = steps.result.stats
+    assert set(STATS) <= stats.keys()
+    assert stats["hits"] + stats["late"] + stats["misses"] == stats["routed"]
+    needs = CONFIG.num_hidden_layers * CONFIG.num_experts_per_tok * 23  # the last is not fed back
+    assert needs < stats["routed"] <= needs + len(PROMPT) * needs // 23
+    assert stats["peak_expert_bytes"] <= engine.budget_bytes < engine.expert_bytes_total
+    assert stats["decode_tokens"] == 23
+    assert all(value is not None for value in stats.values())
+    assert set(LIMIT) <= stats["limit"].keys()
+    assert 0 < stats["limit"]["eta_bytes"] <= 1
+
+
+def test_a_resident_model_reads_nothing(backend: Any, folder: Path, engine: Engine) -> None:
+    with load(folder, backend=backend.name, budget="resident") as resident:
+        resident.stop_ids = frozenset()
+        result = resident.generate(PROMPT, max_tokens=24).result
+        assert resident.store is None
+        assert resident.budget_bytes == resident.expert_bytes_total
+    assert result.tokens == greedy(engine)
+    assert result.stats["bytes_read"] == result.stats["routed"] == 0
+
+
+def test_a_budget_below_the_minimum_names_it(backend: Any, folder: Path) -> None:
+    with load(folder, backend=backend.name) as engine:
+        assert engine.layout is not None
+        record = engine.layout.record_nbytes
+    with pytest.raises(BudgetError, match=f"at least {CONFIG.num_experts_per_tok * record} bytes"):
+        load(folder, backend=backend.name, budget=record)
+
+
+def test_an_unpacked_folder_runs_resident_and_only_so(backend: Any, folder: Path) -> None:
+    unpacked = folder.with_name(folder.name + "-unpacked")
+    with load(unpacked, backend=backend.name) as engine:
+        assert engine.store is None
+    with pytest.raises(UsageError, match="chronos pack"):
+        load(unpacked, backend=backend.name, budget="25%")
+
+
+@pytest.mark.parametrize("options", [{"miss": "maybe"}, {"prefetch": "on"}, {"budget": "lots"}])
+def test_unknown_choices_are_refused(
+    backend: Any, folder: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError):
+        load(folder, backend=backend.name, **options)
+
+
+def test_close_twice_and_use_after(backend: Any, folder: Path) -> None:
+    threads = threading.active_count()
+    engine = load(folder, backend=backend.name, budget="25%")
+    steps = engine.generate(PROMPT, max_tokens=9)
+    next(steps)
+    engine.close()
+    engine.close()
+    assert list(steps) == []
+    assert threading.active_count() == threads
