@@ -211,7 +211,7 @@ def test_a_single_error_is_retried_unnoticed(folder: Path, expected: list[int]) 
 
 @pytest.mark.parametrize(
     "faults",
-    [{"max_read": 1000}, {"interrupt_every": 3, "again_every": 5}, {"flip_reads": 3}],
+    [{"max_read": 1000}, {"interrupt_every": 3, "again_every": 5}, {"flip_reads": 1}],
     ids=lambda faults: next(iter(faults)),
 )
 def test_odd_reads_change_no_token(

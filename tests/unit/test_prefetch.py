@@ -1,0 +1,169 @@
+"""The prefetcher asks for what pays, counts what became of it, and is quiet where nothing misses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chronos.common.routing.plan import Key
+from chronos.common.routing.prefetch import Prefetcher
+from chronos.common.stats import StoreStats
+
+LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
+
+
+class FakeStore:
+    """Remembers what it was asked for; grants every prefetch."""
+
+    def __init__(self) -> None:
+        self.counters = StoreStats()
+        self.held: set[Key] = set()
+        self.log: list[tuple[str, Any]] = []
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        self.log.append(("acquire", (layer, list(experts))))
+        wanted = {(layer, expert) for expert in experts}
+        self.counters.hits += len(wanted & self.held)
+        self.counters.misses += len(wanted - self.held)
+        self.held |= wanted
+        return iter([(expert, None) for expert in experts])
+
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        self.log.append(("prefetch", list(keys)))
+        new = [key for key in keys if key not in self.held]
+        self.held.update(new)
+        self.counters.bytes_prefetched += RECORD * len(new)
+        return RECORD * len(new)
+
+    def record_fallback(self, weight: float) -> None:
+        self.counters.fallback_weight += weight
+
+    def resident(self) -> frozenset[Key]:
+        return frozenset(self.held)
+
+    def stats(self) -> StoreStats:
+        return StoreStats(**vars(self.counters))
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+def prefetcher(store: FakeStore) -> Prefetcher:
+    """Over a link that carries a hundred records a second, nothing in flight."""
+    stats = SimpleNamespace(bytes_read=100 * RECORD, busy_s=1.0)
+    reader: Any = SimpleNamespace(stats=stats, in_flight_prefetch_bytes=lambda: 0)
+    return Prefetcher(
+        store, shape=(LAYERS, EXPERTS), top_k=TOP_K, record_bytes=RECORD, reader=reader
+    )
+
+
+def sure_of(*keys: Key) -> np.ndarray:
+    """A forecast [1, L, E] that is certain of these."""
+    probs = np.full((1, LAYERS, EXPERTS), 1e-3)
+    for layer, expert in keys:
+        probs[0, layer, expert] = 1 / TOP_K
+    return probs
+
+
+def token(
+    prefetcher: Prefetcher, routed: Sequence[Key], forecast: np.ndarray | None = None
+) -> bool:
+    """One decoded token of a second; returns whether a forecast was wanted."""
+    wanted = prefetcher.wanted()
+    for layer in range(LAYERS):
+        prefetcher.acquire(layer, [e for at, e in routed if at == layer])
+        if layer == 0 and wanted and forecast is not None:
+            prefetcher.forecast(forecast)
+    prefetcher.end_token(1.0)
+    return wanted
+
+
+def test_a_sure_forecast_of_absent_experts_is_prefetched_best_first(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    token(prefetcher, [(0, 0)])  # the first token sets the allowance
+    store.held.add((1, 4))
+    token(prefetcher, [(0, 0)], sure_of((1, 4), (2, 5), (0, 3)))
+    # (1, 4) is here, layer 0 has been served, the rest is too unlikely.
+    assert [keys for what, keys in store.log if what == "prefetch"] == [[(2, 5)]]
+
+
+def test_demand_reads_come_before_the_forecast_ones(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    token(prefetcher, [(0, 0)])
+    store.log.clear()
+    token(prefetcher, [(0, 1), (1, 2)], sure_of((2, 5)))
+    assert [what for what, _ in store.log] == ["acquire", "prefetch", "acquire", "acquire"]
+
+
+def test_nothing_is_forecast_while_nothing_misses(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    routed = [(0, 0), (1, 1), (2, 2)]
+    token(prefetcher, routed)
+    assert token(prefetcher, routed, sure_of())  # the token before missed
+    assert not token(prefetcher, routed, sure_of((1, 5)))
+    assert token(prefetcher, [(0, 3)]) is False
+    assert token(prefetcher, routed)  # it missed again
+
+
+def test_forecasts_that_are_never_right_turn_prefetch_off(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    asked = []
+    for _ in range(60):
+        store.held.clear()  # so that everything misses
+        before = len(store.log)
+        token(prefetcher, [(0, 0), (1, 1), (2, 2)], sure_of((1, 5), (2, 4)))
+        asked.append(any(what == "prefetch" for what, _ in store.log[before:]))
+    assert asked[1]
+    assert prefetcher.controller.share == 0.0 or not all(asked[-16:])
+    assert sum(asked[:30]) > sum(asked[30:])
+
+
+def test_forecasts_that_are_right_keep_it_on(store: FakeStore, prefetcher: Prefetcher) -> None:
+    for _ in range(40):
+        store.held.clear()
+        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
+    assert prefetcher.controller.share == 1.0
+
+
+def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) -> None:
+    use_LE = np.zeros((LAYERS, EXPERTS))
+    use_LE[0, 0], use_LE[1, [2, 4]], use_LE[2, [1, 3]] = 9.0, (1.0, 2.0), (5.0, 5.0)
+    prefetcher.acquire(0, [0])
+    prefetcher.forecast_prompt(use_LE)
+    prefetcher.acquire(1, [4])
+    prefetcher.acquire(2, [1])
+    assert store.log == [
+        ("acquire", (0, [0])),
+        ("prefetch", [(1, 4), (1, 2)]),
+        ("acquire", (1, [4])),
+        ("prefetch", [(2, 1), (2, 3)]),
+        ("acquire", (2, [1])),
+    ]
+
+
+def test_the_prompt_is_not_held_against_the_forecasts(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    prefetcher.forecast_prompt(np.ones((LAYERS, EXPERTS)))
+    prefetcher.end_prompt()
+    before = len(store.log)
+    prefetcher.acquire(1, [0])
+    assert [what for what, _ in store.log[before:]] == ["acquire"]
+    prefetcher.end_token(1.0)
+    assert prefetcher.controller.share > 0
+
+
+def test_fallback_weight_reaches_the_store(store: FakeStore, prefetcher: Prefetcher) -> None:
+    prefetcher.record_fallback(0.25)
+    assert store.counters.fallback_weight == 0.25
