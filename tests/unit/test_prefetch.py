@@ -1,4 +1,4 @@
-"""The prefetcher asks for what pays, counts what became of it, and is quiet where nothing misses."""
+"""The prefetcher asks for what pays, counts what became of it, and is quiet where all is there."""
 
 from __future__ import annotations
 
