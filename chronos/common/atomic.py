@@ -43,8 +43,9 @@ class _Sink(_io.RawIOBase):
         done = 0
         while done < len(view):
             with contextlib.suppress(InterruptedError):
-                done += self.io.write(self.fd, view[done:])
-        self.count += done
+                count = self.io.write(self.fd, view[done:])
+                done += count
+                self.count += count
         return done
 
 

@@ -171,10 +171,8 @@ def test_the_header_those_are_made_from_is_fine():
 numbers = st.one_of(
     st.integers(-2, 40), st.sampled_from([1 << 31, 1 << 32, 1 << 62, 1 << 63, 1 << 64, 1.0, True])
 )
-STRICTER = {
-    1 << 62,
-    1 << 63,
-}  # beside a 0 the library lets these through; no array has such a shape
+# Beside a 0 the library lets these through; no array library has such a shape.
+STRICTER = {1 << 62, 1 << 63}
 tensor = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "BF16", "U8", "F4", "F8_E4M3", "C64", "Q4", "f32", None]),

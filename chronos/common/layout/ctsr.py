@@ -100,10 +100,10 @@ def write_experts(
         advance(done)
     manifest = Manifest(fingerprint, dict(order or {}), files, records)
     raw = manifest_bytes(manifest)
-    atomic_write(home / MANIFEST, [raw], io, nbytes=len(raw))
-    for path in home.glob("cluster-*.ctsr"):  # of an earlier run with other clusters
+    for path in home.glob("cluster-*.ctsr"):  # of an unfinished run with other clusters
         if path.name not in files:
             path.unlink()
+    atomic_write(home / MANIFEST, [raw], io, nbytes=len(raw))
     return Written(manifest, reused)
 
 

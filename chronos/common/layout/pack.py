@@ -102,8 +102,6 @@ def pack(
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
         raise UsageError("source and destination are the same folder", str(dst))
-    if is_packed(dst):
-        return _already_packed(dst, model, clusters, began)
     specs = expert_tensors(model.config)
     total = model.dense_nbytes + record_template(specs)[1] * model.config.num_routed_experts
 
@@ -114,6 +112,8 @@ def pack(
     with RunLock(dst):
         sweep_orphans(dst)
         sweep_orphans(dst / EXPERTS)
+        if is_packed(dst):
+            return _already_packed(dst, model, clusters, began)
         check_free_space(dst, total + _overhead(src, model.config) - _existing_nbytes(dst), io)
         _write_dense(dst, model, io)
         _copy_side_files(src, dst, model.config, io)
