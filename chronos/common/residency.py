@@ -224,7 +224,7 @@ class Residency:
         if not demand and 2 * len(self.unused & self._protected.keys()) >= self.slots:
             return None
         priority = self.policy.priority
-        score = priority.ravel().take(self._flat)
+        score = priority.ravel()[self._flat]
         _put(score, self._protected, _PROTECTED)
         _put(score, self._loading.values(), np.inf)
         _put(score, self._pins, np.inf)

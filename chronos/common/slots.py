@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chronos.common.errors import StoreError
+from chronos.common.lease import Lease, Load
 from chronos.common.residency import Key, Policy, Residency
 from chronos.common.stats import StoreStats
 
@@ -25,79 +27,9 @@ if TYPE_CHECKING:
 
 CANCELLED = StoreError("the prefetch was withdrawn")
 View = Callable[[int, "Record"], Any]
-Then = Callable[[int, Exception | None], None]  # (slot, error), under the lock
 
 
-class Load:
-    """A record on its way into a slot. `done` once; `error` is then None or why it failed."""
-
-    __slots__ = ("demand", "done", "error", "guest", "key", "record", "request", "slot", "then")
-
-    def __init__(self, key: Key, record: Record, slot: int, demand: bool, guest: bool) -> None:
-        self.key, self.record, self.slot, self.demand = key, record, slot, demand
-        self.guest = guest  # asked for by prefetch()
-        self.done = False
-        self.error: Exception | None = None
-        self.request: Any = None  # the reader's, where there is one
-        self.then: list[Then] = []
-
-
-class Lease:
-    """What `Tier.acquire` returns: yields (expert, view) as they become ready, each once.
-
-    Experts not yielded yet are pinned, the one yielded last too, until the next is asked for or
-    the lease is closed. A lease dropped half-way is closed by the tier's next call.
-    """
-
-    __slots__ = ("__weakref__", "_held", "_tier", "layer", "loads", "queued", "ready")
-
-    def __init__(self, tier: Tier, layer: int) -> None:
-        self._tier, self.layer = tier, layer
-        self.ready: deque[tuple[int, int]] = deque()  # (expert, slot), slot -1 for a fallback
-        self.loads: dict[int, Load] = {}
-        self.queued: deque[int] = deque()  # experts that found no slot yet
-        self._held = -1
-
-    def __iter__(self) -> Lease:
-        return self
-
-    def __next__(self) -> tuple[int, Any]:
-        tier = self._tier
-        with tier.lock:
-            if self._held >= 0:
-                tier.residency.unpin(self._held)
-                self._held = -1
-            if self.queued or (self.loads and not self.ready):
-                tier.advance(self)
-            if not self.ready:
-                raise StopIteration
-            expert, slot = self.ready.popleft()
-            self._held = slot
-            return expert, tier.taken(slot)
-
-    def close(self) -> None:
-        """Give every pin back. Reads under way go on."""
-        unpin = self._tier.residency.unpin
-        with self._tier.lock:
-            self.ready.append((-1, self._held))
-            self._held = -1
-            for _, slot in self.ready:
-                if slot >= 0:
-                    unpin(slot)
-            for load in self.loads.values():
-                if load.error is None:  # a failed load has dropped its pins
-                    unpin(load.slot)
-            self.ready.clear()
-            self.loads.clear()
-            self.queued.clear()
-
-    def __del__(self) -> None:
-        # May run anywhere, even inside the tier's own bookkeeping: only leave a note.
-        if self._held >= 0 or self.ready or self.loads:
-            self._tier.dropped.append(self)
-
-
-class Tier:
+class Tier(ABC):
     """A fixed number of slots over a layout. Subclasses say how a record gets into a slot."""
 
     def __init__(
@@ -117,6 +49,7 @@ class Tier:
         self.closed = False
         self._changed = threading.Condition(self.lock)
         self._loads: dict[Key, Load] = {}
+        self._admitted: deque[Load] = deque()  # in _loads, not begun yet
         self._view = view
         self._views: list[Any] = [None] * slots
         self._shapes: list[Any] = [None] * slots  # the record geometry a cached view was made for
@@ -174,11 +107,12 @@ class Tier:
                 if slot is not None:
                     self.residency.protect(slot)
                 elif key in self._records:
-                    load = self._load(key, demand=False, guest=True)
+                    load = self._admit(key, demand=False, guest=True)
                     if load is None:
                         break
                     asked += load.record.nbytes
             self.counters.bytes_prefetched += asked
+            self._begin_all()
         return asked
 
     def end_token(self) -> None:
@@ -223,6 +157,7 @@ class Tier:
             self._check_open()
             while lease.queued and self._claim(lease, lease.queued[0]):
                 lease.queued.popleft()
+            self._begin_all()
             if not lease.ready:
                 self._collect(lease)
             if lease.ready or not (lease.loads or lease.queued):
@@ -244,28 +179,29 @@ class Tier:
 
     # How a record gets into a slot: for subclasses, under the lock.
 
+    @abstractmethod
     def _begin(self, load: Load) -> None:
         """Start filling `load.slot`; `_finish(load, error)` is called when it ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _cancel(self, load: Load) -> bool:
         """Withdraw a load that has not begun, or return False. The caller calls `_finish`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _urge(self, load: Load) -> None:
         """A prefetch is needed now."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _reused(self, slot: int) -> None:
+        """A slot is about to be overwritten that consumers may still be computing with."""
+
+    @abstractmethod
+    def _copied(self, slot: int) -> bool:
+        """Whether the copy behind `_events[slot]` is finished."""
 
     def _wait(self) -> None:
         """Wait until some load has made progress."""
         self._changed.wait()
-
-    def _reused(self, slot: int) -> None:
-        """A slot is about to be overwritten that consumers may still be computing with."""
-
-    def _copied(self, slot: int) -> bool:
-        """Whether the copy behind `_events[slot]` is finished."""
-        return True
 
     # The rest is shared.
 
@@ -305,15 +241,16 @@ class Tier:
         self.counters.misses += len(missed)
         if exact:
             lease.queued.extend(e for e in late + missed if not self._claim(lease, e))
-            return
-        self.counters.fallbacks += len(absent)
-        lease.ready.extend((expert, -1) for expert in absent)
-        for key in [(layer, expert) for expert in missed]:
-            if key in self._records:
-                self._load(key, demand=False)
+        else:
+            self.counters.fallbacks += len(absent)
+            lease.ready.extend((expert, -1) for expert in absent)
+            for key in [(layer, expert) for expert in missed]:
+                if key in self._records:
+                    self._admit(key, demand=False)
+        self._begin_all()
 
     def _claim(self, lease: Lease, expert: int) -> bool:
-        """Pin the expert's slot for the lease, loading it if need be. False: no slot is free."""
+        """Pin the expert's slot for the lease, claiming one if need be. False: no slot is free."""
         key = (lease.layer, expert)
         slot = self.residency.ready.get(key)
         if slot is not None:  # landed for someone else since it was counted
@@ -322,18 +259,17 @@ class Tier:
             return True
         load = self._loads.get(key)
         if load is None:
-            load = self._load(key, demand=True)
+            load = self._admit(key, demand=True)
             if load is None:
                 return False
         elif not load.demand:
             self._urge(load)
-        if load.error is None:
-            self.residency.pin(load.slot)
+        self.residency.pin(load.slot)
         lease.loads[expert] = load
         return True
 
-    def _load(self, key: Key, *, demand: bool, guest: bool = False) -> Load | None:
-        """Claim a slot and start filling it; None if there is no slot to be had.
+    def _admit(self, key: Key, *, demand: bool, guest: bool = False) -> Load | None:
+        """Claim a slot; None if there is none to be had. `_begin_all` starts filling it.
 
         demand: someone waits for it. guest: it must not displace what is worth more.
         """
@@ -348,14 +284,22 @@ class Tier:
             if admission.wasted:
                 self.counters.bytes_wasted += self._records[admission.evicted].nbytes
         load = self._loads[key] = Load(key, record, slot, demand, guest)
-        try:
-            if self._shapes[slot] != record.tensors:
-                self._views[slot] = self._view(slot, record)
-                self._shapes[slot] = record.tensors
-            self._begin(load)
-        except Exception as error:
-            self._finish(load, error)
+        self._admitted.append(load)
         return load
+
+    def _begin_all(self) -> None:
+        """Begin what was admitted. Only now: the first read begun wakes a thread, and from then on
+        bookkeeping shares the interpreter with it and takes twice as long."""
+        while self._admitted:
+            load = self._admitted.popleft()
+            slot, record = load.slot, load.record
+            try:
+                if self._shapes[slot] != record.tensors:
+                    self._views[slot] = self._view(slot, record)
+                    self._shapes[slot] = record.tensors
+                self._begin(load)
+            except Exception as error:
+                self._finish(load, error)
 
     def _reclaim(self) -> bool:
         """Withdraw the prefetch asked for last that has not begun: a demand needs its slot."""

@@ -15,8 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chronos.common.files import RangedReader, Request, aligned_buffer
+from chronos.common.lease import Load, Then
 from chronos.common.residency import Key, Policy
-from chronos.common.slots import CANCELLED, Load, Then, Tier, View
+from chronos.common.slots import CANCELLED, Tier, View
 from chronos.common.stats import StoreStats
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ class SlotTier(Tier):
             return True
         load = self._loads.get(key)
         if load is None:
-            load = self._load(key, demand=demand)
+            load = self._admit(key, demand=demand)
             if load is None:
                 return False
+            self._begin_all()
         elif demand and not load.demand:
             self._urge(load)
         if load.error is not None:
@@ -143,6 +145,12 @@ class SlotTier(Tier):
         load.demand = True
         if load.request is not None:
             self._reader.promote(load.request)
+
+    def _reused(self, slot: int) -> None:
+        """What consumers do with host memory is done before they let go of it."""
+
+    def _copied(self, slot: int) -> bool:
+        return True
 
     def _bytes_of(self, slot: int, record: Record) -> memoryview:
         return self._arena[slot * self._stride : slot * self._stride + record.nbytes]

@@ -103,6 +103,13 @@ class FakeCopyEngine:
         """Wait for all computation queued so far."""
         self.mark().synchronize()
 
+    def drain(self) -> None:
+        """Wait for all copies queued so far."""
+        for stream in (self._demand, self._prefetch):
+            event = FakeEvent()
+            stream.put(event.set)
+            event.synchronize()
+
     def close(self) -> None:
         self.gate.set()
         for stream in (self._demand, self._prefetch, self._compute):

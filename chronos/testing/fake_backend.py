@@ -16,8 +16,8 @@ from chronos.common.budget import slots_within
 from chronos.common.errors import ChronosError, StoreError
 from chronos.common.files import RangedReader
 from chronos.common.layout import Layout, Record
+from chronos.common.lease import Load
 from chronos.common.residency import LRU, Key
-from chronos.common.slots import Load
 from chronos.common.stats import StoreStats
 from chronos.common.tier import SlotTier
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-BACKENDS = {"torch": "torch"}  # name -> the package it cannot do without
+BACKENDS = {"torch": "torch", "mlx": "mlx"}  # name -> the package it cannot do without
 
 
 def wanted() -> list[str]:

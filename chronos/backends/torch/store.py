@@ -74,7 +74,7 @@ class ExpertStore:
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
-        host_slots = _host_slots(layout, warm_bytes) if staged else slots
+        host_slots = _host_slots(layout, warm_bytes, top_k) if staged else slots
         arena, rows = _host_arena(host_slots, layout.record_nbytes, device.type == "cuda")
         self._rows = rows
         if staged:
@@ -166,9 +166,9 @@ def _check_options(miss: str, warm_bytes: int, staged: bool) -> None:
         )
 
 
-def _host_slots(layout: Layout, warm_bytes: int) -> int:
+def _host_slots(layout: Layout, warm_bytes: int, top_k: int) -> int:
     if warm_bytes:
-        return slots_within(layout, warm_bytes)
+        return slots_within(layout, warm_bytes, top_k)
     staging = max(_STAGING_SLOTS, _STAGING_BYTES // layout.record_nbytes)
     return min(staging, len(layout.records))
 
