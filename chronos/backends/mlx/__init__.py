@@ -1,0 +1,118 @@
+"""The MLX backend: Apple GPUs and CPUs. Satisfies `chronos.backends.protocol.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from chronos.backends.mlx.checkpoint import Named, load_model, named, save_model, tensor_at, to_bytes
+from chronos.backends.mlx.model import Model
+
+# Here and not in `runner`: a first import later would bind the module's name over the function's.
+from chronos.backends.mlx.runner import Runner
+from chronos.backends.protocol import Observed
+from chronos.common.errors import MissingBackendError, UsageError
+
+if TYPE_CHECKING:
+    from chronos.backends.mlx.store import ExpertStore
+    from chronos.backends.mlx.train import TrainStep
+    from chronos.common.config import ModelConfig
+    from chronos.common.layout import Layout
+    from chronos.common.recipe import TrainRecipe
+
+name = "mlx"
+
+
+def devices() -> Iterable[str]:
+    """Usable device names, best first."""
+    return [*(["gpu"] if mx.is_available(mx.gpu) else []), "cpu"]
+
+
+def pick_device(device: str | None) -> mx.Device:
+    """The named device, else the GPU where there is one, else the CPU; it becomes MLX's default.
+    Raises for what is not there."""
+    usable = list(devices())
+    if device is None:
+        device = usable[0]
+    if device not in ("cpu", "gpu"):
+        raise UsageError(f"unknown device {device!r}", "--device", "try cpu or gpu")
+    if device not in usable:
+        raise MissingBackendError(
+            f"device {device!r} cannot be used", f"MLX sees {usable}", "see chronos doctor"
+        )
+    mx.set_default_device(mx.Device(getattr(mx, device)))
+    return mx.default_device()
+
+
+def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model:
+    """A freshly initialised model with its routed experts, in float32."""
+    pick_device(device)
+    return Model(config).initialize(seed)
+
+
+def load(folder: Path, *, device: str | None = None, resident: bool = True) -> Model:
+    """The model of a folder, ready to run; without `resident` its routed experts stay on disk."""
+    return load_model(folder, pick_device(device), resident)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write an unpacked model folder."""
+    save_model(model, folder)
+
+
+def tensors(model: Any) -> Iterator[Named]:
+    """(name, dtype, shape, bytes) of every parameter, in float32, under its name on disk."""
+    for key, place in named(model.parameters()):
+        yield to_bytes(key, tensor_at(place), mx.float32)
+
+
+def forward(
+    model: Any,
+    ids_BT: np.ndarray,
+    *,
+    segments_BT: np.ndarray | None = None,
+    cache: Any = None,
+    source: Any = None,
+) -> Observed:
+    """One pass in NumPy terms, for evaluation and tests; `cache` comes from `model.new_cache`."""
+    out = model.eval()(
+        mx.array(ids_BT),
+        cache=cache,
+        segments_BT=None if segments_BT is None else mx.array(segments_BT),
+        source=source,
+        want_lookahead=model.lookahead is not None,
+    )
+    return Observed(
+        _numpy(out.logits),
+        np.stack([np.array(r.ids_TK, np.int64) for r in out.routing]),
+        np.stack([_numpy(r.weights_TK) for r in out.routing]),
+        np.stack([_numpy(r.probs_TE) for r in out.routing]),
+        None if out.lookahead is None else _numpy(out.lookahead),
+    )
+
+
+def open_store(layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore:
+    """An expert store over a packed folder; see `ExpertStore` for the options."""
+    from chronos.backends.mlx.store import ExpertStore
+
+    return ExpertStore(layout, capacity_bytes, **options)
+
+
+def runner(model: Any, store: Any = None, **options: Any) -> Runner:
+    """One sequence on a model, with its experts from `store` (None: the model's own)."""
+    return Runner(model, store, **options)
+
+
+def train_step(model: Any, config: TrainRecipe) -> TrainStep:
+    """Losses, gradients and optimizer of one model."""
+    from chronos.backends.mlx.train import TrainStep
+
+    return TrainStep(model, config)
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32))

@@ -1,0 +1,160 @@
+"""Model folders in and out of the MLX backend, and nothing else: no policy, no arithmetic.
+
+Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap; never `mx.load`),
+writes through its atomic writer (never `mx.save`). The dense part is widened to float32 on a CPU;
+routed experts keep the dtype they are stored in. On disk every expert has tensors of its own; here
+they are filled into the stacks that a layer computes with, each byte once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from chronos.backends.mlx.model import DTYPES, Model
+from chronos.common.config import ModelConfig
+from chronos.common.errors import ShapeMismatch
+from chronos.common.files import atomic_write
+from chronos.common.layout import is_packed, open_layout
+from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
+from chronos.common.weights import (
+    EXPERT_TENSORS,
+    SAFETENSORS_DTYPE,
+    TensorSpec,
+    dense_tensors,
+    expert_name,
+    lookahead_tensors,
+    routed_tensors,
+)
+
+_FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
+Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
+Place = tuple[mx.array, int | None]  # an array, or an index into a stack: where a tensor lives
+
+
+def load_model(folder: Path, device: mx.Device, resident: bool) -> Model:
+    """Build the model of a folder; with `resident` its routed experts too, packed or not.
+
+    Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
+    `lookahead` is None.
+    """
+    config = ModelConfig.from_json(folder)
+    model = Model(config, resident)  # its initial values are lazy and never computed
+    side = folder / "lookahead.safetensors"
+    if not side.exists():
+        model.lookahead = None
+    stored = DTYPES[config.dtype]
+    wide = mx.float32 if device == mx.cpu else stored
+    model.update(blank(model.parameters(), lambda path: stored if ".experts." in path else wide))
+    places = dict(named(model.parameters()))
+    wanted = dense_tensors(config)
+    _read(read_checkpoint(folder, [s.name for s in wanted]), wanted, places)
+    if side.exists():
+        _read(read_tensors(side), lookahead_tensors(config), places)
+    if resident:
+        specs = routed_tensors(config)
+        experts = _packed(folder) if is_packed(folder) else read_checkpoint(
+            folder, [s.name for s in specs]
+        )
+        _read(experts, specs, places)
+    return model.eval()
+
+
+def blank(tree: Any, dtype: Callable[[str], mx.Dtype]) -> Any:
+    """Fresh arrays of the shapes of a parameter tree, to be written over."""
+    return tree_map_with_path(lambda path, array: mx.zeros(array.shape, dtype(path)), tree)
+
+
+def named(tree: Any) -> Iterator[tuple[str, Place]]:
+    """Every tensor of a parameter tree under its name on disk."""
+    for path, array in tree_flatten(tree):
+        owner, _, tensor = path.rpartition(".")
+        if tensor in EXPERT_TENSORS:
+            for index in range(len(array)):
+                yield f"{owner}.{index}.{tensor}.weight", (array, index)
+        else:
+            yield path, (array, None)
+
+
+def tensor_at(place: Place) -> mx.array:
+    array, index = place
+    return array if index is None else array[index]
+
+
+def overwrite(place: Place, data: memoryview, dtype: str) -> None:
+    """Put a tensor's bytes into a fresh array; `dtype` is safetensors' name of what they are."""
+    array, index = place
+    if _FROM_FILE[dtype] != array.dtype:
+        data = memoryview(from_bytes(data, dtype, (-1,)).astype(array.dtype)).cast("B")
+    start = (index or 0) * len(data)
+    memoryview(array).cast("B")[start : start + len(data)] = data
+
+
+def _packed(folder: Path) -> Iterator[tuple[TensorEntry, memoryview]]:
+    """Every routed expert of a packed folder, under its unpacked name."""
+    layout = open_layout(folder)
+    for path in layout.files:
+        for entry, data in read_tensors(path):
+            if entry.name.startswith("pad."):
+                continue
+            layer, expert, tensor = entry.name.split(".")
+            yield entry._replace(name=expert_name(int(layer[1:]), int(expert[1:]), tensor)), data
+
+
+def _read(
+    found: Iterable[tuple[TensorEntry, memoryview]],
+    specs: list[TensorSpec],
+    places: dict[str, Place],
+) -> None:
+    """Write each tensor, checked against its spec, into its place."""
+    wanted = {spec.name: spec for spec in specs}
+    for entry, data in found:
+        spec = wanted.pop(entry.name, None)
+        if spec is None:
+            continue
+        if entry.shape != spec.shape or entry.dtype not in _FROM_FILE:
+            raise ShapeMismatch(
+                f"{entry.name} is {entry.dtype} {list(entry.shape)}; "
+                f"the config implies {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}"
+            )
+        overwrite(places[entry.name], data, entry.dtype)
+    if wanted:
+        raise ShapeMismatch(f"tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")
+
+
+def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """An array with a copy of the bytes; `dtype` is safetensors' name."""
+    return mx.array(np.frombuffer(data, np.uint8)).view(_FROM_FILE[dtype]).reshape(shape)
+
+
+def to_bytes(name: str, tensor: mx.array, dtype: mx.Dtype) -> Named:
+    """A tensor as what `write_tensors` takes, narrowed to `dtype`."""
+    flat = mx.contiguous(tensor.astype(dtype).reshape(-1))
+    kind = next(key for key, value in _FROM_FILE.items() if value == dtype)
+    return name, kind, tuple(tensor.shape), memoryview(flat).cast("B")
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write an unpacked model folder: config.json, model.safetensors, lookahead.safetensors."""
+    config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict(named(model.parameters()))
+    dtype = DTYPES[config.dtype]
+    main = dense_tensors(config) + routed_tensors(config)
+    write_tensors(
+        folder / "model.safetensors",
+        (to_bytes(spec.name, tensor_at(state[spec.name]), dtype) for spec in main),
+        {"format": "pt"},
+    )
+    side = lookahead_tensors(config)
+    write_tensors(
+        folder / "lookahead.safetensors",
+        (to_bytes(spec.name, tensor_at(state[spec.name]), mx.float32) for spec in side),
+        {"format": "pt"},
+    )
+    atomic_write(folder / "config.json", [config.dumps().encode()])

@@ -1,0 +1,211 @@
+"""The Chronos decoder of the MLX backend: blocks and caches.
+
+A model is built with its routed experts (training, resident inference) or without (streaming); the
+arithmetic is the same. The dense part is computed in float32 on a CPU and in the stored dtype on a
+GPU. Arrays are lazy: a forward only builds a graph, except where a router's choice must reach the host.
+Not covered: batched generation with padding (batches are for training).
+
+Shape legend: B batch, T new tokens, D hidden, V vocabulary, L layers, E experts, J lookahead steps + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from chronos.backends.mlx.attention import (
+    LatentAttention,
+    Mask,
+    Rope,
+    Rotary,
+    WindowAttention,
+    causal_mask,
+)
+from chronos.backends.mlx.moe import ExpertSource, LookaheadRouter, MoE, Routing
+from chronos.common.config import ModelConfig
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+@dataclass
+class Output:
+    """Logits [B, T, V] (T = 1 with `last_only`), the routing of each layer over the B * T tokens,
+    and the LookaheadRouter's logits [B, T, J, L, E] where they were asked for."""
+
+    logits: mx.array
+    routing: list[Routing] = field(default_factory=list)
+    lookahead: mx.array | None = None
+
+
+@dataclass
+class Cache:
+    """What each layer keeps of the past; `position` is the number of tokens seen."""
+
+    layers: list[Any]
+    position: int = 0
+
+
+class Block(nn.Module):
+    """Pre-norm attention and mixture of experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+        super().__init__()
+        self.kind = config.attention_kind(layer)
+        attention = LatentAttention if self.kind == "mla" else WindowAttention
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MoE(config, layer, resident)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def __call__(
+        self, x_BTD: mx.array, rope: Rope, mask: Mask, cache: Any, **routing: Any
+    ) -> tuple[mx.array, Routing]:
+        y_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        x_BTD = x_BTD + self.dropout(y_BTD)
+        h_TD = self.post_attention_layernorm(x_BTD).flatten(0, 1)
+        y_TD, decision = self.mlp(h_TD, **routing)
+        return x_BTD + self.dropout(y_TD).reshape(x_BTD.shape), decision
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: the parameters named `model.*` on disk."""
+
+    def __init__(self, config: ModelConfig, resident: bool) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [
+            Block(config, layer, resident) for layer in range(config.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """A Chronos language model; `resident` says whether it holds its own routed experts."""
+
+    def __init__(self, config: ModelConfig, resident: bool = True) -> None:
+        super().__init__()
+        self.config, self.resident = config, resident
+        self.model = Decoder(config, resident)
+        self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
+        self._rotary = {
+            "mla": Rotary(config.rope_dim, config.rope_theta),
+            "sliding": Rotary(config.head_dim, config.rope_theta),
+        }
+
+    @property
+    def device(self) -> str:
+        """MLX computes on its default device, wherever arrays were made: memory is unified."""
+        return str(mx.default_device().type).removeprefix("DeviceType.")
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        like = self.model.embed_tokens.weight
+        return Cache([block.self_attn.new_cache(batch, like) for block in self.model.layers])
+
+    def __call__(
+        self,
+        ids_BT: mx.array,
+        *,
+        cache: Cache | None = None,
+        segments_BT: mx.array | None = None,
+        source: ExpertSource | None = None,
+        on_lookahead: Callable[[mx.array], None] | None = None,
+        want_lookahead: bool = False,
+        lookahead_into_trunk: bool = False,
+        replay: Callable[[int], tuple[mx.array, mx.array]] | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """Run T tokens behind `cache` (or from scratch).
+
+        segments_BT: document number of each token, -1 for padding; tokens see their own document
+        only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E], not yet
+        evaluated, right after block 0. replay(layer) gives (ids, weights) [T, K] in place of the
+        gates' choice.
+        """
+        x_BTD = self.model.embed_tokens(ids_BT)
+        geometry = self._geometry(ids_BT, cache, segments_BT)
+        committed = self.config.routing_source == "lookahead"
+        out = Output(x_BTD)
+        for layer, block in enumerate(self.model.layers):
+            rope, mask = geometry[block.kind]
+            probs_TE = None
+            if committed and layer > 0:
+                assert out.lookahead is not None
+                probs_TE = _softmax(out.lookahead[:, :, 0, layer].flatten(0, 1))
+            x_BTD, decision = block(
+                x_BTD,
+                rope,
+                mask,
+                cache.layers[layer] if cache else None,
+                probs_TE=probs_TE,
+                chosen=replay(layer) if replay else None,
+                source=source,
+            )
+            out.routing.append(decision)
+            if layer == 0 and (want_lookahead or on_lookahead or committed):
+                trunk = x_BTD if lookahead_into_trunk or committed else mx.stop_gradient(x_BTD)
+                out.lookahead = self.lookahead(trunk)
+                if on_lookahead:
+                    on_lookahead(_softmax(out.lookahead).flatten(0, 1))
+        if cache is not None:
+            cache.position += ids_BT.shape[1]
+        x_BTD = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        out.logits = self.model.embed_tokens.as_linear(x_BTD)
+        return out
+
+    def _geometry(
+        self, ids_BT: mx.array, cache: Cache | None, segments_BT: mx.array | None
+    ) -> dict[str, tuple[Rope, Mask]]:
+        """Positions and mask per kind of attention, shared by all its layers."""
+        T, window = ids_BT.shape[1], self.config.sliding_window
+        if segments_BT is not None:
+            return self._packed_geometry(segments_BT)
+        start = cache.position if cache else 0
+        masks: dict[str, Mask] = {"mla": None, "sliding": None}
+        if T > 1 or cache is None:
+            first = max(0, start - window + 1)
+            q_T, k_S = mx.arange(start, start + T), mx.arange(first, start + T)
+            masks = {"mla": "causal", "sliding": causal_mask(q_T, k_S, window)}
+        return {kind: ((self._rotary[kind], start), masks[kind]) for kind in masks}
+
+    def _packed_geometry(self, segments_BT: mx.array) -> dict[str, tuple[Rope, Mask]]:
+        index_T = mx.arange(segments_BT.shape[1])
+        changed_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+        # The first token of a document carries its index onwards as the largest seen so far.
+        start_BT = mx.cummax(mx.pad(changed_BT * index_T[1:], ((0, 0), (1, 0))), axis=1)
+        same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+        position_BT = index_T - start_BT
+        full = same_B1TT & causal_mask(index_T, index_T, None)
+        near = same_B1TT & causal_mask(index_T, index_T, self.config.sliding_window)
+        return {
+            "mla": ((self._rotary["mla"], position_BT), full),
+            "sliding": ((self._rotary["sliding"], position_BT), near),
+        }
+
+    def initialize(self, seed: int) -> Model:
+        """Normal weights, norms at one; projections into the residual stream scaled by
+        1 / sqrt(2 L) (GPT-2). Other draws than the torch backend's."""
+        key = mx.random.key(seed)
+        deep = 1.0 / math.sqrt(2 * self.config.num_hidden_layers)
+        values = []
+        for name, parameter in tree_flatten(self.parameters()):
+            if parameter.ndim == 1:
+                values.append((name, mx.ones_like(parameter)))
+                continue
+            key, draw = mx.random.split(key)
+            deeper = name.endswith(("o_proj.weight", "down_proj"))
+            scale = self.config.initializer_range * (deep if deeper else 1.0)
+            values.append((name, scale * mx.random.normal(parameter.shape, key=draw)))
+        self.update(tree_unflatten(values))
+        mx.eval(self.parameters())
+        return self
+
+
+def _softmax(logits: mx.array) -> mx.array:
+    return mx.softmax(logits.astype(mx.float32), axis=-1)

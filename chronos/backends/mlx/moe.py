@@ -1,0 +1,271 @@
+"""The mixture-of-experts layer of the MLX backend, and the LookaheadRouter.
+
+Resident experts are one stack per layer and projection. A single token, and training, gather from a
+stack by index (`gather_mm`), so a resident model never waits for a router; a streamed one reads its
+ids once per layer and gathers from the store's slots with the same kernels. Longer inputs run
+expert by expert, streamed or not. Outputs are combined in the fixed order of the routing. Both make
+streamed and resident results equal bit for bit. Weights keep their stored dtype and are widened where
+they are used: `gather_mm` on a CPU takes float32 only.
+
+Shape legend: T tokens, D hidden, F expert hidden, E experts, S places of a stack, K top-k,
+N = T * K routed pairs, L layers, J lookahead steps + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from chronos.common.config import ModelConfig
+
+# Below this many rows sorting them by expert costs more than the locality it gives (as in MLX-LM).
+_SORT_ROWS = 64
+
+
+class Expert(NamedTuple):
+    """One expert's weights: gate_up [2F, D] (gate rows first) and down [D, F]; or a stack of them,
+    [S, 2F, D] and [S, D, F]."""
+
+    gate_up_FD: mx.array
+    down_DF: mx.array
+
+
+class Routing(NamedTuple):
+    """A layer's decision: ids and weights of the chosen experts [T, K], all probabilities [T, E]."""
+
+    ids_TK: mx.array
+    weights_TK: mx.array
+    probs_TE: mx.array
+
+
+class ExpertSource(Protocol):
+    """Where a layer's experts come from; None stands for an expert replaced by the shared ones.
+
+    What `acquire` yields is good until the next is asked for, and work on it must be evaluated by
+    then. `hold` takes all of a lease's experts at once: it gives their places in `stack`, where
+    they stay until the next `acquire`, and may evaluate `meanwhile` while it waits for them.
+    """
+
+    stack: Expert
+
+    def acquire(
+        self, layer: int, experts: Sequence[int]
+    ) -> Iterable[tuple[int, Expert | None]]: ...
+
+    def hold(
+        self,
+        layer: int,
+        ready: Iterable[tuple[int, Expert | None]],
+        meanwhile: mx.array | None,
+    ) -> dict[int, int | None]: ...
+
+    def record_fallback(self, weight: float) -> None: ...
+
+
+def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
+    """Top-k of the router probabilities, renormalised over the chosen if asked (2401.06066). Equal
+    probabilities count as ordered by id."""
+    # Without stop_gradient the backward pass raises: choosing has no derivative.
+    ids_TK = mx.argsort(-mx.stop_gradient(probs_TE), axis=-1)[:, :top_k]
+    weights_TK = mx.take_along_axis(probs_TE, ids_TK, axis=-1)
+    if normalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
+    return Routing(ids_TK, weights_TK, probs_TE)
+
+
+def expert_forward(x_TD: mx.array, expert: Expert) -> mx.array:
+    """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
+    gate_up_TF = x_TD @ expert.gate_up_FD.astype(x_TD.dtype).T
+    return _swiglu(gate_up_TF) @ expert.down_DF.astype(x_TD.dtype).T
+
+
+def gathered_forward(x_TD: mx.array, stack: Expert, places_TK: mx.array) -> mx.array:
+    """`expert_forward` of every routed pair, [T, K, D], with the experts at these places."""
+    T, K = places_TK.shape
+    place_N = places_TK.reshape(-1)
+    x_ND = mx.broadcast_to(x_TD[:, None], (T, K, x_TD.shape[-1])).reshape(T * K, -1)
+    sort = T * K >= _SORT_ROWS
+    if sort:
+        order_N = mx.argsort(place_N)
+        # A permutation of repeated rows: its gradient writes each row once, in any order.
+        place_N, x_ND = place_N[order_N], x_ND[order_N]
+
+    def product(x_N1A: mx.array, weight_SBA: mx.array) -> mx.array:
+        weight_SAB = weight_SBA.swapaxes(-1, -2)
+        if weight_SBA.dtype == x_N1A.dtype:
+            return mx.gather_mm(x_N1A, weight_SAB, rhs_indices=place_N, sorted_indices=sort)
+        return x_N1A @ weight_SBA[place_N].astype(x_N1A.dtype).swapaxes(-1, -2)
+
+    h_N1F = _swiglu(product(x_ND[:, None], stack.gate_up_FD))
+    y_ND = product(h_N1F, stack.down_DF)[:, 0]
+    if sort:
+        y_ND = y_ND[mx.argsort(order_N)]
+    return y_ND.reshape(T, K, -1)
+
+
+class ExpertWeights(nn.Module):
+    """The parameters of `count` resident experts as two stacks; on disk each expert has its own."""
+
+    def __init__(self, config: ModelConfig, count: int) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = mx.zeros((count, 2 * F, D))
+        self.down_proj = mx.zeros((count, D, F))
+
+    def view(self) -> Expert:
+        return Expert(self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Router, routed experts (resident ones only if built so) and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+        super().__init__()
+        self.layer, self.top_k = layer, config.num_experts_per_tok
+        self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        if resident:
+            self.experts = ExpertWeights(config, config.num_experts)
+        if config.num_shared_experts:
+            self.shared_experts = ExpertWeights(config, config.num_shared_experts)
+
+    def __call__(
+        self,
+        x_TD: mx.array,
+        *,
+        probs_TE: mx.array | None = None,
+        chosen: tuple[mx.array, mx.array] | None = None,
+        source: ExpertSource | None = None,
+    ) -> tuple[mx.array, Routing]:
+        """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
+        if probs_TE is None:
+            probs_TE = mx.softmax(self.gate(x_TD).astype(mx.float32), axis=-1)
+        routing = route(probs_TE, self.top_k, self.normalize)
+        if chosen is not None:
+            routing = Routing(chosen[0], chosen[1], probs_TE)
+        routing = routing._replace(weights_TK=routing.weights_TK.astype(x_TD.dtype))
+        if self.training or (len(x_TD) == 1 and source is None):
+            return self._gathered(x_TD, routing), routing
+        # The one wait of this layer: the host must know the ids to find the experts. The input is
+        # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer
+        # before, whose experts may lose their places now.
+        mx.eval(x_TD, routing.ids_TK, routing.weights_TK)
+        if len(x_TD) == 1:
+            return self._one_token(x_TD, routing, source), routing
+        return self._grouped(x_TD, routing, source), routing
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Expert]]:
+        """The resident experts as a source."""
+        stack = self.experts.view()
+        return [(e, Expert(stack.gate_up_FD[e], stack.down_DF[e])) for e in experts]
+
+    def _shared(self, x_TD: mx.array) -> mx.array | None:
+        if "shared_experts" not in self:
+            return None
+        stack = self.shared_experts.view()
+        return sum(
+            expert_forward(x_TD, Expert(gate_up_FD, down_DF))
+            for gate_up_FD, down_DF in zip(stack.gate_up_FD, stack.down_DF, strict=True)
+        )
+
+    def _gathered(self, x_TD: mx.array, routing: Routing) -> mx.array:
+        """All pairs at once from the layer's own stack; nothing reaches the host."""
+        shared_TD = self._shared(x_TD)
+        y_TKD = gathered_forward(x_TD, self.experts.view(), routing.ids_TK)
+        if self.training and self.mask_prob > 0:
+            gone_TK = mx.random.uniform(shape=routing.ids_TK.shape) < self.mask_prob
+            y_TKD = mx.where(gone_TK[..., None], shared_TD[:, None], y_TKD)
+        return _combine(routing.weights_TK, y_TKD, shared_TD)
+
+    def _one_token(self, x_1D: mx.array, routing: Routing, source: ExpertSource) -> mx.array:
+        """The same gather from a store's slots, once all experts are there."""
+        ids = routing.ids_TK.tolist()[0]
+        ready = source.acquire(self.layer, ids)  # reads start here, before the shared experts
+        shared_1D = self._shared(x_1D)
+        places = source.hold(self.layer, ready, shared_1D)
+        places_1K = mx.array([[places[expert] or 0 for expert in ids]])
+        y_1KD = gathered_forward(x_1D, source.stack, places_1K)
+        missing = [expert for expert, place in places.items() if place is None]
+        y_1KD = self._fall_back(y_1KD, shared_1D, routing, missing, source)
+        return _combine(routing.weights_TK, y_1KD, shared_1D)
+
+    def _grouped(
+        self, x_TD: mx.array, routing: Routing, source: ExpertSource | None
+    ) -> mx.array:
+        """Rows sorted by expert and one product per expert, each expert taken once."""
+        T, K = routing.ids_TK.shape
+        flat_N = np.array(routing.ids_TK).reshape(-1)
+        order_N = np.argsort(flat_N, kind="stable")
+        used, starts = np.unique(flat_N[order_N], return_index=True)
+        experts = used.tolist()
+        ready = (source or self).acquire(self.layer, experts)
+        shared_TD = self._shared(x_TD)
+        x_ND = x_TD[mx.array(order_N // K)]
+        rows = dict(zip(experts, mx.split(x_ND, starts[1:].tolist()), strict=True))
+        outputs: dict[int, mx.array] = {}
+        missing = []
+        for expert, weights in ready:
+            if weights is None:
+                missing.append(expert)
+                outputs[expert] = mx.zeros_like(rows[expert])
+                continue
+            outputs[expert] = expert_forward(rows[expert], weights)
+            if source is not None:  # its slot may be overwritten once the next is asked for
+                mx.eval(outputs[expert])
+        y_ND = mx.concatenate([outputs[expert] for expert in experts])
+        y_TKD = y_ND[mx.array(np.argsort(order_N))].reshape(T, K, -1)
+        y_TKD = self._fall_back(y_TKD, shared_TD, routing, missing, source)
+        return _combine(routing.weights_TK, y_TKD, shared_TD)
+
+    def _fall_back(
+        self,
+        y_TKD: mx.array,
+        shared_TD: mx.array | None,
+        routing: Routing,
+        missing: list[int],
+        source: ExpertSource | None,
+    ) -> mx.array:
+        """Put the shared output where an expert is missing. Routing is on the host already."""
+        if not missing:
+            return y_TKD
+        assert source is not None and shared_TD is not None
+        gone_TK = np.isin(np.array(routing.ids_TK), missing)
+        source.record_fallback(float(np.array(routing.weights_TK.astype(mx.float32))[gone_TK].sum()))
+        return mx.where(mx.array(gone_TK)[..., None], shared_TD[:, None], y_TKD)
+
+
+class LookaheadRouter(nn.Module):
+    """After block 0: the routing of tokens t .. t+J-1 in every layer, from the state of token t."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape = (config.lookahead_steps + 1, config.num_hidden_layers, config.num_experts)
+        D, U = config.hidden_size, config.lookahead_hidden_size
+        steps, layers, experts = self.shape
+        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.in_proj = nn.Linear(D, U, bias=False)
+        self.out_proj = nn.Linear(U, steps * layers * experts, bias=False)
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        """Logits [B, T, J, L, E]; a softmax over the last axis gives the distributions Q."""
+        hidden = _silu(self.in_proj(self.norm(x_BTD)))
+        return mx.unflatten(self.out_proj(hidden), -1, self.shape)
+
+
+def _combine(weights_TK: mx.array, y_TKD: mx.array, shared_TD: mx.array | None) -> mx.array:
+    y_TD = (weights_TK[:, None] @ y_TKD)[:, 0]
+    return y_TD if shared_TD is None else y_TD + shared_TD
+
+
+def _silu(x: mx.array) -> mx.array:
+    # nn.silu is compiled, which on a CPU starts a C++ compiler and, below 64k values, gains nothing.
+    return nn.silu(x) if mx.default_device() == mx.gpu else x * mx.sigmoid(x)
+
+
+def _swiglu(gate_up_TF: mx.array) -> mx.array:
+    gate_TF, up_TF = mx.split(gate_up_TF, 2, axis=-1)
+    return _silu(gate_TF) * up_TF

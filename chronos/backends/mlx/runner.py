@@ -1,0 +1,208 @@
+"""One sequence on one model: prefill, decode, sampling on the device, forecasts into prefetch.
+
+A prompt runs in chunks; within a chunk the model goes layer by layer and streams each needed expert
+once for all its tokens. The resident model takes the same chunks, so streaming cannot change a bit
+of the logits. A decoded token is evaluated once when resident, and once more per layer when
+streamed; forecasts ride along. Draws come from Python's generator, so a seed means the same draws on
+every backend. Not covered: several sequences at once.
+
+Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead steps + 1.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from chronos.backends.mlx.model import Model
+from chronos.backends.mlx.moe import Expert, ExpertSource, Routing
+from chronos.backends.mlx.store import ExpertStore
+from chronos.common.routing.prefetch import Prefetcher
+from chronos.common.sampling import SamplingParams
+
+PREFILL_CHUNK = 512
+# Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
+_PROMPT_AHEAD = 16
+# Recorded routing is compacted after this many calls: a small array per layer and token would, over
+# a long generation, outgrow the experts' budget.
+_COMPACT_EVERY = 32
+
+
+class Runner:
+    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore | None = None,
+        *,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
+        self.model, self.store = model.eval(), store
+        self.prefetch, self.recording = "auto", False
+        self._ahead: _Ahead | None = None
+        if prefetcher is not None and store is not None and model.lookahead is not None:
+            self._ahead = _Ahead(prefetcher, store)
+        self._record = _RoutingRecord()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequence; the experts stay where they are."""
+        self._cache = self.model.new_cache()
+        self._logits_V = mx.zeros((0,))
+        self._random = random.Random()
+
+    @property
+    def position(self) -> int:
+        return self._cache.position
+
+    def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
+        """Process the prompt and sample the first token; a seed's draws start here."""
+        self._random = random.Random(sampling.seed)
+        ahead = self._ahead if self.prefetch == "auto" else None
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            if ahead is not None and len(chunk) >= _PROMPT_AHEAD:
+                self._forward(chunk, ahead, self._forecast_prompt)
+            else:
+                self._forward(chunk, self.store)
+        if ahead is not None:
+            ahead.prefetcher.end_prompt()
+        token = self._sample(sampling)
+        mx.clear_cache()  # buffers of the prompt's activations, which no single token can reuse
+        return token
+
+    def decode(self, token: int, sampling: SamplingParams) -> int:
+        """Append one token and sample the next."""
+        ahead = self._ahead if self.prefetch == "auto" else None
+        if ahead is None:
+            self._forward([token], self.store)
+            token = self._sample(sampling)
+        else:
+            begin = time.perf_counter()
+            self._forward([token], ahead, ahead.defer if ahead.prefetcher.wanted() else None)
+            token = self._sample(sampling)
+            ahead.prefetcher.end_token(time.perf_counter() - begin)
+        if self.store is not None:
+            self.store.end_token()
+        return token
+
+    def logits(self) -> np.ndarray:
+        return np.array(self._logits_V.astype(mx.float32))
+
+    def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
+        return self._record.take()
+
+    def _forward(
+        self,
+        tokens: Sequence[int],
+        source: ExpertSource | None,
+        on_lookahead: Callable[[mx.array], None] | None = None,
+    ) -> None:
+        out = self.model(
+            mx.array([tokens]),
+            cache=self._cache,
+            source=source,
+            on_lookahead=on_lookahead,
+            last_only=True,
+        )
+        self._logits_V = out.logits[0, -1]
+        if self.recording:
+            self._record.add(out.routing)
+
+    def _forecast_prompt(self, probs_TJLE: mx.array) -> None:
+        """Sum over the tokens that have an expert among their top-k: the others do not need it."""
+        assert self._ahead is not None
+        now_TLE = probs_TJLE[:, 0]
+        ids_TLK = mx.argsort(-now_TLE, axis=-1)[..., : self.model.config.num_experts_per_tok]
+        best_TLK = mx.take_along_axis(now_TLE, ids_TLK, axis=-1)
+        use_TLE = mx.put_along_axis(mx.zeros_like(now_TLE), ids_TLK, best_TLK, axis=-1)
+        self._ahead.prefetcher.forecast_prompt(np.array(use_TLE.sum(0)))
+
+    def _sample(self, sampling: SamplingParams) -> int:
+        """The next token, or -1 where the logits hold a NaN or an infinity."""
+        uniform = 0.0 if sampling.greedy else self._random.random()
+        token = draw(self._logits_V, sampling, uniform).astype(mx.int32)
+        token = mx.where(mx.isfinite(self._logits_V).all(), token, -1)
+        mx.eval(token, self._logits_V)
+        return token.item()
+
+
+class _Ahead:
+    """The prefetcher as a source of experts in a store's places.
+
+    A forecast made after block 0 is handed on when the next layer asks for its experts: by then it
+    has been evaluated along with that layer's routing and costs no wait of its own.
+    """
+
+    def __init__(self, prefetcher: Prefetcher, store: ExpertStore) -> None:
+        self.prefetcher, self.stack, self.hold = prefetcher, store.stack, store.hold
+        self.record_fallback = store.record_fallback
+        self._forecast: mx.array | None = None
+
+    def defer(self, probs_TJLE: mx.array) -> None:
+        mx.async_eval(probs_TJLE)
+        self._forecast = probs_TJLE
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert | None]]:
+        ready = self.prefetcher.acquire(layer, experts)
+        forecast, self._forecast = self._forecast, None
+        if forecast is not None:
+            self.prefetcher.forecast(np.array(forecast[0]))
+        return ready
+
+
+def draw(logits_V: mx.array, params: SamplingParams, uniform: float) -> mx.array:
+    """`common.sampling.draw` on the device: the token a uniform number in [0, 1) selects.
+
+    Only a CPU has float64.
+    """
+    if params.greedy:
+        return logits_V.argmax()
+    wide = mx.float64 if mx.default_device() == mx.cpu else mx.float32
+    p_V = mx.softmax(logits_V.astype(wide) / params.temperature, axis=-1)
+    if params.top_k or params.top_p < 1.0:  # sorting costs as much as a small layer
+        ids_N = mx.argsort(-p_V)[: params.top_k or len(p_V)]
+        p_N = p_V[ids_N]
+        p_N = p_N / p_N.sum()
+        stays_N = (mx.cumsum(p_N) - p_N < params.top_p) & (p_N >= params.min_p * p_N[0])
+        p_V = mx.put_along_axis(mx.zeros_like(p_V), ids_N, p_N * stays_N, axis=0)
+    else:
+        p_V = p_V * (p_V >= params.min_p * p_V.max())
+    mass_V = mx.cumsum(p_V)
+    return (mass_V <= uniform * mass_V[-1]).sum()
+
+
+class _RoutingRecord:
+    """The routing of many calls, compacted on the way."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[np.ndarray, np.ndarray]] = []
+        self._calls: list[list[Routing]] = []
+
+    def add(self, routing: list[Routing]) -> None:
+        self._calls.append([r._replace(probs_TE=r.ids_TK) for r in routing])  # drops the wide part
+        if len(self._calls) >= _COMPACT_EVERY:
+            self._compact()
+
+    def take(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        self._compact()
+        done, self._done = self._done, []
+        return done
+
+    def _compact(self) -> None:
+        if not self._calls:
+            return
+        layers = list(zip(*self._calls, strict=True))
+        ids = mx.stack([mx.concatenate([r.ids_TK for r in layer]) for layer in layers], axis=1)
+        weights = mx.stack(
+            [mx.concatenate([r.weights_TK for r in layer]) for layer in layers], axis=1
+        )
+        self._done.append((np.array(ids, np.int64), np.array(weights.astype(mx.float32))))
+        self._calls.clear()
