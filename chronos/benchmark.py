@@ -1,9 +1,9 @@
 """Decode speed at several budgets beside the resident model's own, in interleaved rounds.
 
-Every run opens the model anew, so its expert slots start empty; the operating system's file cache
-is avoided where the disk can be read directly. A round's runs are compared with that round's
-resident run and the median of these ratios counts, since machines drift. Knows no framework and
-prints nothing.
+Every run opens the model anew and answers uncounted `warmup` times, so a streamed run is measured
+with the experts its last answer left; the operating system's file cache is avoided where the disk
+can be read directly. A round's runs are compared with that round's resident run and the median of
+these ratios counts, since machines drift. Knows no framework and prints nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Runs:
     def per_token(self, name: str) -> float:
         """Median over the rounds of a decode counter per decoded token."""
         return statistics.median(
-            float(r.stats[f"decode_{name}"]) / max(1, r.stats["decode_tokens"])
+            float(r.stats[f"decode_{name}"]) / max(1, int(r.stats["decode_tokens"]))
             for r in self.results
         )
 
@@ -99,6 +99,7 @@ def run(
     *,
     max_tokens: int,
     rounds: int,
+    warmup: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
     """Measure; the order of the budgets turns from round to round."""
@@ -110,7 +111,8 @@ def run(
         for runs in bench.runs[turn:] + bench.runs[:turn]:
             with open_engine(runs.budget) as engine:
                 engine.resident_token_s = resident_s
-                result = engine.generate(prompt, sampling, max_tokens=max_tokens).result
+                for _ in range(warmup + 1):
+                    result = engine.generate(prompt, sampling, max_tokens=max_tokens).result
                 runs.results.append(result)
                 runs.budget_bytes = engine.budget_bytes
                 bench.expert_bytes_total = engine.expert_bytes_total

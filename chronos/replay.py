@@ -1,17 +1,16 @@
 """Recorded routing of a real model on a generated one of the same geometry.
 
 Random weights say nothing about routing, so the trace decides it: which experts are read, kept and
-computed is what the recorded model would have asked for; the arithmetic is real, its values are not.
-A resident and a streamed run go over the same tokens; both begin with tokens that are not counted.
+computed is what the recorded model would have asked for. The arithmetic is real, its values are
+not. A resident and a streamed run go over the same tokens; both begin with uncounted ones.
 Not covered: prefetch by forecasts, which random weights cannot make.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,13 @@ import numpy.typing as npt
 
 from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
-from chronos.common.layout import is_packed, pack
+from chronos.common.files import atomic_write
+from chronos.common.layout import is_packed, write_experts
+from chronos.common.layout.folder import FINGERPRINT
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import write_tensors
-from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec, dense_tensors, routed_tensors
+from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec, dense_tensors, expert_tensors
 from chronos.meter import Meter, measure_machine
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _HIDDEN, _VOCABULARY = 1024, 2048
+_SHIFTS = 1 << 16
+_UNTRAINED = "0" * 32
 _GREEDY = SamplingParams()
+RESIDENT = "resident"
+Open = Callable[[str], AbstractContextManager["Engine"]]
 
 
 class ReplayedRouting:
@@ -80,42 +85,72 @@ def config_for(trace: RoutingTrace, record_bytes: int) -> ModelConfig:
 def make_model(
     folder: Path, config: ModelConfig, progress: Progress = lambda done, total: None
 ) -> Path:
-    """A packed folder of random weights; one that is there already with this config is used again.
-
-    Needs twice the model's size on disk while it works.
-    """
+    """Write a packed folder of random weights, with the memory of a few tensors; one that is there
+    already with this config is used again, one that is half there is completed."""
     if is_packed(folder):
         if ModelConfig.from_json(folder) != config:
             raise UsageError("the folder holds another model", str(folder), "name another --work")
         return folder
-    source = folder.with_name(folder.name + "-unpacked")
-    source.mkdir(parents=True, exist_ok=True)
-    try:
-        (source / "config.json").write_text(json.dumps(config.to_json()), "utf-8")
-        specs = dense_tensors(config) + routed_tensors(config)
-        write_tensors(source / "model.safetensors", _weights(specs, progress), {"format": "pt"})
-        pack(source, folder, progress=progress)
-    finally:
-        shutil.rmtree(source, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.json", [config.dumps().encode()])
+    dense, random = dense_tensors(config), _Random(config)
+    # Stands for a digest of the weights, which config and generator decide.
+    metadata = {"format": "pt", FINGERPRINT: _UNTRAINED}
+    write_tensors(folder / "model.safetensors", map(random.named, dense), metadata)
+    specs, total = expert_tensors(config), config.num_routed_experts * random.record_nbytes
+    layers = [
+        [(layer, expert) for expert in range(config.num_experts)]
+        for layer in range(config.num_hidden_layers)
+    ]
+    write_experts(
+        folder,
+        layers,
+        specs,
+        random.experts,
+        fingerprint=_UNTRAINED,
+        order={"method": "layer"},
+        progress=lambda done: progress(done, total),
+        finite=False,
+    )
     return folder
 
 
-def _weights(
-    specs: list[TensorSpec], progress: Progress
-) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
-    """bfloat16 values near 0, cut at a different place of one pool for each tensor: drawing them
-    all anew would take longer than writing them. Norms are one."""
-    largest = max(spec.nbytes for spec in specs) // 2
-    random = np.random.default_rng(0)
-    values = random.standard_normal(largest + 65_536, np.float32) * np.float32(0.02)
-    pool = (values.view(np.uint32) >> 16).astype("<u2")
-    one = np.array([1.0], np.float32).view(np.uint32)[0] >> 16
-    for index, spec in enumerate(specs):
+class _Random:
+    """bfloat16 values near 0, cut at another place of one pool for each tensor: drawing them all
+    anew would take longer than writing them. Norms are one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.specs = expert_tensors(config)
+        largest = max(spec.nbytes for spec in [*dense_tensors(config), *self.specs]) // 2
+        values = np.random.default_rng(0).standard_normal(largest + _SHIFTS, np.float32)
+        self._pool = _bfloat16(values * np.float32(0.02))
+        self._used = 0
+
+    @property
+    def record_nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    def named(self, spec: TensorSpec) -> tuple[str, str, tuple[int, ...], memoryview]:
+        return spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, self._bytes(spec)
+
+    def experts(
+        self, keys: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], dict[str, memoryview]]]:
+        for key in keys:
+            yield key, {spec.name: self._bytes(spec) for spec in self.specs}
+
+    def _bytes(self, spec: TensorSpec) -> memoryview:
         count = spec.nbytes // 2
-        start = index * 131 % 65_536
-        part = np.full(count, one, "<u2") if "norm" in spec.name else pool[start : start + count]
-        yield spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, memoryview(part.view(np.uint8))
-        progress(index + 1, len(specs))
+        if "norm" in spec.name:
+            return _bfloat16(np.ones(count, np.float32)).view(np.uint8).data
+        start = self._used % _SHIFTS
+        self._used += 131
+        return self._pool[start : start + count].view(np.uint8).data
+
+
+def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of float32 values: bfloat16, rounded towards 0."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 @dataclass(frozen=True)
@@ -136,22 +171,63 @@ class Replayed:
             return None
         return float(self.limit["t_res_s"]) + self.bytes_read / self.disk_rate
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def share_of_serial(self) -> float | None:
         serial = self.serial_s
+        return self.token_s / serial if serial else None
+
+    def to_json(self) -> dict[str, Any]:
         return {
             "token_s": self.token_s,
             "bytes_read_per_token": self.bytes_read,
             "stall_s_per_token": self.stall_s,
             "disk_bytes_per_s": self.disk_rate,
-            "serial_s": serial,
-            "share_of_serial": self.token_s / serial if serial else None,
+            "serial_s": self.serial_s,
+            "share_of_serial": self.share_of_serial,
             "limit": self.limit,
             "stats": self.stats,
         }
 
 
+def compare(
+    open_engine: Open,
+    trace: RoutingTrace,
+    budgets: Sequence[str],
+    *,
+    rounds: int,
+    warmup: int,
+    tokens: int,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, list[Replayed]]:
+    """Rounds of a resident run, whose time enters the limits, and one at each budget."""
+    runs: dict[str, list[Replayed]] = {name: [] for name in (RESIDENT, *budgets)}
+    each = warmup + tokens
+    total = each * rounds * len(runs)
+    finished = 0
+    for _ in range(rounds):
+        resident_s: float | None = None
+        for name, results in runs.items():
+            result = replay(
+                open_engine,
+                trace,
+                name,
+                warmup=warmup,
+                tokens=tokens,
+                resident_token_s=resident_s,
+                progress=functools.partial(_shifted, progress, finished, total),
+            )
+            resident_s = resident_s or result.token_s
+            results.append(result)
+            finished += each
+    return runs
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
 def replay(
-    open_engine: Callable[[str], AbstractContextManager[Engine]],
+    open_engine: Open,
     trace: RoutingTrace,
     budget: str,
     *,
@@ -170,9 +246,7 @@ def replay(
         stats, machine, limit = meter.stats(), None, None
         if engine.layout is not None:
             machine = dataclasses.replace(
-                measure_machine(
-                    engine.layout, engine.config, engine.budget_bytes, engine.device
-                ),
+                measure_machine(engine.layout, engine.config, engine.budget_bytes, engine.device),
                 resident_token_s=resident_token_s,
             )
             limit = meter.limit(engine.config, machine)

@@ -46,7 +46,7 @@ def doctor(
         return
     rows = _system_rows() + [_backend_row(f, chosen) for f in found]
     rows += [_memory_row(memory), _disk_row(disk)]
-    output.table(("what", "found"), rows, left=True)
+    output.table(("what", "found"), rows, align="ll")
 
 
 def _system() -> dict[str, Any]:

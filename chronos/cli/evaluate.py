@@ -63,7 +63,9 @@ def evaluate(
     if out.json:
         output.print_json({"model": model, "data": data, "documents": len(documents)} | result)
         return
-    output.table(("measure", "value", ""), _rows(result), title=_title(model, data, documents))
+    output.table(
+        ("measure", "value", ""), _rows(result), title=_title(model, data, documents), align="lrl"
+    )
 
 
 def _title(model: str, data: str, documents: list[Document]) -> str:

@@ -34,7 +34,7 @@ def hit_rate(stats: dict[str, Any]) -> float | None:
 
 def per_token(stats: dict[str, Any], name: str) -> float:
     """A decode counter per decoded token; the prompt is left out."""
-    return float(stats.get(f"decode_{name}", 0)) / max(1, stats["decode_tokens"])
+    return float(stats.get(f"decode_{name}", 0)) / max(1, int(stats["decode_tokens"]))
 
 
 def limit_share(stats: dict[str, Any]) -> float | None:

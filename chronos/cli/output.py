@@ -7,7 +7,9 @@ flags. Rich is imported when something is drawn, never at start-up.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,14 +62,19 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def legend(text: str) -> None:
+    """Words on a table, folded at the terminal's width; none with -q."""
+    note(textwrap.fill(text, shutil.get_terminal_size().columns))
+
+
 def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
     title: str = "",
-    left: bool = False,
+    align: str = "",
 ) -> None:
-    """Print a table to stdout: the first column left, the others right unless `left`."""
+    """Print a table to stdout. align: "l" or "r" per column; the first left, the others right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -76,8 +83,8 @@ def table(
         box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold",
         pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    for index, name in enumerate(columns):
-        grid.add_column(name, justify="right" if index and not left else "left", overflow="fold")
+    for name, side in zip(columns, align or "l" + "r" * len(columns), strict=False):
+        grid.add_column(name, justify="left" if side == "l" else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console().print(grid)

@@ -101,7 +101,7 @@ def simulate(
     print(_describe(recorded))
     for text, result in results.items():
         _table(text, result, per_layer)
-    output.note(_LEGEND)
+    output.legend(_LEGEND)
 
 
 _LEGEND = (

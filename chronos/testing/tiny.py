@@ -7,7 +7,6 @@ use the same bytes. Weights are random; the tokenizer is trained on a few lines 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write an unpacked model folder with a tokenizer; `changes` replace fields of CONFIG."""
     config = dataclasses.replace(CONFIG, **changes)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2), "utf-8")
+    (folder / "config.json").write_text(config.dumps(), "utf-8")
     random = np.random.default_rng(seed)
     main = dense_tensors(config) + routed_tensors(config)
     write_tensors(folder / "model.safetensors", _arrays(main, config, random), {"format": "pt"})
