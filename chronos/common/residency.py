@@ -162,7 +162,7 @@ class Residency:
             assert evicted is not None
             del self.ready[evicted]
         wasted = slot in self.unused
-        self._forget(slot)
+        self.touch(slot)
         self._keys[slot] = key
         self._flat[slot] = key[0] * self._shape[1] + key[1]
         self._loading[key] = slot
@@ -183,7 +183,7 @@ class Residency:
         key = self._keys[slot]
         assert key is not None
         del self._loading[key]
-        self._forget(slot)
+        self.touch(slot)
         self._pins.pop(slot, None)
         self._keys[slot] = None
         self._empty.append(slot)
@@ -193,7 +193,12 @@ class Residency:
         pins = self._pins
         pins[slot] = pins.get(slot, 0) + 1
         if slot in self.unused:
-            self._forget(slot)
+            self.touch(slot)
+
+    def touch(self, slot: int) -> None:
+        """Its key was needed: not unused any more, and in need of no protection."""
+        self.unused.discard(slot)
+        self._protected.pop(slot, None)
 
     def unpin(self, slot: int) -> None:
         count = self._pins[slot] - 1
@@ -215,10 +220,6 @@ class Residency:
         if self._protected:
             kept = {s: until for s, until in self._protected.items() if until > self._token}
             self._protected = kept
-
-    def _forget(self, slot: int) -> None:
-        self.unused.discard(slot)
-        self._protected.pop(slot, None)
 
     def _victim(self, key: Key, demand: bool) -> int | None:
         if not demand and 2 * len(self.unused & self._protected.keys()) >= self.slots:

@@ -91,8 +91,8 @@ class Tier(ABC):
             self.policy.observe(layer, wanted)
             if absent:
                 self._seek(lease, absent, exact)
-            elif len(ready) == len(self.layout.records) and not (self.residency.unused or events):
-                self._complete = {key: self._views[slot] for key, slot in ready.items()}
+            elif len(ready) == len(self.layout.records):
+                self._try_complete()
             return lease
 
     def prefetch(self, keys: Sequence[Key]) -> int:
@@ -205,6 +205,11 @@ class Tier(ABC):
 
     # The rest is shared.
 
+    def _try_complete(self) -> None:
+        """All records are here, and nothing will ever be evicted: look no further than a table."""
+        if all(self._copied(slot) for slot in list(self._events)):
+            self._complete = {k: self._views[slot] for k, slot in self.residency.ready.items()}
+
     def _from_complete(self, layer: int, wanted: dict[int, None]) -> Iterator[tuple[int, Any]]:
         assert self._complete is not None
         views = self._complete
@@ -213,7 +218,10 @@ class Tier(ABC):
         except KeyError as error:
             raise self._unknown(error.args[0]) from None
         self.counters.hits += len(experts)
-        return (expert for expert in experts)
+        if self.residency.unused:
+            for expert in wanted:
+                self.residency.touch(self.residency.ready[layer, expert])
+        return (item for item in experts)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -175,16 +175,11 @@ class StagedTier(Tier):
         targets: Sequence[Any],
         policy: Policy,
         view: View,
-        *,
-        shared_memory: bool = False,
     ) -> None:
-        """sources, targets: the engine's row for each host slot and each slot of this tier.
-        shared_memory: both tiers are the same memory, so the host's slots count as live too.
-        """
+        """sources, targets: the engine's row for each host slot and each slot of this tier."""
         super().__init__(host.layout, slots, policy, view, host.lock)
         self._host, self._copies = host, copies
         self._sources, self._targets = sources, targets
-        self._shared_memory = shared_memory
         self._fences: dict[int, list[Event]] = {}  # what must end before a slot is overwritten
         self._copying: deque[tuple[Event, int]] = deque()  # copies under way and their host slots
         self._backlog: deque[Load] = deque()
@@ -194,10 +189,6 @@ class StagedTier(Tier):
         with self.lock:
             stats, host = super().stats(), self._host.stats()
         stats.bytes_read, stats.read_errors = host.bytes_read, host.read_errors
-        if self._shared_memory:
-            stats.capacity_bytes += host.capacity_bytes
-            stats.live_bytes += host.live_bytes
-            stats.peak_expert_bytes += host.peak_expert_bytes  # a bound: both at their peaks
         return stats
 
     def close(self) -> None:

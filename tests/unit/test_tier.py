@@ -1,0 +1,316 @@
+"""The tiers with a scripted reader: reads end when the test says so, in the order it says.
+
+`StoreTests` covers what a store promises with real reads; here is what takes exact control.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronos.common.errors import StoreError
+from chronos.common.layout import Layout
+from chronos.common.residency import LRU, Key
+from chronos.common.tier import SlotTier, StagedTier
+from chronos.testing.store_tests import EXPERTS, LAYERS, tiny_layout
+
+
+@dataclasses.dataclass(eq=False)
+class Read:
+    """A submitted request; `end` is what a worker would do."""
+
+    offset: int
+    buffer: memoryview
+    demand: bool
+    on_done: Callable[[Any], None]
+    error: Exception | None = None
+    done: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.buffer)
+
+    def end(self, error: Exception | None = None) -> None:
+        assert not self.done
+        self.buffer[:8] = self.offset.to_bytes(8, "little")
+        self.done, self.error = True, error
+        self.on_done(self)
+
+
+class ScriptedReader:
+    """Keeps requests in flight until the test ends them."""
+
+    def __init__(self) -> None:
+        self.reads: list[Read] = []
+        self.refuse: Exception | None = None
+
+    def submit(
+        self, path: str, offset: int, buffer: memoryview, *, demand: bool, on_done: Any, **_: Any
+    ) -> Read:
+        if self.refuse is not None:
+            raise self.refuse
+        busy = [read for read in self.flying() if read.buffer.obj is buffer.obj]
+        assert offset not in [read.offset for read in busy], "read twice at once"
+        self.reads.append(Read(offset, buffer, demand, on_done))
+        return self.reads[-1]
+
+    def flying(self) -> list[Read]:
+        return [read for read in self.reads if not read.done]
+
+    def promote(self, read: Read) -> None:
+        read.demand = True
+
+    def cancel(self, read: Read) -> bool:
+        if read.done:
+            return False
+        self.reads.remove(read)
+        return True
+
+
+class ScriptedTier(SlotTier):
+    """When a consumer would wait, `on_wait` makes something happen instead."""
+
+    on_wait: Callable[[], None]
+
+    def _wait(self) -> None:
+        self.on_wait()
+
+
+class Bench:
+    """A tier over a scripted reader. When a consumer waits, a demand read ends first."""
+
+    def __init__(self, layout: Layout, slots: int) -> None:
+        self.layout, self.reader = layout, ScriptedReader()
+        policy = LRU(layout.num_layers, layout.num_experts)
+        self.tier = ScriptedTier(layout, slots, self.reader, policy)  # type: ignore[arg-type]
+        self.tier.on_wait = lambda: min(self.reader.flying(), key=lambda r: not r.demand).end()
+
+    def take(self, layer: int, experts: Sequence[int], **options: bool) -> list[int]:
+        order = []
+        for expert, view in self.tier.acquire(layer, experts, **options):
+            assert view is None or self.holds(view, (layer, expert))
+            order.append(expert if view is not None else -1 - expert)
+        return order
+
+    def holds(self, view: memoryview, key: Key) -> bool:
+        return int.from_bytes(view[:8], "little") == self.layout.records[key].offset
+
+    def end_all(self) -> None:
+        for read in self.reader.flying():
+            read.end()
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return tiny_layout(tmp_path)
+
+
+@pytest.fixture
+def bench(layout: Layout) -> Bench:
+    return Bench(layout, 4)
+
+
+def test_experts_come_in_the_order_their_reads_end(bench: Bench) -> None:
+    items = bench.tier.acquire(0, [1, 2, 3])
+    assert [read.demand for read in bench.reader.reads] == [True] * 3
+    for index in (2, 0, 1):
+        bench.reader.reads[index].end()
+        assert next(items)[0] == index + 1
+    assert next(items, None) is None
+
+
+def test_nothing_that_is_promised_to_one_layer_is_given_to_another(bench: Bench) -> None:
+    items = bench.tier.acquire(0, [0, 1])
+    bench.end_all()
+    assert bench.take(1, range(EXPERTS)) == list(range(EXPERTS))
+    assert [expert for expert, view in items if bench.holds(view, (0, expert))] == [0, 1]
+
+
+def test_open_iterators_that_hold_every_slot_are_an_error_not_a_deadlock(bench: Bench) -> None:
+    items = bench.tier.acquire(0, [0, 1, 2, 3])
+    bench.end_all()
+    with pytest.raises(StoreError, match="other open iterators"):
+        bench.take(1, [0])
+    assert [expert for expert, _ in items] == [0, 1, 2, 3]
+    assert bench.take(1, [0]) == [0]
+
+
+def test_a_read_that_cannot_begin_raises_where_the_expert_is_needed(bench: Bench) -> None:
+    bench.reader.refuse = StoreError("the reader is closed")
+    assert bench.tier.prefetch([(0, 1)]) == bench.layout.record_nbytes
+    items = bench.tier.acquire(0, [1, 2])
+    with pytest.raises(StoreError, match="reader is closed"):
+        next(items)
+    bench.reader.refuse = None
+    assert bench.tier.stats().live_bytes == 0
+    assert bench.take(0, [1, 2]) == [1, 2]
+
+
+def test_two_consumers_of_one_read_share_it(bench: Bench) -> None:
+    first, second = bench.tier.acquire(0, [5]), bench.tier.acquire(0, [5])
+    assert len(bench.reader.reads) == 1
+    bench.reader.reads[0].end(StoreError("gone"))
+    for items in (first, second):
+        with pytest.raises(StoreError, match="gone"):
+            next(items)
+    stats = bench.tier.stats()
+    assert (stats.misses, stats.late, stats.read_errors, stats.live_bytes) == (1, 1, 1, 0)
+
+
+def test_an_iterator_left_half_way_gives_its_slots_back(bench: Bench) -> None:
+    items = bench.tier.acquire(0, [0, 1, 2, 3])
+    bench.end_all()
+    next(items)
+    del items
+    assert bench.take(1, [0, 1, 2, 3]) == [0, 1, 2, 3]
+
+
+def test_a_prefetch_keeps_what_it_names_and_is_here_already(bench: Bench) -> None:
+    bench.take(0, [0, 1, 2, 3])
+    bench.tier.prefetch([(0, 0), (1, 7)])
+    assert (0, 0) in bench.tier.resident() and (0, 1) not in bench.tier.resident()
+
+
+def test_a_withdrawn_prefetch_is_neither_prefetched_nor_wasted(bench: Bench) -> None:
+    bench.tier.prefetch([(1, expert) for expert in range(4)])
+    assert bench.take(0, [0]) == [0]
+    bench.tier.close()
+    stats = bench.tier.stats()
+    assert (stats.bytes_prefetched, stats.bytes_wasted) == (0, 0)
+
+
+def test_everything_here_and_not_everything_used(layout: Layout) -> None:
+    bench = Bench(layout, len(layout.records))
+    bench.tier.prefetch(list(layout.records))
+    bench.end_all()
+    for _ in range(3):
+        assert bench.take(1, [4, 2]) == [4, 2]
+    assert bench.tier.stats().hits == 6
+    bench.tier.close()
+    assert bench.tier.stats().bytes_wasted == layout.total_bytes - 2 * layout.record_nbytes
+
+
+def test_experts_of_absent_files_fall_back_or_raise(layout: Layout) -> None:
+    bench = Bench(dataclasses.replace(layout, missing=frozenset({(0, 3)})), 4)
+    assert bench.tier.prefetch([(0, 3)]) == 0
+    bench.take(0, [1, 2])
+    assert bench.take(0, [1, 3, 2], exact=False) == [1, 2, -4]
+    assert bench.reader.flying() == []
+    with pytest.raises(StoreError, match="expert 3 in layer 0"):
+        bench.take(0, [3])
+
+
+def test_a_tier_above_gets_slots_pinned_once(bench: Bench) -> None:
+    calls: list[tuple[int, Exception | None]] = []
+    tier = bench.tier
+    with tier.lock:
+        assert tier.fetch((0, 1), lambda *call: calls.append(call), demand=False)
+        assert not bench.reader.reads[0].demand and calls == []
+        tier.urge((0, 1))
+        assert bench.reader.reads[0].demand
+        bench.end_all()
+        assert calls == [(0, None)] and tier.residency.pinned(0)
+        for expert in range(2, 5):
+            assert tier.fetch((0, expert), lambda *_: None, demand=True)
+        assert not tier.fetch((0, 5), lambda *_: None, demand=True)
+        tier.residency.unpin(0)
+        assert tier.fetch((0, 5), lambda *_: None, demand=False)
+        assert tier.withdraw((0, 5)) and not tier.withdraw((0, 1))
+
+
+def keys(draw: random.Random, count: int) -> list[Key]:
+    return [(draw.randrange(LAYERS), draw.randrange(EXPERTS)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_interleaving_delivers_the_right_bytes(layout: Layout, seed: int) -> None:
+    """Two open iterators, hints, and reads that end or fail at random, also between two items."""
+    draw = random.Random(seed)
+    bench = Bench(layout, 5)
+    tier, reader = bench.tier, bench.reader
+
+    def end_one() -> None:
+        error = StoreError("at random") if draw.random() < 0.1 else None
+        draw.choice(reader.flying()).end(error)
+
+    def consume(layer: int, experts: list[int]) -> Iterator[None]:
+        seen = set()
+        for expert, view in tier.acquire(layer, experts):
+            assert expert not in seen and bench.holds(view, (layer, expert))
+            seen.add(expert)
+            yield
+            assert bench.holds(view, (layer, expert)), "overwritten while held"
+        assert seen == set(experts)
+
+    tier.on_wait = end_one
+    needs = 0
+    for _ in range(60):
+        running = []
+        for _ in range(2):
+            experts = draw.sample(range(EXPERTS), draw.randrange(1, 3))
+            needs += len(experts)
+            running.append(consume(draw.randrange(LAYERS), experts))
+        while running:
+            consumer = draw.choice(running)
+            try:
+                next(consumer)
+            except (StopIteration, StoreError):
+                running.remove(consumer)
+            tier.prefetch(keys(draw, 2))
+            if reader.flying() and draw.random() < 0.5:
+                end_one()
+            stats = tier.stats()
+            assert stats.live_bytes <= stats.peak_expert_bytes <= stats.capacity_bytes
+        tier.end_token()
+    bench.end_all()
+    assert tier.stats().routed == needs
+    assert tier.stats().live_bytes == len(tier.resident()) * layout.record_nbytes
+
+
+class DirectCopies:
+    """Copies that end at once, and count the rows they went to."""
+
+    def __init__(self) -> None:
+        self.copied: list[Any] = []
+
+    def start(self, source: Any, target: Any, *, demand: bool, after: Sequence[Any]) -> Any:
+        target[:] = source
+        self.copied.append(target)
+        return self
+
+    def mark(self) -> Any:
+        return self
+
+    wait = mark
+    query = staticmethod(lambda: True)
+    synchronize = staticmethod(lambda: None)
+
+
+def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> None:
+    """Demands overtake the backlog, and what cannot be withdrawn is awaited."""
+    host = Bench(layout, 1)
+    nbytes = layout.record_nbytes
+    rows = [memoryview(bytearray(nbytes)) for _ in range(6)]
+    source = [host.tier._bytes_of(0, layout.records[0, 0])]
+    copies, policy = DirectCopies(), LRU(LAYERS, EXPERTS)
+    copies.wait = lambda event: None  # type: ignore[method-assign]
+    tier = StagedTier(host.tier, 6, copies, source, rows, policy, lambda slot, _: rows[slot])
+    tier.prefetch([(1, expert) for expert in range(4)])
+    assert [read.demand for read in host.reader.reads] == [False]
+    items = tier.acquire(1, [3, 7])
+    order = []
+    while host.reader.flying():
+        order.append(host.reader.flying()[0].offset)
+        host.reader.flying()[0].end()
+    assert {expert for expert, view in items if host.holds(view, (1, expert))} == {3, 7}
+    demanded = {layout.records[1, 3].offset, layout.records[1, 7].offset}
+    assert set(order[:2]) == demanded, "a queued prefetch went first"
+    stats = tier.stats()
+    assert (stats.late, stats.misses) == (1, 1)
+    assert stats.bytes_read == len(copies.copied) * nbytes
+    tier.close()
