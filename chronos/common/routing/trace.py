@@ -13,6 +13,7 @@ import io
 import json
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
+    tokenize.TokenError,
     EOFError,
     NotImplementedError,
     RuntimeError,
