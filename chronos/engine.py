@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from chronos import backends
-from chronos.backends.startup import fast_import
+from chronos.backends.startup import ReadAhead, fast_import
 from chronos.common.budget import parse_budget, slots_within
 from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
@@ -26,7 +26,9 @@ from chronos.common.layout import is_packed, open_layout
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
 from chronos.common.stop import StopText
+from chronos.common.tensorfile import read_checkpoint
 from chronos.common.tokenizer import StreamDecoder, Tokenizer
+from chronos.common.weights import dense_tensors
 from chronos.meter import Machine, Meter, measure_machine
 from chronos.models import resolve_model
 
@@ -256,6 +258,7 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._known = tokenizer.vocab_size if tokenizer else 0  # a model may have spare ids above
         self._stop = StopText(stop)
         self._pieces: list[str] = []
 
@@ -268,7 +271,9 @@ class _Text:
         return "".join(self._pieces)
 
     def push(self, token: int) -> str:
-        return self._show(self._stop.push(self._decoder.push(token))) if self._decoder else ""
+        if self._decoder is None or token >= self._known:
+            return ""
+        return self._show(self._stop.push(self._decoder.push(token)))
 
     def flush(self) -> str:
         """What was held back, once no more tokens come; nothing after a stop string."""
@@ -300,8 +305,8 @@ def load(
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
     memory behind a device's. miss: "exact" waits for an expert, "fallback" lets the shared ones
     stand in, which allow_missing needs. reader: reads the experts, and is closed with the engine.
-    own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework that
-    Chronos does not use.
+    own_process: nothing but Chronos runs here, so start-up may leave out what Chronos does not use of
+    the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
     """
@@ -314,9 +319,11 @@ def load(
     if layout is not None:
         slots_within(layout, capacity, config.num_experts_per_tok)
     name = backends.select(backend)
-    with fast_import(name, own_process=own_process):
-        module = backends.load(name)
-    core = module.load(folder, device=device, resident=layout is None)
+    names = [spec.name for spec in dense_tensors(config)]
+    with ReadAhead(read_checkpoint(folder, names)) as dense:
+        with fast_import(name, own_process=own_process):
+            module = backends.load(name)
+        core = module.load(folder, device=device, resident=layout is None, dense=dense)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     known: dict[str, Any] = {"tokenizer": tokenizer, "backend": name, "device": str(core.device)}
     if layout is None:
@@ -335,6 +342,8 @@ def load(
         raise
     runner = module.runner(core, store, prefetcher=_prefetcher(store, layout, config, reader))
     runner.prefetch = prefetch
+    if prefetch == "auto" and capacity >= layout.total_bytes:
+        store.prefetch(sorted(layout.records))  # all of them have room: fill it in the background
     return Engine(runner, config, store=store, layout=layout, reader=reader, **known)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from chronos.common.layout import Layout
     from chronos.common.sampling import SamplingParams
     from chronos.common.stats import StoreStats
+    from chronos.common.tensorfile import TensorEntry
 
 Key = tuple[int, int]  # (absolute layer index, expert index)
 
@@ -105,7 +106,16 @@ class Backend(Protocol):
     name: str
 
     def build(self, config: ModelConfig, *, seed: int) -> Model: ...
-    def load(self, folder: Path, *, device: str | None, resident: bool) -> Model: ...
+    def load(
+        self,
+        folder: Path,
+        *,
+        device: str | None,
+        resident: bool,
+        dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    ) -> Model:
+        """dense: the tensors of the dense part, where they are being read already."""
+
     def save(self, model: Any, folder: Path) -> None: ...
     def tensors(self, model: Any) -> Iterable[tuple[str, str, tuple[int, ...], memoryview]]:
         """(name on disk, dtype, shape, bytes) of every parameter, in float32."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chronos.common.config import ModelConfig
     from chronos.common.layout import Layout
     from chronos.common.recipe import TrainRecipe
+    from chronos.common.tensorfile import TensorEntry
 
 name = "torch"
 
@@ -54,9 +55,18 @@ def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model
     return Model(config).initialize(seed).to(pick_device(device))
 
 
-def load(folder: Path, *, device: str | None = None, resident: bool = True) -> Model:
-    """The model of a folder, ready to run; without `resident` its routed experts stay on disk."""
-    return load_model(folder, pick_device(device), resident)
+def load(
+    folder: Path,
+    *,
+    device: str | None = None,
+    resident: bool = True,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """The model of a folder, ready to run; without `resident` its routed experts stay on disk.
+
+    dense: the tensors of its dense part, where they are being read already.
+    """
+    return load_model(folder, pick_device(device), resident, dense)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -32,7 +32,12 @@ _FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
 Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
 
 
-def load_model(folder: Path, device: torch.device, resident: bool) -> Model:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    resident: bool,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
     """Build the model of a folder; with `resident` its routed experts too, packed or not.
 
     Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
@@ -44,7 +49,9 @@ def load_model(folder: Path, device: torch.device, resident: bool) -> Model:
     wide = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
     tensors: dict[str, Tensor] = {}
     wanted = dense_tensors(config)
-    tensors |= _read(read_checkpoint(folder, [s.name for s in wanted]), wanted, device, wide)
+    if dense is None:
+        dense = read_checkpoint(folder, [s.name for s in wanted])
+    tensors |= _read(dense, wanted, device, wide)
     side = folder / "lookahead.safetensors"
     if side.exists():
         tensors |= _read(read_tensors(side), lookahead_tensors(config), device, wide)

@@ -131,4 +131,5 @@ class Prefetcher:
 
 def _by_use(use_E: npt.NDArray[np.floating]) -> list[int]:
     order = np.argsort(-use_E, kind="stable")
-    return order[use_E[order] > 0].tolist()
+    best: list[int] = order[use_E[order] > 0].tolist()
+    return best
