@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from chronos.backends.mlx.checkpoint import Named, load_model, named, save_model, tensor_at, to_bytes
+from chronos.backends.mlx.checkpoint import (
+    Named,
+    load_model,
+    named,
+    save_model,
+    tensor_at,
+    to_bytes,
+)
 from chronos.backends.mlx.model import Model
 
 # Here and not in `runner`: a first import later would bind the module's name over the function's.
@@ -23,13 +30,14 @@ if TYPE_CHECKING:
     from chronos.common.config import ModelConfig
     from chronos.common.layout import Layout
     from chronos.common.recipe import TrainRecipe
+    from chronos.common.tensorfile import TensorEntry
 
 name = "mlx"
 
 
 def devices() -> Iterable[str]:
     """Usable device names, best first."""
-    return [*(["gpu"] if mx.is_available(mx.gpu) else []), "cpu"]
+    return [*(["gpu"] if mx.metal.is_available() else []), "cpu"]
 
 
 def pick_device(device: str | None) -> mx.Device:
@@ -54,9 +62,18 @@ def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model
     return Model(config).initialize(seed)
 
 
-def load(folder: Path, *, device: str | None = None, resident: bool = True) -> Model:
-    """The model of a folder, ready to run; without `resident` its routed experts stay on disk."""
-    return load_model(folder, pick_device(device), resident)
+def load(
+    folder: Path,
+    *,
+    device: str | None = None,
+    resident: bool = True,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """The model of a folder, ready to run; without `resident` its routed experts stay on disk.
+
+    dense: the tensors of its dense part, where they are being read already.
+    """
+    return load_model(folder, pick_device(device), resident, dense)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -37,7 +37,12 @@ Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype,
 Place = tuple[mx.array, int | None]  # an array, or an index into a stack: where a tensor lives
 
 
-def load_model(folder: Path, device: mx.Device, resident: bool) -> Model:
+def load_model(
+    folder: Path,
+    device: mx.Device,
+    resident: bool,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
     """Build the model of a folder; with `resident` its routed experts too, packed or not.
 
     Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
@@ -53,13 +58,17 @@ def load_model(folder: Path, device: mx.Device, resident: bool) -> Model:
     model.update(blank(model.parameters(), lambda path: stored if ".experts." in path else wide))
     places = dict(named(model.parameters()))
     wanted = dense_tensors(config)
-    _read(read_checkpoint(folder, [s.name for s in wanted]), wanted, places)
+    if dense is None:
+        dense = read_checkpoint(folder, [s.name for s in wanted])
+    _read(dense, wanted, places)
     if side.exists():
         _read(read_tensors(side), lookahead_tensors(config), places)
     if resident:
         specs = routed_tensors(config)
-        experts = _packed(folder) if is_packed(folder) else read_checkpoint(
-            folder, [s.name for s in specs]
+        experts = (
+            _packed(folder)
+            if is_packed(folder)
+            else read_checkpoint(folder, [s.name for s in specs])
         )
         _read(experts, specs, places)
     return model.eval()

@@ -2,10 +2,11 @@
 
 A model is built with its routed experts (training, resident inference) or without (streaming); the
 arithmetic is the same. The dense part is computed in float32 on a CPU and in the stored dtype on a
-GPU. Arrays are lazy: a forward only builds a graph, except where a router's choice must reach the host.
+GPU. Arrays are lazy: a forward builds a graph, except where a router's choice must reach the host.
 Not covered: batched generation with padding (batches are for training).
 
-Shape legend: B batch, T new tokens, D hidden, V vocabulary, L layers, E experts, J lookahead steps + 1.
+Shape legend: B batch, T new tokens, S all keys, D hidden, V vocabulary, L layers, K top-k,
+E experts, J lookahead steps + 1.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, resident: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [
-            Block(config, layer, resident) for layer in range(config.num_hidden_layers)
-        ]
+        self.layers = [Block(config, layer, resident) for layer in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -93,7 +92,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident)
-        self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
+        self.lookahead: Any = LookaheadRouter(config)
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),
             "sliding": Rotary(config.head_dim, config.rope_theta),

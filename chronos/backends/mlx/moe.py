@@ -1,11 +1,11 @@
 """The mixture-of-experts layer of the MLX backend, and the LookaheadRouter.
 
-Resident experts are one stack per layer and projection. A single token, and training, gather from a
-stack by index (`gather_mm`), so a resident model never waits for a router; a streamed one reads its
-ids once per layer and gathers from the store's slots with the same kernels. Longer inputs run
-expert by expert, streamed or not. Outputs are combined in the fixed order of the routing. Both make
-streamed and resident results equal bit for bit. Weights keep their stored dtype and are widened where
-they are used: `gather_mm` on a CPU takes float32 only.
+Resident experts are one stack per layer and projection. A single token, and training, gather from
+a stack by index (`gather_mm`), so a resident model never waits for a router; a streamed one waits
+for its ids, then gathers from the store's slots with the same kernels. Longer inputs run expert by
+expert, streamed or not. Outputs are combined in the fixed order of the routing, so streamed and
+resident results are equal bit for bit. Weights keep their stored dtype and are widened where they
+are used: `gather_mm` on a CPU takes float32 only.
 
 Shape legend: T tokens, D hidden, F expert hidden, E experts, S places of a stack, K top-k,
 N = T * K routed pairs, L layers, J lookahead steps + 1.
@@ -35,7 +35,7 @@ class Expert(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """A layer's decision: ids and weights of the chosen experts [T, K], all probabilities [T, E]."""
+    """A layer's choice: ids and weights of the chosen experts [T, K], all probabilities [T, E]."""
 
     ids_TK: mx.array
     weights_TK: mx.array
@@ -167,10 +167,11 @@ class MoE(nn.Module):
         if "shared_experts" not in self:
             return None
         stack = self.shared_experts.view()
-        return sum(
-            expert_forward(x_TD, Expert(gate_up_FD, down_DF))
-            for gate_up_FD, down_DF in zip(stack.gate_up_FD, stack.down_DF, strict=True)
-        )
+        total = None
+        for gate_up_FD, down_DF in zip(stack.gate_up_FD, stack.down_DF, strict=True):
+            y_TD = expert_forward(x_TD, Expert(gate_up_FD, down_DF))
+            total = y_TD if total is None else total + y_TD
+        return total
 
     def _gathered(self, x_TD: mx.array, routing: Routing) -> mx.array:
         """All pairs at once from the layer's own stack; nothing reaches the host."""
@@ -193,9 +194,7 @@ class MoE(nn.Module):
         y_1KD = self._fall_back(y_1KD, shared_1D, routing, missing, source)
         return _combine(routing.weights_TK, y_1KD, shared_1D)
 
-    def _grouped(
-        self, x_TD: mx.array, routing: Routing, source: ExpertSource | None
-    ) -> mx.array:
+    def _grouped(self, x_TD: mx.array, routing: Routing, source: ExpertSource | None) -> mx.array:
         """Rows sorted by expert and one product per expert, each expert taken once."""
         T, K = routing.ids_TK.shape
         flat_N = np.array(routing.ids_TK).reshape(-1)
@@ -234,7 +233,9 @@ class MoE(nn.Module):
             return y_TKD
         assert source is not None and shared_TD is not None
         gone_TK = np.isin(np.array(routing.ids_TK), missing)
-        source.record_fallback(float(np.array(routing.weights_TK.astype(mx.float32))[gone_TK].sum()))
+        source.record_fallback(
+            float(np.array(routing.weights_TK.astype(mx.float32))[gone_TK].sum())
+        )
         return mx.where(mx.array(gone_TK)[..., None], shared_TD[:, None], y_TKD)
 
 
@@ -262,7 +263,7 @@ def _combine(weights_TK: mx.array, y_TKD: mx.array, shared_TD: mx.array | None) 
 
 
 def _silu(x: mx.array) -> mx.array:
-    # nn.silu is compiled, which on a CPU starts a C++ compiler and, below 64k values, gains nothing.
+    # nn.silu is compiled: on a CPU that starts a C++ compiler and gains nothing below 64k values.
     return nn.silu(x) if mx.default_device() == mx.gpu else x * mx.sigmoid(x)
 
 

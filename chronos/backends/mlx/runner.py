@@ -3,8 +3,8 @@
 A prompt runs in chunks; within a chunk the model goes layer by layer and streams each needed expert
 once for all its tokens. The resident model takes the same chunks, so streaming cannot change a bit
 of the logits. A decoded token is evaluated once when resident, and once more per layer when
-streamed; forecasts ride along. Draws come from Python's generator, so a seed means the same draws on
-every backend. Not covered: several sequences at once.
+streamed; forecasts ride along. Draws come from Python's generator, so a seed means the same draws
+on every backend. Not covered: several sequences at once.
 
 Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead steps + 1.
 """
@@ -30,10 +30,13 @@ _PROMPT_AHEAD = 16
 # Recorded routing is compacted after this many calls: a small array per layer and token would, over
 # a long generation, outgrow the experts' budget.
 _COMPACT_EVERY = 32
+# (ids int64, weights float32) [T, K] of a layer, in place of what its gate would choose.
+Replay = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 class Runner:
-    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`."""
+    """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`;
+    `replay`, where set, decides the routing instead of the gates."""
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Runner:
         """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
         self.model, self.store = model.eval(), store
         self.prefetch, self.recording = "auto", False
+        self.replay: Replay | None = None
         self._ahead: _Ahead | None = None
         if prefetcher is not None and store is not None and model.lookahead is not None:
             self._ahead = _Ahead(prefetcher, store)
@@ -110,11 +114,17 @@ class Runner:
             cache=self._cache,
             source=source,
             on_lookahead=on_lookahead,
+            replay=self._replayed if self.replay else None,
             last_only=True,
         )
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
+
+    def _replayed(self, layer: int) -> tuple[mx.array, mx.array]:
+        assert self.replay is not None
+        ids_TK, weights_TK = self.replay(layer)
+        return mx.array(ids_TK.astype(np.uint32)), mx.array(weights_TK)
 
     def _forecast_prompt(self, probs_TJLE: mx.array) -> None:
         """Sum over the tokens that have an expert among their top-k: the others do not need it."""
@@ -131,7 +141,7 @@ class Runner:
         token = draw(self._logits_V, sampling, uniform).astype(mx.int32)
         token = mx.where(mx.isfinite(self._logits_V).all(), token, -1)
         mx.eval(token, self._logits_V)
-        return token.item()
+        return int(token.item())
 
 
 class _Ahead:

@@ -22,8 +22,8 @@ from chronos.backends.mlx.moe import Expert
 from chronos.common.budget import slots_within
 from chronos.common.errors import ShapeMismatch, StoreError, UsageError
 from chronos.common.files import ALIGN, RangedReader
+from chronos.common.lease import Lease
 from chronos.common.residency import DecayedLFU, Key, Policy
-from chronos.common.slots import Lease
 from chronos.common.stats import StoreStats
 from chronos.common.tier import SlotTier
 from chronos.common.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE
@@ -103,9 +103,9 @@ class ExpertStore:
         ready: Iterable[tuple[int, Expert | None]],
         meanwhile: mx.array | None,
     ) -> dict[int, int | None]:
-        """Take all experts of `acquire(layer, ...)`: their indices in `stack` (None: not ready, with
-        miss="fallback"), which are theirs until the next `acquire`. If one has to be waited for,
-        the evaluation of `meanwhile` is started first."""
+        """Take all experts of `acquire(layer, ...)`: their indices in `stack`, which are theirs
+        until the next `acquire` (None: not ready, with miss="fallback"). If one has to be waited
+        for, the evaluation of `meanwhile` is started first."""
         if meanwhile is not None and isinstance(ready, Lease) and (ready.loads or ready.queued):
             mx.async_eval(meanwhile)
         places: dict[int, int | None] = {}

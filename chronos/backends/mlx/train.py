@@ -1,8 +1,8 @@
 """One optimisation step of the MLX backend: losses, gradients, AdamW, and the state to resume.
 
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
-needs no generator state to continue bit for bit. The formulas are those of `common.losses`. The
-forward and backward pass is one lazy graph; the update is compiled, since it is the same every step.
+needs no generator state to continue bit for bit. The formulas are those of `common.losses`. Forward
+and backward pass are one lazy graph; the update is compiled, since it is the same every step.
 Not covered: mixed precision, several devices.
 
 Shape legend: B batch, T tokens, V vocabulary, L layers, E experts, K top-k, J lookahead steps + 1.
@@ -156,8 +156,8 @@ def routing_terms(
 ) -> tuple[dict[str, mx.array], mx.array]:
     """Balance, temporal, locality and lookahead terms of spec section 3, pads left out.
 
-    picks_LE counts the picks of earlier micro-batches of the same update, so that the fractions f of
-    the balance term (2101.03961, eq. 4) are those of the global batch; the sum is returned.
+    picks_LE counts the picks of earlier micro-batches of the same update, so that the fractions f
+    of the balance term (2101.03961, eq. 4) are those of the global batch; the sum is returned.
     """
     shape = segments_BT.shape
     probs_LBTE = mx.unflatten(mx.stack([r.probs_TE for r in out.routing]), 1, shape)

@@ -1,4 +1,4 @@
-"""The `backend` fixture: every conformance test runs once per backend module.
+"""The `backend` fixture: every conformance and parity test runs once per backend module.
 
 CHRONOS_TEST_BACKENDS=torch,mlx names the backends to test; one that is missing is then an error.
 Without it, those that are installed are tested.
@@ -27,3 +27,12 @@ def wanted() -> list[str]:
 @pytest.fixture(scope="session", params=wanted())
 def backend(request: pytest.FixtureRequest) -> Any:
     return importlib.import_module(f"chronos.backends.{request.param}")
+
+
+@pytest.fixture(scope="session")
+def both() -> tuple[Any, Any]:
+    """The torch and the MLX backend, for tests that compare them with each other."""
+    if absent := BACKENDS.keys() - set(wanted()):
+        pytest.skip(f"compares the backends with each other; not tested here: {sorted(absent)}")
+    torch, mlx = (importlib.import_module(f"chronos.backends.{name}") for name in BACKENDS)
+    return torch, mlx

@@ -1,0 +1,28 @@
+"""How far two ways to the same number may lie apart: one table, float32 unless a name says else.
+
+Bounds are of the largest difference, relative to the largest magnitude of what is compared (at
+least 1). They cover another order of summation, nothing more; each was set at about four times the
+largest difference seen. Bit-exactness (streamed against resident) is not a matter of tolerance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+TOLERANCE = {
+    "logits": 2e-5,
+    "probabilities": 2e-6,
+    "losses": 2e-5,
+    "gradients": 2e-5,
+    "finite differences": 1e-6,  # float64 losses against float32 gradients
+    "weights after ten updates": 2e-3,  # AdamW divides by gradients near 0
+    "loss curve": 1e-3,  # over ten updates
+}
+
+
+def assert_close(found: npt.ArrayLike, expected: npt.ArrayLike, what: str, label: str = "") -> None:
+    """Raises AssertionError where the two differ by more than the table allows for `what`."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    bound = TOLERANCE[what] * max(1.0, float(np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound, err_msg=label or what)

@@ -1,0 +1,122 @@
+"""The two backends against each other: what one writes the other reads and continues."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chronos.common.layout import pack
+from chronos.common.recipe import TrainRecipe
+from chronos.common.sampling import SamplingParams
+from chronos.common.tensorfile import read_tensors, write_tensors
+from chronos.engine import Engine, load
+from chronos.models import resolve_model
+from chronos.testing.model_tests import CONFIG, tokens
+from chronos.testing.tiny import tiny_packed
+from chronos.testing.tolerances import TOLERANCE, assert_close
+from chronos.testing.train_tests import TINY, batch
+
+Both = tuple[Any, Any]
+RECIPE = TrainRecipe(batch_size=2, seq_len=16, seed=5)
+
+
+@pytest.fixture(params=["torch writes", "MLX writes"])
+def pair(both: Both, request: pytest.FixtureRequest) -> Both:
+    """(writer, reader)"""
+    return both if request.param == "torch writes" else both[::-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_of_one_is_a_folder_of_the_other(pair: Both, tmp_path: Path, dtype: str) -> None:
+    writer, reader = pair
+    model = writer.build(dataclasses.replace(CONFIG, dtype=dtype, num_shared_experts=2), seed=3)
+    writer.save(model, tmp_path / "first")
+    own = writer.load(tmp_path / "first", device="cpu", resident=True)
+    other = reader.load(tmp_path / "first", device="cpu", resident=True)
+    ids = tokens(33)
+    for name, value in writer.forward(own, ids)._asdict().items():
+        if name != "ids_LNK":
+            assert_close(getattr(reader.forward(other, ids), name), value, "logits", name)
+    reader.save(other, tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "lookahead.safetensors"):
+        first, again = ((tmp_path / f / name).read_bytes() for f in ("first", "again"))
+        assert first == again, name
+
+
+def test_packed_experts_are_read_by_both(both: Both, tmp_path: Path) -> None:
+    """In clusters across layers, so that no layer's experts lie together."""
+    across = [[(layer, e) for layer in range(CONFIG.num_hidden_layers)] for e in range(8)]
+    both[0].save(both[0].build(CONFIG, seed=3), tmp_path / "model")
+    pack(tmp_path / "model", tmp_path / "packed", order=across)
+    ids = tokens(9)
+    for backend in both:
+        whole, packed = (
+            backend.load(tmp_path / name, device="cpu", resident=True)
+            for name in ("model", "packed")
+        )
+        first, second = (backend.forward(model, ids).logits_BTV for model in (whole, packed))
+        assert np.array_equal(first, second)
+
+
+def test_a_run_goes_on_in_the_other_backend(pair: Both, tmp_path: Path) -> None:
+    """Weights, moments and step number cross over: the continuation is the writer's own."""
+    writer, reader = pair
+    path = tmp_path / "state.safetensors"
+    step = writer.train_step(writer.build(TINY, seed=7), RECIPE)
+    for i in range(3):
+        step.step([batch(i)], 1e-2, i)
+    write_tensors(path, step.state(), {})
+    taken_over = reader.train_step(reader.build(TINY, seed=8), RECIPE)
+    taken_over.load_state(read_tensors(path))
+    write_tensors(tmp_path / "copy.safetensors", taken_over.state(), {})
+    assert values(path) == values(tmp_path / "copy.safetensors")
+    for i in range(3, 6):
+        terms, own = taken_over.step([batch(i)], 1e-2, i), step.step([batch(i)], 1e-2, i)
+        assert terms.keys() == own.keys()
+        assert_close(terms["loss"], own["loss"], "loss curve")
+        assert_close(terms["grad_norm"], own["grad_norm"], "loss curve")
+
+
+def values(path: Path) -> dict[str, bytes]:
+    return {entry.name: bytes(data) for entry, data in read_tensors(path)}
+
+
+def test_an_untrained_state_crosses_over_too(pair: Both, tmp_path: Path) -> None:
+    writer, reader = pair
+    path = tmp_path / "state.safetensors"
+    write_tensors(path, writer.train_step(writer.build(TINY, seed=7), RECIPE).state(), {})
+    step = reader.train_step(reader.build(TINY, seed=8), RECIPE)
+    step.load_state(read_tensors(path))
+    assert step.step([batch()], 1e-2, 0)["skipped"] == 0.0
+
+
+@pytest.mark.parametrize("budget", ["resident", "25%"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def test_the_same_tokens_greedily(both: Both, tmp_path: Path, model: str, budget: str) -> None:
+    """64 tokens. Where two logits nearly tie the backends may part; both then go on with torch's
+    token, and the logits before it must agree."""
+    folder = tiny_packed(tmp_path / "packed") if model == "tiny" else resolve_model(model)
+    engines = [load(folder, backend=b.name, device="cpu", budget=budget) for b in both]
+    try:
+        follow(*engines, prompt=[7, 1, 200, 31, 5], steps=64)
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def follow(first: Engine, second: Engine, prompt: list[int], steps: int) -> None:
+    """Let both engines go where the first one goes."""
+    greedy = SamplingParams()
+    runners = (first.runner, second.runner)
+    chosen = [runner.prefill(prompt, greedy) for runner in runners]
+    for step in range(steps):
+        logits = [runner.logits() for runner in runners]
+        assert_close(logits[1], logits[0], "logits", f"token {step}")
+        if chosen[0] != chosen[1]:
+            gap = logits[0].max() - logits[0][chosen[1]]
+            assert gap <= 2 * TOLERANCE["logits"] * max(1.0, np.abs(logits[0]).max()), step
+        chosen = [runner.decode(chosen[0], greedy) for runner in runners]
