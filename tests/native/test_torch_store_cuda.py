@@ -151,7 +151,7 @@ def test_slots_are_reused_only_after_the_computation_that_used_them(
         stats = device.store.stats()
         assert stats.routed == 180
         assert stats.peak_expert_bytes <= 4 * device.layout.record_nbytes
-        assert device.engine.copies > device.engine.demand_copies > 0
+        assert device.engine.copies >= device.engine.demand_copies > 0
 
 
 class ForgetsComputation(FakeCopyEngine):

@@ -9,7 +9,8 @@ What to keep and evict is `chronos.common.residency`'s business, when to wait th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from chronos.backends.torch.moe import Expert
 from chronos.common.budget import slots_within
-from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.errors import BudgetError, ResourceError, ShapeMismatch, UsageError
 from chronos.common.files import RangedReader, aligned_buffer
 from chronos.common.residency import DecayedLFU, Key, Policy
 from chronos.common.stats import StoreStats
@@ -75,11 +76,13 @@ class ExpertStore:
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
         host_slots = _host_slots(layout, warm_bytes, top_k) if staged else slots
-        arena, rows = _host_arena(host_slots, layout.record_nbytes, device.type == "cuda")
-        self._rows = rows
+        arena = aligned_buffer(host_slots * layout.record_nbytes)
+        with torch.inference_mode(False):  # else other threads could not copy into these
+            rows = torch.frombuffer(arena, dtype=torch.uint8).view(host_slots, -1)
+            self._rows = _device_rows(slots, rows.shape[1], device) if staged else rows
         if staged:
-            self._rows = torch.empty((slots, rows.shape[1]), dtype=torch.uint8, device=device)
             copies = copies or _copies_for(device)
+        self._unlock_pages = _lock_pages(self, rows) if device.type == "cuda" else None
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
         view = None if staged else self._view
@@ -126,6 +129,8 @@ class ExpertStore:
         self._tier.close()
         if self._owns_reader:
             self._reader.close()
+        if self._unlock_pages is not None:
+            self._unlock_pages()
 
     def __enter__(self) -> ExpertStore:
         return self
@@ -173,13 +178,30 @@ def _host_slots(layout: Layout, warm_bytes: int, top_k: int) -> int:
     return min(staging, len(layout.records))
 
 
-def _host_arena(slots: int, stride: int, pinned: bool) -> tuple[memoryview, Tensor]:
-    """Host slots as the bytes reads go into and as a tensor [slots, stride], the same memory."""
-    if pinned:
-        flat = torch.empty(slots * stride, dtype=torch.uint8, pin_memory=True)
-        return flat.numpy().data, flat.view(slots, stride)
-    arena = aligned_buffer(slots * stride)
-    return arena, torch.frombuffer(arena, dtype=torch.uint8).view(slots, stride)
+def _device_rows(slots: int, stride: int, device: torch.device) -> Tensor:
+    try:
+        return torch.empty((slots, stride), dtype=torch.uint8, device=device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the device has no room for {slots * stride} bytes of experts",
+            str(device),
+            "give a smaller budget",
+        ) from error
+
+
+def _lock_pages(owner: object, rows: Tensor) -> Callable[[], object]:
+    """Page-lock host memory, which copies beside the computation need; undone by the result.
+
+    torch's own pinned memory comes in powers of two: up to twice what a budget allows.
+    """
+    cudart: Any = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(rows.data_ptr(), rows.numel(), 0)) != 0:
+        raise ResourceError(
+            f"cannot page-lock {rows.numel()} bytes of host memory", "", "lower the warm budget"
+        )
+    unlock = weakref.finalize(owner, cudart.cudaHostUnregister, rows.data_ptr())
+    unlock.atexit = False  # the driver may be gone by then
+    return unlock
 
 
 def _copies_for(device: torch.device) -> CopyEngine:
