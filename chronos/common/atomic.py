@@ -89,8 +89,12 @@ def _pour(chunks: Chunks, sink: _Sink) -> None:
     if callable(chunks):
         chunks(cast(BinaryIO, sink))
         return
-    for chunk in chunks:
-        sink.write(chunk)
+    try:
+        for chunk in chunks:
+            sink.write(chunk)
+    finally:
+        if hasattr(chunks, "close"):  # a generator may hold threads and files of its own
+            chunks.close()
 
 
 def _create_locked(path: Path, io: FileIO) -> int:

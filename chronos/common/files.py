@@ -38,19 +38,9 @@ from chronos.common.fileio import (
 )
 
 __all__ = [
-    "ALIGN",
-    "FileIO",
-    "RangedReader",
-    "ReaderStats",
-    "Request",
-    "RunLock",
-    "aligned_buffer",
-    "atomic_write",
-    "measure_read_rate",
-    "read_exact",
-    "sweep_orphans",
-]
-_COMPLETE, _WAITING = -1, -2
+    "ALIGN", "FileIO", "RangedReader", "ReaderStats", "Request", "RunLock", "aligned_buffer",
+    "atomic_write", "measure_read_rate", "read_exact", "sweep_orphans",
+]  # fmt: skip
 _MAX_JOINED = 16  # neighbours in one preadv; more would make the first of them wait for the last
 _log = logging.getLogger("chronos")
 
@@ -76,7 +66,7 @@ class Request:
     _next: int = 0  # bytes handed to workers
     _active: int = 0  # pieces being read
     _landed: dict[int, int] = field(default_factory=dict)  # pieces read and not yet hashed
-    _checked: int = 0  # bytes hashed, always a prefix
+    _hashed: int = 0  # bytes hashed, always a prefix
     _hashing: bool = False
     _hash: xxhash.xxh3_128 | None = None
     _gate: threading.Lock = field(default_factory=threading.Lock)
@@ -125,6 +115,7 @@ class RangedReader:
         self._closed = False
         self._unfinished = self._prefetch_bytes = self._busy = self._prefetching = 0
         self._busy_since = 0.0
+        self._workers = max(1, threads)
         self._max_prefetching = max(1, threads - 1)  # one worker is always free for a demand read
         self._threads: list[threading.Thread] = []
         try:
@@ -134,9 +125,8 @@ class RangedReader:
                 self._threads.append(thread)
         except RuntimeError as error:
             self.close()
-            raise ResourceError(
-                f"cannot start {threads} threads", "", "raise `ulimit -u`"
-            ) from error
+            message = f"cannot start {threads} threads"
+            raise ResourceError(message, "", "raise `ulimit -u`") from error
 
     def submit(
         self,
@@ -238,7 +228,7 @@ class RangedReader:
                 return None
             request = queue[0]
             start = request._next
-            stop = min(start + self._chunk, request.nbytes)
+            stop = min(start + self._piece(request), request.nbytes)
             requests = [request]
             self._begin(queue, stop)
             if stop - start == request.nbytes:
@@ -253,6 +243,13 @@ class RangedReader:
             prefetch = queue is self._prefetch
             self._prefetching += prefetch
             return requests, start, stop, prefetch
+
+    def _piece(self, request: Request) -> int:
+        """Bytes to read at once: large pieces are faster, small ones let a demand read overtake."""
+        if not request.demand:
+            return self._chunk
+        share = -(-request.nbytes // (self._workers * ALIGN)) * ALIGN
+        return max(self._chunk, min(share, 4 * self._chunk))
 
     @staticmethod
     def _begin(queue: deque[Request], stop: int) -> None:
@@ -277,12 +274,10 @@ class RangedReader:
         )
 
     def _read(self, requests: list[Request], start: int, stop: int, prefetch: bool) -> None:
-        if len(requests) == 1:
-            outcomes = [self._try_fill(requests[0], start, stop)]
-        elif self._fill_joined(requests):
-            outcomes = [None] * len(requests)
+        if len(requests) > 1 and self._fill_joined(requests):
+            errors: list[ChronosError | None] = [None] * len(requests)
         else:
-            outcomes = [self._try_fill(request, 0, request.nbytes) for request in requests]
+            errors = [self._try_fill(r, start, min(stop, r.nbytes)) for r in requests]
         with self._lock:
             self._prefetching -= prefetch
             self._busy -= 1
@@ -290,8 +285,12 @@ class RangedReader:
                 self.stats.busy_s += time.perf_counter() - self._busy_since
             self.stats.reads += 1
             self.stats.bytes_read += stop - start
-        for request, error in zip(requests, outcomes, strict=True):
-            self._land(request, start, min(stop, request.nbytes), error)
+        for request, error in zip(requests, errors, strict=True):
+            if start or stop < request.nbytes:
+                self._land(request, start, stop, error)
+            else:
+                request.error = request.error or error or self._check(request)
+                self._finish(request)
 
     def _try_fill(self, request: Request, start: int, stop: int) -> ChronosError | None:
         try:
@@ -349,33 +348,27 @@ class RangedReader:
             if request._hashing:
                 return  # the worker that hashes will see this piece
             request._hashing = True
-        while (stop := self._next_landed(request)) >= 0:
-            self._digest(request, stop)
-        if stop == _COMPLETE:
-            if request.error is None:
-                request.error = self._check(request)
+        while True:
+            with self._lock:
+                end = None if request.error else request._landed.pop(request._hashed, None)
+                if end is None:
+                    request._hashing = False
+                    complete = not (request._queued or request._active)
+                    break
+            if request.digest is not None:
+                request._hash = request._hash or xxhash.xxh3_128()
+                request._hash.update(request.buffer[request._hashed : end])
+            request._hashed = end
+        if complete:
+            request.error = request.error or self._check(request)
             self._finish(request)
-
-    def _next_landed(self, request: Request) -> int:
-        """The end of the next piece to hash, _WAITING, or _COMPLETE when nothing is left to do."""
-        with self._lock:
-            if request.error is None and request._checked in request._landed:
-                return request._landed.pop(request._checked)
-            request._hashing = False
-            if request.error is None:
-                return _COMPLETE if request._checked == request.nbytes else _WAITING
-            return _WAITING if request._active else _COMPLETE
-
-    def _digest(self, request: Request, stop: int) -> None:
-        if request.digest is not None:
-            if request._hash is None:
-                request._hash = xxhash.xxh3_128()
-            request._hash.update(request.buffer[request._checked : stop])
-        request._checked = stop
 
     def _check(self, request: Request) -> ChronosError | None:
         """Compare the digest; on a mismatch read once more, past whatever garbled the bytes."""
-        if request.digest is None or (request._hash and request._hash.digest() == request.digest):
+        if request.digest is None:
+            return None
+        digest = request._hash.digest() if request._hash else None
+        if (digest or xxhash.xxh3_128_digest(request.buffer)) == request.digest:
             return None
         error = self._try_fill(request, 0, request.nbytes)
         if error or xxhash.xxh3_128_digest(request.buffer) == request.digest:

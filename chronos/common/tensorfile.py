@@ -60,6 +60,8 @@ class Header:
 
 
 Located = tuple[Path, TensorEntry]
+# Holds reader threads until it is exhausted or closed; who may stop early uses contextlib.closing.
+Stream = Generator[tuple[TensorEntry, memoryview], None, None]
 # Bytes, or a function that gives them when their turn comes: they need not all be in memory.
 Data = Any
 Named = tuple[str, str, tuple[int, ...], Data]
@@ -72,7 +74,9 @@ def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size
-        if size >= 1 << 62 or bits >= 1 << 63:  # before a later 0 hides it: other readers multiply in 64 bits
+        if (
+            size >= 1 << 62 or bits >= 1 << 63
+        ):  # before a later 0 hides it: other readers multiply in 64 bits
             raise ValueError(f"shape {list(shape)} is too large")
     if bits % 8:
         raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
@@ -180,7 +184,7 @@ def _check_cover(entries: list[TensorEntry], position: int, file_bytes: int) -> 
 
 def read_tensors(
     path: StrPath, names: Iterable[str] | None = None, io: FileIO | None = None
-) -> Iterator[tuple[TensorEntry, memoryview]]:
+) -> Stream:
     """The tensors of a file in file order; those in `names` only, where given and there.
 
     The views are writable and stay valid for as long as they are kept.
@@ -195,7 +199,7 @@ def read_tensors(
 
 def read_checkpoint(
     folder: StrPath, names: Iterable[str] | None = None, io: FileIO | None = None
-) -> Iterator[tuple[TensorEntry, memoryview]]:
+) -> Stream:
     """The tensors of model.safetensors, or of the shards its index names; as `read_tensors`."""
     located = locate_tensors(folder, io)
     if names is not None:
@@ -250,9 +254,7 @@ def read_small(path: StrPath, limit: int, io: FileIO | None = None) -> bytes:
         return file.read(0, file.nbytes)
 
 
-def read_located(
-    wanted: Sequence[Located], io: FileIO | None = None
-) -> Generator[tuple[TensorEntry, memoryview], None, None]:
+def read_located(wanted: Sequence[Located], io: FileIO | None = None) -> Stream:
     """Read tensors in the given order, some MiB ahead of the consumer, with several threads."""
     waiting = deque(_extents(wanted))
     flying: deque[tuple[Request, list[TensorEntry]]] = deque()

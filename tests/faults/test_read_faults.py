@@ -109,7 +109,7 @@ def test_d1_a_bad_block_fails_its_request_and_no_other(blob):
 @pytest.mark.parametrize("times", [1, 1_000])
 def test_d1_every_operation_of_verify_may_fail(packed, error, times):
     """fail_at = 1, 2, 3 ... until nothing fails: a typed error or the right answer, each time."""
-    at, failed = 0, True
+    at, failed, before = 0, True, set(threading.enumerate())
     while failed:
         at += 1
         io = FaultyIO(fail_at=at, times=times, error=error)
@@ -120,7 +120,7 @@ def test_d1_every_operation_of_verify_may_fail(packed, error, times):
             assert io.failures
         failed = io.failures > 0
     assert at > 20
-    assert not [t for t in threading.enumerate() if t.name.startswith("read-")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_s6_bytes_garbled_on_the_way_are_read_again(blob):

@@ -235,7 +235,11 @@ def test_write_experts_refuses_short_data(tmp_path, data):
     specs = [TensorSpec("w", (2,), "float32")]
     with pytest.raises(ShapeMismatch, match="layer 0, expert 0"):
         write_experts(
-            tmp_path, [[(0, 0)]], specs, lambda keys: [(keys[0], {"w": data})], fingerprint=""
+            tmp_path,
+            [[(0, 0)]],
+            specs,
+            lambda keys: ((key, {"w": data}) for key in keys),
+            fingerprint="",
         )
     assert os.listdir(tmp_path / "experts") == []
 

@@ -9,7 +9,8 @@ which experts share a file (`clusters`) and where they come from (`pack`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
 
-# Given keys, yields each of them with its tensors' bytes by name, in the order given.
-Source = Callable[[Sequence[Key]], Iterable[tuple[Key, Mapping[str, Any]]]]
+# Given keys, a generator of each of them with its tensors' bytes by name, in the order given.
+Source = Callable[[Sequence[Key]], Generator[tuple[Key, Mapping[str, Any]], None, None]]
 Progress = Callable[[int], None]  # bytes written so far
 
 
@@ -153,17 +154,17 @@ class _Cluster:
     def chunks(self, source: Source, finite: bool, advance: Progress, base: int) -> Iterator[Any]:
         """The file's bytes; sets each record's digest and calls `advance` behind it."""
         yield self.header
-        given = iter(source([record.key for record in self.records]))
-        for index, record in enumerate(self.records):
-            key, data = next(given, (None, {}))
-            if key != record.key:
-                raise ValueError(f"the source gave expert {key}, {record.key} was asked for")
-            digest = xxhash.xxh3_128()
-            for chunk in _record_chunks(record, data, finite):
-                digest.update(chunk)
-                yield chunk
-            self.records[index] = replace(record, digest=digest.digest())
-            advance(base + record.offset + record.nbytes)
+        with closing(source([record.key for record in self.records])) as given:
+            for index, record in enumerate(self.records):
+                key, data = next(given, (None, {}))
+                if key != record.key:
+                    raise ValueError(f"the source gave expert {key}, {record.key} was asked for")
+                digest = xxhash.xxh3_128()
+                for chunk in _record_chunks(record, data, finite):
+                    digest.update(chunk)
+                    yield chunk
+                self.records[index] = replace(record, digest=digest.digest())
+                advance(base + record.offset + record.nbytes)
 
 
 def _entries(
@@ -205,7 +206,7 @@ def read_records(
     records: Iterable[tuple[Path, Record]],
     io: FileIO | None = None,
     on_error: Callable[[ChronosError], None] | None = None,
-) -> Iterator[tuple[Record, memoryview]]:
+) -> Generator[tuple[Record, memoryview], None, None]:
     """Read records in the order given, some ahead, each checked against its digest if it has one.
 
     A view is valid until the next one is asked for. The first error is raised, or all are given to

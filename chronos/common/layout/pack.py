@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +49,8 @@ SIDE_FILES = (
 )  # fmt: skip
 _SAMPLE = 4096  # bytes at either end of a tensor that go into the fingerprint
 _COPY = 1 << 20
+
+Experts = Generator[tuple[Key, Mapping[str, Any]], None, None]
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,11 @@ def _open_source(src: Path, io: FileIO) -> _Model:
     if is_packed(src):
         layout = open_layout(src, config=config, io=io)
 
-        def packed_experts(keys: Sequence[Key]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
+        def packed_experts(keys: Sequence[Key]) -> Experts:
             wanted = [(layout.path(key), layout.records[key]) for key in keys]
-            for record, data in read_records(wanted, io):
-                yield record.key, record.views(data)
+            with closing(read_records(wanted, io)) as stream:
+                for record, data in stream:
+                    yield record.key, record.views(data)
 
         experts: Source = packed_experts
         fingerprint = layout.fingerprint
@@ -182,7 +185,7 @@ def _pick(specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path
 def _unpacked_experts(config: ModelConfig, located: Mapping[str, Located], io: FileIO) -> Source:
     names = [spec.name for spec in expert_tensors(config)]
 
-    def experts(keys: Sequence[Key]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
+    def experts(keys: Sequence[Key]) -> Experts:
         wanted = [located[expert_name(*key, name)] for key in keys for name in names]
         with closing(read_located(wanted, io)) as stream:
             for key in keys:
@@ -282,9 +285,10 @@ def _copy_side_files(src: Path, dst: Path, config: ModelConfig, io: FileIO) -> N
             continue
         if source.suffix == ".safetensors":
             found = {}
-            for entry, data in read_tensors(source, io=io):
-                check_finite(data, entry.dtype, entry.name, str(source))
-                found[entry.name] = (source, entry)
+            with closing(read_tensors(source, io=io)) as stream:
+                for entry, data in stream:
+                    check_finite(data, entry.dtype, entry.name, str(source))
+                    found[entry.name] = (source, entry)
             if name == "lookahead.safetensors":
                 _pick(lookahead_tensors(config), found, src)
         with SmallReader(os.path.realpath(source), io) as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,22 +113,24 @@ class _Verifier:
     def tensors(self, located: Iterable[Located]) -> None:
         wanted = sorted(located, key=lambda at: (at[0], at[1].offset))
         self.report.files += len({path for path, _ in wanted})
-        for (path, _), (entry, data) in zip(wanted, read_located(wanted, self.io), strict=True):
-            self.finite(data, entry.dtype, entry.name, str(path))
-            self.report.tensors += 1
-            self.advance(entry.nbytes)
+        with closing(read_located(wanted, self.io)) as stream:
+            for (path, _), (entry, data) in zip(wanted, stream, strict=True):
+                self.finite(data, entry.dtype, entry.name, str(path))
+                self.report.tensors += 1
+                self.advance(entry.nbytes)
 
     def records(self, layout: Layout) -> None:
         wanted = [(layout.path(key), record) for key, record in layout.records.items()]
         wanted.sort(key=lambda at: (at[1].file, at[1].offset))
         self.report.files += len(layout.files)
-        for record, data in read_records(wanted, self.io, self.problem):
-            views, where = record.views(data), str(layout.path(record.key))
-            for tensor in record.tensors:
-                name = f"{record.label}: {tensor.name}"
-                self.finite(views[tensor.name], tensor.dtype, name, where)
-            self.report.records += 1
-            self.advance(record.nbytes)
+        with closing(read_records(wanted, self.io, self.problem)) as stream:
+            for record, data in stream:
+                views, where = record.views(data), str(layout.path(record.key))
+                for tensor in record.tensors:
+                    name = f"{record.label}: {tensor.name}"
+                    self.finite(views[tensor.name], tensor.dtype, name, where)
+                self.report.records += 1
+                self.advance(record.nbytes)
 
 
 def verify(
