@@ -125,7 +125,8 @@ class Trainer:
             skipped = int(terms["skipped"])
             report.skipped += skipped
             in_a_row = in_a_row + 1 if skipped else 0
-            last = report.step == r.steps or bool(stop)
+            asked = bool(stop)  # once per step: a signal after this line is the next step's
+            last = report.step == r.steps or asked
             if report.step % r.log_every == 0 or skipped or last:
                 since = self._log(report, terms, rate, since)
             if in_a_row >= r.max_skipped:
@@ -134,11 +135,11 @@ class Trainer:
                     str(self.out),
                     "lower train.learning_rate and resume: the last good checkpoint is kept",
                 )
-            if self.valid and not stop and (report.step % r.eval_every == 0 or last):
+            if self.valid and not asked and (report.step % r.eval_every == 0 or last):
                 self._evaluate(step, report)
             if (report.step % r.save_every == 0 and not skipped) or last:
                 self._save(step, report.step)
-            if stop:
+            if asked:
                 report.signal = stop[0]
                 break
         return report
