@@ -45,7 +45,8 @@ def render() -> str:
 
 def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
     """(path, command) of every leaf, in the order of the help page."""
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.commands[name]
         if hasattr(command, "commands"):
             yield from commands(command, f"{path} {name}")
         else:

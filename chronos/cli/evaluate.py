@@ -30,9 +30,11 @@ def evaluate(
             "[default: 0.02 for stdlib, else everything]",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 50_000,
-    seq_len: Annotated[int, typer.Option(min=2)] = 256,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to measure on.")
+    ] = 50_000,
+    seq_len: Annotated[int, typer.Option(min=2, help="Context of each row.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     skip_bad: Annotated[int, typer.Option(min=0, help="Pass over this many bad rows.")] = 0,
 ) -> None:
     """Measure a model on text, with all its experts in memory."""

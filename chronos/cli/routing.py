@@ -28,7 +28,9 @@ def trace(
     to: Annotated[Path, typer.Option("--out", "-o", metavar="T.npz", help="The file to write.")],
     run: RunOptions,
     out: JsonOptions,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 20_000,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to record in all.")
+    ] = 20_000,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens taken of each document.")] = 512,
     new_tokens: Annotated[
         int,

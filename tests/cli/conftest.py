@@ -1,0 +1,82 @@
+"""Commands run in this process, on a tiny packed model made once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronos.cli import main
+from chronos.testing.tiny import tiny_packed
+
+TEXT = "def add(left, right):\n    return left + right\n"
+
+
+@dataclass
+class Done:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> list[str]:
+        """The lines of the error; asserts that nothing else was printed."""
+        assert self.code != 0
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert all(line.startswith(("error: ", "where: ", "fix: ")) for line in lines), self.err
+        return lines
+
+
+Chronos = Callable[..., Done]
+
+
+@pytest.fixture
+def chronos(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Chronos:
+    """`chronos("generate", model, "-n", 4)` as a user would type it, with a clean environment."""
+    for name in [name for name in os.environ if name.startswith("CHRONOS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*args: object) -> Done:
+        capsys.readouterr()
+        code = main.run([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny packed model folder; `<name>-unpacked` beside it is its source. Read only."""
+    return tiny_packed(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few small text files."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(TEXT * (number + 3) + f"# {number}\n", "utf-8")
+    return folder
+
+
+@pytest.fixture
+def command() -> list[str]:
+    """The start of a command line for a process of its own."""
+    return [sys.executable, "-m", "chronos"]

@@ -1,0 +1,196 @@
+"""The shell of the command line: help, environment twins, errors, exit codes, generated docs."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from chronos.cli import docs, errors, output
+from chronos.cli.main import app
+from chronos.common.errors import BudgetError, ChronosError
+
+COMMANDS = dict(docs.commands(typer.main.get_command(app), "chronos"))
+EXPECTED = (
+    "demo,generate,chat,train pretrain,pack,inspect,verify,trace,simulate,"
+    "bench decode,bench replay,eval,doctor"
+)
+
+
+def test_the_commands_are_all_there_in_the_order_of_use() -> None:
+    assert list(COMMANDS) == [f"chronos {name}" for name in EXPECTED.split(",")]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_flag_has_help_and_an_environment_twin(path: str) -> None:
+    for parameter in COMMANDS[path].params:
+        if parameter.name == "help":
+            continue
+        assert parameter.help, parameter.name
+        if parameter.param_type_name == "option":
+            flag = max(parameter.opts, key=len).removeprefix("--")
+            assert parameter.envvar == "CHRONOS_" + flag.upper().replace("-", "_")
+
+
+def test_twins_of_one_name_mean_one_thing() -> None:
+    """CHRONOS_BUDGET set for one command must not be nonsense to the next."""
+    kinds: dict[str, set[Any]] = {}
+    for command in COMMANDS.values():
+        for p in command.params:
+            if p.param_type_name == "option" and p.name != "help":
+                kinds.setdefault(p.envvar, set()).add((p.is_flag, p.metavar))
+    mixed = {name: kind for name, kind in kinds.items() if len({flag for flag, _ in kind}) > 1}
+    assert not mixed
+
+
+@pytest.mark.parametrize("path", ["chronos", *COMMANDS, "chronos bench", "chronos train"])
+def test_help(chronos: Any, path: str) -> None:
+    done = chronos(*path.split()[1:], "--help")
+    assert done.code == 0 and done.err == ""
+    assert "Usage: chronos" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_no_arguments_is_the_help_page(chronos: Any) -> None:
+    assert "generate" in chronos().out
+
+
+def test_version(chronos: Any) -> None:
+    assert re.fullmatch(r"chronos \d+\.\d+\.\d+\n", chronos("--version").out)
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["genrate"], "No such command 'genrate'. Did you mean 'generate'?"),
+        (["generate"], "Missing argument 'MODEL'"),
+        (["generate", "demo", "--buget", "1"], "No such option: --buget"),
+        (["generate", "demo", "--top-p", "2"], "Invalid value for '--top-p'"),
+        (["train", "pretrain"], "Missing option '--config' / '-c'"),
+    ],
+)
+def test_usage_errors_are_short_and_exit_2(chronos: Any, args: list[str], what: str) -> None:
+    done = chronos(*args)
+    assert done.code == 2
+    assert done.error[0].startswith(f"error: {what}")
+    assert done.error[-1].startswith("fix: `chronos")
+
+
+def test_docs_are_what_the_commands_say() -> None:
+    path = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert path.read_text("utf-8") == docs.render(), "run `make docs`"
+
+
+def test_docs_check_notices_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cli.md"
+    assert docs.main(["--check", str(path)]) == 1
+    assert docs.main([str(path)]) == 0
+    assert docs.main(["--check", str(path)]) == 0
+    path.write_text(path.read_text("utf-8") + "edited\n", "utf-8")
+    assert docs.main(["--check", str(path)]) == 1
+    assert "make docs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (
+            BudgetError("too small", "model", "give more"),
+            4,
+            ["error: too small", "where: model", "fix: give more"],
+        ),
+        (ChronosError("several\nlines"), 1, ["error: several lines"]),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"),
+            1,
+            ["error: no such file or directory", "where: a/b"],
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, ["error: no space left on device"]),
+        (MemoryError(), 4, ["error: out of memory", "fix: lower --budget"]),
+        (KeyboardInterrupt(), 130, []),
+        (errors.Terminated(), 143, []),
+    ],
+)
+def test_errors_become_lines_and_exit_codes(
+    error: BaseException, code: int, lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        errors.guard(fail)
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_bug_says_how_to_see_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("division by zero")
+
+    for verbose in (False, True):
+        with pytest.raises(typer.Exit) as caught:
+            errors.guard(fail, verbose=verbose)
+        assert caught.value.exit_code == 1
+        shown = capsys.readouterr().err
+        assert "error: ZeroDivisionError: division by zero" in shown
+        assert ("Traceback" in shown) is verbose
+        assert ("-v shows" in shown) is not verbose
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"a": float("nan"), "b": [float("inf"), 1.5], 3: ("x", None)})
+    assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "3": ["x", null]}\n'
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (2.5e9, "2.50 GB")],
+)
+def test_sizes(nbytes: float, shown: str) -> None:
+    assert output.size(nbytes) == shown
+
+
+def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress("working") as update:
+        update(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_pipe_is_no_traceback(command: list[str]) -> None:
+    line = f"{' '.join(command)} --help | true"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_is_143(command: list[str], packed: Path) -> None:
+    process = subprocess.Popen(
+        [*command, "generate", str(packed), "-n", "10"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    # It waits for a prompt on stdin; the handler is in place once it has begun to read.
+    wait_until_reading(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 143, shown
+
+
+def wait_until_reading(pid: int) -> None:
+    """Until the process sleeps in a read of its standard input (Linux), or some time has passed."""
+    import time
+
+    wchan = Path(f"/proc/{pid}/wchan")
+    for _ in range(200):
+        try:
+            if "pipe_read" in wchan.read_text():
+                return
+        except OSError:
+            pass
+        time.sleep(0.05)

@@ -1,0 +1,101 @@
+"""pack, inspect, verify: folders as a user makes, looks at and distrusts them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def source(packed: Path) -> Path:
+    """The unpacked folder that `packed` was made from."""
+    return packed.with_name(packed.name + "-unpacked")
+
+
+def test_pack_then_generate(chronos: Any, source: Path, packed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    data = chronos("pack", source, "-o", folder, "--json").json
+    assert data["records"] == 24 and data["order"] == {"method": "layer"}
+    flags = ("-p", "x", "-n", 6, "--budget", "50%", "--json")
+    tokens = chronos("generate", folder, *flags).json["tokens"]
+    assert tokens == chronos("generate", packed, *flags).json["tokens"]
+
+
+def test_pack_says_what_it_wrote(chronos: Any, source: Path, tmp_path: Path) -> None:
+    done = chronos("pack", source, "-o", tmp_path / "packed")
+    assert done.out.startswith(f"{tmp_path / 'packed'}: 24 experts, ")
+
+
+def test_pack_by_a_trace_gives_its_reason_and_the_same_tokens(
+    chronos: Any, source: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, flags = tmp_path / "packed", ("-p", "x", "-n", 6, "--json")
+    done = chronos("pack", source, "-o", folder, "--calibrate", text)
+    assert done.code == 0 and "extents per token" in done.err
+    tokens = chronos("generate", folder, "--budget", "25%", *flags).json["tokens"]
+    assert tokens == chronos("generate", source, *flags).json["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--trace", "t.npz", "--calibrate", "stdlib"], 2, "exclude each other"),
+        (["--trace", "absent.npz"], 3, "no such trace"),
+    ],
+)
+def test_pack_refuses(
+    chronos: Any, source: Path, tmp_path: Path, args: list[str], code: int, words: str
+) -> None:
+    done = chronos("pack", source, "-o", tmp_path / "packed", *args)
+    assert done.code == code and words in done.error[0]
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_trace_of_another_model_is_refused(chronos: Any, source: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    from chronos.common.routing.trace import TraceRecorder
+
+    recorder = TraceRecorder(16, 1)
+    recorder.append(np.zeros((4, 2, 1), np.int64))
+    recorder.trace().save(tmp_path / "t.npz")
+    done = chronos("pack", source, "-o", tmp_path / "packed", "--trace", tmp_path / "t.npz")
+    assert done.code == 2 and "2 layers of 16 experts" in done.error[0]
+
+
+def test_inspect_tells_what_a_budget_holds(chronos: Any, packed: Path, source: Path) -> None:
+    data = chronos("inspect", packed, "--json").json
+    assert (data["kind"], data["experts_per_layer"], data["layers"]) == ("packed", 8, 3)
+    assert "6 experts" in data["budget 25.0%"]
+    assert "budget 25.0%" in chronos("inspect", packed).out
+    assert chronos("inspect", source, "--json").json["kind"] == "unpacked"
+    assert chronos("inspect", packed / "experts/cluster-00000.ctsr").code == 0
+
+
+def test_verify_reads_everything(chronos: Any, packed: Path) -> None:
+    data = chronos("verify", packed, "--json").json
+    assert data["problems"] == [] and data["records"] == 24
+    assert "no problems" in chronos("verify", packed).out
+
+
+def test_verify_lists_every_problem(chronos: Any, packed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    for name in ("cluster-00000.ctsr", "cluster-00002.ctsr"):
+        path = copy / "experts" / name
+        data = bytearray(path.read_bytes())
+        data[5000] ^= 0x10
+        path.write_bytes(data)
+    done = chronos("verify", copy)
+    assert done.code == 3 and "2 problems" in done.out
+    assert [line.split(":")[0] for line in done.err.splitlines()].count("error") == 2
+    assert "cluster-00002.ctsr" in done.err
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify"])
+def test_a_path_that_is_not_there(chronos: Any, tmp_path: Path, name: str) -> None:
+    done = chronos(name, tmp_path / "absent")
+    assert done.code == 2 and "no such file or folder" in done.error[0]

@@ -1,0 +1,256 @@
+"""generate, chat and demo on a tiny model: streams, JSON, budgets, prompts, interruption."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronos.testing.tiny import tiny_model
+
+SPEC_STATS = (
+    "ttft_s decode_tps hits late misses bytes_read bytes_wasted stall_s peak_expert_bytes "
+    "fallback_weight limit"
+).split()
+SPEC_LIMIT = "t_res_s t_limit_s eta_limit eta_res eta_bytes".split()
+
+
+def test_text_goes_to_stdout_and_numbers_to_stderr(chronos: Any, packed: Path) -> None:
+    done = chronos("generate", packed, "-p", "def add", "-n", 12, "--budget", "50%")
+    data = chronos("generate", packed, "-p", "def add", "-n", 12, "--json").json
+    assert done.out == data["text"] + "\n"
+    starts = [line.partition(":")[0] for line in done.err.splitlines()]
+    assert starts == ["prompt", "generation", "peak memory", "experts"]
+    assert all(
+        word in done.err for word in ("budget", "hits", "MB/token", "ms/token", "of the limit")
+    )
+
+
+def test_json_has_what_the_specification_names(chronos: Any, packed: Path) -> None:
+    data = chronos("generate", packed, "-p", "x", "-n", 5, "--budget", "25%", "--json").json
+    assert len(data["tokens"]) == 5 and data["finish_reason"] == "length"
+    assert data["prompt_tokens"] == 1 and data["backend"] == "torch" and data["device"] == "cpu"
+    assert data["budget_bytes"] * 4 == data["expert_bytes_total"]
+    assert all(name in data["stats"] for name in SPEC_STATS)
+    assert all(name in data["stats"]["limit"] for name in SPEC_LIMIT)
+    assert data["stats"]["peak_expert_bytes"] <= data["budget_bytes"]
+    needs = data["stats"]["hits"] + data["stats"]["late"] + data["stats"]["misses"]
+    assert needs == data["stats"]["routed"] > 0
+
+
+@pytest.mark.parametrize("budget", ["25%", "50%", "100kB", "all"])
+def test_tokens_are_the_resident_models_at_every_budget(
+    chronos: Any, packed: Path, budget: str
+) -> None:
+    flags = ("-p", "for line in", "-n", 24, "--json")
+    resident = chronos("generate", packed, "--budget", "resident", *flags).json
+    streamed = chronos("generate", packed, "--budget", budget, *flags).json
+    assert streamed["tokens"] == resident["tokens"]
+
+
+def test_an_unpacked_folder_runs_resident_and_refuses_a_budget(chronos: Any, packed: Path) -> None:
+    source = packed.with_name(packed.name + "-unpacked")
+    assert chronos("generate", source, "-p", "x", "-n", 2).code == 0
+    done = chronos("generate", source, "-p", "x", "--budget", "50%")
+    assert done.code == 2 and "chronos pack" in done.error[-1]
+
+
+def test_sampling_repeats_with_its_seed(chronos: Any, packed: Path) -> None:
+    flags = ("-p", "x", "-n", 16, "--temp", 1.5, "--top-k", 50, "--json")
+    runs = [chronos("generate", packed, *flags, "--seed", seed).json for seed in (1, 1, 2)]
+    assert runs[0]["tokens"] == runs[1]["tokens"] != runs[2]["tokens"]
+
+
+def test_flags_have_environment_twins(
+    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHRONOS_PROMPT", "x")
+    monkeypatch.setenv("CHRONOS_MAX_TOKENS", "3")
+    monkeypatch.setenv("CHRONOS_BUDGET", "25%")
+    monkeypatch.setenv("CHRONOS_JSON", "1")
+    data = chronos("generate", packed).json
+    assert len(data["tokens"]) == 3 and data["budget_bytes"] * 4 == data["expert_bytes_total"]
+    assert len(chronos("generate", packed, "-n", 2).json["tokens"]) == 2
+
+
+def test_a_stop_string_ends_the_text(chronos: Any, packed: Path) -> None:
+    whole = chronos("generate", packed, "-p", "x", "-n", 30, "--json").json["text"]
+    part = whole[4:7]
+    data = chronos("generate", packed, "-p", "x", "-n", 30, "--stop", part, "--json").json
+    assert data["finish_reason"] == "stop"
+    assert data["text"] == whole[: whole.index(part)]
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input that is no terminal."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+def test_prompts_come_from_a_flag_a_file_or_stdin(
+    chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfdef add")  # with a byte order mark
+    flags = ("-n", 4, "--json")
+    tokens = chronos("generate", packed, "-p", "def add", *flags).json["tokens"]
+    assert chronos("generate", packed, "-f", file, *flags).json["tokens"] == tokens
+    for args in ((), ("-p", "-")):
+        monkeypatch.setattr(sys, "stdin", Stdin(b"def add"))
+        assert chronos("generate", packed, *args, *flags).json["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["-f", "absent.txt"], 2, "cannot be read"),
+        (["-p", "x", "-f", "y"], 2, "exclude each other"),
+        (["-p", ""], 2, "the prompt is empty"),
+        (["-p", "x", "--budget", "1kB"], 4, "give at least"),
+        (["-p", "x", "--budget", "lots"], 2, "a budget cannot be 'lots'"),
+        (["-p", "x", "--miss", "maybe"], 2, "miss cannot be 'maybe'"),
+        (["-p", "x", "--backend", "jax"], 2, "use one of: auto, torch, mlx"),
+        (["-p", "x", "--device", "abacus"], 2, "unknown device"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    chronos: Any, packed: Path, args: list[str], code: int, words: str
+) -> None:
+    done = chronos("generate", packed, *args)
+    assert done.code == code
+    assert words in "\n".join(done.error)
+
+
+def test_a_prompt_that_is_not_utf_8(
+    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"ab\xff"))
+    done = chronos("generate", packed)
+    assert (done.code, done.error[0]) == (2, "error: the prompt is not UTF-8: byte 2")
+
+
+def test_a_model_that_is_not_there(chronos: Any, tmp_path: Path) -> None:
+    assert "does not exist" in chronos("generate", tmp_path / "no", "-p", "x").error[0]
+    assert "has no config.json" in chronos("generate", tmp_path, "-p", "x").error[1]
+    assert chronos("generate", tmp_path, "-p", "x").code == 2
+
+
+def test_the_context_is_a_limit_that_is_not_cut_in_silence(chronos: Any, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "short", max_position_embeddings=16)
+    ids = len(chronos("generate", model, "-p", "x" * 16, "-n", 9, "--json").json["tokens"])
+    assert ids == 1  # the last token needs no place of its own
+    done = chronos("generate", model, "-p", "x" * 17)
+    assert done.code == 2 and "17 tokens and the context holds 16" in done.error[0]
+    cut = chronos("generate", model, "-p", "ab" + "x" * 16, "--truncate", "--json").json
+    assert cut["prompt_tokens"] == 16
+
+
+def test_damaged_experts_are_named(chronos: Any, packed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "damaged"
+    shutil.copytree(packed, copy)
+    for cluster in (copy / "experts").glob("*.ctsr"):
+        data = bytearray(cluster.read_bytes())
+        data[-100] ^= 1
+        cluster.write_bytes(data)
+    done = chronos("generate", copy, "-p", "def add(left)", "-n", 40, "-q")
+    assert done.code == 3
+    assert "error: " in done.err and "cluster-" in done.err and "Traceback" not in done.err
+    assert chronos("verify", copy).code == 3
+
+
+def test_chat_answers_every_line_and_forgets_on_request(
+    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"hello\n\nagain\n/reset\nhello\n/exit\nnever\n"))
+    done = chronos("chat", packed, "-n", 4, "-q", "--temp", 0)
+    assert done.code == 0 and done.err == ""
+    replies = done.out
+    monkeypatch.setattr(sys, "stdin", Stdin(b"hello\n"))
+    first = chronos("chat", packed, "-n", 4, "-q").out
+    assert replies.startswith(first) and replies.endswith(first)
+
+
+def test_chat_goes_on_after_a_conversation_that_is_too_long(
+    chronos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path / "short", max_position_embeddings=32)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"x" * 64 + b"\nhi\n"))
+    done = chronos("chat", model, "-n", 2, "-q")
+    assert done.code == 0
+    assert "the context holds 32" in done.err and "/reset" not in done.out
+    assert done.out.strip()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
+    command: list[str], packed: Path
+) -> None:
+    """C5, on a real terminal: a long reply is interrupted, the next line is answered."""
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "chat", str(packed), "-n", "100000", "--budget", "25%"],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+    )
+    os.close(child)
+    screen = Screen(parent)
+    screen.until(b"> ")
+    os.write(parent, b"hello\n")
+    screen.until(b"hello\r\n", more=40)  # the echo, then some of the reply
+    process.send_signal(signal.SIGINT)
+    screen.until(b"> ")
+    os.write(parent, b"/exit\n")
+    assert process.wait(timeout=60) == 0
+    os.close(parent)
+
+
+class Screen:
+    """What a program wrote to a pseudo terminal."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.seen = fd, b""
+
+    def until(self, mark: bytes, more: int = 0) -> None:
+        """Read until `mark` and `more` bytes behind it have come; forget what was read."""
+        while mark not in self.seen or len(self.seen.partition(mark)[2]) < more:
+            self.seen += os.read(self.fd, 4096)
+        self.seen = b""
+
+
+def test_demo_tells_the_story(chronos: Any, packed: Path) -> None:
+    done = chronos("demo", packed, "-n", 20)
+    assert done.code == 0, done.err
+    rows = [line.split("  ")[0].strip() for line in done.out.splitlines()]
+    for name in (
+        "The very same tokens?",
+        "Tokens per second",
+        "Hit rate: needs met from memory",
+        "Read from disk per token",
+        "Most memory the experts took",
+        "Share of the physical limit",
+    ):
+        assert name in rows
+    (same,) = [line for line in done.out.splitlines() if "The very same tokens?" in line]
+    assert same.split()[-1] == "yes"
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_demo_json(chronos: Any, packed: Path) -> None:
+    data = chronos("demo", packed, "-n", 8, "--json").json
+    assert data["tokens_identical"] is True
+    whole, part = data["runs"]
+    assert whole["tokens"] == part["tokens"]
+    assert part["budget_bytes"] * 4 == part["expert_bytes_total"]

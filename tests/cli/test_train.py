@@ -1,0 +1,109 @@
+"""train pretrain as a user runs it: a recipe, a run, resume, Ctrl-C, then pack and generate."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = """
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 16
+max_position_embeddings = 128
+num_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 16
+kv_latent_dim = 16
+rope_dim = 8
+sliding_window = 16
+lookahead_steps = 1
+lookahead_hidden_size = 16
+
+[tokenizer]
+vocab_size = 270
+
+[data]
+path = "{data}"
+validation_share = 0.3
+
+[train]
+steps = {steps}
+batch_size = 2
+seq_len = 16
+warmup_steps = 2
+log_every = 2
+eval_every = 4
+save_every = 4
+"""
+
+
+@pytest.fixture
+def recipe(text: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(data=text.as_posix(), steps=8), "utf-8")
+    return path
+
+
+def test_train_pack_generate(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = chronos("train", "pretrain", "-c", recipe, "-o", run)
+    assert done.code == 0, done.err
+    assert done.out.strip() == str(run / "model")
+    for words in ("step 8/8", "tok/s", "left", "effective_experts", "largest_share", "valid_ce"):
+        assert words in done.err
+    packed = tmp_path / "packed"
+    assert chronos("pack", run / "model", "-o", packed).code == 0
+    data = chronos("generate", packed, "-p", "def", "-n", 4, "--budget", "50%", "--json").json
+    assert data["finish_reason"] in ("length", "stop")
+
+
+def test_a_run_goes_on_with_resume_only(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "-q")
+    assert chronos(*flags).code == 0
+    again = chronos(*flags)
+    assert again.code == 2 and "--resume" in again.error[-1]
+    longer = recipe.read_text("utf-8").replace("steps = 8", "steps = 12")
+    recipe.write_text(longer, "utf-8")
+    data = chronos(*flags, "--resume", "--json").json
+    assert data["step"] == 12 and data["model"] == str(tmp_path / "run" / "model")
+
+
+def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text("[train]\nstep = 3\n", "utf-8")
+    done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
+    assert done.code == 3 and "did you mean 'steps'?" in done.error[-1]
+    assert chronos("train", "pretrain", "-c", tmp_path / "absent.toml").code == 3
+
+
+def test_data_can_be_named_on_the_command_line(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
+    done = chronos(*flags, "--data", tmp_path / "absent.txt")
+    assert done.code == 3 and "absent.txt" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(
+    command: list[str], recipe: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """C4: the step is finished and saved; what was saved can be resumed from."""
+    run = tmp_path / "run"
+    recipe.write_text(recipe.read_text("utf-8").replace("steps = 8", "steps = 100000"), "utf-8")
+    arguments = [*command, "train", "pretrain", "-c", str(recipe), "-o", str(run)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == code, shown
+    assert "stopped and saved at step" in shown and "Traceback" not in shown
+    assert list((run / "checkpoints").glob("step-*.safetensors"))
