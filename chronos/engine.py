@@ -340,10 +340,13 @@ def load(
     except BaseException:
         reader.close()
         raise
-    runner = module.runner(core, store, prefetcher=_prefetcher(store, layout, config, reader))
+    prefetcher = None
+    if capacity < layout.total_bytes:
+        prefetcher = _prefetcher(store, layout, config, reader)
+    elif prefetch == "auto":  # all have room: fill it in the background, forecasts are not needed
+        store.prefetch(sorted(layout.records))
+    runner = module.runner(core, store, prefetcher=prefetcher)
     runner.prefetch = prefetch
-    if prefetch == "auto" and capacity >= layout.total_bytes:
-        store.prefetch(sorted(layout.records))  # all of them have room: fill it in the background
     return Engine(runner, config, store=store, layout=layout, reader=reader, **known)
 
 
