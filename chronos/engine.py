@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,75 +24,21 @@ from chronos.common.files import RangedReader
 from chronos.common.layout import is_packed, open_layout
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
-from chronos.common.stop import StopText
 from chronos.common.tensorfile import read_checkpoint
-from chronos.common.tokenizer import StreamDecoder, Tokenizer
+from chronos.common.tokenizer import Tokenizer
 from chronos.common.weights import dense_tensors
+from chronos.generation import Generation, GenerationResult, Step, Text
 from chronos.meter import Machine, Meter, measure_machine
 from chronos.models import resolve_model
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.backends.protocol import Backend, ExpertStore, Model, Runner
     from chronos.common.layout import Layout
 
+__all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
 GREEDY = SamplingParams()
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
 _NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token and the text that is final with it.
-
-    `text` is empty while a character or a possible stop string is incomplete. `token` is None in a
-    closing step that only releases text held back. The texts of all steps join to the result's.
-    """
-
-    token: int | None
-    text: str
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What a generation came to.
-
-    `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
-    is stop, length, context, cancelled or error, and `error` says why in the last case.
-    """
-
-    prompt_tokens: int
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    stats: dict[str, Any]
-    error: str = ""
-
-
-class Generation(Iterator[Step]):
-    """Steps as they are made; `result` afterwards (asked for earlier, it runs to the end)."""
-
-    def __init__(self, steps: Generator[Step, None, GenerationResult]) -> None:
-        self._steps = steps
-        self._result: GenerationResult | None = None
-
-    def __next__(self) -> Step:
-        try:
-            return next(self._steps)
-        except StopIteration as end:
-            self._result = end.value or self._result
-            raise StopIteration from None
-
-    @property
-    def result(self) -> GenerationResult:
-        """Raises what the generation raises, UsageError if it was closed before its end."""
-        for _ in self:
-            pass
-        if self._result is None:
-            raise UsageError("the generation was closed before its end")
-        return self._result
-
-    def close(self) -> None:
-        self._steps.close()
 
 
 class Engine:
@@ -211,7 +156,7 @@ class Engine:
         cancel: threading.Event | None,
     ) -> Generator[Step, None, GenerationResult]:
         record = self.store is not None and self.with_limit
-        meter, text = Meter(self.runner, self.store, record=record), _Text(self.tokenizer, stop)
+        meter, text = Meter(self.runner, self.store, record=record), Text(self.tokenizer, stop)
         tokens: list[int] = []
         reason = "cancelled" if cancel and cancel.is_set() else ""
         token = meter.prefill(prompt, sampling) if not reason else -1
@@ -235,7 +180,7 @@ class Engine:
         error = _NOT_FINITE.format(self.runner.position) if reason == "error" else ""
         return GenerationResult(len(prompt), tokens, text.shown, reason, stats, error)
 
-    def _ending(self, text: _Text, is_last: bool) -> str:
+    def _ending(self, text: Text, is_last: bool) -> str:
         """Why the generation ends with the token just taken, or ""."""
         if text.stopped:
             return "stop"
@@ -251,39 +196,6 @@ class Engine:
             )
         machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
         return meter.limit(self.config, machine)
-
-
-class _Text:
-    """Tokens to text that is final: whole characters, no stop string and no beginning of one."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
-        self._known = tokenizer.vocab_size if tokenizer else 0  # a model may have spare ids above
-        self._stop = StopText(stop)
-        self._pieces: list[str] = []
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.found
-
-    @property
-    def shown(self) -> str:
-        return "".join(self._pieces)
-
-    def push(self, token: int) -> str:
-        if self._decoder is None or token >= self._known:
-            return ""
-        return self._show(self._stop.push(self._decoder.push(token)))
-
-    def flush(self) -> str:
-        """What was held back, once no more tokens come; nothing after a stop string."""
-        if self._decoder is None or self.stopped:
-            return ""
-        return self._show(self._stop.push(self._decoder.flush()) + self._stop.flush())
-
-    def _show(self, piece: str) -> str:
-        self._pieces.append(piece)
-        return piece
 
 
 def load(
@@ -305,13 +217,14 @@ def load(
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
     memory behind a device's. miss: "exact" waits for an expert, "fallback" lets the shared ones
     stand in, which allow_missing needs. reader: reads the experts, and is closed with the engine.
-    own_process: nothing but Chronos runs here, so start-up may leave out what Chronos does not use of
-    the framework.
+    own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
     """
     _check_choice("miss", miss, ("exact", "fallback"))
     _check_choice("prefetch", prefetch, ("auto", "off"))
+    if allow_missing and miss != "fallback":
+        raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)
     config = ModelConfig.from_json(folder)
     layout = _open_layout(folder, config, budget, allow_missing)
@@ -327,26 +240,25 @@ def load(
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     known: dict[str, Any] = {"tokenizer": tokenizer, "backend": name, "device": str(core.device)}
     if layout is None:
-        return Engine(module.runner(core, None), config, **known)
-    options = {
-        "top_k": config.num_experts_per_tok,
-        "device": core.device,
-        "miss": miss,
-        "warm_bytes": parse_budget(warm, layout.total_bytes) if str(warm) != "0" else 0,
-    }
+        return Engine(module.runner(core, None), config, reader=reader, **known)
     reader = reader or RangedReader()
     try:
-        store = module.open_store(layout, capacity, reader=reader, **options)
+        store = module.open_store(
+            layout,
+            capacity,
+            top_k=config.num_experts_per_tok,
+            device=core.device,
+            miss=miss,
+            warm_bytes=parse_budget(warm, layout.total_bytes) if str(warm) != "0" else 0,
+            reader=reader,
+        )
     except BaseException:
         reader.close()
         raise
-    prefetcher = None
-    if capacity < layout.total_bytes:
-        prefetcher = _prefetcher(store, layout, config, reader)
-    elif prefetch == "auto":  # all have room: fill it in the background, forecasts are not needed
-        store.prefetch(sorted(layout.records))
-    runner = module.runner(core, store, prefetcher=prefetcher)
+    runner = _streaming_runner(module, core, store, layout, config, reader)
     runner.prefetch = prefetch
+    if prefetch == "auto" and capacity >= layout.total_bytes:
+        store.prefetch(sorted(layout.records))  # all have room: filled in the background
     return Engine(runner, config, store=store, layout=layout, reader=reader, **known)
 
 
@@ -367,16 +279,25 @@ def _open_layout(
     )
 
 
-def _prefetcher(
-    store: ExpertStore, layout: Layout, config: ModelConfig, reader: RangedReader
-) -> Prefetcher:
-    return Prefetcher(
+def _streaming_runner(
+    module: Backend,
+    core: Model,
+    store: ExpertStore,
+    layout: Layout,
+    config: ModelConfig,
+    reader: RangedReader,
+) -> Runner:
+    """A runner with a prefetcher, unless every expert has room and forecasts have no use."""
+    if store.stats().capacity_bytes >= layout.total_bytes:
+        return module.runner(core, store)
+    prefetcher = Prefetcher(
         store,
         shape=(layout.num_layers, layout.num_experts),
         top_k=config.num_experts_per_tok,
         record_bytes=layout.record_nbytes,
         reader=reader,
     )
+    return module.runner(core, store, prefetcher=prefetcher)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

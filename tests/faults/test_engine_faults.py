@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from chronos.common.errors import BudgetError, ChronosError, CorruptClusterError
+from chronos.common.errors import BudgetError, ChronosError, CorruptClusterError, UsageError
 from chronos.common.files import RangedReader
-from chronos.common.layout import Key, open_layout
+from chronos.common.layout import Key, open_layout, pack
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import read_header
 from chronos.common.weights import expert_name
@@ -125,6 +125,27 @@ def test_one_poisoned_expert_ends_the_reply_where_it_is_needed(folder: Path) -> 
     with open_small(folder) as engine:
         result = engine.generate(PROMPT, max_tokens=COUNT).result
     assert (result.finish_reason, result.tokens) == ("error", clean[:made])
+
+
+# S9
+
+
+def test_missing_clusters_are_an_error_unless_others_may_stand_in(
+    folder: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "single"
+    pack(folder, packed, order=[[key] for key in open_layout(folder).records])
+    for path in sorted((packed / "experts").glob("*.ctsr"))[::2]:
+        path.unlink()
+    with pytest.raises(CorruptClusterError):
+        open_small(packed)
+    with pytest.raises(UsageError):
+        open_small(packed, allow_missing=True)
+    with open_small(packed, allow_missing=True, miss="fallback", budget="all") as engine:
+        result = engine.generate(PROMPT, max_tokens=COUNT).result
+    assert result.finish_reason == "length"
+    assert result.stats["fallbacks"] > 0
+    assert result.stats["fallback_weight"] > 0
 
 
 # S10
