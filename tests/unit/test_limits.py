@@ -1,0 +1,82 @@
+"""The formulas of the physical limit, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from chronos.common.errors import UsageError
+from chronos.common.limits import eta_policy, limit_report
+
+# 1 GB dense, 10 layers x 4 experts of 10 MB; memory 100 GB/s, disk 1 GB/s.
+RUN: dict[str, Any] = {
+    "token_s": 0.25,
+    "reads_per_token": 16.0,
+    "min_reads_per_token": 10.0,
+    "record_bytes": 10e6,
+    "slow_bytes_per_s": 1e9,
+    "fast_bytes_per_s": 100e9,
+    "dense_bytes": 1e9,
+    "layers": 10,
+    "top_k": 4,
+}
+
+
+def test_a_run_worked_out_by_hand() -> None:
+    report = limit_report(**RUN, ref_reads_per_token=20.0, stall_s=0.12)
+    assert report.to_json() == pytest.approx(
+        {
+            "t_res_s": 0.014,  # 1.4 GB at 100 GB/s
+            "t_limit_s": 0.1,  # 10 reads of 10 ms
+            "t_demand_s": 0.11,  # and 10 ms of dense weights before them
+            "eta_limit": 0.4,
+            "eta_res": 0.056,
+            "eta_bytes": 0.625,
+            "eta_policy": 0.4,
+            "eta_overlap": 0.25,
+        }
+    )
+
+
+def test_measured_kernels_and_rest_replace_the_roofline() -> None:
+    report = limit_report(**RUN, kernel_s=0.2, nonexpert_s=0.05)
+    assert report.t_res_s == report.t_limit_s == 0.2
+    assert report.t_demand_s == pytest.approx(0.15)
+
+
+def test_nothing_known_about_policy_and_overlap_is_none() -> None:
+    report = limit_report(**RUN)
+    assert report.eta_policy is None
+    assert report.eta_overlap is None
+
+
+def test_a_run_without_reads_is_at_the_limit_of_bytes() -> None:
+    quiet = RUN | {"reads_per_token": 0.0, "min_reads_per_token": 0.0}
+    report = limit_report(**quiet, stall_s=0.0, ref_reads_per_token=0.0)
+    assert (report.eta_bytes, report.eta_overlap, report.eta_policy) == (1.0, 1.0, None)
+    assert report.t_limit_s == report.t_res_s
+
+
+def test_shares_are_not_clipped() -> None:
+    report = limit_report(**RUN | {"reads_per_token": 30.0}, ref_reads_per_token=20.0, stall_s=0.6)
+    assert report.eta_policy == pytest.approx(-1.0)
+    assert report.eta_overlap == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("reads", "ref", "least", "expected"),
+    [(5.0, 9.0, 5.0, 1.0), (9.0, 9.0, 5.0, 0.0), (7.0, 9.0, 5.0, 0.5), (5.0, 5.0, 5.0, None)],
+)
+def test_eta_policy(reads: float, ref: float, least: float, expected: float | None) -> None:
+    assert eta_policy(reads, ref, least) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("token_s", 0.0), ("slow_bytes_per_s", 0.0), ("reads_per_token", -1.0), ("stall_s", math.nan)],
+)
+def test_impossible_measurements_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=name):
+        limit_report(**RUN | {name: value})
