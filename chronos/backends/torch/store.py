@@ -260,9 +260,7 @@ class DirectCopies:
     Copies and computation share the device's one queue, which keeps them in order.
     """
 
-    def start(
-        self, source: Tensor, target: Tensor, *, demand: bool, after: Sequence[Any]
-    ) -> Done:
+    def start(self, source: Tensor, target: Tensor, *, demand: bool, after: Sequence[Any]) -> Done:
         target.copy_(source)
         return Done()
 
