@@ -39,6 +39,9 @@ RETRY_DELAYS_S = (0.005, 0.02, 0.08)  # a bad block stays bad; a flaky bus or li
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RETRIED = frozenset({errno.EIO, errno.EAGAIN})
 _HUGE_PAGE = 2 << 20
+# macOS: it has no O_DIRECT, and its fsync does not reach the platter.
+_F_NOCACHE = getattr(fcntl, "F_NOCACHE", 0)
+_F_FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", 0)
 
 StrPath = str | os.PathLike[str]
 
@@ -62,8 +65,8 @@ class FileIO:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        if direct and hasattr(fcntl, "F_NOCACHE"):  # macOS has no O_DIRECT
-            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        if direct and _F_NOCACHE:
+            fcntl.fcntl(fd, _F_NOCACHE, 1)
         return fd
 
     def create(self, path: StrPath) -> int:
@@ -80,6 +83,10 @@ class FileIO:
         return os.fstat(fd).st_size
 
     def fsync(self, fd: int) -> None:
+        if _F_FULLFSYNC:
+            with contextlib.suppress(OSError):  # a file system without it: fsync is all there is
+                fcntl.fcntl(fd, _F_FULLFSYNC)
+                return
         os.fsync(fd)
 
     def replace(self, source: StrPath, target: StrPath) -> None:

@@ -125,8 +125,7 @@ class RangedReader:
                 self._threads.append(thread)
         except RuntimeError as error:
             self.close()
-            message = f"cannot start {threads} threads"
-            raise ResourceError(message, "", "raise `ulimit -u`") from error
+            raise ResourceError(f"cannot start {threads} threads", fix="see `ulimit -u`") from error
 
     def submit(
         self,
@@ -263,11 +262,10 @@ class RangedReader:
             request._queued = False
 
     def _joins(self, queue: deque[Request], last: Request, total: int) -> bool:
-        if not queue:
-            return False
-        candidate = queue[0]
+        candidate = queue[0] if queue else None
         return (
-            candidate.offset == last.offset + last.nbytes
+            candidate is not None
+            and candidate.offset == last.offset + last.nbytes
             and candidate.path == last.path
             and candidate._direct == last._direct
             and total + candidate.nbytes <= self._chunk

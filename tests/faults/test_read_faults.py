@@ -17,7 +17,7 @@ import xxhash
 
 from chronos.common import fileio
 from chronos.common.errors import ChronosError, CorruptClusterError, CorruptFileError, StoreError
-from chronos.common.files import ALIGN, RangedReader, aligned_buffer
+from chronos.common.files import ALIGN, RangedReader, Request, aligned_buffer
 from chronos.common.layout import open_layout, pack, read_records, verify
 from chronos.common.tensorfile import read_tensors
 from chronos.testing.faults import FaultyIO, slow_disk
@@ -143,6 +143,48 @@ def test_s6_bytes_wrong_on_the_disk_are_an_error_by_name(blob):
         path.write_bytes(data)
         assert read_all(reader, path, data) == (data, None)
     assert reads == 4  # once and once again, each in an aligned part and an odd end
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_calls_finishes_every_request_once(blob, seed):
+    """Random submits, promotions and cancellations from two threads, on a disk that misbehaves."""
+    path, data = blob
+    told: list[int] = []
+    io = FaultyIO(fail_at=40, times=9, ops={"preadv"}, max_read=5_000, interrupt_every=7)
+    reader = RangedReader(threads=3, chunk_bytes=2 * ALIGN, io=io)
+    requests: list[tuple[Request, bytes]] = []
+    dropped: set[int] = set()
+
+    def use(chance: random.Random) -> None:
+        mine: list[Request] = []
+        for _ in range(80):
+            offset = chance.choice([0, ALIGN, 100]) + ALIGN * chance.randrange(8)
+            want = data[offset : offset + chance.choice([0, 1, ALIGN, 5 * ALIGN, 30_001])]
+            request = reader.submit(
+                path, offset, aligned_buffer(len(want)), demand=chance.random() < 0.5,
+                digest=xxhash.xxh3_128_digest(want), on_done=lambda r: told.append(id(r)),
+            )  # fmt: skip
+            mine.append(request)
+            requests.append((request, want))
+            other = chance.choice(mine)
+            if chance.random() < 0.3:
+                reader.promote(other)
+            elif chance.random() < 0.2 and reader.cancel(other):
+                dropped.add(id(other))
+
+    users = [threading.Thread(target=use, args=(random.Random(2 * seed + i),)) for i in range(2)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert all(request.wait(30) and request.done for request, _ in requests)
+    assert reader.queue_depth() == reader.in_flight_prefetch_bytes() == 0
+    reader.close()
+    assert sorted(told) == sorted({id(request) for request, _ in requests} - dropped)
+    for request, want in requests:
+        assert request.error is not None or bytes(request.buffer) == want
+    failed = [request for request, _ in requests if request.error and id(request) not in dropped]
+    assert len(failed) <= 3
 
 
 @pytest.mark.parametrize("seed", range(20))
