@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,7 @@ from chronos.common.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
+    from chronos.common.layout.manifest import RecordTensor
 
 # safetensors' names of the dtypes MLX can compute with after widening.
 DTYPES = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in model.DTYPES.items()}
@@ -66,11 +67,12 @@ class ExpertStore:
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
-        self._arena, room = _arena(slots * layout.record_nbytes)
-        self._stride = layout.record_nbytes
-        self.stack = _stack(self._arena, slots, self._stride, record)
-        first = next(e.offset for e in record.tensors if e.name == EXPERT_TENSORS[0])
-        _check_shared(room, first, self.stack.gate_up_FD[0], self._view(0, record).gate_up_FD)
+        arena, room = _arena(slots * layout.record_nbytes)
+        self.stack = _stack(arena, slots, record)
+        # All made here: readers' threads, which may ask for a view, had better not evaluate.
+        self._experts = [_expert(arena, slot, record) for slot in range(slots)]
+        mx.eval(self.stack, self._experts)
+        _check_shared(room, record, self.stack.gate_up_FD[0], self._experts[0].gate_up_FD)
         self._held: list[int] = []  # slots that computation not yet evaluated may use
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
@@ -154,14 +156,7 @@ class ExpertStore:
         self.close()
 
     def _view(self, slot: int, record: Record) -> Expert:
-        arrays = {}
-        for entry in record.tensors:
-            start = slot * self._stride + entry.offset
-            flat = self._arena[start : start + entry.nbytes].view(DTYPES[entry.dtype])
-            arrays[entry.name] = flat.reshape(entry.shape)
-        expert = Expert(*(arrays[name] for name in EXPERT_TENSORS))
-        mx.eval(expert)
-        return expert
+        return self._experts[slot]
 
 
 def _check_options(miss: str, warm_bytes: int) -> None:
@@ -180,7 +175,7 @@ def _common_geometry(layout: Layout) -> Record:
     records = list(layout.records.values())
     first = records[0]
     for record in records:
-        if record.tensors != first.tensors:
+        if (record.tensors, record.nbytes) != (first.tensors, first.nbytes):
             raise ShapeMismatch(f"expert {record.key} has other tensors than {first.key}")
     for entry in first.tensors:
         if entry.dtype not in DTYPES:
@@ -201,22 +196,37 @@ def _arena(nbytes: int) -> tuple[mx.array, memoryview]:
     return whole[start : start + nbytes], room[start : start + nbytes]
 
 
-def _stack(arena: mx.array, slots: int, stride: int, record: Record) -> Expert:
-    """The slots of an arena as strided views."""
-    entries: dict[str, Any] = {entry.name: entry for entry in record.tensors}
+def _tensors(record: Record) -> list[RecordTensor]:
+    """The record's tensors in the order `Expert` has them."""
+    entries = {entry.name: entry for entry in record.tensors}
+    return [entries[name] for name in EXPERT_TENSORS]
+
+
+def _stack(arena: mx.array, slots: int, record: Record) -> Expert:
+    """All slots as strided views."""
     arrays = []
-    for name in EXPERT_TENSORS:
-        entry, dtype = entries[name], DTYPES[entries[name].dtype]
-        rows, columns = entry.shape
-        shape, strides = (slots, rows, columns), (stride // dtype.size, columns, 1)
+    for entry in _tensors(record):
+        dtype, (rows, columns) = DTYPES[entry.dtype], entry.shape
+        shape = (slots, rows, columns)
+        strides = (arena.size // slots // dtype.size, columns, 1)
         flat = arena.view(dtype)
         arrays.append(mx.as_strided(flat, shape, strides, entry.offset // dtype.size))
-    mx.eval(arrays)
     return Expert(*arrays)
 
 
-def _check_shared(room: memoryview, first: int, *views: mx.array) -> None:
+def _expert(arena: mx.array, slot: int, record: Record) -> Expert:
+    """One slot as contiguous views, which an index into the stack would copy."""
+    arrays = []
+    for entry in _tensors(record):
+        start = slot * record.nbytes + entry.offset
+        flat = arena[start : start + entry.nbytes].view(DTYPES[entry.dtype])
+        arrays.append(flat.reshape(entry.shape))
+    return Expert(*arrays)
+
+
+def _check_shared(room: memoryview, record: Record, *views: mx.array) -> None:
     """That views of an array share its memory is how MLX works, not what it promises: look."""
+    first = _tensors(record)[0].offset
     room[first] = 1
     seen = {memoryview(mx.contiguous(view[0])).cast("B")[0] for view in views}
     room[first] = 0

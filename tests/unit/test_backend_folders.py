@@ -1,0 +1,127 @@
+"""The backend folders read side by side: same files, same classes, same signatures, same order.
+
+Read as syntax, so this needs no framework. Guests (models other libraries build) are a backend's own.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import chronos.backends
+
+BACKENDS = Path(chronos.backends.__file__).parent
+FILES = sorted(p.name for p in (BACKENDS / "torch").glob("*.py"))
+# What one framework has no use for, with the reason. A name that is no difference is an error.
+ONLY = {
+    "attention.Rotary.tables": "mx.fast.rope computes the rotation; there are no tables",
+    "moe.ExpertSource.hold": "MLX is lazy: experts must stay until what uses them is evaluated",
+    "moe.gathered_forward": "gather_mm over a stack; torch computes expert by expert",
+    "moe.MoE.table": "torch caches views of its modules' weights; MLX has stacks",
+    "moe.MoE.record_fallback": "an MLX layer reports to its store; its own experts are all there",
+    "store.CudaCopies": "unified memory: nothing is copied to a device",
+    "store.DirectCopies": "unified memory: nothing is copied to a device",
+    "store.Done": "unified memory: nothing is copied to a device",
+    "store.ExpertStore.hold": "MLX is lazy: see moe.ExpertSource.hold",
+    "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
+    "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",
+    "checkpoint.tensor_at": "see checkpoint.named",
+    "checkpoint.overwrite": "see checkpoint.named",
+}
+PARAMETERS = {
+    "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
+    "store.ExpertStore.__init__": "torch takes a CopyEngine",
+}
+
+
+def tree(backend: str, file: str) -> ast.Module:
+    return ast.parse((BACKENDS / backend / file).read_text("utf-8"))
+
+
+def public(nodes: list[ast.stmt]) -> list[ast.ClassDef | ast.FunctionDef]:
+    """Public definitions; MLX modules are called where torch's have a forward."""
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            if node.name == "__call__":
+                node.name = "forward"
+            if not node.name.startswith("_") or node.name == "__init__":
+                found.append(node)
+    return found
+
+
+def definitions(backend: str, file: str) -> dict[str, list[str] | None]:
+    """Qualified names in order: parameters of functions and methods, None for classes."""
+    stem, found = file.removesuffix(".py"), {}
+    for node in public(tree(backend, file).body):
+        if isinstance(node, ast.ClassDef):
+            found[f"{stem}.{node.name}"] = None
+            for method in public(node.body):
+                assert isinstance(method, ast.FunctionDef)
+                found[f"{stem}.{node.name}.{method.name}"] = parameters(method)
+        else:
+            found[f"{stem}.{node.name}"] = parameters(node)
+    return found
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    a = function.args
+    return [x.arg for x in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if x]
+
+
+def excused(name: str, reasons: dict[str, str]) -> bool:
+    return any(name == known or name.startswith(known + ".") for known in reasons)
+
+
+def test_the_same_files() -> None:
+    mlx = sorted(p.name for p in (BACKENDS / "mlx").glob("*.py"))
+    guests = {"guest.py"}
+    assert set(mlx) - guests == set(FILES) - guests
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_same_definitions_in_the_same_order(file: str) -> None:
+    torch, mlx = definitions("torch", file), definitions("mlx", file)
+    assert [n for n in torch if not excused(n, ONLY)] == [n for n in mlx if not excused(n, ONLY)]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_same_parameters(file: str) -> None:
+    torch, mlx = definitions("torch", file), definitions("mlx", file)
+    for name in torch.keys() & mlx.keys():
+        if not excused(name, PARAMETERS):
+            assert torch[name] == mlx[name], name
+
+
+def test_no_excuse_is_left_over() -> None:
+    torch, mlx = (
+        {name: found for file in FILES for name, found in definitions(backend, file).items()}
+        for backend in ("torch", "mlx")
+    )
+    assert [name for name in ONLY if (name in torch) == (name in mlx)] == []
+    assert [name for name in PARAMETERS if torch[name] == mlx[name]] == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_the_protocol_is_offered(backend: str) -> None:
+    """Each function of `Backend` with its parameters; each method of the objects behind it."""
+    protocol = {
+        node.name: {m.name: parameters(m) for m in public(node.body)}
+        for node in ast.parse((BACKENDS / "protocol.py").read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    module = definitions(backend, "__init__.py")
+    for name, wanted in protocol["Backend"].items():
+        assert_takes(module[f"__init__.{name}"], wanted[1:], name)
+    for file, owner in (("store", "ExpertStore"), ("runner", "Runner"), ("train", "TrainStep")):
+        offered = definitions(backend, f"{file}.py")
+        for name, wanted in protocol[owner].items():
+            assert_takes(offered[f"{file}.{owner}.{name}"], wanted, f"{owner}.{name}")
+
+
+def assert_takes(found: list[str] | None, wanted: list[str], name: str) -> None:
+    assert found is not None
+    named = [parameter for parameter in wanted if parameter != "options"]
+    assert [parameter for parameter in found if parameter in named] == named, name
