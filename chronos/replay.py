@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ class _Random:
 
     def experts(
         self, keys: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[tuple[int, int], dict[str, memoryview]]]:
+    ) -> Generator[tuple[tuple[int, int], dict[str, memoryview]], None, None]:
         for key in keys:
             yield key, {spec.name: self._bytes(spec) for spec in self.specs}
 

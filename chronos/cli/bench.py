@@ -74,7 +74,14 @@ def decode(
         int, typer.Option(min=0, help="Uncounted answers before each counted one.")
     ] = 1,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What is continued.")
+        str,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What is continued.",
+            show_default="the start of a Python module",
+        ),
     ] = _PROMPT,
 ) -> None:
     """Decode at several budgets beside the fully resident model. `bench MODEL` is short for it."""

@@ -66,20 +66,24 @@ def _section(path: str, command: Any) -> str:
 
 def _argument(parameter: Any) -> str:
     metavar = parameter.metavar or parameter.name.upper()
-    return metavar if parameter.required or metavar.startswith("[") else f"[{metavar}]"
+    return metavar if parameter.required else f"[{metavar}]"
 
 
 def _row(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len, reverse=True))
     if option.metavar and not option.is_flag:
         names += f" {option.metavar.replace('|', chr(92) + '|')}"
-    default = option.default
-    shown = "" if default in (None, False, "") or option.required else f"`{default!r}`"
-    if option.required:
-        shown = "required"
-    elif isinstance(default, str | Path) and shown:
-        shown = "`" + str(default).replace("\n", "\\n") + "`"
+    shown = "required" if option.required else _default(option)
     return f"| {names} | `{option.envvar}` | {shown} | {option.help or ''} |\n"
+
+
+def _default(option: Any) -> str:
+    """The default as a reader would type it, or the words that stand for it."""
+    if isinstance(option.show_default, str):
+        return option.show_default
+    if option.default is None or option.default is False or option.default == "":
+        return ""
+    return f"`{option.default}`"
 
 
 def _paragraphs(text: str | None) -> str:

@@ -24,7 +24,7 @@ _READ_BLOCK, _READ_THREADS = 1 << 20, 4
 def doctor(
     out: JsonOptions,
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="The model whose disk is measured.")
+        str, typer.Argument(metavar="MODEL", help="The model whose disk is measured.")
     ] = "demo",
 ) -> None:
     """Show backends, devices, memory limits and the read rate of a model's disk."""

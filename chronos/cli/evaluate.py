@@ -25,9 +25,8 @@ def evaluate(
         typer.Option(
             min=0.0,
             max=1.0,
-            show_default=False,
-            help="Only the documents that a recipe with this validation_share keeps from training. "
-            "[default: 0.02 for stdlib, else everything]",
+            show_default="0.02 for stdlib, else all documents",
+            help="Only the documents that a recipe with this validation_share keeps from training.",
         ),
     ] = None,
     max_tokens: Annotated[

@@ -26,7 +26,10 @@ _SHOWN = ("loss", "ce", "lookahead", "valid_ce", "effective_experts", "largest_s
 
 @command("pretrain", on=train)
 def pretrain(
-    config: Annotated[Path, typer.Option("--config", "-c", metavar="RECIPE.toml", help="What to train, and on what.")],
+    config: Annotated[
+        Path,
+        typer.Option("--config", "-c", metavar="RECIPE.toml", help="What to train, and on what."),
+    ],
     device: DeviceOptions,
     out: JsonOptions,
     data: Annotated[
