@@ -5,7 +5,7 @@
 #   make test            the whole test suite (tests marked `cuda` need `make gpu`)
 #   make check           ruff, mypy, import contracts, generated docs up to date
 #   make gpu             the tests that need an NVIDIA GPU
-#   make docs            writes docs/cli.md from the commands
+#   make docs            writes docs/cli.md and the list in docs/structure.md
 #
 # Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx).
 
@@ -31,13 +31,13 @@ check: $(DEV_STAMP)
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(BIN)/lint-imports
-	$(RUN) chronos.cli.docs --check docs/cli.md
+	$(RUN) chronos.cli.docs --check docs
 
 gpu: $(DEV_STAMP)
 	$(RUN) pytest -m cuda
 
 docs: $(USE_STAMP)
-	$(RUN) chronos.cli.docs docs/cli.md
+	$(RUN) chronos.cli.docs docs
 
 clean:
 	rm -rf $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
