@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from chronos.common.files import FileIO, RangedReader
-from chronos.common.layout import Key, pack
+from chronos.common.layout import Key, open_layout, pack
 from chronos.common.sampling import SamplingParams
 from chronos.engine import Engine, load
 from chronos.testing.tiny import CONFIG, tiny_model, tiny_packed
@@ -116,8 +116,7 @@ class JitterIO(FileIO):
 
 def open_slots(backend: Any, folder: Path, slots: int, **options: Any) -> Engine:
     """An engine with room for exactly so many experts."""
-    with load(folder, backend=backend.name) as probe:
-        record = probe.layout.record_nbytes
+    record = open_layout(folder).record_nbytes
     return load(folder, backend=backend.name, budget=slots * record, **options)
 
 
