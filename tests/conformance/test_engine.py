@@ -162,7 +162,7 @@ def test_seeds_repeat_and_differ(engine: Engine) -> None:
     ],
 )
 def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams) -> None:
-    """Every backend takes what `common.sampling.draw` takes; a seed is one of Python's generator."""
+    """Every backend takes what `common.sampling.draw` takes; a seed is that of `random.Random`."""
     runner = engine.runner
     for seed in range(20):
         runner.reset()
