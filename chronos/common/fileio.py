@@ -114,9 +114,14 @@ class FileIO:
             os.close(fd)
 
 
+def round_up(value: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-value // step) * step
+
+
 def aligned_buffer(nbytes: int) -> memoryview:
     """A writable, page-aligned, zeroed buffer; its memory goes when the last view of it goes."""
-    rounded = max(ALIGN, -(-nbytes // ALIGN) * ALIGN)
+    rounded = max(ALIGN, round_up(nbytes, ALIGN))
     try:
         memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -4,7 +4,7 @@ A request is one extent of one file, read in chunks, so that a demand read overt
 after at most one chunk; small neighbours queued together share one `preadv`. Aligned requests
 bypass the page cache where the file system can. Records are checked against their xxh3_128, the
 chunks being hashed in order as they land. The reader knows nothing of experts, layers or slots.
-Not covered: asynchronous submission (io_uring); Python's overhead is some 20 us per request.
+Not covered: asynchronous submission (io_uring); Python costs some 15 us per request.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from chronos.common.fileio import (
     read_error,
     read_exact,
     read_some,
+    round_up,
     short_read,
 )
 
@@ -105,7 +106,7 @@ class RangedReader:
     ) -> None:
         self.stats = ReaderStats()
         self._io = io or FileIO()
-        self._chunk = max(ALIGN, chunk_bytes // ALIGN * ALIGN)
+        self._chunk = round_up(chunk_bytes, ALIGN)
         self._files = OpenFiles(self._io, max(max_open, 2 * threads))
         self._demand: deque[Request] = deque()
         self._prefetch: deque[Request] = deque()
@@ -239,16 +240,15 @@ class RangedReader:
             if self._busy == 0:
                 self._busy_since = time.perf_counter()
             self._busy += 1
-            prefetch = queue is self._prefetch
-            self._prefetching += prefetch
-            return requests, start, stop, prefetch
+            self._prefetching += queue is self._prefetch
+            return requests, start, stop, queue is self._prefetch
 
     def _piece(self, request: Request) -> int:
         """Bytes to read at once: large pieces are faster, small ones let a demand read overtake."""
         if not request.demand:
             return self._chunk
-        share = -(-request.nbytes // (self._workers * ALIGN)) * ALIGN
-        return max(self._chunk, min(share, 4 * self._chunk))
+        parts = max(1, self._workers // len(self._demand))  # the others have requests of their own
+        return min(max(self._chunk, round_up(request.nbytes // parts, ALIGN)), 16 * self._chunk)
 
     @staticmethod
     def _begin(queue: deque[Request], stop: int) -> None:

@@ -24,6 +24,7 @@ from chronos.common.fileio import (
     StrPath,
     aligned_buffer,
     corrupt,
+    round_up,
 )
 from chronos.common.files import RangedReader, Request, atomic_write
 
@@ -309,7 +310,7 @@ def build_header(
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(fields, separators=(",", ":")).encode()
-    length = -(-(8 + len(raw)) // ALIGN) * ALIGN - 8
+    length = round_up(8 + len(raw), ALIGN) - 8
     return struct.pack("<Q", length) + raw.ljust(length)
 
 

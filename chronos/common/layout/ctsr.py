@@ -19,7 +19,7 @@ import xxhash
 
 from chronos.common.atomic import atomic_write, make_folder
 from chronos.common.errors import ChronosError, CorruptFileError, ShapeMismatch
-from chronos.common.fileio import ALIGN, FileIO, SmallReader, aligned_buffer
+from chronos.common.fileio import ALIGN, FileIO, SmallReader, aligned_buffer, round_up
 from chronos.common.files import RangedReader, Request
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.manifest import (
@@ -59,8 +59,8 @@ def record_template(specs: Sequence[TensorSpec]) -> tuple[tuple[RecordTensor, ..
     for spec in specs:
         tensor = RecordTensor(spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, position)
         tensors.append(tensor)
-        position = _round_up(position + tensor.nbytes, TENSOR_ALIGN)
-    return tuple(tensors), _round_up(position, ALIGN)
+        position = round_up(position + tensor.nbytes, TENSOR_ALIGN)
+    return tuple(tensors), round_up(position, ALIGN)
 
 
 def write_experts(
@@ -236,7 +236,3 @@ def read_records(
             else:
                 on_error(request.error)
             spare.append(request.buffer)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
