@@ -38,7 +38,8 @@ def run(command: Sequence[str], limit_bytes: int) -> dict[str, Any]:
         def enter() -> None:
             (folder / "cgroup.procs").write_text(str(os.getpid()))
 
-        done = subprocess.run(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, check=False)
+        pipe = subprocess.PIPE
+        done = subprocess.run(command, preexec_fn=enter, stdout=pipe, text=True, check=False)
         fails = folder / "memory.failcnt"
         return {
             "rc": done.returncode,

@@ -1,8 +1,8 @@
 """Training throughput of a mixture of experts against a dense model of equal active size.
 
-Ceiling: 6 * active parameters floating-point operations per token / the machine's own float32 matrix
-rate, measured here on products of the shape the experts have. Runs are interleaved (MoE, dense,
-MoE, ...) and compared pair by pair. Nothing is read from disk.
+Ceiling: 6 * active parameters floating-point operations per token / the machine's own float32
+matrix rate, measured here on products of the shape the experts have. Runs are interleaved (MoE,
+dense, MoE, ...) and compared pair by pair. Nothing is read from disk.
 
     python -m bench.train [--rounds 5] [--recipe recipes/demo.toml]
 """
@@ -88,7 +88,8 @@ def main() -> None:
     }
     rate = matrix_rate(recipe.model, recipe.train)
     work = 6 * active_parameters(recipe.model)
-    print(f"active parameters: {work // 6:,}; ceiling {rate / work:,.0f} tok/s at {rate / 1e9:.0f} GFLOP/s")
+    print(f"active parameters: {work // 6:,}")
+    print(f"ceiling {rate / work:,.0f} tok/s at {rate / 1e9:.0f} GFLOP/s")
     times: dict[str, list[float]] = {name: [] for name in configs}
     for number in range(args.rounds + 1):
         for name, config in configs.items():

@@ -1,7 +1,7 @@
 """The training loop: cadence, logging, checkpoints, resume and interruption. Knows no framework.
 
-It is given a backend; NumPy batches go in, plain floats come out. A run folder holds tokenizer.json,
-metrics.jsonl, checkpoints/step-*.safetensors (weights and optimizer in one atomic file) and, at the
+It is given a backend; NumPy batches go in, plain floats come out. A run folder holds
+tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and optimizer in one atomic file) and, at the
 end, model/ (an unpacked model folder). One process writes a run folder at a time.
 Not covered: the alignment stages.
 """
@@ -41,7 +41,15 @@ from chronos.common.tokenizer import Tokenizer
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation without changing what a step computes.
-_FREE = {"steps", "log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints", "threads"}
+_FREE = {
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "save_every",
+    "keep_checkpoints",
+    "threads",
+}
 
 
 class DivergedError(ChronosError):
@@ -172,7 +180,9 @@ class Trainer:
     def _emit(self, report: Report, event: Event) -> None:
         report.last |= event
         # JSON has no NaN; a skipped update's values are written as null.
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in event.items()}
+        finite = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in event.items()
+        }
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         self.on_event(event)
@@ -239,7 +249,9 @@ def prepare(
     recipe = dataclasses.replace(recipe, model=model)
     train = _pack(tokenizer, training, recipe)
     valid = _pack(tokenizer, validation, recipe) if validation else None
-    on_event({"message": f"{train.tokens} tokens to train on, {valid.tokens if valid else 0} held out"})
+    on_event(
+        {"message": f"{train.tokens} tokens to train on, {valid.tokens if valid else 0} held out"}
+    )
     return recipe, tokenizer, train, valid
 
 

@@ -22,11 +22,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ATTENTION_KINDS = ("mla", "sliding")
 # Written by other libraries beside the geometry; they carry nothing Chronos needs.
 _IGNORED_KEYS = frozenset(
-    "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id pad_token_id"
-    " tie_word_embeddings hidden_act num_local_experts rope_parameters rope_scaling layer_types"
+    "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id"
+    " pad_token_id tie_word_embeddings hidden_act num_local_experts rope_parameters rope_scaling layer_types"
     " chronos_version is_encoder_decoder return_dict output_hidden_states".split()
 )
-# Upper bounds that no model of this family needs to pass; they stop a hostile file before allocation.
+# Bounds no model of this family needs to pass; they stop a hostile file before allocation.
 _LIMITS = {
     "hidden_size": 65_536,
     "num_hidden_layers": 512,
@@ -92,7 +92,7 @@ class ModelConfig:
         _check(self)
 
     def attention_kind(self, layer: int) -> str:
-        """"mla" or "sliding": the pattern repeats over the layers."""
+        """ "mla" or "sliding": the pattern repeats over the layers."""
         return self.hybrid_pattern[layer % len(self.hybrid_pattern)]
 
     @property
@@ -182,7 +182,7 @@ def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     _merge(fields, "dtype", data.get("torch_dtype"), where)
     scaling = data.get("rope_scaling") or rope.get("rope_type", "default")
     if scaling not in ("default", None):
-        raise ConfigError(f"RoPE scaling {scaling!r} is not supported", where, "use rope_type default")
+        raise ConfigError(f"RoPE scaling {scaling!r} is not supported", where, "use default")
     if data.get("tie_word_embeddings", True) is not True:
         raise ConfigError("tie_word_embeddings must be true", where)
     if isinstance(fields.get("hybrid_pattern"), list):
@@ -197,7 +197,9 @@ def _merge(fields: dict[str, Any], name: str, other: Any, where: str) -> None:
     if other is None:
         return
     if fields.setdefault(name, other) != other:
-        raise ConfigError(f"{name} is {fields[name]!r} in one spelling, {other!r} in the other", where)
+        raise ConfigError(
+            f"{name} is {fields[name]!r} in one spelling, {other!r} in the other", where
+        )
 
 
 def _loss_weights(value: Any, where: str) -> LossWeights:

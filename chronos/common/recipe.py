@@ -128,7 +128,9 @@ def _section(kind: type[_T], values: dict[str, Any], name: str) -> _T:
     for key, value in values.items():
         wanted = str(fields[key].type)
         accepted = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(wanted)
-        if accepted and (not isinstance(value, accepted) or (isinstance(value, bool) != (wanted == "bool"))):  # type: ignore[arg-type]  # noqa: E501
+        if accepted and (
+            not isinstance(value, accepted) or (isinstance(value, bool) != (wanted == "bool"))
+        ):  # type: ignore[arg-type]
             raise ConfigError(f"{name}.{key} must be of type {wanted}, not {value!r}")
     return kind(**values)
 
@@ -136,4 +138,6 @@ def _section(kind: type[_T], values: dict[str, Any], name: str) -> _T:
 def _known(values: dict[str, Any], names: set[str], what: str) -> None:
     for key in values.keys() - names:
         near = difflib.get_close_matches(key, names, n=1)
-        raise ConfigError(f"unknown {what}: {key!r}", "", f"did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(
+            f"unknown {what}: {key!r}", "", f"did you mean {near[0]!r}?" if near else ""
+        )

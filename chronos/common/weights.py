@@ -1,7 +1,7 @@
-"""Names, shapes and dtypes of every tensor a config implies: one checkpoint format for all backends.
+"""Names, shapes and dtypes of every tensor a config implies: one checkpoint format for backends.
 
-Three groups: the dense part (`model.safetensors`), the routed experts (beside the dense part in an
-unpacked folder, under `experts/` in a packed one) and the LookaheadRouter (`lookahead.safetensors`).
+Three groups: the dense part (`model.safetensors`), the routed experts (beside the dense part in
+an unpacked folder, under `experts/` in a packed one) and the LookaheadRouter (`lookahead.safetensors`).
 The embedding is tied to the output head and stored once.
 
 Shape legend: D hidden, V vocabulary, F expert hidden, E experts, H heads, G key-value heads,
@@ -34,7 +34,7 @@ class TensorSpec:
 
 
 def expert_tensors(config: ModelConfig) -> list[TensorSpec]:
-    """One expert's tensors in record order: gate_up_proj [2F, D] (gate rows first), down_proj [D, F]."""
+    """One expert's tensors in record order: gate_up_proj [2F, D], gate rows first; down_proj."""
     D, F = config.hidden_size, config.moe_intermediate_size
     return [
         TensorSpec("gate_up_proj", (2 * F, D), config.dtype),
@@ -50,7 +50,9 @@ def expert_name(layer: int, expert: int, tensor: str) -> str:
 def dense_tensors(config: ModelConfig) -> list[TensorSpec]:
     """Everything that is not a routed expert and not a predictor, in order of use."""
     D = config.hidden_size
-    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (config.vocab_size, D))]
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", (config.vocab_size, D))
+    ]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         shapes.append((prefix + "input_layernorm.weight", (D,)))
@@ -91,7 +93,7 @@ def _attention(config: ModelConfig, layer: int) -> list[tuple[str, tuple[int, ..
 
 
 def lookahead_tensors(config: ModelConfig) -> list[TensorSpec]:
-    """The LookaheadRouter: norm, SiLU MLP, one distribution per (step 0..K, layer); always float32."""
+    """The LookaheadRouter: norm, SiLU MLP, a distribution per (step 0..K, layer); in float32."""
     D, U = config.hidden_size, config.lookahead_hidden_size
     out = (config.lookahead_steps + 1) * config.num_hidden_layers * config.num_experts
     return [

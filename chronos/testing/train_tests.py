@@ -1,4 +1,4 @@
-"""TrainTests: what every backend's training step must satisfy. Subclass it with a `backend` fixture.
+"""TrainTests: what each backend's training step must satisfy. Subclass with a `backend` fixture.
 
 The terms are compared with the NumPy formulas of `common.losses` in the parity tests; here it is
 their effects that count: what they move, what they leave alone, and that a run can be continued.
@@ -93,7 +93,9 @@ class TrainTests:
             assert np.array_equal(found[name], expected[name]), name
 
     def test_pads_have_no_influence(self, backend: Any) -> None:
-        config = with_losses(balance=0.1, temporal=0.1, locality=0.1, lookahead=0.5, lookahead_hit=0.1)
+        config = with_losses(
+            balance=0.1, temporal=0.1, locality=0.1, lookahead=0.5, lookahead_hit=0.1
+        )
         one, first = self.after_one(backend, config, batch(pads=5, pad_token=0))
         two, second = self.after_one(backend, config, batch(pads=5, pad_token=33))
         for name in ("loss", "ce", "balance", "temporal", "lookahead", "entropy", "largest_share"):

@@ -1,6 +1,6 @@
 """The backend folders read side by side: same files, same classes, same signatures, same order.
 
-Read as syntax, so this needs no framework. Guests (models other libraries build) are a backend's own.
+Read as syntax, without a framework. Guests (models other libraries build) are a backend's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ BACKENDS = Path(chronos.backends.__file__).parent
 FILES = sorted(p.name for p in (BACKENDS / "torch").glob("*.py"))
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
+    "attention.RMSNorm": "mlx.nn has one in every version",
     "attention.Rotary.tables": "mx.fast.rope computes the rotation; there are no tables",
     "moe.ExpertSource.hold": "MLX is lazy: experts must stay until what uses them is evaluated",
     "moe.gathered_forward": "gather_mm over a stack; torch computes expert by expert",

@@ -35,7 +35,7 @@ def devices() -> Iterable[str]:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The named device, else CUDA where there is one, else the CPU. Raises for what is not there."""
+    """The named device, else CUDA where there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -45,7 +45,7 @@ def pick_device(device: str | None) -> torch.device:
     usable = {d.split(":")[0] for d in devices()}
     if wanted.type not in usable:
         raise MissingBackendError(
-            f"device {device!r} cannot be used", f"torch sees {sorted(usable)}", "see chronos doctor"
+            f"device {device!r} cannot be used", f"torch sees {sorted(usable)}", "chronos doctor"
         )
     return wanted
 

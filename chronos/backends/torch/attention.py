@@ -20,8 +20,22 @@ from torch import Tensor, nn
 from chronos.common.config import ModelConfig
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (1910.07467), the mean in float32; torch has its own from 2.4 on only,
+    and Intel Macs end at 2.2."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
 class Rotary:
-    """RoPE tables (2104.09864, eq. 34) for one rotated width, grown on demand, angles in float64."""
+    """RoPE tables (2104.09864, eq. 34) of one width, grown on demand, angles in float64."""
 
     def __init__(self, dim: int, theta: float) -> None:
         self.dim, self.theta = dim, theta
@@ -126,7 +140,7 @@ class LatentAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(d + r)
         self.q_proj = nn.Linear(D, H * (d + r), bias=False)
         self.kv_down_proj = nn.Linear(D, z, bias=False)
-        self.kv_norm = nn.RMSNorm(z, eps=config.rms_norm_eps)
+        self.kv_norm = RMSNorm(z, eps=config.rms_norm_eps)
         self.k_rope_proj = nn.Linear(D, r, bias=False)
         self.k_up_proj = nn.Linear(z, H * d, bias=False)
         self.v_up_proj = nn.Linear(z, H * d, bias=False)
@@ -190,8 +204,8 @@ class WindowAttention(nn.Module):
         self.q_proj = nn.Linear(D, H * d, bias=False)
         self.k_proj = nn.Linear(D, G * d, bias=False)
         self.v_proj = nn.Linear(D, G * d, bias=False)
-        self.q_norm = nn.RMSNorm(d, eps=eps)
-        self.k_norm = nn.RMSNorm(d, eps=eps)
+        self.q_norm = RMSNorm(d, eps=eps)
+        self.k_norm = RMSNorm(d, eps=eps)
         self.o_proj = nn.Linear(H * d, D, bias=False)
 
     def new_cache(self, batch: int, like: Tensor) -> WindowCache:
@@ -211,7 +225,7 @@ class WindowAttention(nn.Module):
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         if cache is not None:
             k_BGTd, v_BGTd = cache.append(torch.stack((k_BGTd, v_BGTd))).unbind(0)
-        y_BHTd = F.scaled_dot_product_attention(
-            q_BHTd, k_BGTd, v_BGTd, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
-        )
+        group = self.heads // self.kv_heads
+        k_BHTd, v_BHTd = (x.repeat_interleave(group, dim=1) for x in (k_BGTd, v_BGTd))
+        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask)
         return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))

@@ -1,8 +1,8 @@
 """Model folders in and out of the torch backend, and nothing else: no policy, no arithmetic.
 
 Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap, no pickle). The
-dense part is widened to float32 on a CPU, where 16-bit matrix products are slow; routed experts keep
-the dtype they are stored in.
+dense part is widened to float32 on a CPU, where 16-bit matrix products are slow; routed experts
+keep the dtype they are stored in.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def load_model(
         model.lookahead = None
     if resident:
         specs = routed_tensors(config)
-        experts = _packed(folder) if is_packed(folder) else read_checkpoint(
-            folder, [s.name for s in specs]
+        experts = (
+            _packed(folder)
+            if is_packed(folder)
+            else read_checkpoint(folder, [s.name for s in specs])
         )
         tensors |= _read(experts, specs, device, None)
     model.load_state_dict(tensors, strict=True, assign=True)

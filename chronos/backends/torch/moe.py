@@ -4,7 +4,7 @@ One forward serves training, the resident model and streaming: experts come from
 `acquire(layer, experts)`, which is the layer's own resident weights or an ExpertStore. Experts are
 computed as they become ready and combined in the fixed order of the routing, so the result does not
 depend on the order of arrival, bit for bit. Weights stay in the dtype they are stored in and are
-widened where they are used (bf16 matrix products run at 1 % of the float32 rate on a CPU without AVX-512).
+widened where they are used: bf16 products run at 1 % of float32's rate on a CPU without AVX-512.
 
 Shape legend: T tokens, D hidden, F expert hidden, E experts, K top-k, N = T * K routed pairs,
 L layers, J lookahead steps + 1.
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chronos.backends.torch.attention import RMSNorm
 from chronos.common.config import ModelConfig
 
 
@@ -30,7 +31,7 @@ class Expert(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """A layer's decision: ids and weights of the chosen experts [T, K], all probabilities [T, E]."""
+    """A layer's decision: ids and weights of the chosen [T, K], all probabilities [T, E]."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -150,8 +151,8 @@ class MoE(nn.Module):
         experts = used.tolist()
         ready = source.acquire(self.layer, experts)
         shared_TD = self._shared(x_TD)
-        # Repeat, then permute: the gradient of a permutation writes each row once, so it is the same
-        # on every run; indexing x by order // K would add rows in the order threads happen to run.
+        # Repeat, then permute: the gradient of a permutation writes each row once, the same on
+        # every run; indexing x by order // K would add rows in whatever order threads run.
         x_ND = x_TD[:, None].expand(T, K, -1).reshape(T * K, -1)[order_N]
         rows = dict(zip(experts, x_ND.split(counts.tolist()), strict=True))
         outputs: dict[int, Tensor] = {}
@@ -200,7 +201,7 @@ class LookaheadRouter(nn.Module):
         self.shape = (config.lookahead_steps + 1, config.num_hidden_layers, config.num_experts)
         D, U = config.hidden_size, config.lookahead_hidden_size
         steps, layers, experts = self.shape
-        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps)
         self.in_proj = nn.Linear(D, U, bias=False)
         self.out_proj = nn.Linear(U, steps * layers * experts, bias=False)
 

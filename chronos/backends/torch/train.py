@@ -65,7 +65,7 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             for parameter in model.parameters():
-                if parameter.grad is None:  # an expert no token chose: its moments decay all the same
+                if parameter.grad is None:  # an expert no token chose: its moments decay too
                     parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
             self.updates += 1
@@ -148,8 +148,8 @@ def routing_terms(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Balance, temporal, locality and lookahead terms of spec section 3, pads left out.
 
-    picks_LE counts the picks of earlier micro-batches of the same update, so that the fractions f of
-    the balance term (2101.03961, eq. 4) are those of the global batch; the sum is returned.
+    picks_LE counts the picks of earlier micro-batches of the same update, so that the fractions f
+    of the balance term (2101.03961, eq. 4) are those of the global batch; the sum is returned.
     """
     B, T = segments_BT.shape
     probs_LBTE = torch.stack([r.probs_TE for r in out.routing]).unflatten(1, (B, T))
