@@ -25,11 +25,10 @@ import numpy as np
 from chronos.common.caches import Stream, missing_keys, window_of
 from chronos.common.errors import UsageError
 from chronos.common.limits import eta_policy
-from chronos.common.residency import Key, Policy, Residency
+from chronos.common.residency import LFU_DECAY, Key, Policy, Residency
 from chronos.common.routing.trace import RoutingTrace
 
 POLICIES = ("lru", "lfu", "min-w1", "min-w2", "min-w4", "min-w8", "min")
-LFU_DECAY = 0.95
 
 
 @dataclass(frozen=True)

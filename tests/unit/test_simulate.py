@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chronos.common.errors import UsageError
+from chronos.common.files import RangedReader
 from chronos.common.residency import LRU, DecayedLFU
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.simulate import (
-    LFU_DECAY,
     POLICIES,
     compare,
     missed_keys,
@@ -22,6 +23,8 @@ from chronos.common.simulate import (
     simulate_policy,
     slots_for,
 )
+from chronos.common.tier import SlotTier
+from chronos.testing.store_tests import tiny_layout
 
 Request = tuple[int, ...]
 quick = settings(max_examples=25, deadline=None)
@@ -108,9 +111,24 @@ def test_min_is_the_optimum_from_given_residents(trace: RoutingTrace, keys: list
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_equal_those_of_the_stores_bookkeeping(slots: int, seed: int) -> None:
     trace = skewed(60, 4, 8, 3, seed)
-    lru, lfu = LRU(4, 8), DecayedLFU(4, 8, LFU_DECAY)
+    lru, lfu = LRU(4, 8), DecayedLFU(4, 8)
     assert simulate(trace, slots, "lru").misses == simulate_policy(trace, slots, lru).misses
     assert simulate(trace, slots, "lfu").misses == simulate_policy(trace, slots, lfu).misses
+
+
+@pytest.mark.parametrize("policy", [LRU, DecayedLFU])
+def test_counts_equal_those_of_a_store_that_reads(policy: Any, tmp_path: Path) -> None:
+    layout, trace = tiny_layout(tmp_path, layers=3, experts=8), skewed(25, 3, 8, 3, 0)
+    with RangedReader(threads=1) as reader:
+        tier = SlotTier(layout, 7, reader, policy(3, 8))
+        for ids_LK in trace.ids_TLK.tolist():
+            for layer, experts in enumerate(ids_LK):
+                assert len(list(tier.acquire(layer, experts))) == 3
+            tier.end_token()
+        counted = tier.stats()
+        tier.close()
+    replay = simulate(trace, 7, {LRU: "lru", DecayedLFU: "lfu"}[policy])
+    assert (counted.misses, counted.hits) == (replay.misses, replay.hits)
 
 
 def naive_window(
