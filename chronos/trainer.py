@@ -1,8 +1,8 @@
 """The training loop: cadence, logging, checkpoints, resume and interruption. Knows no framework.
 
 It is given a backend; NumPy batches go in, plain floats come out. A run folder holds
-tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and optimizer in one atomic file) and, at the
-end, model/ (an unpacked model folder). One process writes a run folder at a time.
+tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and optimizer in one atomic
+file) and, at the end, model/ (an unpacked model folder). One process writes a run folder at a time.
 Not covered: the alignment stages.
 """
 
@@ -196,7 +196,7 @@ class Trainer:
             old.unlink()
 
     def _resume(self, step: TrainStep, force: bool) -> int:
-        """Load the newest checkpoint that reads clean; an unreadable one is passed over and named."""
+        """Load the newest checkpoint that reads clean; one that does not is passed over, named."""
         for number, path in reversed(checkpoints(self.out)):
             try:
                 recipe = json.loads(read_header(path).metadata.get("recipe", "{}"))

@@ -23,7 +23,8 @@ ATTENTION_KINDS = ("mla", "sliding")
 # Written by other libraries beside the geometry; they carry nothing Chronos needs.
 _IGNORED_KEYS = frozenset(
     "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id"
-    " pad_token_id tie_word_embeddings hidden_act num_local_experts rope_parameters rope_scaling layer_types"
+    " pad_token_id tie_word_embeddings hidden_act num_local_experts rope_parameters"
+    " rope_scaling layer_types"
     " chronos_version is_encoder_decoder return_dict output_hidden_states".split()
 )
 # Bounds no model of this family needs to pass; they stop a hostile file before allocation.

@@ -17,6 +17,7 @@ from chronos.common.config import LossWeights, ModelConfig
 from chronos.common.errors import ConfigError
 
 _T = TypeVar("_T")
+_ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,7 @@ def _section(kind: type[_T], values: dict[str, Any], name: str) -> _T:
     _known(values, set(fields), f"key in [{name}]")
     for key, value in values.items():
         wanted = str(fields[key].type)
-        accepted = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(wanted)
-        if accepted and (
-            not isinstance(value, accepted) or (isinstance(value, bool) != (wanted == "bool"))
-        ):  # type: ignore[arg-type]
+        if wanted in _ACCEPTED and type(value) not in _ACCEPTED[wanted]:
             raise ConfigError(f"{name}.{key} must be of type {wanted}, not {value!r}")
     return kind(**values)
 

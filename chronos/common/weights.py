@@ -1,8 +1,8 @@
 """Names, shapes and dtypes of every tensor a config implies: one checkpoint format for backends.
 
 Three groups: the dense part (`model.safetensors`), the routed experts (beside the dense part in
-an unpacked folder, under `experts/` in a packed one) and the LookaheadRouter (`lookahead.safetensors`).
-The embedding is tied to the output head and stored once.
+an unpacked folder, under `experts/` in a packed one) and the LookaheadRouter
+(`lookahead.safetensors`). The embedding is tied to the output head and stored once.
 
 Shape legend: D hidden, V vocabulary, F expert hidden, E experts, H heads, G key-value heads,
 d head_dim, r rope_dim, z latent, K lookahead steps, L layers, U lookahead hidden.

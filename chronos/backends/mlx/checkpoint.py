@@ -20,14 +20,13 @@ from chronos.backends.mlx.model import DTYPES, Model
 from chronos.common.config import ModelConfig
 from chronos.common.errors import ShapeMismatch
 from chronos.common.files import atomic_write
-from chronos.common.layout import is_packed, open_layout
+from chronos.common.layout import is_packed, open_layout, read_experts
 from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
 from chronos.common.weights import (
     EXPERT_TENSORS,
     SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,
-    expert_name,
     lookahead_tensors,
     routed_tensors,
 )
@@ -66,7 +65,7 @@ def load_model(
     if resident:
         specs = routed_tensors(config)
         experts = (
-            _packed(folder)
+            read_experts(open_layout(folder))
             if is_packed(folder)
             else read_checkpoint(folder, [s.name for s in specs])
         )
@@ -102,17 +101,6 @@ def overwrite(place: Place, data: memoryview, dtype: str) -> None:
         data = memoryview(from_bytes(data, dtype, (-1,)).astype(array.dtype)).cast("B")
     start = (index or 0) * len(data)
     memoryview(array).cast("B")[start : start + len(data)] = data
-
-
-def _packed(folder: Path) -> Iterator[tuple[TensorEntry, memoryview]]:
-    """Every routed expert of a packed folder, under its unpacked name."""
-    layout = open_layout(folder)
-    for path in layout.files:
-        for entry, data in read_tensors(path):
-            if entry.name.startswith("pad."):
-                continue
-            layer, expert, tensor = entry.name.split(".")
-            yield entry._replace(name=expert_name(int(layer[1:]), int(expert[1:]), tensor)), data
 
 
 def _read(

@@ -7,7 +7,7 @@ keep the dtype they are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,13 +17,12 @@ from chronos.backends.torch.model import DTYPES, Model
 from chronos.common.config import ModelConfig
 from chronos.common.errors import ShapeMismatch
 from chronos.common.files import atomic_write
-from chronos.common.layout import is_packed, open_layout
+from chronos.common.layout import is_packed, open_layout, read_experts
 from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
 from chronos.common.weights import (
     SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,
-    expert_name,
     lookahead_tensors,
     routed_tensors,
 )
@@ -60,24 +59,13 @@ def load_model(
     if resident:
         specs = routed_tensors(config)
         experts = (
-            _packed(folder)
+            read_experts(open_layout(folder))
             if is_packed(folder)
             else read_checkpoint(folder, [s.name for s in specs])
         )
         tensors |= _read(experts, specs, device, None)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def _packed(folder: Path) -> Iterator[tuple[TensorEntry, memoryview]]:
-    """Every routed expert of a packed folder, under its unpacked name."""
-    layout = open_layout(folder)
-    for path in layout.files:
-        for entry, data in read_tensors(path):
-            if entry.name.startswith("pad."):
-                continue
-            layer, expert, tensor = entry.name.split(".")
-            yield entry._replace(name=expert_name(int(layer[1:]), int(expert[1:]), tensor)), data
 
 
 def _read(

@@ -5,7 +5,7 @@ one, `verify` reads every byte, `clusters` decides which experts lie side by sid
 """
 
 from chronos.common.layout.ctsr import read_records, write_experts
-from chronos.common.layout.folder import Layout, is_packed, open_layout
+from chronos.common.layout.folder import Layout, is_packed, open_layout, read_experts
 from chronos.common.layout.manifest import Key, Record, RecordTensor
 from chronos.common.layout.pack import PackReport, pack
 from chronos.common.layout.verify import VerifyReport, inspect, verify
@@ -21,6 +21,7 @@ __all__ = [
     "is_packed",
     "open_layout",
     "pack",
+    "read_experts",
     "read_records",
     "verify",
     "write_experts",

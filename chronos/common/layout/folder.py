@@ -9,7 +9,8 @@ record, and `verify` for all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from chronos.common.config import ModelConfig
 from chronos.common.errors import CorruptClusterError, ShapeMismatch
 from chronos.common.fileio import FileIO, StrPath, corrupt
+from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
     CTSR_VERSION,
@@ -28,8 +30,8 @@ from chronos.common.layout.manifest import (
     read_manifest,
     tensor_key,
 )
-from chronos.common.tensorfile import read_header
-from chronos.common.weights import SAFETENSORS_DTYPE, expert_tensors
+from chronos.common.tensorfile import TensorEntry, read_header
+from chronos.common.weights import SAFETENSORS_DTYPE, expert_name, expert_tensors
 
 FINGERPRINT = "chronos_fingerprint"  # the dense file's metadata key
 
@@ -124,6 +126,21 @@ def open_layout(
         else:
             _check_cluster(path, manifest, records, io)
     return Layout(folder, manifest, frozenset(missing))
+
+
+def read_experts(layout: Layout) -> Iterator[tuple[TensorEntry, memoryview]]:
+    """Every routed expert's tensors under their unpacked names, each record's digest checked.
+
+    A view is valid until the next record. Raises CorruptClusterError.
+    """
+    records = [(layout.path(key), record) for key, record in layout.records.items()]
+    with closing(read_records(records)) as found:
+        for record, data in found:
+            views = record.views(data)
+            for tensor in record.tensors:
+                name = expert_name(*record.key, tensor.name)
+                entry = TensorEntry(name, tensor.dtype, tensor.shape, 0, tensor.nbytes)
+                yield entry, views[tensor.name]
 
 
 def check_geometry(manifest: Manifest, config: ModelConfig) -> None:
