@@ -19,8 +19,9 @@ import numpy as np
 
 from chronos.backends.mlx import model
 from chronos.backends.mlx.moe import Expert
+from chronos.backends.probe import memory_limits
 from chronos.common.budget import slots_within
-from chronos.common.errors import ShapeMismatch, StoreError, UsageError
+from chronos.common.errors import BudgetError, ShapeMismatch, StoreError, UsageError
 from chronos.common.files import ALIGN, RangedReader
 from chronos.common.lease import Lease
 from chronos.common.residency import DecayedLFU, Key, Policy
@@ -30,7 +31,6 @@ from chronos.common.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
-    from chronos.common.layout.manifest import RecordTensor
 
 # safetensors' names of the dtypes MLX can compute with after widening.
 DTYPES = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in model.DTYPES.items()}
@@ -67,17 +67,24 @@ class ExpertStore:
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
-        arena, room = _arena(slots * layout.record_nbytes)
-        self.stack = _stack(arena, slots, record)
+        pages, room, start = _arena(slots * record.nbytes)
+        self.stack = _views(pages, start, record, slots)
         # All made here: readers' threads, which may ask for a view, had better not evaluate.
-        self._experts = [_expert(arena, slot, record) for slot in range(slots)]
+        starts = range(start, start + slots * record.nbytes, record.nbytes)
+        self._experts = [_views(pages, at, record) for at in starts]
         mx.eval(self.stack, self._experts)
-        _check_shared(room, record, self.stack.gate_up_FD[0], self._experts[0].gate_up_FD)
+        _check_shared(room[: record.nbytes], self.stack.down_DF[0], self._experts[0].down_DF)
         self._held: list[int] = []  # slots that computation not yet evaluated may use
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
         self._tier = SlotTier(
-            layout, slots, self._reader, self.policy, arena=room, view=self._view, verify=verify
+            layout,
+            slots,
+            self._reader,
+            self.policy,
+            arena=room,
+            view=self._view,
+            verify=verify,
         )
 
     def prefetch(self, keys: Sequence[Key]) -> int:
@@ -186,49 +193,47 @@ def _common_geometry(layout: Layout) -> Record:
     return first
 
 
-def _arena(nbytes: int) -> tuple[mx.array, memoryview]:
-    """Zeroed bytes as an array and as the writable memory it exports, aligned for direct reads.
-    A page more than asked for, since MLX's own allocations are not aligned to one."""
-    whole = mx.zeros((nbytes + ALIGN,), mx.uint8)
-    mx.eval(whole)
-    room = memoryview(whole).cast("B")
+def _arena(nbytes: int) -> tuple[mx.array, memoryview, int]:
+    """Memory as an array of pages and as writable bytes, the latter from a boundary of the
+    machine's pages on; and at which byte of the array that is.
+
+    Pages, because MLX counts a dimension in 31 bits; one more than asked for, because direct reads
+    need a page's boundary to begin at and MLX's allocations do not lie on one.
+    """
+    limit = memory_limits().limit
+    if nbytes > limit:  # without this MLX dies of a null pointer on a CPU
+        raise _no_room(nbytes, f"there are {limit} bytes")
+    try:
+        pages = mx.zeros((nbytes // ALIGN + 1, ALIGN), mx.uint8)
+        mx.eval(pages)
+    except RuntimeError as error:
+        raise _no_room(nbytes, str(error)) from error
+    room = memoryview(pages).cast("B")  # MLX exports its buffer for writing
     start = -np.frombuffer(room, np.uint8).ctypes.data % ALIGN
-    return whole[start : start + nbytes], room[start : start + nbytes]
+    return pages, room[start : start + nbytes], start
 
 
-def _tensors(record: Record) -> list[RecordTensor]:
-    """The record's tensors in the order `Expert` has them."""
+def _no_room(nbytes: int, where: str) -> BudgetError:
+    return BudgetError(f"there is no room for {nbytes} bytes of experts", where, "lower the budget")
+
+
+def _views(pages: mx.array, start: int, record: Record, slots: int | None = None) -> Expert:
+    """The expert at byte `start`; with `slots`, that many from there on as stacks. No copies."""
     entries = {entry.name: entry for entry in record.tensors}
-    return [entries[name] for name in EXPERT_TENSORS]
-
-
-def _stack(arena: mx.array, slots: int, record: Record) -> Expert:
-    """All slots as strided views."""
     arrays = []
-    for entry in _tensors(record):
-        dtype, (rows, columns) = DTYPES[entry.dtype], entry.shape
-        shape = (slots, rows, columns)
-        strides = (arena.size // slots // dtype.size, columns, 1)
-        flat = arena.view(dtype)
-        arrays.append(mx.as_strided(flat, shape, strides, entry.offset // dtype.size))
+    for entry in (entries[name] for name in EXPERT_TENSORS):
+        dtype, shape, strides = DTYPES[entry.dtype], entry.shape, (entry.shape[1], 1)
+        if slots is not None:
+            shape, strides = (slots, *shape), (record.nbytes // dtype.size, *strides)
+        first = (start + entry.offset) // dtype.size
+        arrays.append(mx.as_strided(pages.view(dtype), shape, strides, first))
     return Expert(*arrays)
 
 
-def _expert(arena: mx.array, slot: int, record: Record) -> Expert:
-    """One slot as contiguous views, which an index into the stack would copy."""
-    arrays = []
-    for entry in _tensors(record):
-        start = slot * record.nbytes + entry.offset
-        flat = arena[start : start + entry.nbytes].view(DTYPES[entry.dtype])
-        arrays.append(flat.reshape(entry.shape))
-    return Expert(*arrays)
-
-
-def _check_shared(room: memoryview, record: Record, *views: mx.array) -> None:
+def _check_shared(record: memoryview, *views: mx.array) -> None:
     """That views of an array share its memory is how MLX works, not what it promises: look."""
-    first = _tensors(record)[0].offset
-    room[first] = 1
+    record[:] = b"\x01" * len(record)
     seen = {memoryview(mx.contiguous(view[0])).cast("B")[0] for view in views}
-    room[first] = 0
+    record[:] = bytes(len(record))
     if seen != {1}:
         raise StoreError("this version of MLX copies where a view was expected", "", "update mlx")
