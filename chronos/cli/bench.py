@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,6 +159,7 @@ def replay(
 
 def _replay_row(name: str, results: list[Replayed]) -> tuple[str, ...]:
     """Medians over the rounds."""
+    import statistics
 
     def median(values: Iterable[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -198,6 +197,8 @@ def split(budgets: str) -> list[str]:
 @contextmanager
 def _work_folder(work: Path | None) -> Iterator[Path]:
     """Where the generated model lies: the folder named, or one that goes away afterwards."""
+    import tempfile
+
     if work is not None:
         work.parent.mkdir(parents=True, exist_ok=True)
         yield work

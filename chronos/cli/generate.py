@@ -16,6 +16,7 @@ from chronos.cli import errors, footer, output
 from chronos.cli.app import command
 from chronos.cli.options import JsonOptions, ModelArg, OutputOptions, RunOptions, SamplingOptions
 from chronos.common.errors import ChronosError, UsageError
+from chronos.models import DEMO
 
 if TYPE_CHECKING:
     from chronos.common.tokenizer import Tokenizer
@@ -74,6 +75,8 @@ def chat(
     with run.open(model) as engine:
         tokenizer, messages = tokenizer_of(engine, model), list(start)
         output.note(f"{model}, {engine.backend} on {engine.device}. /reset forgets, Ctrl-D leaves.")
+        if model == DEMO:
+            output.note("demo continues Python code; it was never taught to converse.")
         for line in _lines():
             if line == "/reset":
                 messages = list(start)
