@@ -17,9 +17,10 @@ LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
 
 
 class FakeStore:
-    """Remembers what it was asked for; grants every prefetch."""
+    """Remembers what it was asked for; grants every prefetch; a miss waits `wait_s`."""
 
     def __init__(self) -> None:
+        self.wait_s = 0.1
         self.counters = StoreStats()
         self.held: set[Key] = set()
         self.log: list[tuple[str, Any]] = []
@@ -29,6 +30,7 @@ class FakeStore:
         wanted = {(layer, expert) for expert in experts}
         self.counters.hits += len(wanted & self.held)
         self.counters.misses += len(wanted - self.held)
+        self.counters.stall_s += self.wait_s * len(wanted - self.held)
         self.held |= wanted
         return iter([(expert, None) for expert in experts])
 
@@ -134,6 +136,16 @@ def test_forecasts_that_are_right_keep_it_on(store: FakeStore, prefetcher: Prefe
         store.held.clear()
         token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
     assert prefetcher.controller.share == 1.0
+
+
+def test_right_forecasts_that_spare_no_wait_turn_prefetch_off(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    store.wait_s = 0.0  # the disk is as fast as memory: planning is all that is felt
+    for _ in range(40):
+        store.held.clear()
+        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
+    assert prefetcher.controller.share < 1.0
 
 
 def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) -> None:
