@@ -101,7 +101,7 @@ def test_bench_compares_with_the_resident_model(chronos: Any, packed: Path) -> N
 def test_bench_prints_a_table(chronos: Any, packed: Path) -> None:
     done = chronos("bench", "decode", packed, "-n", 4, "--rounds", 1, "--budgets", "25%")
     assert done.code == 0
-    assert [word in done.out for word in ("resident", "25%", "yes", "of limit")]
+    assert all(word in done.out for word in ("resident", "25%", "yes", "tok/s"))
     assert max(map(len, (done.out + done.err).splitlines())) <= 80
     assert chronos("bench", packed, "--budgets", " , ").code == 2
 
