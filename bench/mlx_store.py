@@ -78,7 +78,7 @@ def measure(way: str, slots: int, rows: int, columns: int, loads: int) -> dict[s
         load(i % slots, records[i % 4])
         seconds.append(time.perf_counter() - begin)
     peak = max(mx.get_peak_memory() - before, held)  # the peak is only noted when memory is taken
-    after = mx.get_active_memory() - before
+    after, cached = mx.get_active_memory() - before, mx.get_cache_memory()
     last = np.array(stack()[(loads - 1) % slots])
     assert np.array_equal(last, records[(loads - 1) % 4]), "the slot does not hold what was loaded"
     return {
@@ -88,7 +88,7 @@ def measure(way: str, slots: int, rows: int, columns: int, loads: int) -> dict[s
         "held_bytes": held,
         "held_bytes_after": after,
         "peak_over_held_bytes": peak - held,
-        "cached_bytes": mx.get_cache_memory(),
+        "cached_bytes": cached,
     }
 
 

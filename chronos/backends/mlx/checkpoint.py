@@ -98,7 +98,8 @@ def overwrite(place: Place, data: memoryview, dtype: str) -> None:
     """Put a tensor's bytes into a fresh array; `dtype` is safetensors' name of what they are."""
     array, index = place
     if _FROM_FILE[dtype] != array.dtype:
-        data = memoryview(from_bytes(data, dtype, (-1,)).astype(array.dtype)).cast("B")
+        shape = tuple(tensor_at(place).shape)
+        data = memoryview(from_bytes(data, dtype, shape).astype(array.dtype)).cast("B")
     start = (index or 0) * len(data)
     memoryview(array).cast("B")[start : start + len(data)] = data
 
@@ -126,12 +127,14 @@ def _read(
 
 def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """An array with a copy of the bytes; `dtype` is safetensors' name."""
-    return mx.array(np.frombuffer(data, np.uint8)).view(_FROM_FILE[dtype]).reshape(shape)
+    # In its own shape: MLX counts a dimension in 31 bits, which bytes in a row may not fit in.
+    rows = np.frombuffer(data, np.uint8).reshape(*shape[:-1], -1)
+    return mx.array(rows).view(_FROM_FILE[dtype]).reshape(shape)
 
 
 def to_bytes(name: str, tensor: mx.array, dtype: mx.Dtype) -> Named:
     """A tensor as what `write_tensors` takes, narrowed to `dtype`."""
-    flat = mx.contiguous(tensor.astype(dtype).reshape(-1))
+    flat = mx.contiguous(tensor.astype(dtype))
     kind = next(key for key, value in _FROM_FILE.items() if value == dtype)
     return name, kind, tuple(tensor.shape), memoryview(flat).cast("B")
 
