@@ -158,20 +158,19 @@ class Engine:
         record = self.store is not None and self.with_limit
         meter, text = Meter(self.runner, self.store, record=record), Text(self.tokenizer, stop)
         tokens: list[int] = []
-        reason = "cancelled" if cancel and cancel.is_set() else ""
-        token = meter.prefill(prompt, sampling) if not reason else -1
+        cancelled = cancel.is_set if cancel else lambda: False
+        token = meter.prefill(prompt, sampling, cancelled)
+        reason = ""
         while not reason:
-            if token < 0 or token in self.stop_ids:
-                reason = "error" if token < 0 else "stop"
+            if token is None or token < 0 or token in self.stop_ids:
+                reason = "cancelled" if token is None else "error" if token < 0 else "stop"
                 break
             tokens.append(token)
             piece = text.push(token)
             reason = self._ending(text, len(tokens) == max_tokens)
             yield Step(token, piece + text.flush() if reason else piece)
-            if cancel and cancel.is_set():
-                reason = reason or "cancelled"
-            elif not reason:
-                token = meter.decode(token, sampling)
+            if not reason:
+                token = None if cancelled() else meter.decode(token, sampling)
         if tail := text.flush():
             yield Step(None, tail)
         stats = meter.stats()

@@ -10,7 +10,7 @@ side. Not covered: printing; the key/value cache's bytes, small beside the weigh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from chronos.common.sampling import SamplingParams
 
 _RATE_SAMPLE_BYTES = 64 << 20
+_PIECE = 512  # tokens of a prompt between two looks at `cancelled`: the runners' own chunks
 # An accelerator's memory rate is not measured: its roofline stands aside for the kernel time.
 _UNKNOWN_RATE = 1e18
 
@@ -77,9 +78,18 @@ class Meter:
         runner.reset()
         runner.recording = record
 
-    def prefill(self, prompt: Sequence[int], sampling: SamplingParams) -> int:
-        begin = time.perf_counter()
-        token = self.runner.prefill(prompt, sampling)
+    def prefill(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> int | None:
+        """The first token, or None where it was cancelled: a long prompt is given in pieces."""
+        begin, token = time.perf_counter(), None
+        for start in range(0, len(prompt), _PIECE):
+            if cancelled():
+                return None
+            token = self.runner.prefill(prompt[start : start + _PIECE], sampling)
         self.prefill_s = time.perf_counter() - begin
         self.prompt_tokens = len(prompt)
         self._middle = self._count()

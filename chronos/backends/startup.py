@@ -73,6 +73,8 @@ class ReadAhead(Generic[T]):
                 if self._stop.is_set():
                     break
                 self._ready.put((item,))
+            if hasattr(self._items, "close"):  # a generator left half-way ends its reads here
+                self._items.close()
         except BaseException as error:
             self._ready.put(error)
         self._ready.put(())

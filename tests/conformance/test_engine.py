@@ -132,6 +132,23 @@ def test_cancel_takes_effect_at_the_next_token(engine: Engine) -> None:
     assert (before.finish_reason, before.tokens) == ("cancelled", [])
 
 
+def test_cancel_takes_effect_within_a_long_prompt(backend: Any, tmp_path: Path) -> None:
+    folder = tiny_packed(tmp_path / "model", max_position_embeddings=4096)
+    cancel = threading.Event()
+    with load(folder, backend=backend.name, budget="25%") as engine:
+        prefill, calls = engine.runner.prefill, []
+
+        def counted(tokens: list[int], sampling: SamplingParams) -> int:
+            calls.append(len(tokens))
+            cancel.set()
+            return prefill(tokens, sampling)
+
+        engine.runner.prefill = counted  # type: ignore[method-assign]
+        result = engine.generate([7] * 2000, cancel=cancel).result
+    assert (result.finish_reason, result.tokens) == ("cancelled", [])
+    assert calls == [512]
+
+
 def test_a_new_generation_ends_the_one_before(engine: Engine) -> None:
     first = engine.generate(PROMPT, max_tokens=50)
     next(first)

@@ -1,0 +1,81 @@
+"""Reads run ahead of their consumer and fail where it looks; deferred modules come when asked."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chronos.backends.startup import ReadAhead, _Deferred, fast_import
+
+
+def test_read_ahead_yields_everything_in_order() -> None:
+    with ReadAhead(iter(range(100))) as ahead:
+        assert list(ahead) == list(range(100))
+
+
+def test_it_runs_before_it_is_asked() -> None:
+    ran = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        ran.set()
+        yield 2
+
+    with ReadAhead(items()) as ahead:
+        assert ran.wait(10)
+        assert list(ahead) == [1, 2]
+
+
+def test_an_error_is_raised_where_it_happened() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("bad header")
+
+    with ReadAhead(items()) as ahead:
+        iterator = iter(ahead)
+        assert next(iterator) == 1
+        with pytest.raises(ValueError, match="bad header"):
+            next(iterator)
+
+
+def test_leaving_early_stops_the_thread_and_closes_the_reads() -> None:
+    threads, closed = threading.active_count(), threading.Event()
+
+    def endless() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    with ReadAhead(endless()) as ahead:
+        assert next(iter(ahead)) == 0
+    assert closed.is_set()
+    assert threading.active_count() == threads
+
+
+def test_a_deferred_module_is_imported_when_a_name_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "chronos_test_late.py").write_text("loaded = []\nanswer = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stand_in = _Deferred("chronos_test_late")
+    monkeypatch.setitem(sys.modules, "chronos_test_late", stand_in)
+    import chronos_test_late  # type: ignore[import-not-found]
+
+    assert chronos_test_late is stand_in
+    assert "answer" not in vars(stand_in)
+    assert chronos_test_late.answer == 42
+    assert sys.modules["chronos_test_late"] is not stand_in
+
+
+def test_collection_goes_on_after_an_import() -> None:
+    assert gc.isenabled()
+    with fast_import("no-such-backend", own_process=False):
+        assert not gc.isenabled()
+    assert gc.isenabled()
