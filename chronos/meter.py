@@ -88,7 +88,8 @@ class Meter:
         begin, token = time.perf_counter(), None
         for start in range(0, len(prompt), _PIECE):
             if cancelled():
-                return None
+                token = None
+                break
             token = self.runner.prefill(prompt[start : start + _PIECE], sampling)
         self.prefill_s = time.perf_counter() - begin
         self.prompt_tokens = len(prompt)

@@ -77,14 +77,19 @@ class Runner(Protocol):
         """Tokens the cache holds."""
 
     def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
-        """Process the prompt and return the first sampled token."""
+        """Process the prompt, or its next piece, and sample a token; a seed's draws start here.
 
-    def decode(self, token: int, sampling: SamplingParams) -> int: ...
+        -1 where the logits hold a NaN or an infinity: nothing is sampled from those.
+        """
+
+    def decode(self, token: int, sampling: SamplingParams) -> int:
+        """Append one token and sample the next, or return -1 as `prefill` does."""
+
     def logits(self) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
 
     def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids_TLK, weights_TLK) of each call since the last one of this method."""
+        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
 
     def reset(self) -> None: ...
 
@@ -105,7 +110,7 @@ class Backend(Protocol):
 
     name: str
 
-    def build(self, config: ModelConfig, *, seed: int) -> Model: ...
+    def build(self, config: ModelConfig, *, seed: int, device: str | None = ...) -> Model: ...
     def load(
         self,
         folder: Path,
