@@ -79,7 +79,10 @@ class Trainer:
         valid: PackedDataset | None,
         tokenizer: Tokenizer,
         on_event: Callable[[Event], None] = lambda event: None,
+        *,
+        device: str | None = None,
     ) -> None:
+        self.device = device
         self.backend, self.recipe, self.out = backend, recipe, out
         self.train, self.valid, self.tokenizer = train, valid, tokenizer
         self.on_event = on_event
@@ -102,7 +105,8 @@ class Trainer:
                     "continue it with --resume, or name another folder with --out",
                 )
             self.tokenizer.save(self.out)
-            model = self.backend.build(self.recipe.model, seed=self.recipe.train.seed)
+            seed = self.recipe.train.seed
+            model = self.backend.build(self.recipe.model, seed=seed, device=self.device)
             step = self.backend.train_step(model, self.recipe.train)
             first = self._resume(step, force) if saved else 0
             report = self._loop(step, first, stop)

@@ -63,7 +63,16 @@ def pretrain(
     backend = backends.load(device.backend)
     with _events(recipe.train.steps) as on_event:
         recipe, tokenizer, training, validation = prepare(recipe, folder, on_event)
-        trainer = Trainer(backend, recipe, folder, training, validation, tokenizer, on_event)
+        trainer = Trainer(
+            backend,
+            recipe,
+            folder,
+            training,
+            validation,
+            tokenizer,
+            on_event,
+            device=device.device,
+        )
         report = trainer.run(resume=resume, force=force)
     if out.json:
         output.print_json(report_json(report, folder))

@@ -89,6 +89,12 @@ def test_data_can_be_named_on_the_command_line(chronos: Any, recipe: Path, tmp_p
     assert done.code == 3 and "absent.txt" in done.err
 
 
+def test_a_device_that_is_not_there(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
+    done = chronos(*flags, "--device", "abacus")
+    assert done.code == 2 and "unknown device 'abacus'" in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_leaves(
