@@ -125,11 +125,19 @@ class Backend(Protocol):
     def tensors(self, model: Any) -> Iterable[tuple[str, str, tuple[int, ...], memoryview]]:
         """(name on disk, dtype, shape, bytes) of every parameter, in float32."""
 
-    def forward(self, model: Any, ids_BT: np.ndarray, **options: Any) -> Observed:
-        """options: segments_BT (document numbers, -1 pad), cache (`model.new_cache()`), source."""
+    def forward(
+        self,
+        model: Any,
+        ids_BT: np.ndarray,
+        *,
+        segments_BT: np.ndarray | None = ...,
+        cache: Any = ...,
+        source: Any = ...,
+    ) -> Observed:
+        """segments_BT: document numbers, -1 for padding. cache: from `model.new_cache()`."""
 
     def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
     def runner(self, model: Any, store: Any, **options: Any) -> Runner: ...
     def train_step(self, model: Any, config: Any) -> TrainStep: ...
     def devices(self) -> Iterable[str]:
-        """Names accepted as `device`, best first, each with a word on what it is."""
+        """Names accepted as `device`, the one taken by default first."""
