@@ -1,7 +1,7 @@
-"""The training loop under faults: kills, changed recipes, damaged checkpoints, divergence (C2, T3, T4).
+"""The training loop under faults: kills, changed recipes, damaged checkpoints, divergence.
 
-A stand-in backend whose "weights" are a running digest of every batch and rate it was given: equal
-digests mean the very same sequence of updates. The real backends' bit-exact resume is in TrainTests.
+Rows C2, T3 and T4. A stand-in backend whose "weights" are a running digest of every batch and rate
+it was given: equal digests mean the very same updates. Real backends resume in TrainTests.
 """
 
 from __future__ import annotations
