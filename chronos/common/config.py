@@ -47,6 +47,10 @@ _LIMITS = {
 _MAX_PARAMETERS = 1 << 43
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the training terms of spec section 3; 0 switches a term off."""
@@ -56,6 +60,10 @@ class LossWeights:
     locality: float = 0.0
     lookahead: float = 0.5
     lookahead_hit: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(_is_number(weight) and weight >= 0 for weight in vars(self).values()):
+            raise ConfigError("loss_weights must be numbers of at least 0")
 
 
 @dataclass(frozen=True)
@@ -207,13 +215,7 @@ def _loss_weights(value: Any, where: str) -> LossWeights:
     names = {field.name for field in dataclasses.fields(LossWeights)}
     if not isinstance(value, dict) or value.keys() - names:
         raise ConfigError(f"loss_weights takes {sorted(names)}", where)
-    if not all(_is_number(weight) and weight >= 0 for weight in value.values()):
-        raise ConfigError("loss_weights must be numbers of at least 0", where)
     return LossWeights(**value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _check(c: ModelConfig) -> None:

@@ -28,6 +28,12 @@ class DataRecipe:
     validation_share: float = 0.02
     skip_bad: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError("data.validation_share must be in [0, 1)")
+        if self.skip_bad < 0:
+            raise ConfigError("data.skip_bad must be at least 0")
+
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
@@ -64,9 +70,14 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "eval_every",
-                     "eval_batches", "save_every", "keep_checkpoints"):  # fmt: skip
+                     "eval_batches", "save_every", "keep_checkpoints", "max_skipped"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1")
+        for name in ("warmup_steps", "weight_decay", "seed", "threads"):
+            if not getattr(self, name) >= 0:  # NaN is not
+                raise ConfigError(f"train.{name} must be at least 0")
+        if self.seed >= 1 << 40:  # times a million and a step, it stays within 64 bits
+            raise ConfigError("train.seed must be below 2**40")
         if not 0 < self.min_learning_rate <= self.learning_rate:
             raise ConfigError("train.min_learning_rate must be above 0 and at most learning_rate")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.clip > 0):
