@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from chronos.common.sampling import SamplingParams
+from chronos.engine import RESIDENT, Engine
 
 if TYPE_CHECKING:
-    from chronos.engine import Engine, GenerationResult
+    from chronos.engine import GenerationResult
 
-RESIDENT = "resident"
-Open = Callable[[str], AbstractContextManager["Engine"]]
+Open = Callable[[str], AbstractContextManager[Engine]]
 
 
 @dataclass

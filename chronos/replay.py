@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +28,15 @@ from chronos.common.routing.trace import RoutingTrace
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import write_tensors
 from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec, dense_tensors, expert_tensors
+from chronos.engine import RESIDENT, Engine
 from chronos.meter import Meter, measure_machine
-
-if TYPE_CHECKING:
-    from chronos.engine import Engine
 
 Progress = Callable[[int, int], None]
 _HIDDEN, _VOCABULARY = 1024, 2048
 _SHIFTS = 1 << 16
 _UNTRAINED = "0" * 32
 _GREEDY = SamplingParams()
-RESIDENT = "resident"
-Open = Callable[[str], AbstractContextManager["Engine"]]
+Open = Callable[[str], AbstractContextManager[Engine]]
 
 
 class ReplayedRouting:
