@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 mx = pytest.importorskip("mlx.core", reason="tests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
+from chronos.backends.mlx.store import _arena  # noqa: E402
+from chronos.backends.probe import MemoryLimits  # noqa: E402
+from chronos.common.errors import BudgetError  # noqa: E402
 from chronos.common.files import ALIGN  # noqa: E402
 from chronos.common.layout import open_layout  # noqa: E402
 from chronos.common.sampling import SamplingParams  # noqa: E402
@@ -141,3 +145,22 @@ def attributes(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             yield ast.unparse(node)
+
+
+def test_slots_begin_where_direct_reads_can() -> None:
+    pages, room, start = _arena(3 * ALIGN)
+    assert len(room) == 3 * ALIGN and pages.nbytes == 4 * ALIGN
+    assert np.frombuffer(room, np.uint8).ctypes.data % ALIGN == 0
+    room[:2] = b"\x01\x02"
+    assert np.array(pages).reshape(-1)[start : start + 2].tolist() == [1, 2]
+
+
+def test_no_room_is_an_error_and_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = tiny_layout(tmp_path)
+    memory = MemoryLimits(layout.total_bytes // 2, 0, None, None, "test")
+    monkeypatch.setattr("chronos.backends.mlx.store.memory_limits", lambda: memory)
+    with pytest.raises(BudgetError, match="no room for"):
+        backend.open_store(layout, layout.total_bytes)
+    backend.open_store(layout, layout.total_bytes // 2).close()
