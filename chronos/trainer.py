@@ -108,7 +108,7 @@ class Trainer:
             seed = self.recipe.train.seed
             model = self.backend.build(self.recipe.model, seed=seed, device=self.device)
             step = self.backend.train_step(model, self.recipe.train)
-            first = self._resume(step, force) if saved else 0
+            first = self._resume(step, force) if saved else self._trim_metrics(0)
             report = self._loop(step, first, stop)
             if not report.signal:
                 report.model = self.export(model)
@@ -209,15 +209,14 @@ class Trainer:
             except CorruptFileError as error:
                 self.on_event({"warning": f"{path.name} is passed over: {error.what}"})
                 continue
-            self._trim_metrics(number)
-            return number
+            return self._trim_metrics(number)
         raise CorruptFileError("no checkpoint of this run can be read", str(self.out))
 
-    def _trim_metrics(self, number: int) -> None:
-        """Drop the lines of steps that will be run again, and a torn last line."""
+    def _trim_metrics(self, number: int) -> int:
+        """Drop lines of steps that will be run again, and a torn last line; returns `number`."""
         path = self.out / "metrics.jsonl"
         if not path.exists():
-            return
+            return number
         kept = []
         for line in path.read_text("utf-8").splitlines():
             try:
@@ -226,6 +225,7 @@ class Trainer:
             except (ValueError, KeyError):
                 continue
         atomic_write(path, [line.encode() for line in kept])
+        return number
 
 
 def prepare(
@@ -233,8 +233,8 @@ def prepare(
 ) -> tuple[Recipe, Tokenizer, PackedDataset, PackedDataset | None]:
     """Read the recipe's data, load or train its tokenizer, and pack both splits.
 
-    A tokenizer already in the run folder is used again. The recipe comes back with the model's
-    vocabulary size set to the tokenizer's. Raises DataError, ConfigError.
+    The tokenizer of a run that has a checkpoint is used again. The recipe comes back with the
+    model's vocabulary size set to the tokenizer's. Raises DataError, ConfigError.
     """
     report = ReadReport()
     if recipe.data.path == "stdlib":
@@ -243,7 +243,9 @@ def prepare(
         documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))
     on_event({"message": str(report)})
     training, validation = split_documents(documents, recipe.data.validation_share)
-    known = recipe.tokenizer.path or (str(out) if (out / "tokenizer.json").exists() else "")
+    known = recipe.tokenizer.path
+    if not known and checkpoints(out) and (out / "tokenizer.json").exists():
+        known = str(out)  # without a checkpoint it is left over from a recipe that may have changed
     if known:
         tokenizer = Tokenizer.load(known)
     else:

@@ -1,0 +1,84 @@
+"""A run killed before its first checkpoint leaves nothing behind that the next one uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chronos.common.recipe import DataRecipe, Recipe, TokenizerRecipe, TrainRecipe
+from chronos.testing.tiny import CONFIG, tiny_tokenizer
+from chronos.trainer import Trainer, prepare
+
+
+class NoStep:
+    """A TrainStep that learns nothing."""
+
+    def step(self, batches: Sequence[Any], learning_rate: float, step: int) -> dict[str, float]:
+        return {"loss": 1.0, "skipped": 0.0}
+
+    def state(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
+        yield "nothing", "U8", (1,), b"0"
+
+    def load_state(self, tensors: Iterable[Any]) -> None:
+        list(tensors)
+
+
+class NoBackend:
+    def build(self, config: Any, **options: Any) -> None:
+        return None
+
+    def train_step(self, model: None, recipe: TrainRecipe) -> NoStep:
+        return NoStep()
+
+    def save(self, model: None, folder: Path) -> None:
+        folder.mkdir()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(
+        "def add(left, right):\n    return left\n" * 20, "utf-8"
+    )
+    train = TrainRecipe(steps=4, batch_size=1, seq_len=8, log_every=1, save_every=2)
+    data = DataRecipe(str(tmp_path / "text"), validation_share=0.0)
+    return Recipe(CONFIG, data, TokenizerRecipe(vocab_size=262), train)
+
+
+def run(recipe: Recipe, out: Path, **options: Any) -> None:
+    backend: Any = NoBackend()
+    recipe, tokenizer, train, valid = prepare(recipe, out)
+    Trainer(backend, recipe, out, train, valid, tokenizer).run(**options)
+
+
+def steps_logged(out: Path) -> list[int]:
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_its_metrics_are_dropped(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste', "utf-8")
+    run(recipe, out)
+    assert steps_logged(out) == [1, 2, 3, 4]
+
+
+def test_its_tokenizer_is_not_used(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tiny_tokenizer(280).save(out)
+    assert prepare(recipe, out)[1].vocab_size == 262
+    run(recipe, out)
+
+
+def test_that_of_a_run_with_a_checkpoint_is(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(recipe, out)
+    tiny_tokenizer(280).save(out)
+    larger = dataclasses.replace(recipe, tokenizer=TokenizerRecipe(vocab_size=270))
+    assert prepare(larger, out)[1].vocab_size == 280
