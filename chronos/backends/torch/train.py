@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class TrainStep:
             {"params": others, "weight_decay": 0.0},
         ]
         betas = (recipe.beta1, recipe.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=True)
+        self.optimizer = _adamw(groups, betas)
         self.updates = 0
 
     def step(self, batches: Sequence[Batch], learning_rate: float, step: int) -> dict[str, float]:
@@ -94,7 +95,7 @@ class TrainStep:
         out = model(
             ids_BT,
             segments_BT=segments_BT,
-            want_lookahead=True,
+            want_lookahead=model.lookahead is not None,
             lookahead_into_trunk=self.recipe.lookahead_into_trunk,
         )
         terms, picks_LE = routing_terms(out, segments_BT, weights, picks_LE)
@@ -139,8 +140,17 @@ class TrainStep:
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
         for parameter in parameters.values():
-            if self.updates:
-                self.optimizer.state[parameter]["step"] = torch.tensor(float(self.updates))
+            if self.updates:  # on the parameter's device, where the fused update reads it
+                step = torch.tensor(float(self.updates), device=parameter.device)
+                self.optimizer.state[parameter]["step"] = step
+
+
+def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused where this torch can: a CPU from 2.4 on only, and Intel Macs end at 2.2."""
+    try:
+        return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=True)
+    except RuntimeError:
+        return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8)
 
 
 def routing_terms(

@@ -1,0 +1,61 @@
+"""The torch training step where a torch is older, a model lacks its predictor, a GPU holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from chronos.backends import torch as backend
+from chronos.common.tensorfile import read_tensors, write_tensors
+from chronos.testing.train_tests import RECIPE, TINY, batch
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
+
+
+def test_a_torch_without_fused_updates_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.optim.AdamW
+
+    def old(*args: Any, fused: bool = False, **options: Any) -> torch.optim.AdamW:
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be on CUDA")
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", old)
+    step = backend.train_step(backend.build(TINY, seed=7), RECIPE)
+    losses = [step.step([batch()], 1e-2, i)["ce"] for i in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_without_lookahead_can_be_evaluated(tmp_path: Path) -> None:
+    backend.save(backend.build(TINY, seed=7), tmp_path)
+    whole = backend.train_step(backend.load(tmp_path), RECIPE).evaluate([batch()])
+    (tmp_path / "lookahead.safetensors").unlink()
+    terms = backend.train_step(backend.load(tmp_path), RECIPE).evaluate([batch()])
+    assert terms["ce"] == whole["ce"]
+    assert "recall_0" in whole and "recall_0" not in terms
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_run_on_a_gpu_goes_on_where_it_was(tmp_path: Path) -> None:
+    def start() -> Any:
+        return backend.train_step(backend.build(TINY, seed=7, device="cuda"), RECIPE)
+
+    straight, stopped, resumed = start(), start(), start()
+    for i in range(4):
+        straight.step([batch(i)], 1e-2, i)
+    for i in range(2):
+        stopped.step([batch(i)], 1e-2, i)
+    write_tensors(tmp_path / "state", stopped.state())
+    resumed.load_state(read_tensors(tmp_path / "state"))
+    for i in range(2, 4):
+        resumed.step([batch(i)], 1e-2, i)
+    wanted, found = (dict(s.model.named_parameters()) for s in (straight, resumed))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(
+            found[name].detach().cpu(), value.detach().cpu(), rtol=1e-3, atol=1e-4, err_msg=name
+        )
