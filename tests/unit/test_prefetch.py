@@ -106,9 +106,7 @@ def test_demand_reads_come_before_the_forecast_ones(
     assert [what for what, _ in store.log] == ["acquire", "prefetch", "acquire", "acquire"]
 
 
-def test_nothing_is_forecast_while_nothing_misses(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
+def test_nothing_is_forecast_while_nothing_misses(store: FakeStore, prefetcher: Prefetcher) -> None:
     routed = [(0, 0), (1, 1), (2, 2)]
     token(prefetcher, routed)
     assert token(prefetcher, routed, sure_of())  # the token before missed
@@ -136,6 +134,24 @@ def test_forecasts_that_are_right_keep_it_on(store: FakeStore, prefetcher: Prefe
         store.held.clear()
         token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
     assert prefetcher.controller.share == 1.0
+
+
+def test_a_prefetch_evicted_unused_is_no_use_when_it_is_read_again(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    used = []
+    end_token = prefetcher.controller.end_token
+    prefetcher.controller.end_token = lambda **told: (  # type: ignore[method-assign]
+        used.append(told["used_bytes"]), end_token(**told)
+    )[1]  # fmt: skip
+    token(prefetcher, [(0, 0)])
+    token(prefetcher, [(0, 1)], sure_of((1, 5), (2, 4)))
+    assert {(1, 5), (2, 4)} <= store.held
+    store.held.remove((1, 5))
+    store.counters.bytes_wasted += RECORD
+    token(prefetcher, [(0, 2)])
+    token(prefetcher, [(1, 5), (2, 4)])
+    assert sum(used) == RECORD  # (2, 4) alone
 
 
 def test_right_forecasts_that_spare_no_wait_turn_prefetch_off(

@@ -57,6 +57,7 @@ class Prefetcher:
         self._record_bytes, self._reader = record_bytes, reader
         self._before = store.stats()
         self._asked: set[Key] = set()  # prefetched and not needed yet
+        self._fresh: set[Key] = set()  # of these, asked for in this token: maybe still under way
         self._used = 0
         self._planning_s = 0.0
         self._wait_s: float | None = None  # average wait for an expert that is not there
@@ -97,7 +98,8 @@ class Prefetcher:
         )
         self._planning_s = time.perf_counter() - begin
         asked = self.store.prefetch(chosen) // self._record_bytes
-        self._asked.update(chosen[:asked])
+        self._fresh.update(chosen[:asked])
+        self._asked |= self._fresh
 
     def forecast_prompt(self, use_LE: Floats) -> None:
         """How much each expert is forecast to be used by a prompt's tokens; 0 is not at all.
@@ -115,6 +117,7 @@ class Prefetcher:
         """Decode begins: what the prompt read is not held against the forecasts."""
         self._next_layers.clear()
         self._asked.clear()
+        self._fresh.clear()
         self._used, self._before = 0, self.store.stats()
 
     def end_token(self, seconds: float) -> None:
@@ -122,6 +125,8 @@ class Prefetcher:
         now, before = self.store.stats(), self._before
         missed = now.misses - before.misses
         absent = missed + now.late - before.late
+        if now.bytes_wasted > before.bytes_wasted:  # evicted unused: a later need is a miss
+            self._asked &= self.store.resident() | self._fresh
         prefetched = now.bytes_prefetched - before.bytes_prefetched
         paid = self._spared_s(absent, now.stall_s - before.stall_s) >= _PRICE * self._planning_s
         reads = self._reader.stats
@@ -133,6 +138,7 @@ class Prefetcher:
             used_bytes=self._used * self._record_bytes if paid else 0,
         )
         self._missing = absent > 0 or prefetched > 0
+        self._fresh.clear()
         self._used, self._planning_s, self._before = 0, 0.0, now
 
     def _spared_s(self, absent: int, stall_s: float) -> float:
