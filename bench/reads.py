@@ -1,7 +1,8 @@
 """The ranged reader against plain direct reads of the same sizes from the same file.
 
-Ceiling: `measure_read_rate`, a bare loop of preadv with O_DIRECT in as many threads. Ours adds the
-queue, chunks, the checksum of every record and its wake-ups. Interleaved, compared pair by pair.
+Ceiling: a bare loop of preadv with O_DIRECT in as many threads, over the same places in the same
+order. Ours adds the queue, pieces and wake-ups. Sequential places are those of a layer packed side by
+side, scattered ones those of decoding. Interleaved, compared pair by pair. Linux.
 
     python -m bench.reads FILE_OF_A_GIGABYTE [--rounds 7]
 """
@@ -10,37 +11,70 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
+import threading
 import time
 from pathlib import Path
 
 import xxhash
 
-from chronos.common.fileio import ALIGN, aligned_buffer, measure_read_rate
+from chronos.common.fileio import ALIGN, aligned_buffer
 from chronos.common.files import RangedReader, Request
 
 SIZES = (48 << 10, 256 << 10, 1 << 20, 3 << 20)
-_TOTAL = 192 << 20
+_TOTAL, _AHEAD = 192 << 20, 16
 
 
-def ours(path: Path, size: int, threads: int, seed: int) -> float:
-    """Bytes per second of scattered reads with as many requests under way as a store has."""
-    places = list(range(0, path.stat().st_size - size, -(-size // ALIGN) * ALIGN))
-    random.Random(seed).shuffle(places)
-    places = places[: max(1, min(_TOTAL // size, 2000))]
-    buffers = [aligned_buffer(size) for _ in range(16)]
+def places(path: Path, size: int, order: str, seed: int) -> list[int]:
+    found = list(range(0, path.stat().st_size - size, -(-size // ALIGN) * ALIGN))
+    count = max(1, min(_TOTAL // size, 2000))
+    if order == "scattered":
+        random.Random(seed).shuffle(found)
+        return found[:count]
+    first = random.Random(seed).randrange(max(1, len(found) - count))
+    return found[first : first + count]
+
+
+def plain(path: Path, size: int, at: list[int], threads: int) -> float:
+    """Bytes per second of bare reads."""
+    fd, todo = os.open(path, os.O_RDONLY | os.O_DIRECT), iter(at)
+    lock = threading.Lock()
+
+    def work() -> None:
+        buffer = aligned_buffer(size)
+        while True:
+            with lock:
+                place = next(todo, None)
+            if place is None:
+                return
+            os.preadv(fd, [buffer], place)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    taken = time.perf_counter() - begin
+    os.close(fd)
+    return len(at) * size / taken
+
+
+def ours(path: Path, size: int, at: list[int], threads: int) -> float:
+    """Bytes per second with as many requests under way as a store has."""
+    buffers = [aligned_buffer(size) for _ in range(_AHEAD)]
     with RangedReader(threads=threads) as reader:
-        pending: list[tuple[Request, int]] = []
+        pending: list[Request] = []
         begin = time.perf_counter()
-        for number, place in enumerate(places):
-            if len(pending) == len(buffers):
-                pending.pop(0)[0].wait()
-            request = reader.submit(path, place, buffers[number % len(buffers)], demand=True)
-            pending.append((request, number))
-        for request, _ in pending:
+        for number, place in enumerate(at):
+            if len(pending) == _AHEAD:
+                pending.pop(0).wait()
+            pending.append(reader.submit(path, place, buffers[number % _AHEAD], demand=True))
+        for request in pending:
             request.wait()
-        return len(places) * size / (time.perf_counter() - begin)
+        return len(at) * size / (time.perf_counter() - begin)
 
 
 def checksum_rate(size: int) -> float:
@@ -51,33 +85,29 @@ def checksum_rate(size: int) -> float:
     return 20 * size / (time.perf_counter() - begin)
 
 
+def measure(args: argparse.Namespace, order: str, size: int) -> dict[str, object]:
+    pairs = []
+    for number in range(args.rounds):
+        at = places(args.file, size, order, number)
+        bare = plain(args.file, size, at, args.threads)
+        pairs.append((ours(args.file, size, at, args.threads), bare))
+    shares = [mine / bare for mine, bare in pairs]
+    mine, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(
+        f"{order:>10} {size >> 10:5d} KiB: ours {mine / 1e9:.2f} GB/s, plain {bare / 1e9:.2f}, "
+        f"share {statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+    )
+    rates = {"ours_bytes_per_s": mine, "plain_bytes_per_s": bare}
+    return {"order": order, "bytes": size, **rates, "shares": shares}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=4)
     args = parser.parse_args()
-    rows = []
-    for size in SIZES:
-        pairs = []
-        for number in range(args.rounds):
-            limit = min(_TOTAL, 2000 * size)
-            plain = measure_read_rate(args.file, size, args.threads, max_bytes=limit)
-            pairs.append((ours(args.file, size, args.threads, number), plain))
-        share = statistics.median(a / b for a, b in pairs)
-        rows.append(
-            {
-                "bytes": size,
-                "ours_bytes_per_s": statistics.median(a for a, _ in pairs),
-                "plain_bytes_per_s": statistics.median(b for _, b in pairs),
-                "share_median": share,
-                "share_range": [min(a / b for a, b in pairs), max(a / b for a, b in pairs)],
-            }
-        )
-        print(
-            f"{size >> 10:5d} KiB: ours {rows[-1]['ours_bytes_per_s'] / 1e9:.2f} GB/s, plain "
-            f"{rows[-1]['plain_bytes_per_s'] / 1e9:.2f}, share {share:.2f}"
-        )
+    rows = [measure(args, order, size) for order in ("sequential", "scattered") for size in SIZES]
     print(f"checksum of a 3 MiB record: {checksum_rate(3 << 20) / 1e9:.1f} GB/s on one core")
     print(json.dumps({"bench": "reads", "threads": args.threads, "rows": rows}))
 
