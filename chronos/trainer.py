@@ -94,7 +94,6 @@ class Trainer:
         recipe differs from that run's, DivergedError after `max_skipped` updates in a row that
         were not finite (the last good checkpoint stays).
         """
-        self.out.mkdir(parents=True, exist_ok=True)
         with RunLock(self.out), _signals() as stop:
             sweep_orphans(self.out / "checkpoints")
             saved = checkpoints(self.out)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chronos.common.errors import ResourceError
 from chronos.common.recipe import DataRecipe, Recipe, TokenizerRecipe, TrainRecipe
 from chronos.testing.tiny import CONFIG, tiny_tokenizer
 from chronos.trainer import Trainer, prepare
@@ -82,3 +83,9 @@ def test_that_of_a_run_with_a_checkpoint_is(recipe: Recipe, tmp_path: Path) -> N
     tiny_tokenizer(280).save(out)
     larger = dataclasses.replace(recipe, tokenizer=TokenizerRecipe(vocab_size=270))
     assert prepare(larger, out)[1].vocab_size == 280
+
+
+def test_a_run_folder_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ResourceError, match="run"):
+        run(recipe, tmp_path / "file" / "run")
