@@ -1,8 +1,8 @@
 """The ranged reader against plain direct reads of the same sizes from the same file.
 
 Ceiling: a bare loop of preadv with O_DIRECT in as many threads, over the same places in the same
-order. Ours adds the queue, pieces and wake-ups. Sequential places are those of a layer packed side by
-side, scattered ones those of decoding. Interleaved, compared pair by pair. Linux.
+order. Ours adds the queue, pieces and wake-ups. Sequential places are those of a layer packed
+side by side, scattered ones those of decoding. Interleaved, compared pair by pair. Linux.
 
     python -m bench.reads FILE_OF_A_GIGABYTE [--rounds 7]
 """

@@ -226,6 +226,8 @@ def load(
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)
     config = ModelConfig.from_json(folder)
+    if miss == "fallback" and config.num_shared_experts == 0:
+        raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
     layout = _open_layout(folder, config, budget, allow_missing)
     capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
     if layout is not None:

@@ -40,7 +40,9 @@ from chronos.common.tensorfile import read_header, read_tensors, write_tensors
 from chronos.common.tokenizer import Tokenizer
 
 Event = dict[str, Any]
-# What may differ between a run and its continuation without changing what a step computes.
+# What may differ between a run and its continuation: cadence, threads (sums may round otherwise)
+# and the number of steps - to go on for longer is a common reason to resume; the rate then follows
+# the longer schedule.
 _FREE = {
     "steps",
     "log_every",
@@ -86,6 +88,7 @@ class Trainer:
         self.backend, self.recipe, self.out = backend, recipe, out
         self.train, self.valid, self.tokenizer = train, valid, tokenizer
         self.on_event = on_event
+        self._data_digest = ""
 
     def run(self, *, resume: bool = False, force: bool = False) -> Report:
         """Train to the recipe's last step. Returns early, saved, on SIGINT or SIGTERM.
@@ -103,6 +106,9 @@ class Trainer:
                     str(self.out),
                     "continue it with --resume, or name another folder with --out",
                 )
+            if resume and not saved:
+                self.on_event({"message": f"no checkpoint in {self.out}: starting at step 0"})
+            self._data_digest = self.train.fingerprint()
             self.tokenizer.save(self.out)
             seed = self.recipe.train.seed
             model = self.backend.build(self.recipe.model, seed=seed, device=self.device)
@@ -193,7 +199,11 @@ class Trainer:
     def _save(self, step: TrainStep, number: int) -> None:
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
-        metadata = {"step": str(number), "recipe": json.dumps(self.recipe.to_json())}
+        metadata = {
+            "step": str(number),
+            "recipe": json.dumps(self.recipe.to_json()),
+            "data": self._data_digest,
+        }
         write_tensors(folder / f"step-{number:08d}.safetensors", step.state(), metadata)
         for _, old in checkpoints(self.out)[: -self.recipe.train.keep_checkpoints]:
             old.unlink()
@@ -202,14 +212,24 @@ class Trainer:
         """Load the newest checkpoint that reads clean; one that does not is passed over, named."""
         for number, path in reversed(checkpoints(self.out)):
             try:
-                recipe = json.loads(read_header(path).metadata.get("recipe", "{}"))
+                metadata = read_header(path).metadata
+                recipe = json.loads(metadata.get("recipe", "{}"))
                 _same_recipe(recipe, json.loads(json.dumps(self.recipe.to_json())), path, force)
+                self._same_data(metadata.get("data", ""), path, force)
                 step.load_state(read_tensors(path))
             except CorruptFileError as error:
                 self.on_event({"warning": f"{path.name} is passed over: {error.what}"})
                 continue
             return self._trim_metrics(number)
         raise CorruptFileError("no checkpoint of this run can be read", str(self.out))
+
+    def _same_data(self, digest: str, path: Path, force: bool) -> None:
+        if digest and digest != self._data_digest and not force:
+            raise ConfigError(
+                "the training data is not the run's: its text, order or tokenizer has changed",
+                str(path),
+                "restore the data, name another --out, or pass --force",
+            )
 
     def _trim_metrics(self, number: int) -> int:
         """Drop lines of steps that will be run again, and a torn last line; returns `number`."""

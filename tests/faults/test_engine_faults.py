@@ -299,3 +299,9 @@ def test_exact_mode_raises_rather_than_falls_back(folder: Path) -> None:
                 list(engine.generate([token] * 8, max_tokens=8))
         assert engine.store is not None
         assert engine.store.stats().fallbacks == 0
+
+
+def test_fallback_without_shared_experts_is_refused(tmp_path: Path) -> None:
+    folder = tiny_packed(tmp_path / "model", num_shared_experts=0)
+    with pytest.raises(UsageError, match="shared experts"):
+        load(folder, budget="50%", miss="fallback")

@@ -79,7 +79,7 @@ class DigestBackend:
         self.made: list[DigestStep] = []
         self.bad_from, self.slow_s = bad_from, slow_s
 
-    def build(self, config: ModelConfig, *, seed: int) -> None:
+    def build(self, config: ModelConfig, *, seed: int, device: str | None) -> None:
         return None
 
     def train_step(self, model: None, recipe: TrainRecipe) -> DigestStep:
@@ -151,6 +151,15 @@ def test_resume_with_another_recipe_is_refused_with_the_difference(tmp_path: Pat
         finish(tmp_path, changed, resume=True)
     report = trainer(tmp_path, DigestBackend(), changed).run(resume=True, force=True)
     assert report.step == 15
+
+
+def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
+    finish(tmp_path)
+    other = trainer(tmp_path, DigestBackend(), with_train(steps=15))
+    other.train = pack_documents([np.arange(60) % 290] * 9, seq_len=8, eos_id=1)
+    with pytest.raises(ConfigError, match="training data is not the run's"):
+        other.run(resume=True)
+    assert other.run(resume=True, force=True).step == 15
 
 
 def test_cadence_and_length_may_change(tmp_path: Path) -> None:

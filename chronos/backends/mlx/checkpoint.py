@@ -151,10 +151,11 @@ def save_model(model: Model, folder: Path) -> None:
         (to_bytes(spec.name, tensor_at(state[spec.name]), dtype) for spec in main),
         {"format": "pt"},
     )
-    side = lookahead_tensors(config)
-    write_tensors(
-        folder / "lookahead.safetensors",
-        (to_bytes(spec.name, tensor_at(state[spec.name]), mx.float32) for spec in side),
-        {"format": "pt"},
-    )
+    if model.lookahead is not None:
+        side = lookahead_tensors(config)
+        write_tensors(
+            folder / "lookahead.safetensors",
+            (to_bytes(spec.name, tensor_at(state[spec.name]), mx.float32) for spec in side),
+            {"format": "pt"},
+        )
     atomic_write(folder / "config.json", [config.dumps().encode()])

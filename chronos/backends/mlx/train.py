@@ -109,7 +109,7 @@ class TrainStep:
         out = self.model(
             ids_BT,
             segments_BT=segments_BT,
-            want_lookahead=True,
+            want_lookahead=self.model.lookahead is not None,
             lookahead_into_trunk=self.recipe.lookahead_into_trunk,
         )
         terms, picks_LE = routing_terms(out, segments_BT, weights, picks_LE)

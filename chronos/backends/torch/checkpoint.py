@@ -118,10 +118,11 @@ def save_model(model: Model, folder: Path) -> None:
         (to_bytes(spec.name, state[spec.name], dtype) for spec in main),
         {"format": "pt"},
     )
-    side = lookahead_tensors(config)
-    write_tensors(
-        folder / "lookahead.safetensors",
-        (to_bytes(spec.name, state[spec.name], torch.float32) for spec in side),
-        {"format": "pt"},
-    )
+    if model.lookahead is not None:
+        side = lookahead_tensors(config)
+        write_tensors(
+            folder / "lookahead.safetensors",
+            (to_bytes(spec.name, state[spec.name], torch.float32) for spec in side),
+            {"format": "pt"},
+        )
     atomic_write(folder / "config.json", [config.dumps().encode()])
