@@ -50,7 +50,7 @@ class DeviceOptions:
     ] = "auto"
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps.", metavar="NAME",
+        typer.Option(help="torch: cpu, cuda, cuda:1, mps; mlx: gpu, cpu.", metavar="NAME",
                      rich_help_panel=_RUN, show_default=False),
     ] = None  # fmt: skip
 
