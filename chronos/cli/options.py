@@ -51,7 +51,7 @@ class DeviceOptions:
     device: Annotated[
         str | None,
         typer.Option(help="torch: cpu, cuda, cuda:1, mps; mlx: gpu, cpu.", metavar="NAME",
-                     rich_help_panel=_RUN, show_default=False),
+                     rich_help_panel=_RUN, show_default="the best one"),
     ] = None  # fmt: skip
 
 

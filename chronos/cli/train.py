@@ -38,8 +38,8 @@ def pretrain(
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="RUN", help="Run folder. [default: runs/<recipe>]",
-                     show_default=False),
+        typer.Option("--out", "-o", metavar="RUN", help="Run folder.",
+                     show_default="runs/<recipe>"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
