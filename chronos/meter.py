@@ -134,7 +134,9 @@ class Meter:
         }
         decode = self._count().minus(self._middle)
         stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
-        resident_s = machine.resident_token_s
+        # What this run computed in is possible: a resident run that took longer was disturbed.
+        busy_s = max(0.0, token_s - stall_s)
+        resident_s = min(busy_s, machine.resident_token_s or busy_s)
         report = limit_report(
             token_s=token_s,
             reads_per_token=decode.bytes_read / machine.record_bytes / self.decoded,
@@ -146,7 +148,7 @@ class Meter:
             dense_bytes=machine.dense_bytes,
             layers=trace.num_layers,
             top_k=trace.top_k,
-            kernel_s=max(0.0, token_s - stall_s) if resident_s is None else resident_s,
+            kernel_s=resident_s,
             stall_s=stall_s,
         )
         return report.to_json()
