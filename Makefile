@@ -4,6 +4,7 @@
 #   make demo            the main job: one model answered twice, with all and with a quarter of its experts
 #   make test            the whole test suite (tests marked `cuda` need `make gpu`)
 #   make check           ruff, mypy, import contracts, generated docs up to date
+#   make absent          the unit and command line tests without MLX, without PyTorch and without either
 #   make gpu             the tests that need an NVIDIA GPU
 #   make docs            writes docs/cli.md and the list in docs/structure.md
 #
@@ -19,7 +20,7 @@ USE_STAMP := $(VENV)/.chronos-use$(EXTRA)
 DEV_STAMP := $(VENV)/.chronos-dev$(EXTRA)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check gpu docs clean
+.PHONY: demo test check absent gpu docs clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -32,6 +33,14 @@ check: $(DEV_STAMP)
 	$(RUN) mypy
 	$(BIN)/lint-imports
 	$(RUN) chronos.cli.docs --check docs
+
+# Each environment hides packages that are installed (tests/absent); about a minute each on one core.
+absent: $(DEV_STAMP)
+	@set -e; for hidden in mlx torch torch,mlx; do \
+	  echo "== without $$hidden"; \
+	  PYTHONPATH=tests/absent CHRONOS_TEST_WITHOUT=$$hidden CHRONOS_TEST_BACKENDS= \
+	    $(RUN) pytest -q -p no:cacheprovider tests/unit tests/cli; \
+	done
 
 gpu: $(DEV_STAMP)
 	$(RUN) pytest -m cuda

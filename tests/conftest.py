@@ -2,6 +2,9 @@
 
 CHRONOS_TEST_BACKENDS=torch,mlx names the backends to test; one that is missing is then an error.
 Without it, those that are installed are tested.
+
+`needs_backend` marks tests outside these suites that run a model. They are skipped only where
+CHRONOS_TEST_WITHOUT hides every backend (tests/absent); without a framework they fail elsewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +25,24 @@ def wanted() -> list[str]:
         raise pytest.UsageError(f"CHRONOS_TEST_BACKENDS: no backend is called {sorted(unknown)}")
     installed = [name for name, package in BACKENDS.items() if importlib.util.find_spec(package)]
     return named or installed
+
+
+def hidden() -> set[str]:
+    """The packages that tests/absent hides. Naming them while they can be found is an error."""
+    named = set(os.environ.get("CHRONOS_TEST_WITHOUT", "").split(",")) - {""}
+    if found := [name for name in sorted(named) if importlib.util.find_spec(name)]:
+        raise pytest.UsageError(
+            f"CHRONOS_TEST_WITHOUT needs PYTHONPATH=tests/absent to hide {found}"
+        )
+    return named
+
+
+NO_BACKEND = hidden() >= set(BACKENDS.values())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if NO_BACKEND and item.get_closest_marker("needs_backend"):
+        pytest.skip("runs a model; CHRONOS_TEST_WITHOUT hides every backend")
 
 
 @pytest.fixture(scope="session", params=wanted())

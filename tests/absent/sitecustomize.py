@@ -1,6 +1,7 @@
 """Runs Python as if packages were not installed, child processes included.
 
 PYTHONPATH=tests/absent CHRONOS_TEST_WITHOUT=torch,mlx python -m pytest tests/unit tests/cli
+`make absent` does so without MLX, without PyTorch and without either.
 """
 
 import os

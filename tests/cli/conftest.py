@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +76,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(6):
         (folder / f"{number}.txt").write_text(TEXT * (number + 3) + f"# {number}\n", "utf-8")
     return folder
+
+
+@pytest.fixture
+def chosen() -> str:
+    """The backend that is used where none is named; "" where there is none."""
+    order = ["torch", "mlx"]
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        order.reverse()
+    return next((name for name in order if importlib.util.find_spec(name)), "")
 
 
 @pytest.fixture

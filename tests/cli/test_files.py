@@ -15,6 +15,7 @@ def source(packed: Path) -> Path:
     return packed.with_name(packed.name + "-unpacked")
 
 
+@pytest.mark.needs_backend
 def test_pack_then_generate(chronos: Any, source: Path, packed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     data = chronos("pack", source, "-o", folder, "--json").json
@@ -29,6 +30,7 @@ def test_pack_says_what_it_wrote(chronos: Any, source: Path, tmp_path: Path) -> 
     assert done.out.startswith(f"{tmp_path / 'packed'}: 24 experts, ")
 
 
+@pytest.mark.needs_backend
 def test_pack_by_a_trace_gives_its_reason_and_the_same_tokens(
     chronos: Any, source: Path, text: Path, tmp_path: Path
 ) -> None:

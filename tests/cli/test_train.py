@@ -52,6 +52,7 @@ def recipe(text: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.needs_backend
 def test_train_pack_generate(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = chronos("train", "pretrain", "-c", recipe, "-o", run)
@@ -65,6 +66,7 @@ def test_train_pack_generate(chronos: Any, recipe: Path, tmp_path: Path) -> None
     assert data["finish_reason"] in ("length", "stop")
 
 
+@pytest.mark.needs_backend
 def test_a_run_goes_on_with_resume_only(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "-q")
     assert chronos(*flags).code == 0
@@ -83,18 +85,21 @@ def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path
     assert chronos("train", "pretrain", "-c", tmp_path / "absent.toml").code == 3
 
 
+@pytest.mark.needs_backend
 def test_data_can_be_named_on_the_command_line(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
     done = chronos(*flags, "--data", tmp_path / "absent.txt")
     assert done.code == 3 and "absent.txt" in done.err
 
 
+@pytest.mark.needs_backend
 def test_a_device_that_is_not_there(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
     done = chronos(*flags, "--device", "abacus")
     assert done.code == 2 and "unknown device 'abacus'" in done.err
 
 
+@pytest.mark.needs_backend
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_leaves(

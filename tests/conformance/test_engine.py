@@ -229,9 +229,7 @@ def test_an_unpacked_folder_runs_resident_and_only_so(backend: Any, folder: Path
 
 
 @pytest.mark.parametrize("options", [{"miss": "maybe"}, {"prefetch": "on"}, {"budget": "lots"}])
-def test_unknown_choices_are_refused(
-    backend: Any, folder: Path, options: dict[str, Any]
-) -> None:
+def test_unknown_choices_are_refused(backend: Any, folder: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         load(folder, backend=backend.name, **options)
 

@@ -204,9 +204,7 @@ def test_a_prompt_of_several_chunks(backend: Any, tmp_path: Path) -> None:
         Rollout(engine, prompt, steps=2).assert_same(expected)
 
 
-def test_sampled_tokens_do_not_depend_on_the_budget(
-    backend: Any, folders: dict[str, Path]
-) -> None:
+def test_sampled_tokens_do_not_depend_on_the_budget(backend: Any, folders: dict[str, Path]) -> None:
     params = SamplingParams(temperature=1.3, top_k=60, top_p=0.95, seed=11)
     answers = set()
     for budget in ("resident", "all", "50%", "10%"):

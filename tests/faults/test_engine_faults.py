@@ -82,9 +82,7 @@ def poison_unpacked(folder: Path, key: Key) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("budget", ["resident", "25%"])
-def test_a_nan_is_an_error_and_never_a_token(
-    folder: Path, budget: str, temperature: float
-) -> None:
+def test_a_nan_is_an_error_and_never_a_token(folder: Path, budget: str, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=1)
     with open_small(folder, budget="resident") as engine:
         clean = engine.generate(PROMPT, params, max_tokens=COUNT).result.tokens

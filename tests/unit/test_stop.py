@@ -36,8 +36,11 @@ def test_the_earliest_of_several_stop_strings_wins() -> None:
     assert shown(["cd", "bc"], ["a", "b", "c", "d"]) == ("a", True)
 
 
-@given(st.text("ab<>", max_size=30), st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3),
-       st.randoms())
+@given(
+    st.text("ab<>", max_size=30),
+    st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3),
+    st.randoms(),
+)
 def test_the_cuts_do_not_matter(text: str, stop: list[str], rng) -> None:  # type: ignore[no-untyped-def]
     cuts = sorted(rng.sample(range(len(text) + 1), min(4, len(text) + 1)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
