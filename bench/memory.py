@@ -2,9 +2,9 @@
 
 The promise: dense weights + expert budget + 600 MB. The cap is set to exactly that, so a process
 that needs more is killed. Linux as root. Make the model first, for example with
-`chronos bench replay T.npz --work bench/work/replay`.
+`chronos bench replay T.npz --work bench/scratch/replay`.
 
-    python -m bench.memory bench/work/replay --trace T.npz [--budget 25%] [--tokens 96]
+    python -m bench.memory bench/scratch/replay --trace T.npz [--budget 25%] [--tokens 96]
 """
 
 from __future__ import annotations

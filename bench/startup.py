@@ -4,7 +4,7 @@ Ceiling: the dense bytes at the disk's rate, and two seconds for Python, the fra
 the first pass. Beside it: what the framework's import alone takes, in a process of its own, in the
 same minute. The page cache is dropped before each run where that is allowed (root on Linux).
 
-    python -m bench.startup bench/work/replay --trace T.npz [--budget 25%] [--rounds 5]
+    python -m bench.startup bench/scratch/replay --trace T.npz [--budget 25%] [--rounds 5]
 """
 
 from __future__ import annotations
