@@ -138,13 +138,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, source: dict[str, Any] | str | Path) -> ModelConfig:
         """Read a config from its JSON object, file or model folder. Raises ConfigError."""
-        data, where = _load(source)
-        if "auto_map" in data:
-            raise ConfigError(
-                "config.json asks for code from the checkpoint (auto_map); Chronos runs none",
-                where,
-                "remove auto_map if the architecture is a built-in one",
-            )
+        data, where = load_config(source)
         if data.get("model_type") != MODEL_TYPE:
             raise ConfigError(
                 f"model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}", where
@@ -155,10 +149,25 @@ class ModelConfig:
             raise ConfigError(error.what, where or error.where, error.fix) from None
 
 
-def _load(source: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
+def load_config(source: dict[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
+    """The JSON object of a config.json and where it is; refuses one that asks for code of its own.
+
+    Raises ConfigError.
+    """
     if isinstance(source, dict):
-        return source, ""
-    path = Path(source)
+        data, where = source, ""
+    else:
+        data, where = _read(Path(source))
+    if "auto_map" in data:
+        raise ConfigError(
+            "config.json asks for code from the checkpoint (auto_map); Chronos runs none",
+            where,
+            "remove auto_map if the architecture is a built-in one",
+        )
+    return data, where
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         path = path / "config.json"
     try:

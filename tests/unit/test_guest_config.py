@@ -1,0 +1,141 @@
+"""Configs of other libraries' models: every spelling of the counts, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chronos.common.config import ModelConfig
+from chronos.common.errors import ConfigError
+from chronos.common.guest import Geometry, GuestConfig, read_config
+from chronos.common.tensorfile import write_tensors
+
+BASE = {
+    "model_type": "olmoe",
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+NATIVE = ModelConfig(hidden_size=64, num_hidden_layers=3)
+
+
+def renamed(**names: str) -> dict[str, object]:
+    """BASE with counts under other spellings."""
+    return {names.get(key, key): value for key, value in BASE.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "data", "shared"),
+    [
+        ("olmoe", BASE, 0),
+        ("mixtral", renamed(num_experts="num_local_experts"), 0),
+        ("gpt_oss", renamed(num_experts="num_local_experts") | {"experts_per_token": 2}, 0),
+        ("deepseek_v3", renamed(num_experts="n_routed_experts") | {"n_shared_experts": 1}, 1),
+        (
+            "ernie4_5_moe",
+            renamed(num_experts="moe_num_experts", num_experts_per_tok="moe_k")
+            | {"moe_num_shared_experts": 2},
+            2,
+        ),
+        ("aria_text", renamed(num_experts="moe_num_experts", num_experts_per_tok="moe_topk"), 0),
+        ("hunyuan_v1_moe", renamed(num_experts_per_tok="moe_topk") | {"moe_topk": [2, 1]}, 1),
+        ("gemma4_text", renamed(num_experts_per_tok="top_k_experts"), 0),
+        ("kimi_linear", renamed(num_experts_per_tok="num_experts_per_token"), 0),
+        ("qwen2_moe", BASE | {"shared_expert_intermediate_size": 16}, 1),
+        ("granitemoeshared", BASE | {"shared_intermediate_size": 16}, 1),
+        ("granitemoehybrid", BASE | {"shared_intermediate_size": 0}, 0),
+        ("llama4_text", renamed(num_experts="num_local_experts"), 1),
+        ("deepseek_v2", BASE | {"n_shared_experts": None}, 0),
+        (
+            "dbrx",
+            renamed(num_experts="_", num_experts_per_tok="_")
+            | {"ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}},
+            0,
+        ),
+        ("llama4", {"text_config": BASE, "vision_config": {"num_hidden_layers": 9}}, 1),
+    ],
+)
+def test_counts_are_found_under_every_spelling(model_type: str, data: dict, shared: int) -> None:
+    config = GuestConfig.from_json(data | {"model_type": model_type})
+    assert config == GuestConfig(model_type, 100, 64, 2, 8, 2, shared)
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_dtype_in_both_spellings(data: dict, dtype: str) -> None:
+    config = GuestConfig.from_json(BASE | data)
+    assert (config.dtype, config.dtype_bytes) == (dtype, 4 if dtype == "float32" else 2)
+
+
+def test_a_file_that_names_no_dtype_has_that_of_its_tensors(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE), "utf-8")
+    data = np.zeros(4, np.uint8)
+    write_tensors(
+        tmp_path / "model.safetensors", [("a.scales", "U8", (4,), data), ("b", "BF16", (2,), data)]
+    )
+    assert GuestConfig.from_json(tmp_path).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({}, ""),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "mlx"),
+        ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "mlx"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"quantization_config": {"bits": 4}}, "unknown"),
+    ],
+)
+def test_quantization_is_kept_by_name(data: dict, name: str) -> None:
+    assert GuestConfig.from_json(BASE | data).quantization == name
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (BASE | {"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
+        ({k: v for k, v in BASE.items() if k != "num_experts"}, "no routed experts"),
+        (BASE | {"num_experts": 0}, "num_experts must be 1"),
+        (BASE | {"num_experts": 10**9}, "num_experts must be 1"),
+        (BASE | {"num_experts_per_tok": 9}, "above num_experts"),
+        (BASE | {"num_experts_per_tok": True}, "num_experts_per_tok must be"),
+        (BASE | {"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
+        (BASE | {"vocab_size": "many"}, "vocab_size must be"),
+        ({k: v for k, v in BASE.items() if k != "vocab_size"}, "no vocab_size"),
+        (BASE | {"model_type": None}, "no model_type"),
+        (BASE | {"text_config": [1]}, "text_config is not an object"),
+        (BASE | {"quantization_config": "fp8"}, "quantization_config is not an object"),
+        (BASE | {"dtype": "int8"}, "dtype must be one of"),
+    ],
+)
+def test_refusals_name_the_key(data: dict, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        GuestConfig.from_json(data)
+
+
+def test_a_folder_is_ours_or_a_guest_by_its_model_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(NATIVE.dumps(), "utf-8")
+    native: Geometry = read_config(tmp_path)
+    assert native == NATIVE
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"dtype": "float16"}), "utf-8")
+    guest: Geometry = read_config(tmp_path)
+    assert guest == GuestConfig("olmoe", 100, 64, 2, 8, 2, 0, "float16")
+
+
+def test_both_kinds_of_folder_are_refused_for_code_of_their_own(tmp_path: Path) -> None:
+    for data in (NATIVE.to_json(), BASE):
+        (tmp_path / "config.json").write_text(json.dumps({**data, "auto_map": {}}), "utf-8")
+        with pytest.raises(ConfigError, match="auto_map"):
+            read_config(tmp_path)
