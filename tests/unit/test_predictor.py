@@ -1,0 +1,106 @@
+"""Predictors made of what was used, and the policy made of a predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from chronos.common.residency import Policy, Residency
+from chronos.common.routing.predictor import (
+    DecayedUse,
+    Predictor,
+    PredictorPolicy,
+    PreviousToken,
+    TokenClock,
+)
+
+L, E, K = 3, 8, 2
+Make = Callable[[], Predictor]
+SIMPLE = [
+    pytest.param(lambda: DecayedUse(L, E), id="decayed use"),
+    pytest.param(lambda: PreviousToken(L, E), id="previous token"),
+]
+
+
+def _ids(tokens: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.array([[rng.permutation(E)[:K] for _ in range(L)] for _ in range(tokens)], np.uint8)
+
+
+def test_the_clock_counts_layers_that_are_still_to_come_in_this_token_more() -> None:
+    clock = TokenClock(4, 0.5)
+    assert clock.weight_L.tolist() == pytest.approx([0.5 ** (p / 4) for p in range(4)])
+    clock.observe(1)
+    assert clock.weight_L.tolist() == pytest.approx([0.5 ** (p / 4) for p in (2, 3, 0, 1)])
+    clock.end_token()
+    assert clock.weight_L[0] == 1.0
+    clock.observe(3)
+    assert clock.weight_L[0] == 1.0
+
+
+def test_decayed_use_is_the_rate_of_turns_with_old_ones_fading() -> None:
+    predictor = DecayedUse(L, E, decay=0.5, discount=0.5)
+    predictor.observe(0, [1])
+    predictor.observe(1, [1])
+    predictor.end_token()
+    predictor.observe(0, [2])
+    predictor.end_token()
+    assert predictor.next_uses()[0, :3].tolist() == [0.0, 0.25, 0.5]
+    assert predictor.next_uses()[1, :3].tolist() == [0.0, 0.5, 0.0]  # not asked: does not fade
+    assert predictor.scores()[0, 2] == pytest.approx(0.5 * 2)
+    assert predictor.scores()[1, 1] == pytest.approx(0.5 * 2 * 0.5 ** (1 / 3))
+
+
+def test_the_previous_token_comes_before_all_older_ones() -> None:
+    ids_TLK = _ids(50)
+    predictor = PreviousToken(L, E)
+    predictor.prime(ids_TLK)
+    for row, used in zip(predictor.next_uses(), ids_TLK[-1], strict=True):
+        assert set(np.argsort(-row)[:K].tolist()) == set(used.tolist())
+
+
+@pytest.mark.parametrize("make", SIMPLE)
+def test_priming_with_a_prompt_is_decoding_it(make: Make) -> None:
+    ids_TLK = _ids(20)
+    primed, stepped = make(), make()
+    primed.prime(ids_TLK)
+    for ids_LK in ids_TLK:
+        for layer, experts in enumerate(ids_LK.tolist()):
+            stepped.observe(layer, experts)
+        stepped.end_token()
+    assert np.array_equal(primed.scores(), stepped.scores())
+    assert np.array_equal(primed.next_uses(), stepped.next_uses())
+
+
+@pytest.mark.parametrize("make", SIMPLE)
+def test_a_policy_ranks_as_its_predictor_at_every_moment(make: Make) -> None:
+    policy: Policy = PredictorPolicy(make())
+    predictor = make()
+    for ids_LK in _ids(5):
+        for layer, experts in enumerate(ids_LK.tolist()):
+            policy.observe(layer, experts)
+            predictor.observe(layer, experts)
+            assert np.array_equal(policy.priority, predictor.scores())
+        policy.end_token()
+        predictor.end_token()
+        assert np.array_equal(policy.priority, predictor.scores())
+
+
+def test_a_prefetch_must_outrank_what_it_would_replace() -> None:
+    policy = PredictorPolicy(DecayedUse(L, E))
+    residency = Residency(L, E, 1, policy)
+    policy.observe(0, [3])
+    admission = residency.admit((0, 3), demand=True)
+    assert admission is not None
+    residency.mark_ready(admission.slot)
+    assert residency.admit((0, 4), demand=False) is None
+    for _ in range(3):
+        policy.observe(0, [4])
+    assert residency.admit((0, 4), demand=False) is not None
+
+
+def test_decay_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
+        DecayedUse(L, E, decay=1.0)
