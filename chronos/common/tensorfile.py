@@ -13,6 +13,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,6 +254,50 @@ def read_small(path: StrPath, limit: int, io: FileIO | None = None) -> bytes:
         if file.nbytes > limit:
             raise corrupt(path, f"has {file.nbytes} bytes; at most {limit} are allowed")
         return file.read(0, file.nbytes)
+
+
+def read_pieces(wanted: Iterable[Located], io: FileIO | None = None) -> Stream:
+    """Read tensors in the given order, in pieces of at most 16 MiB, with memory for a few of them.
+
+    An entry then has the name, dtype and shape of the tensor, and the place of the piece; a tensor
+    without bytes has none. Reads are in order of place within windows of 64 MiB, so that tensors of
+    one record that lie apart are still read in large extents.
+    """
+    windows = list(_windows(_cut(wanted)))
+    by_place = [at for window in windows for at in sorted(window, key=_place)]
+    with closing(read_located(by_place, io)) as stream:
+        arriving = zip(by_place, stream, strict=True)
+        for window in windows:
+            held: dict[tuple[Path, int], memoryview] = {}
+            for at in window:
+                while _place(at) not in held:
+                    come, (_, data) = next(arriving)
+                    held[_place(come)] = data
+                yield at[1], held.pop(_place(at))
+
+
+def _place(at: Located) -> tuple[Path, int]:
+    return at[0], at[1].offset
+
+
+def _cut(wanted: Iterable[Located]) -> Iterator[Located]:
+    for path, entry in wanted:
+        for done in range(0, entry.nbytes, _EXTENT):
+            nbytes = min(_EXTENT, entry.nbytes - done)
+            yield path, entry._replace(offset=entry.offset + done, nbytes=nbytes)
+
+
+def _windows(pieces: Iterable[Located]) -> Iterator[list[Located]]:
+    window: list[Located] = []
+    nbytes = 0
+    for at in pieces:
+        if window and nbytes + at[1].nbytes > _AHEAD:
+            yield window
+            window, nbytes = [], 0
+        window.append(at)
+        nbytes += at[1].nbytes
+    if window:
+        yield window
 
 
 def read_located(wanted: Sequence[Located], io: FileIO | None = None) -> Stream:

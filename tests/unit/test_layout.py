@@ -133,9 +133,10 @@ def test_orders_must_hold_every_expert_once(source, tmp_path, order):
     assert not (tmp_path / "x").exists()
 
 
-def test_other_model_types_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(ConfigError, match="mixtral"):
+def test_a_model_without_experts_is_refused(tmp_path):
+    counts = {"vocab_size": 8, "max_position_embeddings": 8, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **counts}))
+    with pytest.raises(ConfigError, match="no routed experts"):
         pack(tmp_path, tmp_path / "x")
 
 

@@ -2,8 +2,9 @@
 
 The header is padded to a block, so the first record starts on one; filler tensors `pad.N` align
 each tensor to 64 bytes and each record to 4096. The writer takes experts one at a time from an
-iterator, so its memory does not grow with the model, and keeps a finished file it finds. Not here:
-which experts share a file (`clusters`) and where they come from (`pack`).
+iterator, and their tensors whole or in pieces, so its memory does not grow with the model; it keeps
+a finished file it finds. Not here: which experts share a file (`clusters`) and where they come from
+(`source`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -40,7 +41,8 @@ from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
 
-# Given keys, a generator of each of them with its tensors' bytes by name, in the order given.
+# Given keys, a generator of each of them with its tensors by name, in the order given. A tensor is
+# bytes-like, or an iterator of its bytes in pieces, which are asked for in the record's order.
 Source = Callable[[Sequence[Key]], Generator[tuple[Key, Mapping[str, Any]], None, None]]
 Progress = Callable[[int], None]  # bytes written so far
 
@@ -53,20 +55,32 @@ class Written:
     reused: int
 
 
-def record_template(specs: Sequence[TensorSpec]) -> tuple[tuple[RecordTensor, ...], int]:
-    """Where tensors lie in a record, and the record's padded size."""
-    tensors, position = [], 0
-    for spec in specs:
-        tensor = RecordTensor(spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape, position)
-        tensors.append(tensor)
+class Template(NamedTuple):
+    """Where tensors lie in a record, and its padded size."""
+
+    tensors: tuple[RecordTensor, ...]
+    nbytes: int
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Template:
+    """A record of tensors given by name, safetensors dtype and shape."""
+    placed, position = [], 0
+    for name, dtype, shape in tensors:
+        tensor = RecordTensor(name, dtype, shape, position)
+        placed.append(tensor)
         position = round_up(position + tensor.nbytes, TENSOR_ALIGN)
-    return tuple(tensors), round_up(position, ALIGN)
+    return Template(tuple(placed), round_up(position, ALIGN))
+
+
+def record_template(specs: Sequence[TensorSpec]) -> Template:
+    """A record of the tensors a config implies."""
+    return lay_out((spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape) for spec in specs)
 
 
 def write_experts(
     folder: Path,
     clusters: Sequence[Sequence[Key]],
-    specs: Sequence[TensorSpec],
+    specs: Sequence[TensorSpec] | Mapping[int, Template],
     source: Source,
     *,
     fingerprint: str,
@@ -77,19 +91,23 @@ def write_experts(
 ) -> Written:
     """Write `experts/` of the model folder: one file per cluster, the manifest last.
 
-    specs: the tensors of one expert, all experts alike. `source` is called once per cluster; the
-    memory held is what it holds. With `finite` a NaN or infinity is refused by name. Raises
-    ShapeMismatch, CorruptFileError, DiskFullError, ResourceError; what was complete stays complete,
-    and the same call again continues behind it.
+    specs: the tensors of one expert, all experts alike; or each layer's record. `source` is called
+    once per cluster; the memory held is what it holds. With `finite` a NaN or infinity is refused
+    by name. Raises ShapeMismatch, CorruptFileError, DiskFullError, ResourceError; what was complete
+    stays complete, and the same call again continues behind it.
     """
-    tensors, nbytes = record_template(specs)
+    if not isinstance(specs, Mapping):
+        specs = dict.fromkeys(
+            {layer for keys in clusters for layer, _ in keys}, record_template(specs)
+        )
     home, advance = folder / EXPERTS, progress or (lambda nbytes: None)
     files: dict[str, int] = {}
     records: dict[Key, Record] = {}
     done = reused = 0
     make_folder(home, io)
     for number, keys in enumerate(clusters):
-        cluster = _Cluster(home / f"cluster-{number:05d}.ctsr", keys, tensors, nbytes, fingerprint)
+        templates = [specs[layer] for layer, _ in keys]
+        cluster = _Cluster(home / f"cluster-{number:05d}.ctsr", keys, templates, fingerprint)
         found = cluster.reuse(io)
         reused += found
         if not found:
@@ -115,8 +133,7 @@ class _Cluster:
         self,
         path: Path,
         keys: Sequence[Key],
-        tensors: tuple[RecordTensor, ...],
-        record_nbytes: int,
+        templates: Sequence[Template],
         fingerprint: str,
     ) -> None:
         layers = sorted({layer for layer, _ in keys})
@@ -127,15 +144,12 @@ class _Cluster:
             "layers": ",".join(map(str, layers)),
             "fingerprint": fingerprint,
         }
-        self.path, self.tensors = path, tensors
-        self.header = build_header(_entries(keys, tensors, record_nbytes), metadata)
-        self.nbytes = len(self.header) + len(keys) * record_nbytes
-        self.records = [
-            Record(
-                key, path.name, len(self.header) + i * record_nbytes, record_nbytes, b"", tensors
-            )
-            for i, key in enumerate(keys)
-        ]
+        self.path, self.records = path, list[Record]()
+        self.header = build_header(_entries(keys, templates), metadata)
+        self.nbytes = len(self.header)
+        for key, (tensors, nbytes) in zip(keys, templates, strict=True):
+            self.records.append(Record(key, path.name, self.nbytes, nbytes, b"", tensors))
+            self.nbytes += nbytes
 
     def reuse(self, io: FileIO | None) -> bool:
         """Whether an earlier run finished this very file; its records get their digests if so."""
@@ -168,11 +182,11 @@ class _Cluster:
 
 
 def _entries(
-    keys: Sequence[Key], tensors: tuple[RecordTensor, ...], record_nbytes: int
+    keys: Sequence[Key], templates: Sequence[Template]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """The header's tensors in file order, fillers included."""
     fillers = 0
-    for key in keys:
+    for key, (tensors, record_nbytes) in zip(keys, templates, strict=True):
         for tensor, gap in _gaps(tensors, record_nbytes):
             yield tensor_key(key, tensor.name), tensor.dtype, tensor.shape
             if gap:
@@ -191,14 +205,18 @@ def _gaps(
 
 def _record_chunks(record: Record, data: Mapping[str, Any], finite: bool) -> Iterator[Any]:
     for tensor, gap in _gaps(record.tensors, record.nbytes):
-        view = memoryview(data[tensor.name])
-        if view.nbytes != tensor.nbytes:
+        given, nbytes = data[tensor.name], 0
+        for piece in given if isinstance(given, Iterator) else [given]:
+            view = memoryview(piece)
+            if finite:
+                name = f"{record.label}: {tensor.name}"
+                check_finite(view, tensor.dtype, name, skipped=nbytes)
+            nbytes += view.nbytes
+            yield view
+        if nbytes != tensor.nbytes:
             raise ShapeMismatch(
-                f"{record.label}: {tensor.name} has {view.nbytes} bytes, {tensor.nbytes} wanted"
+                f"{record.label}: {tensor.name} has {nbytes} bytes, {tensor.nbytes} wanted"
             )
-        if finite:
-            check_finite(view, tensor.dtype, f"{record.label}: {tensor.name}")
-        yield view
         yield bytes(gap)
 
 

@@ -33,7 +33,7 @@ def first_nonfinite(data: Any, dtype: str) -> int | None:
     if dtype not in _PATTERNS:
         return None
     kind, mask, pattern = _PATTERNS[dtype]
-    bits = np.frombuffer(data, kind)
+    bits = np.frombuffer(data, kind, data.nbytes // np.dtype(kind).itemsize)  # whole ones
     for start in range(0, bits.size, _BLOCK):
         hits = bits[start : start + _BLOCK] & bits.dtype.type(mask) == bits.dtype.type(pattern)
         if hits.any():
@@ -41,7 +41,11 @@ def first_nonfinite(data: Any, dtype: str) -> int | None:
     return None
 
 
-def check_finite(data: Any, dtype: str, name: str, where: str = "") -> None:
-    """Raises CorruptFileError naming the tensor and the element."""
+def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int = 0) -> None:
+    """Raises CorruptFileError naming the tensor and the element.
+
+    skipped: bytes of the tensor before `data`, where it comes in pieces.
+    """
     if data.nbytes and (index := first_nonfinite(data, dtype)) is not None:
+        index += skipped // np.dtype(_PATTERNS[dtype][0]).itemsize
         raise CorruptFileError(f"{name}: element {index} is NaN or infinite", where)

@@ -18,7 +18,8 @@ from pathlib import Path
 from chronos.common.config import ModelConfig
 from chronos.common.errors import CorruptClusterError, ShapeMismatch
 from chronos.common.fileio import FileIO, StrPath, corrupt
-from chronos.common.layout.ctsr import read_records
+from chronos.common.guest import GuestConfig
+from chronos.common.layout.ctsr import Template, read_records
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
     CTSR_VERSION,
@@ -32,6 +33,8 @@ from chronos.common.layout.manifest import (
 )
 from chronos.common.tensorfile import TensorEntry, read_header
 from chronos.common.weights import SAFETENSORS_DTYPE, expert_name, expert_tensors
+
+_Spelled = tuple[str, str, tuple[int, ...]]  # a tensor's name, dtype and shape
 
 FINGERPRINT = "chronos_fingerprint"  # the dense file's metadata key
 
@@ -79,6 +82,11 @@ class Layout:
         """The largest record, which is what a slot has to hold."""
         return max(record.nbytes for record in self.records.values())
 
+    def template(self, layer: int) -> Template:
+        """The record of an expert of a layer; all of them are alike."""
+        record = self.records[layer, 0]
+        return Template(record.tensors, record.nbytes)
+
     def path(self, key: Key) -> Path:
         """The cluster file of an expert."""
         return self.folder / EXPERTS / self.records[key].file
@@ -93,7 +101,7 @@ def open_layout(
     folder: StrPath,
     *,
     fingerprint: str | None = None,
-    config: ModelConfig | None = None,
+    config: ModelConfig | GuestConfig | None = None,
     allow_missing: bool = False,
     io: FileIO | None = None,
 ) -> Layout:
@@ -143,28 +151,36 @@ def read_experts(layout: Layout) -> Iterator[tuple[TensorEntry, memoryview]]:
                 yield entry, views[tensor.name]
 
 
-def check_geometry(manifest: Manifest, config: ModelConfig) -> None:
-    """Compare the records with what a config implies. Raises ShapeMismatch naming the expert."""
-    wanted = {
-        (layer, expert)
-        for layer in range(config.num_hidden_layers)
-        for expert in range(config.num_experts)
-    }
+def check_geometry(manifest: Manifest, config: ModelConfig | GuestConfig) -> None:
+    """Compare the records with a config. Raises ShapeMismatch naming the expert.
+
+    Chronos' own implies their tensors; another library's only their number, so that those of one
+    layer are compared with each other.
+    """
+    layers, implied = set(range(config.num_hidden_layers)), list[_Spelled]()
+    if isinstance(config, ModelConfig):
+        implied = [(s.name, SAFETENSORS_DTYPE[s.dtype], s.shape) for s in expert_tensors(config)]
+    else:
+        layers &= {layer for layer, _ in manifest.records}
+    wanted = {(layer, expert) for layer in layers for expert in range(config.num_experts)}
     if odd := sorted(wanted ^ manifest.records.keys()):
         layer, expert = odd[0]
         state = "missing" if odd[0] in wanted else "not in the config"
         raise ShapeMismatch(f"expert {expert} of layer {layer} is {state} ({len(odd)} in all)")
-    specs = [(s.name, SAFETENSORS_DTYPE[s.dtype], s.shape) for s in expert_tensors(config)]
-    for record in manifest.records.values():
-        found = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
-        if found != specs:
+    for (layer, _), record in manifest.records.items():
+        expected = implied or _spelled(manifest.records[layer, 0])
+        if (found := _spelled(record)) != expected:
+            source = "the config implies" if implied else "others of the layer have"
             raise ShapeMismatch(
-                f"{record.label}: {_spell(found)} found, the config implies {_spell(specs)}",
-                record.file,
+                f"{record.label}: {_spell(found)} found, {source} {_spell(expected)}", record.file
             )
 
 
-def _spell(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+def _spelled(record: Record) -> list[_Spelled]:
+    return [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
+
+
+def _spell(tensors: Iterable[_Spelled]) -> str:
     return ", ".join(f"{name} {dtype} {list(shape)}" for name, dtype, shape in tensors)
 
 

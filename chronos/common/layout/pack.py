@@ -1,61 +1,50 @@
 """From a model folder, packed or not, to a packed one: dense part, cluster files, manifest last.
 
-Bytes are moved, never converted; every tensor is compared with the config and searched for NaN on
-its way. Memory is bounded by a few records. A run killed at any point leaves either no manifest or
-a whole model, and the same command again continues behind the last finished cluster file. The
-source is only read. Not covered: checkpoints of other model types.
+Bytes are moved, never converted, and searched for NaN on their way. Memory is bounded by some
+pieces of 16 MiB. A run killed at any point leaves either no manifest or a whole model, and the same
+command again continues behind the last finished cluster file. The source is only read. Not here:
+what a source is and how it is checked (`source`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from chronos.common.config import ModelConfig
-from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
-from chronos.common.fileio import FileIO, SmallReader, StrPath, check_free_space
+from chronos.common.errors import ConfigError, UsageError
+from chronos.common.fileio import ALIGN, FileIO, SmallReader, StrPath, check_free_space
 from chronos.common.files import RunLock, atomic_write, sweep_orphans
-from chronos.common.layout.ctsr import Source, read_records, record_template, write_experts
+from chronos.common.guest import GuestConfig
+from chronos.common.layout.ctsr import write_experts
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import FINGERPRINT, is_packed, open_layout
 from chronos.common.layout.manifest import EXPERTS, Key
-from chronos.common.tensorfile import (
-    Located,
-    locate_tensors,
-    read_located,
-    read_tensors,
-    write_tensors,
-)
-from chronos.common.weights import (
-    SAFETENSORS_DTYPE,
-    TensorSpec,
-    dense_tensors,
-    expert_name,
-    expert_tensors,
-    lookahead_tensors,
-    routed_tensors,
-)
+from chronos.common.layout.source import ModelSource, open_source, pick
+from chronos.common.tensorfile import build_header, read_pieces, read_tensors
+from chronos.common.weights import lookahead_tensors
 
 SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "lookahead.safetensors", "intent.safetensors", "LICENSE", "config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "lookahead.safetensors", "intent.safetensors",
+    "forecast.safetensors", "config.json",
 )  # fmt: skip
-_SAMPLE = 4096  # bytes at either end of a tensor that go into the fingerprint
 _COPY = 1 << 20
-
-Experts = Generator[tuple[Key, Mapping[str, Any]], None, None]
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a `pack` did: bytes of weights in the packed folder, seconds, experts, cluster files."""
+    """What a `pack` did: bytes of weights in the packed folder, seconds, experts, cluster files.
+
+    left_out: names of tensors that no decoder runs (multi-token-prediction layers).
+    """
 
     bytes: int
     seconds: float
@@ -63,23 +52,10 @@ class PackReport:
     clusters: int
     reused_clusters: int
     fingerprint: str
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A source: where the dense tensors are, how to get experts, and which model it is."""
-
-    config: ModelConfig
-    dense: list[Located]
-    experts: Source
-    fingerprint: str
-
-    @property
-    def dense_nbytes(self) -> int:
-        return sum(entry.nbytes for _, entry in self.dense)
 
 
 def pack(
@@ -99,13 +75,12 @@ def pack(
     DiskFullError before anything is written where it can, UsageError.
     """
     began, src, dst, io = time.perf_counter(), Path(src), Path(dst), io or FileIO()
-    model = _open_source(src, io)
-    clusters = _clusters(order, model.config)
+    model = open_source(src, io)
+    clusters = _clusters(order, model)
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
         raise UsageError("source and destination are the same folder", str(dst))
-    specs = expert_tensors(model.config)
-    total = model.dense_nbytes + record_template(specs)[1] * model.config.num_routed_experts
+    total = model.dense_nbytes + model.expert_nbytes
 
     def advance(nbytes: int) -> None:
         if progress:
@@ -116,13 +91,13 @@ def pack(
         sweep_orphans(dst / EXPERTS)
         if is_packed(dst):
             return _already_packed(dst, model, clusters, began)
-        check_free_space(dst, total + _overhead(src, model.config) - _existing_nbytes(dst), io)
+        check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
         _write_dense(dst, model, io)
         _copy_side_files(src, dst, model.config, io)
         written = write_experts(
             dst,
             clusters,
-            specs,
+            model.templates,
             model.experts,
             fingerprint=model.fingerprint,
             order=how,
@@ -136,88 +111,12 @@ def pack(
         clusters=len(clusters),
         reused_clusters=written.reused,
         fingerprint=model.fingerprint,
+        left_out=model.left_out,
     )
 
 
-def _open_source(src: Path, io: FileIO) -> _Model:
-    config = ModelConfig.from_json(src)
-    located = locate_tensors(src, io)
-    dense = _pick(dense_tensors(config), located, src)
-    if is_packed(src):
-        layout = open_layout(src, config=config, io=io)
-
-        def packed_experts(keys: Sequence[Key]) -> Experts:
-            wanted = [(layout.path(key), layout.records[key]) for key in keys]
-            with closing(read_records(wanted, io)) as stream:
-                for record, data in stream:
-                    yield record.key, record.views(data)
-
-        experts: Source = packed_experts
-        fingerprint = layout.fingerprint
-    else:
-        _pick(routed_tensors(config), located, src)
-        experts = _unpacked_experts(config, located, io)
-        fingerprint = _fingerprint(located, io)
-    known = {spec.name for spec in dense_tensors(config)}
-    known |= {spec.name for spec in routed_tensors(config)}
-    if odd := min(located.keys() - known, default=None):
-        raise ShapeMismatch(f"tensor {odd} is not one the config implies", str(src))
-    return _Model(config, dense, experts, fingerprint)
-
-
-def _pick(specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path) -> list[Located]:
-    """The tensors of `specs`, each compared with the file. Raises ShapeMismatch by name."""
-    picked = []
-    for spec in specs:
-        at = located.get(spec.name)
-        if at is None:
-            raise ShapeMismatch(f"tensor {spec.name} is missing", str(src))
-        if (at[1].dtype, at[1].shape) != (SAFETENSORS_DTYPE[spec.dtype], spec.shape):
-            raise ShapeMismatch(
-                f"tensor {spec.name} is {at[1].dtype} {list(at[1].shape)}, the config implies"
-                f" {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}",
-                str(at[0]),
-            )
-        picked.append(at)
-    return picked
-
-
-def _unpacked_experts(config: ModelConfig, located: Mapping[str, Located], io: FileIO) -> Source:
-    names = [spec.name for spec in expert_tensors(config)]
-
-    def experts(keys: Sequence[Key]) -> Experts:
-        wanted = [located[expert_name(*key, name)] for key in keys for name in names]
-        with closing(read_located(wanted, io)) as stream:
-            for key in keys:
-                yield key, {name: next(stream)[1] for name in names}
-
-    return experts
-
-
-def _fingerprint(located: Mapping[str, Located], io: FileIO) -> str:
-    """xxh3_128 over each tensor's name, dtype, shape and both ends, in order of names.
-
-    The ends, not all bytes: any training step moves nearly every weight, and reading it all would
-    double the time to pack.
-    """
-    digest = xxhash.xxh3_128()
-    with ExitStack() as stack:
-        paths = {path for path, _ in located.values()}
-        files = {path: stack.enter_context(SmallReader(path, io)) for path in paths}
-        for name in sorted(located):
-            path, entry = located[name]
-            size = min(_SAMPLE, entry.nbytes)
-            digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            digest.update(files[path].read(entry.offset, size))
-            digest.update(files[path].read(entry.offset + entry.nbytes - size, size))
-    return digest.hexdigest()
-
-
-def _clusters(order: str | Sequence[Sequence[Key]], config: ModelConfig) -> list[list[Key]]:
-    layers = [
-        [(layer, expert) for expert in range(config.num_experts)]
-        for layer in range(config.num_hidden_layers)
-    ]
+def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[list[Key]]:
+    layers = model.layers
     if isinstance(order, str):
         if order != "layer":
             raise UsageError(f"unknown order {order!r}", "", "use 'layer' or a list of clusters")
@@ -232,7 +131,7 @@ def _clusters(order: str | Sequence[Sequence[Key]], config: ModelConfig) -> list
 
 
 def _already_packed(
-    dst: Path, model: _Model, clusters: list[list[Key]], began: float
+    dst: Path, model: ModelSource, clusters: list[list[Key]], began: float
 ) -> PackReport:
     """The report for a finished folder of the same model and clusters; anything else is refused."""
     layout = open_layout(dst, config=model.config)
@@ -252,48 +151,55 @@ def _already_packed(
         clusters=len(clusters),
         reused_clusters=len(clusters),
         fingerprint=layout.fingerprint,
+        left_out=model.left_out,
     )
 
 
-def _overhead(src: Path, config: ModelConfig) -> int:
+def _overhead(src: Path, clusters: list[list[Key]]) -> int:
     """Bytes of side files, and about those of headers and manifest."""
-    side = sum((src / name).stat().st_size for name in SIDE_FILES if (src / name).exists())
-    return side + 512 * config.num_routed_experts
+    side = sum(path.stat().st_size for path in _side_files(src))
+    return side + 1024 * sum(map(len, clusters)) + ALIGN * len(clusters)
 
 
 def _existing_nbytes(dst: Path) -> int:
     return sum(path.stat().st_size for path in (dst / EXPERTS).glob("cluster-*.ctsr"))
 
 
-def _write_dense(dst: Path, model: _Model, io: FileIO) -> None:
+def _write_dense(dst: Path, model: ModelSource, io: FileIO) -> None:
     metadata = {"format": "pt", FINGERPRINT: model.fingerprint}
-    with closing(read_located(model.dense, io)) as stream:
+    header = build_header(((e.name, e.dtype, e.shape) for _, e in model.dense), metadata)
 
-        def next_finite() -> memoryview:
-            entry, data = next(stream)
-            check_finite(data, entry.dtype, entry.name)
-            return data
+    def chunks() -> Iterator[Any]:
+        yield header
+        starts = {entry.name: entry.offset for _, entry in model.dense}
+        with closing(read_pieces(model.dense, io)) as stream:
+            for piece, data in stream:
+                skipped = piece.offset - starts[piece.name]
+                check_finite(data, piece.dtype, piece.name, skipped=skipped)
+                yield data
 
-        tensors = [(e.name, e.dtype, e.shape, next_finite) for _, e in model.dense]
-        write_tensors(dst / "model.safetensors", tensors, metadata, io)
+    nbytes = len(header) + model.dense_nbytes
+    atomic_write(dst / "model.safetensors", chunks(), io, nbytes=nbytes)
 
 
-def _copy_side_files(src: Path, dst: Path, config: ModelConfig, io: FileIO) -> None:
-    for name in SIDE_FILES:
-        source = src / name
-        if not source.exists():
-            continue
+def _side_files(src: Path) -> list[Path]:
+    licenses = sorted(path.name for path in src.glob("LICENSE*") if path.is_file())
+    return [src / name for name in (*licenses, *SIDE_FILES) if (src / name).exists()]
+
+
+def _copy_side_files(src: Path, dst: Path, config: ModelConfig | GuestConfig, io: FileIO) -> None:
+    for source in _side_files(src):
         if source.suffix == ".safetensors":
             found = {}
             with closing(read_tensors(source, io=io)) as stream:
                 for entry, data in stream:
                     check_finite(data, entry.dtype, entry.name, str(source))
                     found[entry.name] = (source, entry)
-            if name == "lookahead.safetensors":
-                _pick(lookahead_tensors(config), found, src)
+            if source.name == "lookahead.safetensors" and isinstance(config, ModelConfig):
+                pick(lookahead_tensors(config), found, src)
         with SmallReader(os.path.realpath(source), io) as file:
             chunks = (
                 file.read(offset, min(_COPY, file.nbytes - offset))
                 for offset in range(0, file.nbytes, _COPY)
             )
-            atomic_write(dst / name, chunks, io, nbytes=file.nbytes)
+            atomic_write(dst / source.name, chunks, io, nbytes=file.nbytes)

@@ -1,0 +1,207 @@
+"""What is packed: a model folder as a dense part, records to lay out, and a source of experts.
+
+Three kinds of folder give the same `ModelSource`: Chronos' own models, those of other libraries,
+and packed ones of either. Each is compared with its config before anything is written; Chronos' own
+tensor by tensor, others as far as names and counts go. Of the weights only samples are read, for
+the fingerprint. Not here: writing (`pack`), and what other libraries call their tensors (`naming`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from chronos.common.config import ModelConfig
+from chronos.common.errors import ShapeMismatch
+from chronos.common.fileio import FileIO, SmallReader
+from chronos.common.guest import GuestConfig, read_config
+from chronos.common.layout.ctsr import Source, Template, read_records, record_template
+from chronos.common.layout.folder import Layout, is_packed, open_layout
+from chronos.common.layout.guest import find_experts
+from chronos.common.layout.manifest import Key
+from chronos.common.tensorfile import Located, locate_tensors, read_pieces
+from chronos.common.weights import (
+    SAFETENSORS_DTYPE,
+    TensorSpec,
+    dense_tensors,
+    expert_name,
+    expert_tensors,
+    routed_tensors,
+)
+
+_SAMPLE = 4096  # bytes at either end of a tensor that go into the fingerprint
+
+Experts = Generator[tuple[Key, Mapping[str, Any]], None, None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to pack: where the dense tensors are, how to get experts, and which model it is.
+
+    templates: the record of an expert, by layer. left_out: names of tensors no decoder runs.
+    """
+
+    config: ModelConfig | GuestConfig
+    dense: list[Located]
+    templates: Mapping[int, Template]
+    experts: Source
+    fingerprint: str
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(entry.nbytes for _, entry in self.dense)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Of all records, padding included."""
+        return self.config.num_experts * sum(t.nbytes for t in self.templates.values())
+
+    @property
+    def layers(self) -> list[list[Key]]:
+        """The experts of each layer that has some."""
+        return [[(layer, e) for e in range(self.config.num_experts)] for layer in self.templates]
+
+
+def open_source(src: Path, io: FileIO) -> ModelSource:
+    """Look at a model folder of any kind. Raises ConfigError, ShapeMismatch, CorruptFileError."""
+    config = read_config(src)
+    if is_packed(src):
+        return _packed(src, config, io)
+    located = locate_tensors(src, io)
+    if isinstance(config, ModelConfig):
+        return _native(src, config, located, io)
+    return _guest(config, located, io)
+
+
+def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSource:
+    layout, located = open_layout(src, config=config, io=io), locate_tensors(src, io)
+    dense = list(located.values())
+    if isinstance(config, ModelConfig):
+        dense = pick_all(dense_tensors(config), located, src)
+    return ModelSource(
+        config,
+        dense,
+        {layer: layout.template(layer) for layer in layout.moe_layers},
+        partial(_packed_experts, layout, io),
+        layout.fingerprint,
+    )
+
+
+def _packed_experts(layout: Layout, io: FileIO, keys: Sequence[Key]) -> Experts:
+    wanted = [(layout.path(key), layout.records[key]) for key in keys]
+    with closing(read_records(wanted, io)) as stream:
+        for record, data in stream:
+            yield record.key, record.views(data)
+
+
+def _native(
+    src: Path, config: ModelConfig, located: Mapping[str, Located], io: FileIO
+) -> ModelSource:
+    dense = dense_tensors(config)
+    picked = pick_all([*dense, *routed_tensors(config)], located, src)
+    record = record_template(expert_tensors(config))
+    templates = dict.fromkeys(range(config.num_hidden_layers), record)
+
+    def locate(key: Key, tensor: str) -> list[Located]:
+        return [located[expert_name(*key, tensor)]]
+
+    return ModelSource(
+        config,
+        picked[: len(dense)],
+        templates,
+        partial(_gathered, templates, locate, io),
+        _fingerprint(located, io),
+    )
+
+
+def _guest(config: GuestConfig, located: Mapping[str, Located], io: FileIO) -> ModelSource:
+    found = find_experts(located, config)
+    left_out = set(found.left_out)
+    return ModelSource(
+        config,
+        found.dense,
+        found.templates,
+        partial(_gathered, found.templates, found.locate, io),
+        _fingerprint({name: at for name, at in located.items() if name not in left_out}, io),
+        tuple(found.left_out),
+    )
+
+
+def _gathered(
+    templates: Mapping[int, Template],
+    locate: Callable[[Key, str], Iterable[Located]],
+    io: FileIO,
+    keys: Sequence[Key],
+) -> Experts:
+    """Experts whose tensors lie anywhere, in parts that are laid one after the other."""
+    wanted = (
+        at
+        for key in keys
+        for tensor in templates[key[0]].tensors
+        for at in locate(key, tensor.name)
+    )
+    with closing(read_pieces(wanted, io)) as stream:
+
+        def pieces(nbytes: int) -> Iterator[memoryview]:
+            while nbytes > 0:
+                data = next(stream)[1]
+                nbytes -= data.nbytes
+                yield data
+
+        for key in keys:
+            tensors = templates[key[0]].tensors
+            yield key, {tensor.name: pieces(tensor.nbytes) for tensor in tensors}
+
+
+def pick(specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path) -> list[Located]:
+    """The tensors of `specs`, each compared with the file. Raises ShapeMismatch by name."""
+    picked = []
+    for spec in specs:
+        at = located.get(spec.name)
+        if at is None:
+            raise ShapeMismatch(f"tensor {spec.name} is missing", str(src))
+        if (at[1].dtype, at[1].shape) != (SAFETENSORS_DTYPE[spec.dtype], spec.shape):
+            raise ShapeMismatch(
+                f"tensor {spec.name} is {at[1].dtype} {list(at[1].shape)}, the config implies"
+                f" {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}",
+                str(at[0]),
+            )
+        picked.append(at)
+    return picked
+
+
+def pick_all(
+    specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path
+) -> list[Located]:
+    """As `pick`, and nothing else may be there."""
+    specs = list(specs)
+    picked = pick(specs, located, src)
+    if odd := min(located.keys() - {spec.name for spec in specs}, default=None):
+        raise ShapeMismatch(f"tensor {odd} is not one the config implies", str(src))
+    return picked
+
+
+def _fingerprint(located: Mapping[str, Located], io: FileIO) -> str:
+    """xxh3_128 over each tensor's name, dtype, shape and both ends, in order of names.
+
+    The ends, not all bytes: any training step moves nearly every weight, and reading it all would
+    double the time to pack.
+    """
+    digest = xxhash.xxh3_128()
+    with ExitStack() as stack:
+        paths = {path for path, _ in located.values()}
+        files = {path: stack.enter_context(SmallReader(path, io)) for path in paths}
+        for name in sorted(located):
+            path, entry = located[name]
+            size = min(_SAMPLE, entry.nbytes)
+            digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+            digest.update(files[path].read(entry.offset, size))
+            digest.update(files[path].read(entry.offset + entry.nbytes - size, size))
+    return digest.hexdigest()
