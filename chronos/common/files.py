@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -144,18 +144,22 @@ class RangedReader:
         `on_done(request)` is called once on a worker thread, on failure too; it must be short.
         """
         request = Request(os.fspath(path), offset, buffer, demand, digest, label, on_done)
-        with self._lock:
-            if self._closed:
-                raise StoreError("the reader is closed", label)
-            self._unfinished += 1
-            if demand:
-                self._demand.append(request)
-            else:
-                self._prefetch_bytes += request.nbytes
-                self._prefetch.append(request)
-        for _ in range(min(len(self._threads), -(-request.nbytes // self._chunk) or 1)):
-            self._tokens.put(None)
+        self.submit_many([request])
         return request
+
+    def submit_many(self, requests: Sequence[Request]) -> None:
+        """Queue reads together, all or none: a worker is woken once, not once for each of them."""
+        pieces = 0
+        with self._lock:
+            if self._closed and requests:
+                raise StoreError("the reader is closed", requests[0].label)
+            for request in requests:
+                pieces += -(-request.nbytes // self._chunk) or 1
+                (self._demand if request.demand else self._prefetch).append(request)
+                self._prefetch_bytes += 0 if request.demand else request.nbytes
+            self._unfinished += len(requests)
+        for _ in range(min(len(self._threads), pieces)):
+            self._tokens.put(None)
 
     def promote(self, request: Request) -> None:
         """Turn a prefetch into a demand read; nothing is read twice."""

@@ -49,7 +49,7 @@ class Tier(ABC):
         self.closed = False
         self._changed = threading.Condition(self.lock)
         self._loads: dict[Key, Load] = {}
-        self._admitted: deque[Load] = deque()  # in _loads, not begun yet
+        self._admitted: list[Load] = []  # in _loads, not begun yet
         self._view = view
         self._views: list[Any] = [None] * slots
         self._shapes: list[Any] = [None] * slots  # the record geometry a cached view was made for
@@ -180,8 +180,8 @@ class Tier(ABC):
     # How a record gets into a slot: for subclasses, under the lock.
 
     @abstractmethod
-    def _begin(self, load: Load) -> None:
-        """Start filling `load.slot`; `_finish(load, error)` is called when it ends."""
+    def _begin(self, loads: Sequence[Load]) -> None:
+        """Start filling the slots of `loads`, all or none; `_finish` is called as each ends."""
 
     @abstractmethod
     def _cancel(self, load: Load) -> bool:
@@ -299,15 +299,24 @@ class Tier(ABC):
         """Begin what was admitted. Only now: the first read begun wakes a thread, and from then on
         bookkeeping shares the interpreter with it and takes twice as long."""
         while self._admitted:
-            load = self._admitted.popleft()
-            slot, record = load.slot, load.record
+            admitted, self._admitted = self._admitted, []  # what ends at once may admit more
+            loads = [load for load in admitted if self._make_view(load)]
             try:
-                if self._shapes[slot] != record.tensors:
-                    self._views[slot] = self._view(slot, record)
-                    self._shapes[slot] = record.tensors
-                self._begin(load)
+                self._begin(loads)
             except Exception as error:
-                self._finish(load, error)
+                for load in loads:
+                    self._finish(load, error)
+
+    def _make_view(self, load: Load) -> bool:
+        slot, record = load.slot, load.record
+        try:
+            if self._shapes[slot] != record.tensors:
+                self._views[slot] = self._view(slot, record)
+                self._shapes[slot] = record.tensors
+        except Exception as error:
+            self._finish(load, error)
+            return False
+        return True
 
     def _reclaim(self) -> bool:
         """Withdraw the prefetch asked for last that has not begun: a demand needs its slot."""

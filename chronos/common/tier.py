@@ -115,19 +115,25 @@ class SlotTier(Tier):
         self._finish(load, CANCELLED)
         return True
 
-    def _begin(self, load: Load) -> None:
+    def _begin(self, loads: Sequence[Load]) -> None:
+        requests = [self._request(load) for load in loads]
+        for load, request in zip(loads, requests, strict=True):
+            load.request = request
+        self._reader.submit_many(requests)
+
+    def _request(self, load: Load) -> Request:
         record = load.record
         path = self._paths.get(record.file)
         if path is None:
             path = self._paths[record.file] = str(self.layout.path(load.key))
-        load.request = self._reader.submit(
+        return Request(
             path,
             record.offset,
             self._bytes_of(load.slot, record),
-            demand=load.demand,
-            digest=record.digest if self._verify else None,
-            label=f"layer {load.key[0]}, expert {load.key[1]}",
-            on_done=partial(self._landed, load),
+            load.demand,
+            record.digest if self._verify else None,
+            f"layer {load.key[0]}, expert {load.key[1]}",
+            partial(self._landed, load),
         )
 
     def _landed(self, load: Load, request: Request) -> None:
@@ -202,13 +208,12 @@ class StagedTier(Tier):
             self._copies.wait(self._events.pop(slot))
         return super().taken(slot)
 
-    def _begin(self, load: Load) -> None:
-        if load.demand and load.key in self._host.residency.ready:
-            self.counters.warm_hits += 1
-        if load.demand:
-            self._backlog.appendleft(load)
-        else:
-            self._backlog.append(load)
+    def _begin(self, loads: Sequence[Load]) -> None:
+        demands = [load for load in loads if load.demand]
+        warm = self._host.residency.ready
+        self.counters.warm_hits += sum(load.key in warm for load in demands)
+        self._backlog.extendleft(reversed(demands))
+        self._backlog.extend(load for load in loads if not load.demand)
         self._stage()
 
     def _cancel(self, load: Load) -> bool:

@@ -186,7 +186,7 @@ class StaysBroken(FakeStore):
 class ReadsAgain(SlotTier):
     def _urge(self, load: Load) -> None:
         self._cancel(load)
-        super()._begin(load)
+        super()._begin([load])
 
 
 class RereadsLateOnes(FakeStore):
@@ -194,9 +194,10 @@ class RereadsLateOnes(FakeStore):
 
 
 class WithoutUrgency(SlotTier):
-    def _begin(self, load: Load) -> None:
-        load.demand = False
-        super()._begin(load)
+    def _begin(self, loads: Sequence[Load]) -> None:
+        for load in loads:
+            load.demand = False
+        super()._begin(loads)
 
     def _urge(self, load: Load) -> None:
         pass

@@ -303,3 +303,24 @@ def test_run_lock_names_its_holder_and_is_taken_over(tmp_path):
     with RunLock(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "run") == []
+
+
+def test_reads_queued_together_all_end_or_none_begins(blob):
+    path, data = blob
+
+    def requests():
+        return [
+            Request(str(path), 2 * i * ALIGN, aligned_buffer(ALIGN), demand=bool(i % 2))
+            for i in range(9)
+        ]
+
+    with RangedReader(threads=2) as reader:
+        together = requests()
+        reader.submit_many(together)
+        assert all(request.wait(10) for request in together)
+        for request in together:
+            assert bytes(request.buffer) == data[request.offset : request.offset + ALIGN]
+        reader.submit_many([])
+    with pytest.raises(StoreError, match="closed"):
+        reader.submit_many(requests())
+    assert reader.queue_depth() == 0 and reader.in_flight_prefetch_bytes() == 0

@@ -14,32 +14,33 @@ from typing import Any
 import pytest
 
 from chronos.common.errors import StoreError
+from chronos.common.files import Request
 from chronos.common.layout import Layout
 from chronos.common.residency import LRU, Key
 from chronos.common.tier import SlotTier, StagedTier
 from chronos.testing.store_tests import EXPERTS, LAYERS, tiny_layout
 
 
-@dataclasses.dataclass(eq=False)
 class Read:
     """A submitted request; `end` is what a worker would do."""
 
-    offset: int
-    buffer: memoryview
-    demand: bool
-    on_done: Callable[[Any], None]
-    error: Exception | None = None
-    done: bool = False
+    def __init__(self, request: Request) -> None:
+        self.request, self.offset, self.buffer = request, request.offset, request.buffer
 
     @property
-    def nbytes(self) -> int:
-        return len(self.buffer)
+    def demand(self) -> bool:
+        return self.request.demand
 
-    def end(self, error: Exception | None = None) -> None:
+    @property
+    def done(self) -> bool:
+        return self.request.done
+
+    def end(self, error: Any = None) -> None:
         assert not self.done
         self.buffer[:8] = self.offset.to_bytes(8, "little")
-        self.done, self.error = True, error
-        self.on_done(self)
+        self.request.done, self.request.error = True, error
+        assert self.request.on_done is not None
+        self.request.on_done(self.request)
 
 
 class ScriptedReader:
@@ -49,26 +50,24 @@ class ScriptedReader:
         self.reads: list[Read] = []
         self.refuse: Exception | None = None
 
-    def submit(
-        self, path: str, offset: int, buffer: memoryview, *, demand: bool, on_done: Any, **_: Any
-    ) -> Read:
+    def submit_many(self, requests: Sequence[Request]) -> None:
         if self.refuse is not None:
             raise self.refuse
-        busy = [read for read in self.flying() if read.buffer.obj is buffer.obj]
-        assert offset not in [read.offset for read in busy], "read twice at once"
-        self.reads.append(Read(offset, buffer, demand, on_done))
-        return self.reads[-1]
+        for request in requests:
+            busy = [read for read in self.flying() if read.buffer.obj is request.buffer.obj]
+            assert request.offset not in [read.offset for read in busy], "read twice at once"
+            self.reads.append(Read(request))
 
     def flying(self) -> list[Read]:
         return [read for read in self.reads if not read.done]
 
-    def promote(self, read: Read) -> None:
-        read.demand = True
+    def promote(self, request: Request) -> None:
+        request.demand = True
 
-    def cancel(self, read: Read) -> bool:
-        if read.done:
+    def cancel(self, request: Request) -> bool:
+        if request.done:
             return False
-        self.reads.remove(read)
+        self.reads = [read for read in self.reads if read.request is not request]
         return True
 
 
