@@ -25,6 +25,8 @@ ONLY = {
     "store.CudaCopies": "unified memory: nothing is copied to a device",
     "store.DirectCopies": "unified memory: nothing is copied to a device",
     "store.Done": "unified memory: nothing is copied to a device",
+    "store.ExpertStore.stack": "MLX gathers from stacks of slots: see moe.gathered_forward",
+    "store.ExpertStore.places": "a guest's experts by their index in such a stack",
     "store.ExpertStore.hold": "MLX is lazy: see moe.ExpertSource.hold",
     "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
     "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",

@@ -5,14 +5,15 @@ exports its buffer to the reader; stacks over it are views. Nothing is copied, n
 while experts come and go (bench/LOG.md has what was tried instead). MLX is lazy: who computes with
 a slot must have evaluated the result before the slot is given up, or `hold` it.
 What to keep and evict is `chronos.common.residency`'s business, when to wait that of
-`chronos.common.slots`. Not covered: experts in quantised formats.
+`chronos.common.slots`. What a record's tensors mean is not known here: quantised ones are bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,15 +32,22 @@ from chronos.common.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
+    from chronos.common.layout.manifest import RecordTensor
 
-# safetensors' names of the dtypes MLX can compute with after widening.
-DTYPES = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in model.DTYPES.items()}
+    Tensors = tuple[RecordTensor, ...]
+
+# safetensors' names of the dtypes MLX can compute with after widening, or take as quantised.
+DTYPES = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in model.DTYPES.items()} | {
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+}
 
 
 class ExpertStore:
     """Experts of a layout within `capacity_bytes`. Close it, or use it as a context.
 
-    `stack` is all slots as one stack of experts, [S, 2F, D] and [S, D, F].
+    `stacks` has, for each layer, all slots as one stack of each tensor that a record of this layer
+    holds, [S, ...] by name; `stack` is the one of a native model, whose layers are alike.
     """
 
     def __init__(
@@ -63,17 +71,23 @@ class ExpertStore:
         """
         slots = slots_within(layout, capacity_bytes, top_k)
         _check_options(miss, warm_bytes)
-        record = _common_geometry(layout)
+        layers = _geometry(layout)
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
-        pages, room, start = _arena(slots * record.nbytes)
-        self.stack = _views(pages, start, record, slots)
+        stride = layout.record_nbytes
+        pages, room, start = _arena(slots * stride)
+        kinds = {
+            t: _views(pages, start, t, (slots, stride)) for t in dict.fromkeys(layers.values())
+        }
+        self.stacks = {layer: kinds[tensors] for layer, tensors in layers.items()}
         # All made here: readers' threads, which may ask for a view, had better not evaluate.
-        starts = range(start, start + slots * record.nbytes, record.nbytes)
-        self._experts = [_views(pages, at, record) for at in starts]
-        mx.eval(self.stack, self._experts)
-        _check_shared(room[: record.nbytes], self.stack.down_DF[0], self._experts[0].down_DF)
+        self._experts = []
+        if len(kinds) == 1 and set(EXPERT_TENSORS) <= next(iter(kinds.values())).keys():
+            starts = range(start, start + slots * stride, stride)
+            self._experts = [_expert(_views(pages, at, *kinds)) for at in starts]
+        mx.eval(list(kinds.values()), self._experts)
+        _check_shared(room[:stride], *kinds.values())
         self._held: list[int] = []  # slots that computation not yet evaluated may use
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
@@ -106,10 +120,21 @@ class ExpertStore:
             self._held.clear()
         return self._tier.acquire(layer, experts, exact=self.exact)
 
+    @property
+    def stack(self) -> Expert:
+        return _expert(next(iter(self.stacks.values())))
+
+    def places(
+        self, layer: int, ready: Iterable[tuple[int, Any]]
+    ) -> Iterator[tuple[int, int | None]]:
+        """The experts of `acquire(layer, ...)` by their indices in `stacks`, valid as they are."""
+        for expert, weights in ready:
+            yield expert, None if weights is None else self._tier.residency.ready[layer, expert]
+
     def hold(
         self,
         layer: int,
-        ready: Iterable[tuple[int, Expert | None]],
+        ready: Iterable[tuple[int, Any]],
         meanwhile: mx.array | None,
     ) -> dict[int, int | None]:
         """Take all experts of `acquire(layer, ...)`: their indices in `stack`, which are theirs
@@ -162,8 +187,9 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    def _view(self, slot: int, record: Record) -> Expert:
-        return self._experts[slot]
+    def _view(self, slot: int, record: Record) -> Any:
+        """Of a record that is not a native expert, its slot."""
+        return self._experts[slot] if self._experts else slot
 
 
 def _check_options(miss: str, warm_bytes: int) -> None:
@@ -177,20 +203,17 @@ def _check_options(miss: str, warm_bytes: int) -> None:
         )
 
 
-def _common_geometry(layout: Layout) -> Record:
-    """A record like all others: slots can only be a stack if every expert has the same tensors."""
-    records = list(layout.records.values())
-    first = records[0]
-    for record in records:
-        if (record.tensors, record.nbytes) != (first.tensors, first.nbytes):
-            raise ShapeMismatch(f"expert {record.key} has other tensors than {first.key}")
-    for entry in first.tensors:
-        if entry.dtype not in DTYPES:
-            raise ShapeMismatch(f"expert {first.key}: {entry.name} is {entry.dtype}")
-    missing = set(EXPERT_TENSORS) - {entry.name for entry in first.tensors}
-    if missing:
-        raise ShapeMismatch(f"expert {first.key} has no {', '.join(sorted(missing))}")
-    return first
+def _geometry(layout: Layout) -> dict[int, Tensors]:
+    """What each layer's records hold: slots can only be a stack if they all hold the same."""
+    layers: dict[int, Tensors] = {}
+    for (layer, _), record in layout.records.items():
+        if layers.setdefault(layer, record.tensors) != record.tensors:
+            raise ShapeMismatch(f"expert {record.key} has other tensors than others of its layer")
+    for layer, tensors in layers.items():
+        for entry in tensors:
+            if entry.dtype not in DTYPES:
+                raise ShapeMismatch(f"experts of layer {layer}: {entry.name} is {entry.dtype}")
+    return layers
 
 
 def _arena(nbytes: int) -> tuple[mx.array, memoryview, int]:
@@ -217,22 +240,30 @@ def _no_room(nbytes: int, where: str) -> BudgetError:
     return BudgetError(f"there is no room for {nbytes} bytes of experts", where, "lower the budget")
 
 
-def _views(pages: mx.array, start: int, record: Record, slots: int | None = None) -> Expert:
-    """The expert at byte `start`; with `slots`, that many from there on as stacks. No copies."""
-    entries = {entry.name: entry for entry in record.tensors}
-    arrays = []
-    for entry in (entries[name] for name in EXPERT_TENSORS):
-        dtype, shape, strides = DTYPES[entry.dtype], entry.shape, (entry.shape[1], 1)
+def _views(
+    pages: mx.array, start: int, tensors: Tensors, slots: tuple[int, int] | None = None
+) -> dict[str, mx.array]:
+    """The tensors of the record at byte `start`; with `slots` (their number, and the bytes from one
+    to the next) of that many records from there on, as stacks. No copies."""
+    views = {}
+    for entry in tensors:
+        dtype, shape = DTYPES[entry.dtype], entry.shape
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         if slots is not None:
-            shape, strides = (slots, *shape), (record.nbytes // dtype.size, *strides)
+            shape, strides = (slots[0], *shape), (slots[1] // dtype.size, *strides)
         first = (start + entry.offset) // dtype.size
-        arrays.append(mx.as_strided(pages.view(dtype), shape, strides, first))
-    return Expert(*arrays)
+        views[entry.name] = mx.as_strided(pages.view(dtype), shape, strides, first)
+    return views
 
 
-def _check_shared(record: memoryview, *views: mx.array) -> None:
+def _expert(views: Mapping[str, mx.array]) -> Expert:
+    return Expert(*(views[name] for name in EXPERT_TENSORS))
+
+
+def _check_shared(record: memoryview, *stacks: Mapping[str, mx.array]) -> None:
     """That views of an array share its memory is how MLX works, not what it promises: look."""
     record[:] = b"\x01" * len(record)
+    views = [stack for kind in stacks for stack in kind.values()]
     seen = {memoryview(mx.contiguous(view[0])).cast("B")[0] for view in views}
     record[:] = bytes(len(record))
     if seen != {1}:
