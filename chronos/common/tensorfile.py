@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chronos.common.errors import CorruptFileError
 from chronos.common.fileio import (
     ALIGN,
     FileIO,
@@ -214,6 +215,7 @@ def locate_tensors(folder: StrPath, io: FileIO | None = None) -> dict[str, Locat
     single = Path(folder) / "model.safetensors"
     index = Path(folder) / "model.safetensors.index.json"
     if single.exists() or not index.exists():
+        _refuse_pickles(single)
         real = Path(os.path.realpath(single))
         return {name: (real, entry) for name, entry in read_header(real, io=io).entries.items()}
     shards = _read_index(index)
@@ -227,6 +229,19 @@ def locate_tensors(folder: StrPath, io: FileIO | None = None) -> dict[str, Locat
     if missing := min(shards.keys() - located.keys(), default=None):
         raise corrupt(index, f"names tensor {missing!r}, which is not in {shards[missing]}")
     return located
+
+
+def _refuse_pickles(single: Path) -> None:
+    """Name what is there in the place of safetensors: a pickle runs code when it is read."""
+    if single.exists():
+        return
+    for path in sorted(single.parent.glob("*")):
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            raise CorruptFileError(
+                f"the weights are pickled ({path.name}), which Chronos does not read",
+                str(single.parent),
+                "load the model with Transformers and save_pretrained it: that writes safetensors",
+            )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Packed models: where each routed expert lies on disk, and how it gets there.
 
 `folder` opens and checks a packed model, `manifest` and `ctsr` are its two formats, `pack` writes
-one, `verify` reads every byte, `clusters` decides which experts lie side by side.
+one from what `source` finds, `verify` reads every byte, `overview` none of them, `clusters` decides
+which experts lie side by side. `naming` and `guest` know other libraries' checkpoints.
 """
 
 from chronos.common.layout.ctsr import read_records, write_experts
 from chronos.common.layout.folder import Layout, is_packed, open_layout, read_experts
 from chronos.common.layout.manifest import Key, Record, RecordTensor
+from chronos.common.layout.overview import inspect
 from chronos.common.layout.pack import PackReport, pack
-from chronos.common.layout.verify import VerifyReport, inspect, verify
+from chronos.common.layout.verify import VerifyReport, verify
 
 __all__ = [
     "Key",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,20 @@ Experts = Generator[tuple[Key, Mapping[str, Any]], None, None]
 class ModelSource:
     """A model to pack: where the dense tensors are, how to get experts, and which model it is.
 
-    templates: the record of an expert, by layer. left_out: names of tensors no decoder runs.
+    templates: the record of an expert, by layer. identify: reads the samples for the fingerprint.
+    left_out: names of tensors no decoder runs.
     """
 
     config: ModelConfig | GuestConfig
     dense: list[Located]
     templates: Mapping[int, Template]
     experts: Source
-    fingerprint: str
+    identify: Callable[[], str]
     left_out: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.identify()
 
     @property
     def dense_nbytes(self) -> int:
@@ -62,6 +67,14 @@ class ModelSource:
     def expert_nbytes(self) -> int:
         """Of all records, padding included."""
         return self.config.num_experts * sum(t.nbytes for t in self.templates.values())
+
+    @property
+    def dialect(self) -> str:
+        """Whose modules the records fit: "chronos", "transformers" or "mlx"."""
+        if isinstance(self.config, ModelConfig):
+            return "chronos"
+        record = next(iter(self.templates.values()))
+        return "mlx" if "." in record.tensors[0].name else "transformers"
 
     @property
     def layers(self) -> list[list[Key]]:
@@ -90,7 +103,7 @@ def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSo
         dense,
         {layer: layout.template(layer) for layer in layout.moe_layers},
         partial(_packed_experts, layout, io),
-        layout.fingerprint,
+        lambda: layout.fingerprint,
     )
 
 
@@ -117,19 +130,20 @@ def _native(
         picked[: len(dense)],
         templates,
         partial(_gathered, templates, locate, io),
-        _fingerprint(located, io),
+        partial(_fingerprint, located, io),
     )
 
 
 def _guest(config: GuestConfig, located: Mapping[str, Located], io: FileIO) -> ModelSource:
     found = find_experts(located, config)
     left_out = set(found.left_out)
+    kept = {name: at for name, at in located.items() if name not in left_out}
     return ModelSource(
         config,
         found.dense,
         found.templates,
         partial(_gathered, found.templates, found.locate, io),
-        _fingerprint({name: at for name, at in located.items() if name not in left_out}, io),
+        partial(_fingerprint, kept, io),
         tuple(found.left_out),
     )
 

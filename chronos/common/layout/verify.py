@@ -1,8 +1,9 @@
-"""Reading all of a model to see whether it is whole, and looking at one without reading it.
+"""Reading all of a model to see whether it is whole.
 
 `verify` checks headers, geometry, fingerprints, every record's checksum and every value for NaN and
-infinity. `inspect` reads headers only. Both take a model folder, packed or not, or a single
-safetensors or `.ctsr` file. A lone `.ctsr` has its digests in the manifest and is checked without.
+infinity, of a model folder of any kind or a single safetensors or `.ctsr` file. A lone `.ctsr` has
+its digests in the manifest and is checked without. Another library's dense part has no shapes to
+compare with: those are that library's to check. Not here: looking without reading (`overview`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from chronos.common.config import ModelConfig
-from chronos.common.errors import ChronosError, ShapeMismatch, UsageError
+from chronos.common.errors import ChronosError, ShapeMismatch
 from chronos.common.fileio import FileIO, StrPath
+from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import Layout, is_packed, open_layout
-from chronos.common.tensorfile import Located, locate_tensors, read_header, read_located
+from chronos.common.layout.guest import find_experts
+from chronos.common.tensorfile import Located, locate_tensors, read_header, read_pieces
 from chronos.common.weights import (
     SAFETENSORS_DTYPE,
     TensorSpec,
@@ -28,8 +31,6 @@ from chronos.common.weights import (
     lookahead_tensors,
     routed_tensors,
 )
-
-_SHARES = (0.125, 0.25, 0.5)
 
 
 @dataclass
@@ -69,32 +70,41 @@ class _Verifier:
         if self.progress:
             self.progress(self.report.bytes, self.total)
 
-    def finite(self, data: memoryview, dtype: str, name: str, where: str) -> None:
+    def finite(self, data: memoryview, dtype: str, name: str, where: str, skipped: int = 0) -> None:
         try:
-            check_finite(data, dtype, name, where)
+            check_finite(data, dtype, name, where, skipped)
         except ChronosError as error:
             self.problem(error)
 
     def folder(self, folder: Path) -> None:
-        config = ModelConfig.from_json(folder)
+        config = read_config(folder)
         located = locate_tensors(folder, self.io)
-        specs = dense_tensors(config)
         layout = None
         if is_packed(folder):
             layout = open_layout(folder, config=config, io=self.io)
             self.total += layout.total_bytes
+        if isinstance(config, GuestConfig):
+            if layout is None:
+                find_experts(located, config)
         else:
-            specs += routed_tensors(config)
-        self.shapes(specs, located)
-        side = folder / "lookahead.safetensors"
-        if side.exists():
-            extra = _located(side, self.io)
-            self.shapes(lookahead_tensors(config), extra)
-            located = {**located, **extra}
+            located |= self.native(folder, config, located, layout is not None)
         self.total += sum(entry.nbytes for _, entry in located.values())
         self.tensors(located.values())
         if layout is not None:
             self.records(layout)
+
+    def native(
+        self, folder: Path, config: ModelConfig, located: dict[str, Located], packed: bool
+    ) -> dict[str, Located]:
+        """Compare the shapes; the tensors of side files."""
+        specs = dense_tensors(config) + ([] if packed else routed_tensors(config))
+        self.shapes(specs, located)
+        side = folder / "lookahead.safetensors"
+        if not side.exists():
+            return {}
+        extra = _located(side, self.io)
+        self.shapes(lookahead_tensors(config), extra)
+        return extra
 
     def shapes(self, specs: Iterable[TensorSpec], located: dict[str, Located]) -> None:
         wanted = {spec.name: (SAFETENSORS_DTYPE[spec.dtype], spec.shape) for spec in specs}
@@ -113,11 +123,13 @@ class _Verifier:
     def tensors(self, located: Iterable[Located]) -> None:
         wanted = sorted(located, key=lambda at: (at[0], at[1].offset))
         self.report.files += len({path for path, _ in wanted})
-        with closing(read_located(wanted, self.io)) as stream:
-            for (path, _), (entry, data) in zip(wanted, stream, strict=True):
-                self.finite(data, entry.dtype, entry.name, str(path))
-                self.report.tensors += 1
-                self.advance(entry.nbytes)
+        self.report.tensors += len(wanted)
+        origin = {entry.name: (path, entry.offset) for path, entry in wanted}
+        with closing(read_pieces(wanted, self.io)) as stream:
+            for piece, data in stream:
+                path, start = origin[piece.name]
+                self.finite(data, piece.dtype, piece.name, str(path), piece.offset - start)
+                self.advance(piece.nbytes)
 
     def records(self, layout: Layout) -> None:
         wanted = [(layout.path(key), record) for key, record in layout.records.items()]
@@ -160,56 +172,3 @@ def verify(
 def _located(path: Path, io: FileIO | None) -> dict[str, Located]:
     real = path.resolve()
     return {name: (real, entry) for name, entry in read_header(real, io=io).entries.items()}
-
-
-def inspect(path: StrPath) -> dict[str, Any]:
-    """What a model folder or file holds, from its headers alone; sizes in bytes."""
-    path = Path(path)
-    if path.is_dir():
-        return _inspect_folder(path)
-    if not path.exists():
-        raise UsageError("there is no such file or folder", str(path))
-    header = read_header(path)
-    tensors = [e for name, e in header.entries.items() if not name.startswith("pad.")]
-    return {
-        "kind": "cluster" if path.suffix == ".ctsr" else "tensors",
-        "bytes": header.file_bytes,
-        "tensors": len(tensors),
-        "dtypes": sorted({entry.dtype for entry in tensors}),
-        **{f"metadata.{key}": value for key, value in header.metadata.items()},
-    }
-
-
-def _inspect_folder(folder: Path) -> dict[str, Any]:
-    config = ModelConfig.from_json(folder)
-    located = locate_tensors(folder)
-    experts = {spec.name for spec in routed_tensors(config)} & located.keys()
-    dense = sum(entry.nbytes for name, (_, entry) in located.items() if name not in experts)
-    data: dict[str, Any] = {
-        "kind": "packed" if is_packed(folder) else "unpacked",
-        "layers": config.num_hidden_layers,
-        "experts_per_layer": config.num_experts,
-        "experts_per_token": config.num_experts_per_tok,
-        "shared_experts": config.num_shared_experts,
-        "hidden_size": config.hidden_size,
-        "expert_hidden_size": config.moe_intermediate_size,
-        "dtype": config.dtype,
-        "dense_bytes": dense,
-    }
-    if data["kind"] == "unpacked":
-        return data | {"expert_bytes_total": sum(located[name][1].nbytes for name in experts)}
-    layout = open_layout(folder, config=config)
-    data |= {
-        "expert_bytes_total": layout.total_bytes,
-        "expert_bytes": layout.record_nbytes,
-        "clusters": len(layout.files),
-        "order": layout.manifest.order.get("method", "unknown"),
-        "fingerprint": layout.fingerprint,
-    }
-    for share in _SHARES:
-        slots = int(share * layout.total_bytes) // layout.record_nbytes
-        data[f"budget {share:.1%}"] = (
-            f"{slots} experts in {slots * layout.record_nbytes} bytes,"
-            f" {slots / len(layout.moe_layers):.1f} a layer"
-        )
-    return data
