@@ -44,8 +44,9 @@ class Rotary:
     def tables(self, positions: range | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, dim] for a range or [B, T, dim] for a tensor of positions."""
         end = positions.stop if isinstance(positions, range) else int(positions.max()) + 1
-        if end > len(self.cos_PR) or self.cos_PR.device != like.device:
-            self._grow(max(end, 2 * len(self.cos_PR), 256), like)
+        kept = self.cos_PR
+        if end > len(kept) or (kept.device, kept.dtype) != (like.device, like.dtype):
+            self._grow(max(end, 2 * len(kept), 256), like)
         if isinstance(positions, range):
             return self.cos_PR[positions.start : end], self.sin_PR[positions.start : end]
         return self.cos_PR[positions], self.sin_PR[positions]

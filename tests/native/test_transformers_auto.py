@@ -1,0 +1,305 @@
+"""Native models through Transformers' own doors: loading, outputs, generation, saving."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+import chronos
+import chronos.auto
+from chronos.auto import ChronosConfig, ChronosForCausalLM
+from chronos.backends import torch as backend
+from chronos.backends.torch import Runner
+from chronos.cli import main
+from chronos.common.config import ModelConfig
+from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.sampling import SamplingParams
+from chronos.models import resolve_model
+from chronos.testing.tiny import CONFIG, TEXTS, tiny_model, tiny_packed
+
+IDS = np.random.default_rng(5).integers(6, CONFIG.vocab_size, (2, 21))
+FRESH = """
+import hashlib, sys, chronos.auto, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    logits = model(torch.arange(6, 40)[None]).logits
+print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_packed(tmp_path_factory.mktemp("auto") / "packed")
+
+
+@pytest.fixture(scope="module")
+def model(packed: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(packed)
+
+
+def unpacked(folder: Path) -> Path:
+    return folder.with_name(folder.name + "-unpacked")
+
+
+def engine_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
+    with chronos.load(folder, backend="torch", budget="30%") as engine:
+        engine.stop_ids = frozenset()
+        return [step.token for step in engine.generate(prompt, max_tokens=count)]
+
+
+def greedy(model: Any, ids: Any, count: int, **options: Any) -> torch.Tensor:
+    settings = {"eos_token_id": None, "do_sample": False, "pad_token_id": 0} | options
+    ids = torch.as_tensor(ids)
+    return model.generate(ids, max_new_tokens=count, **settings)[:, ids.shape[1] :]
+
+
+def test_both_kinds_of_folder_load_with_the_logits_of_the_backend(packed: Path) -> None:
+    wanted = backend.forward(backend.load(packed), IDS).logits_BTV
+    for folder in (packed, unpacked(packed)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert isinstance(model, ChronosForCausalLM) and not model.training
+        with torch.no_grad():
+            found = model(torch.from_numpy(IDS)).logits
+        assert np.array_equal(found.numpy(), wanted)
+
+
+def test_the_config_keeps_both_spellings(packed: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(packed)
+    assert isinstance(config, ChronosConfig)
+    assert config.native() == CONFIG
+    assert config.num_local_experts == config.num_experts == CONFIG.num_experts
+    config.num_experts_per_tok = 3
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e4}
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["num_experts"] == written["num_local_experts"] == CONFIG.num_experts
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e4
+    assert ModelConfig.from_json(tmp_path).num_experts_per_tok == 3
+    assert AutoConfig.from_pretrained(tmp_path).native() == config.native()
+    with pytest.raises(ConfigError, match="num_experts_per_tok"):
+        ChronosConfig(num_experts=2, num_experts_per_tok=3)
+
+
+def test_greedy_tokens_are_those_of_the_engine(packed: Path, model: Any) -> None:
+    wanted = engine_tokens(packed, IDS[0].tolist(), 40)  # past the window of 32
+    assert greedy(model, IDS[:1], 40)[0].tolist() == wanted
+    assert greedy(model, IDS[:1], 40, use_cache=False)[0].tolist() == wanted
+
+
+def test_a_batch_padded_on_the_left_generates_what_its_rows_do(packed: Path, model: Any) -> None:
+    lengths = (21, 4)
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[1, :-4] = 0
+    ids = torch.from_numpy(IDS) * mask
+    for cached in (True, False):
+        found = greedy(model, ids, 16, attention_mask=mask, use_cache=cached)
+        for row, length in enumerate(lengths):
+            wanted = engine_tokens(packed, IDS[row, 21 - length :].tolist(), 16)
+            assert found[row].tolist() == wanted
+
+
+def test_long_prompts_run_in_the_chunks_of_the_runner(
+    packed: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chronos.auto, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(sys.modules[Runner.__module__], "PREFILL_CHUNK", 8)
+    runner = backend.runner(backend.load(packed))
+    runner.prefill(IDS[0].tolist(), SamplingParams())
+    with torch.no_grad():
+        ids = torch.from_numpy(IDS[:1])
+        last = model(ids, use_cache=True, logits_to_keep=1).logits
+        every = model(ids, use_cache=True).logits
+    assert np.array_equal(last[0, 0].numpy(), runner.logits())
+    assert every.shape == (1, 21, CONFIG.vocab_size)
+    torch.testing.assert_close(every[:, -1:], last)
+
+
+def test_beams_and_samples(model: Any) -> None:
+    ids = torch.from_numpy(IDS)
+    beams = greedy(model, ids, 8, num_beams=3)
+    assert torch.equal(beams, greedy(model, ids, 8, num_beams=3, use_cache=False))
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(greedy(model, ids, 8, do_sample=True, num_return_sequences=2))
+    assert draws[0].shape == (4, 8)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_a_second_turn_goes_on_behind_the_cache(model: Any) -> None:
+    ids = torch.from_numpy(IDS[:1])
+    options = {"eos_token_id": None, "do_sample": False, "max_new_tokens": 6}
+    first = model.generate(ids, return_dict_in_generate=True, **options)
+    longer = torch.cat((first.sequences, ids[:, :5]), dim=1)
+    found = model.generate(longer, past_key_values=first.past_key_values, **options)
+    assert torch.equal(found, model.generate(longer, **options))
+
+
+def test_the_tokenizer_loads_and_replies_end_where_the_engine_ends(
+    packed: Path, model: Any
+) -> None:
+    ours = chronos.load(packed, backend="torch").tokenizer
+    theirs = AutoTokenizer.from_pretrained(packed)
+    assert ours is not None
+    assert [theirs(text).input_ids for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    chat = [{"role": "user", "content": "add"}]
+    found = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert found == ours.apply_chat(chat)
+    assert set(model.generation_config.eos_token_id) == ours.stop_ids
+    writer = pipeline("text-generation", model=model, tokenizer=theirs)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=ours.pad_id)
+    text = writer(TEXTS[0], generation_config=settings)[0]["generated_text"]
+    assert text.startswith(TEXTS[0])
+
+
+def test_the_loss_is_the_next_tokens_and_padding_is_no_part_of_it(model: Any) -> None:
+    ids = torch.from_numpy(IDS[:1])
+    out = model(ids, labels=ids)
+    wanted = F.cross_entropy(out.logits[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(out.loss, wanted)
+    for side in ((4, 0), (0, 4)):
+        padded = F.pad(ids, side)
+        mask = F.pad(torch.ones_like(ids), side)
+        labels = padded.masked_fill(mask == 0, -100)
+        labels[:, side[0]] = -100  # what would follow the padding
+        found = model(padded, attention_mask=mask, labels=labels).loss
+        torch.testing.assert_close(found, wanted)
+
+
+def test_router_logits_are_scores_of_the_routers(model: Any) -> None:
+    with torch.no_grad():
+        out = model(torch.from_numpy(IDS), output_router_logits=True)
+    observed = backend.forward(model.native, IDS)
+    assert len(out.router_logits) == CONFIG.num_hidden_layers
+    for scores_TE, probs_TE in zip(out.router_logits, observed.probs_LNE, strict=True):
+        np.testing.assert_allclose(scores_TE.softmax(-1).numpy(), probs_TE, rtol=1e-5)
+
+
+def test_saved_and_read_in_a_fresh_process_the_logits_are_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(ChronosConfig(**CONFIG.to_json()))
+    ids = torch.from_numpy(IDS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    tiny_model(tmp_path)  # an older model and its tokenizer lie there
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model(torch.arange(6, 40)[None]).logits.numpy().tobytes()
+    fresh = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH, str(tmp_path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert fresh.stdout.strip() == hashlib.sha256(wanted).hexdigest(), fresh.stderr
+    assert main.run(["generate", str(tmp_path), "-p", "def", "-n", "3", "--backend", "torch"]) == 0
+    assert engine_tokens_resident(tmp_path, 9) == greedy(model, IDS[:1], 9)[0].tolist()
+
+
+def engine_tokens_resident(folder: Path, count: int) -> list[int]:
+    with chronos.load(folder, backend="torch") as engine:
+        engine.stop_ids = frozenset()
+        prompt = IDS[0].tolist()
+        return [step.token for step in engine.generate(prompt, max_tokens=count)]
+
+
+def test_a_state_dict_replaces_the_weights_that_are_saved(model: Any, tmp_path: Path) -> None:
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+    with pytest.raises(ShapeMismatch):
+        model.save_pretrained(tmp_path, state_dict=dict(list(state.items())[1:]))
+
+
+def test_random_weights_follow_the_seed() -> None:
+    config = ChronosConfig(**CONFIG.to_json())
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(AutoModelForCausalLM.from_config(config).native.model.embed_tokens.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert 0.9 < weights[0].std().item() / CONFIG.initializer_range < 1.1
+
+
+def test_the_model_that_ships_loads_and_a_dtype_is_kept(tmp_path: Path) -> None:
+    demo = AutoModelForCausalLM.from_pretrained(resolve_model("demo"))
+    experts = demo.native.model.layers[0].mlp.experts[0]
+    assert experts.gate_up_proj.weight.dtype == torch.bfloat16
+    assert demo.native.model.embed_tokens.weight.dtype == torch.float32
+    ids = torch.arange(6, 20)[None]
+    with torch.no_grad():
+        wanted = demo(ids).logits
+        wide = AutoModelForCausalLM.from_pretrained(resolve_model("demo"), dtype=torch.float32)
+        torch.testing.assert_close(wide(ids).logits, wanted)
+        narrow = wide.to(torch.bfloat16)(ids).logits
+    assert narrow.dtype == torch.bfloat16
+    assert F.cosine_similarity(narrow.float(), wanted, dim=-1).min() > 0.99
+    demo.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, wanted)
+
+
+def test_a_model_without_lookahead_stays_so(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "first")
+    (folder / "lookahead.safetensors").unlink()
+    model = ChronosForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tiny_model(tmp_path / "second", seed=1))
+    assert not (tmp_path / "second" / "lookahead.safetensors").exists()
+    assert ChronosForCausalLM.from_pretrained(tmp_path / "second").native.lookahead is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "text"),
+    [
+        ([1, 1, 0, 1], {}, "hole"),
+        ([1, 1, 1], {}, r"attention_mask is \[1, 3\]"),
+        ([1, 1, 1, 0], {"use_cache": True}, "on the left"),
+        ([0, 0, 0, 0], {"use_cache": True}, "padding alone"),
+        ([1, 1, 1], {"use_cache": True}, "3 columns, not 4"),
+    ],
+)
+def test_masks_that_cannot_be_kept_are_refused(
+    model: Any, mask: list[int], options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(UsageError, match=text):
+        model(torch.arange(6, 10)[None], attention_mask=torch.tensor([mask]), **options)
+
+
+def test_what_does_not_apply_is_refused(packed: Path, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="load_in_8bit"):
+        AutoModelForCausalLM.from_pretrained(packed, load_in_8bit=True)
+    with pytest.raises(UsageError, match="cannot spread"):
+        AutoModelForCausalLM.from_pretrained(packed, device_map={"model": 0, "head": "cpu"})
+    with pytest.raises(UsageError, match="packed"):
+        model.save_pretrained(packed)
+    with pytest.raises(UsageError, match="hf upload"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(ShapeMismatch, match="geometry"):
+        AutoModelForCausalLM.from_pretrained(packed, num_shared_experts=2)
+    with pytest.raises(UsageError, match="2 rows"):
+        cache = model(torch.from_numpy(IDS), use_cache=True).past_key_values
+        model(torch.from_numpy(IDS[:1]), past_key_values=cache)
+
+
+def test_without_transformers_the_pip_line_is_named() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import chronos.auto"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MissingBackendError" in done.stderr and "chronos-moe[guests]" in done.stderr
