@@ -16,7 +16,7 @@ Not covered: time, prefetch, more than one read of an expert per request.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,26 +155,37 @@ def compare(
 
 
 def simulate_policy(
-    trace: RoutingTrace, slots: int, policy: Policy, *, warmup: float = 0.0
+    trace: RoutingTrace,
+    slots: int,
+    policy: Policy,
+    *,
+    pooled: bool = True,
+    warmup: float = 0.0,
+    name: str = "",
+    watch: Callable[[int, Sequence[Residency]], None] = lambda token, caches: None,
 ) -> Replay:
-    """Replay against any `residency` policy, through the bookkeeping the stores use; pooled.
+    """Replay against any `residency` policy, through the bookkeeping the stores use.
 
-    For rankings that are no array of `replay`, such as forecasts; some five times slower.
+    `slots` in one pool, else in every layer. `watch` is called before each token. For rankings
+    that are no array of `replay`, such as forecasts; some five times slower.
     """
     _check(trace, slots, "lru", LFU_DECAY, warmup)
-    residency = Residency(trace.num_layers, trace.num_experts, slots, policy)
-    first = int(warmup * trace.num_tokens)
-    misses = 0
+    layers, experts = trace.num_layers, trace.num_experts
+    caches = [Residency(layers, experts, slots, policy) for _ in range(1 if pooled else layers)]
+    first, misses = int(warmup * trace.num_tokens), 0
     for token, ids_LK in enumerate(trace.ids_TLK):
+        watch(token, caches)
         missed = sum(
-            _serve(residency, layer, experts) for layer, experts in enumerate(ids_LK.tolist())
+            _serve(caches[layer % len(caches)], layer, needed)
+            for layer, needed in enumerate(ids_LK.tolist())
         )
         misses += missed if token >= first else 0
         policy.end_token()
-        residency.end_token()
+        for cache in caches:
+            cache.end_token()
     tokens = trace.num_tokens - first
-    requests = tokens * trace.num_layers * trace.top_k
-    return Replay(type(policy).__name__, True, slots, tokens, requests, misses)
+    requests = tokens * layers * trace.top_k
+    return Replay(name or type(policy).__name__, pooled, slots, tokens, requests, misses)
 
 
 def _serve(residency: Residency, layer: int, experts: list[int]) -> int:

@@ -95,8 +95,12 @@ class RoutingTrace:
 
     def part(self, start: int, stop: int) -> RoutingTrace:
         """Tokens start to stop as a trace of their own."""
-        weights = None if self.weights_TLK is None else self.weights_TLK[start:stop]
-        return RoutingTrace(self.ids_TLK[start:stop], weights, self.seq_T[start:stop], self.meta)
+        return self.select(slice(start, stop))
+
+    def select(self, tokens: slice | npt.NDArray[np.bool_]) -> RoutingTrace:
+        """These tokens, in order, as a trace of their own."""
+        weights = None if self.weights_TLK is None else self.weights_TLK[tokens]
+        return RoutingTrace(self.ids_TLK[tokens], weights, self.seq_T[tokens], self.meta)
 
     def save(self, path: str | Path) -> None:
         """Write the `.npz` atomically; ids in the narrowest type the format allows."""

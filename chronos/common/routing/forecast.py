@@ -1,0 +1,237 @@
+"""The full-stack forecaster: the routing of all layers in, the use of every expert to come out.
+
+A `ForecastModel` is what `fit` trained, kept as the side file forecast.safetensors; a `Forecaster`
+is that model following one sequence. Forecasts are renewed a few times a token, when scores are
+asked for: what shallow layers chose says much about the deeper ones of the same token. In between,
+a layer that has had its turn is ranked by the uses after that turn.
+Knows ids only, no weights of a router and no hidden states. Not covered: training (`fit`).
+
+Shape legend: T tokens, L layers, E experts, K top-k, D decays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chronos.common.errors import ShapeMismatch
+from chronos.common.fileio import FileIO, StrPath, corrupt
+from chronos.common.routing.network import (
+    ANSWERS,
+    DECAYS,
+    INPUTS,
+    Floats,
+    Geometry,
+    Params,
+    history_input,
+    sigmoid,
+)
+from chronos.common.routing.predictor import DISCOUNT, Scores, TokenClock
+from chronos.common.tensorfile import Header, read_header, read_tensors, write_tensors
+
+FORECAST = "forecast.safetensors"
+HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
+MOMENTS = 4  # forecasts a token
+# Discounted uses a layer could have in turns 2 to HORIZON, as seen from turn 2.
+LATER = (1.0 - DISCOUNT ** (HORIZON - 1)) / (1.0 - DISCOUNT)
+_FORMAT, _VERSION = "chronos-forecast", "1"
+_SIZES = ("layers", "experts", "top_k", "hidden", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastModel:
+    """Trained parameters, and which model they were trained for (`fingerprint`, "" if unknown)."""
+
+    geometry: Geometry
+    params: Params
+    fingerprint: str = ""
+
+    def predictor(self) -> Forecaster:
+        return Forecaster(self)
+
+    def save(self, path: StrPath) -> None:
+        """Write the side file atomically."""
+        sizes = {name: str(getattr(self.geometry, name)) for name in _SIZES}
+        metadata = {"format": _FORMAT, "version": _VERSION, "fingerprint": self.fingerprint}
+        tensors = [
+            (name, "F32", value.shape, np.ascontiguousarray(value).data)
+            for name, value in self.params.items()
+        ]
+        write_tensors(path, tensors, metadata | sizes)
+
+    @classmethod
+    def load(cls, path: StrPath, io: FileIO | None = None) -> ForecastModel:
+        """Read a side file strictly. Raises CorruptFileError naming the file and what is wrong."""
+        header = read_header(path, io=io)
+        geometry = _geometry(header, path)
+        found = {name: entry.shape for name, entry in header.entries.items()}
+        if found != geometry.shapes or any(e.dtype != "F32" for e in header.entries.values()):
+            raise corrupt(path, "holds other tensors than a forecaster of its geometry has")
+        params = {
+            entry.name: np.frombuffer(view, np.float32).reshape(entry.shape)
+            for entry, view in read_tensors(path, io=io)
+        }
+        if not all(np.isfinite(value).all() for value in params.values()):
+            raise corrupt(path, "holds a NaN or an infinity")
+        return cls(geometry, params, header.metadata.get("fingerprint", ""))
+
+    def check_fits(
+        self, layers: int, experts: int, top_k: int, fingerprint: str = "", where: str = ""
+    ) -> None:
+        """Raises ShapeMismatch unless it was trained for this model, as far as both know."""
+        own = self.geometry
+        fix = "train one for this model: chronos fit MODEL"
+        if (own.layers, own.experts, own.top_k) != (layers, experts, top_k):
+            raise ShapeMismatch(
+                f"a forecaster of {own.layers} layers x {own.experts} experts, top-{own.top_k}, "
+                f"cannot serve {layers} x {experts}, top-{top_k}",
+                where,
+                fix,
+            )
+        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
+            raise ShapeMismatch("the forecaster was trained for other weights", where, fix)
+
+
+def _geometry(header: Header, path: StrPath) -> Geometry:
+    metadata = header.metadata
+    if metadata.get("format") != _FORMAT:
+        raise corrupt(path, "is not a forecaster")
+    if metadata.get("version") != _VERSION:
+        raise corrupt(path, f"has version {metadata.get('version')!r}; {_VERSION!r} is known")
+    sizes = {name: metadata.get(name, "") for name in _SIZES}
+    if not all(text.isascii() and text.isdigit() and len(text) < 6 for text in sizes.values()):
+        raise corrupt(path, f"has a malformed geometry: {sizes}")
+    geometry = Geometry(**{name: int(text) for name, text in sizes.items()})
+    if not 0 < geometry.top_k <= geometry.experts or not geometry.layers:
+        raise corrupt(path, f"has an impossible geometry: {sizes}")
+    return geometry
+
+
+class History:
+    """How often each expert was used lately, at every decay, and what was used last."""
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        self._decay_D1 = np.array(DECAYS, np.float32)[:, None]
+        self.share_LDE = np.full((layers, len(DECAYS), experts), top_k / experts, np.float32)
+        self.last_LE = np.zeros((layers, experts), np.float32)
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        chosen = list(experts)
+        share_DE, last_E = self.share_LDE[layer], self.last_LE[layer]
+        share_DE *= self._decay_D1
+        share_DE[:, chosen] += 1.0 - self._decay_D1
+        last_E[:] = 0.0
+        last_E[chosen] = 1.0
+
+    def observe_all(self, ids_LK: NDArray[Any]) -> None:
+        """Every layer of one token, at once."""
+        self.last_LE[:] = 0.0
+        np.put_along_axis(self.last_LE, ids_LK, 1.0, 1)
+        self.share_LDE *= self._decay_D1
+        self.share_LDE += (1.0 - self._decay_D1) * self.last_LE[:, None]
+
+    def prime(self, ids_TLK: NDArray[Any]) -> None:
+        """As `observe` token by token, at once."""
+        tokens, layers = ids_TLK.shape[:2]
+        if not tokens:
+            return
+        rows_L1 = np.arange(layers)[:, None]
+        for place, decay in enumerate(DECAYS):
+            share_LE = self.share_LDE[:, place] * decay**tokens
+            weight_T = (1.0 - decay) * decay ** np.arange(tokens - 1, -1, -1.0)
+            np.add.at(share_LE, (rows_L1, ids_TLK), weight_T[:, None, None])
+            self.share_LDE[:, place] = share_LE
+        self.last_LE[:] = 0.0
+        self.last_LE[rows_L1, ids_TLK[-1]] = 1.0
+
+
+class Forecaster:
+    """A `Predictor` made of a trained model, following one sequence."""
+
+    def __init__(self, model: ForecastModel, moments: int = MOMENTS) -> None:
+        """moments: how often in a token forecasts are renewed, at most once a layer."""
+        self._params, self._geometry = model.params, model.geometry
+        geometry = model.geometry
+        L, E = geometry.layers, geometry.experts
+        moments = min(moments, L)
+        self._renew_after = {round((i + 1) * L / moments) - 1 for i in range(moments)}
+        self._history = History(L, E, geometry.top_k)
+        self._low_LR = np.zeros((L, geometry.rank), np.float32)
+        self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
+        self._clock = TokenClock(L)
+        self._changed = (0, L)  # rows whose inputs are out of date
+        self._served = L - 1  # the layer served last
+        self._stale = True
+        self._next_LE = self._later_LE = self._now_LE = np.zeros((L, E))
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        self._history.observe(layer, experts)
+        self._clock.observe(layer)
+        first, last = self._changed
+        self._changed = (min(first, layer), max(last, layer + 1))
+        self._served = layer
+        self._stale = self._stale or layer in self._renew_after
+        if not self._stale:
+            self._now_LE[layer] = self._later_LE[layer]
+            self._next_LE[layer] = self._later_LE[layer] / LATER
+
+    def end_token(self) -> None:
+        self._clock.end_token()
+        self._served = self._geometry.layers - 1
+
+    def prime(self, ids_TLK: NDArray[Any]) -> None:
+        self._history.prime(ids_TLK)
+        self._changed = (0, self._geometry.layers)
+        self._stale = True
+        self.end_token()
+
+    def scores(self) -> Scores:
+        self._renew()
+        scores: Scores = self._now_LE * self._clock.weight_L[:, None]
+        return scores
+
+    def next_uses(self) -> Scores:
+        self._renew()
+        return self._next_LE
+
+    def _renew(self) -> None:
+        if not self._stale:
+            return
+        answers_OLE = self._answers().astype(np.float64)
+        self._next_LE, self._later_LE = answers_OLE[0], answers_OLE[1] * LATER
+        self._now_LE = self._next_LE + DISCOUNT * self._later_LE
+        self._stale = False
+
+    def _answers(self) -> Floats:
+        """[O, L, E]: `network.forward` for one input, of which only some rows are new."""
+        params, L = self._params, self._geometry.layers
+        self._renew_rows(slice(*self._changed))
+        self._changed = (L, 0)
+        hidden = self._low_LR.ravel() @ params["join"] + params["moment"][self._served]
+        parted = (np.maximum(hidden, 0.0) @ params["part"]).reshape(L, 1, -1)
+        logits = np.matmul(parted, params["leave"])[:, 0] + self._alone_LX
+        return sigmoid(logits.reshape(L, ANSWERS, -1).transpose(1, 0, 2))
+
+    def _renew_rows(self, rows: slice) -> None:
+        """What follows from the inputs of these layers alone."""
+        params, E = self._params, self._geometry.experts
+        last_LE, share_LDE = self._history.last_LE[rows], self._history.share_LDE[rows]
+        inputs = np.concatenate([last_LE[:, None], history_input(share_LDE)], 1)  # [rows, I, E]
+        flat = inputs.reshape(-1, 1, INPUTS * E)
+        self._low_LR[rows] = np.matmul(flat, params["enter"][rows])[:, 0]
+        by_self = inputs[:, :, None] * params["self"][rows].reshape(-1, INPUTS, ANSWERS, E)
+        alone = params["bias"][rows] + by_self.sum(1).reshape(-1, ANSWERS * E)
+        if "own" in params:
+            alone += np.matmul(last_LE[:, None], params["own"][rows])[:, 0]
+        self._alone_LX[rows] = alone
+
+
+def find_forecast(folder: StrPath) -> Path | None:
+    """The side file of a model folder, if it has one."""
+    path = Path(folder) / FORECAST
+    return path if path.is_file() else None

@@ -1,0 +1,166 @@
+"""What predictors are worth on a trace: reads a cache needs with each, and how often each is right.
+
+Every predictor meets the same tokens through the bookkeeping of the stores; recall is judged at the
+end of a token, for the next one of the same sequence. R_ref stays the better of LRU and plain
+decayed LFU, whatever stronger variants are listed beside them.
+Not covered: time, prefetch.
+
+Shape legend: L layers, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chronos.common.residency import LFU_DECAY, Residency
+from chronos.common.routing.forecast import ForecastModel
+from chronos.common.routing.predictor import DecayedUse, Predictor, PredictorPolicy, PreviousToken
+from chronos.common.routing.recall import guesses
+from chronos.common.routing.trace import RoutingTrace
+from chronos.common.simulate import POLICIES, Comparison, Replay, compare, simulate_policy
+
+_TIMED = 200  # tokens a predictor is timed on
+
+
+@dataclass(frozen=True)
+class Recall:
+    """At the end of a token, for the next one. Shares; None where nothing was there to judge.
+
+    absent: only needs that the cache did not hold, and guesses (k per layer) that it did not hold.
+    """
+
+    at_k: float | None
+    at_k3: float | None
+    precision_absent: float | None
+    recall_absent: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One predictor on one trace and number of slots."""
+
+    replay: Replay
+    recall: Recall
+    eta_policy: float | None
+    token_s: float  # what predicting costs, with scores asked for once a layer
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "hits": self.replay.hits,
+            "misses": self.replay.misses,
+            "hit_rate": self.replay.hit_rate,
+            "reads_per_token": self.replay.reads_per_token,
+            "eta_policy": self.eta_policy,
+            "recall_at_k": self.recall.at_k,
+            "recall_at_k3": self.recall.at_k3,
+            "precision_absent": self.recall.precision_absent,
+            "recall_absent": self.recall.recall_absent,
+            "predict_s_per_token": self.token_s,
+        }
+
+
+def predictors(trace: RoutingTrace, forecast: ForecastModel | None = None) -> dict[str, Predictor]:
+    """Every predictor that ids alone can feed, fresh, by name."""
+    shape = trace.num_layers, trace.num_experts
+    found: dict[str, Predictor] = {
+        "previous-token": PreviousToken(*shape),
+        "decayed-use": DecayedUse(*shape, decay=LFU_DECAY),
+    }
+    if forecast is not None:
+        forecast.check_fits(*shape, trace.top_k)
+        found["forecast"] = forecast.predictor()
+    return found
+
+
+def measure(
+    trace: RoutingTrace,
+    slots: int,
+    forecast: ForecastModel | None = None,
+    *,
+    pooled: bool = True,
+    warmup: float = 0.0,
+    policies: Sequence[str] = POLICIES,
+) -> tuple[Comparison, dict[str, Measured]]:
+    """Caches without a predictor and every predictor available, on the same tokens."""
+    caches = compare(trace, slots, policies, pooled=pooled, warmup=warmup)
+    found: dict[str, Measured] = {}
+    for name, predictor in predictors(trace, forecast).items():
+        judge = _Judge(trace, predictor, first=int(warmup * trace.num_tokens))
+        replay = simulate_policy(
+            trace, slots, PredictorPolicy(predictor),
+            pooled=pooled, warmup=warmup, name=name, watch=judge,
+        )  # fmt: skip
+        eta = caches.eta_policy(replay.reads_per_token)
+        found[name] = Measured(replay, judge.recall(), eta, 0.0)
+    for name, predictor in predictors(trace, forecast).items():
+        found[name] = _timed(found[name], predictor, trace)
+    return caches, found
+
+
+def best(measured: Mapping[str, Measured]) -> str:
+    """The predictor that needs the fewest reads."""
+    return min(measured, key=lambda name: measured[name].replay.misses)
+
+
+class _Judge:
+    """Counts right guesses, called before each token."""
+
+    def __init__(self, trace: RoutingTrace, predictor: Predictor, first: int) -> None:
+        self._trace, self._predictor, self._first = trace, predictor, first
+        self._needs = self._found_k = self._found_k3 = 0
+        self._absent = self._guessed = self._right = 0
+
+    def __call__(self, token: int, caches: Sequence[Residency]) -> None:
+        seq_T, K = self._trace.seq_T, self._trace.top_k
+        if token < max(1, self._first) or seq_T[token] != seq_T[token - 1]:
+            return
+        likely_LE = self._predictor.next_uses()
+        needed_LE = _marked(likely_LE.shape, self._trace.ids_TLK[token])
+        at_k_LE = _marked(likely_LE.shape, guesses(likely_LE, K))
+        at_k3_LE = _marked(likely_LE.shape, guesses(likely_LE, K + 3))
+        held_LE = np.zeros(likely_LE.shape, np.bool_)
+        for cache in caches:
+            for key in cache.ready:
+                held_LE[key] = True
+        self._needs += int(needed_LE.sum())
+        self._found_k += int((needed_LE & at_k_LE).sum())
+        self._found_k3 += int((needed_LE & at_k3_LE).sum())
+        self._absent += int((needed_LE & ~held_LE).sum())
+        self._guessed += int((at_k_LE & ~held_LE).sum())
+        self._right += int((needed_LE & at_k_LE & ~held_LE).sum())
+
+    def recall(self) -> Recall:
+        return Recall(
+            _share(self._found_k, self._needs),
+            _share(self._found_k3, self._needs),
+            _share(self._right, self._guessed),
+            _share(self._right, self._absent),
+        )
+
+
+def _marked(shape: tuple[int, ...], experts_LK: NDArray[Any]) -> NDArray[np.bool_]:
+    marks_LE = np.zeros(shape, np.bool_)
+    np.put_along_axis(marks_LE, experts_LK.astype(np.intp), True, 1)
+    return marks_LE
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _timed(measured: Measured, predictor: Predictor, trace: RoutingTrace) -> Measured:
+    tokens = trace.ids_TLK[:_TIMED].tolist()
+    begin = time.perf_counter()
+    for ids_LK in tokens:
+        for layer, experts in enumerate(ids_LK):
+            predictor.observe(layer, experts)
+            predictor.scores()
+        predictor.end_token()
+    seconds = (time.perf_counter() - begin) / len(tokens)
+    return Measured(measured.replay, measured.recall, measured.eta_policy, seconds)
