@@ -1,4 +1,4 @@
-"""Names of models: `demo` is the one that ships with the package; anything else is a folder."""
+"""Names of models: `demo`, which ships with the package, a folder, or an id of the model hub."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo"
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, *, fetch: bool = False) -> Path:
     """The folder MODEL stands for. A folder called `demo` beside you needs `./demo`.
 
-    Raises UsageError where there is no such folder or it holds no config.json.
+    A folder wins over an id of the hub; with `fetch` an id's files are downloaded, otherwise they
+    must be in the hub's cache. Raises UsageError where there is no such folder or it holds no
+    config.json, and what `chronos.hub.snapshot` does.
     """
     folder = _DEMO_FOLDER if str(model) == DEMO else Path(model).expanduser()
+    if not folder.exists() and isinstance(model, str):
+        from chronos import hub
+
+        if hub.is_model_id(model):
+            folder = hub.snapshot(model, fetch=fetch)
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise UsageError(

@@ -1,9 +1,9 @@
-"""Commands on model files: pack, inspect, verify."""
+"""Commands on model files: pack and verify; `inspect` has a file of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,16 +15,19 @@ from chronos.common.errors import UsageError
 if TYPE_CHECKING:
     from chronos.common.layout.clusters import OrderChoice
 
-_PANEL = "Model files"
+PANEL = "Model files"
 _CALIBRATION_TOKENS = 20_000
 PathArg = Annotated[
     str, typer.Argument(metavar="PATH", help="A model folder, a .ctsr file, or `demo`.")
 ]
 
 
-@command("pack", panel=_PANEL)
+@command("pack", panel=PANEL)
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder, packed or not.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A model folder, packed or not, or an id of the hub."),
+    ],
     to: Annotated[Path, typer.Option("--out", "-o", metavar="DST", help="The folder to write.")],
     device: DeviceOptions,
     out: JsonOptions,
@@ -39,18 +42,19 @@ def pack(
 ) -> None:
     """Split a model folder into its dense part and expert records that can be streamed.
 
-    Experts lie layer by layer. With --trace or --calibrate, experts used together lie side by side
-    if that is measured to save read time; the reason is printed and kept in the manifest. An
-    interrupted run continues where it stopped.
+    SRC is a model of Chronos or any Mixture-of-Experts checkpoint in safetensors that Transformers
+    or MLX-LM can build; it is only read. Experts lie layer by layer. With --trace or --calibrate,
+    experts used together lie side by side if that is measured to save read time; the reason is
+    printed and kept in the manifest. An interrupted run continues where it stopped.
     """
     from chronos.common.layout import pack as pack_folder
     from chronos.models import resolve_model
 
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
-    folder = resolve_model(source)
+    folder = resolve_model(source, fetch=True)
     choice = _order(folder, trace, calibrate, device)
-    with output.progress("packing") as update:
+    with output.progress("packing", rate=True) as update:
         report = pack_folder(
             folder,
             to,
@@ -65,6 +69,11 @@ def pack(
     rate = output.size(report.bytes / max(report.seconds, 1e-9))
     print(f"{to}: {report.records} experts, {output.size(report.bytes)}")
     output.note(f"{report.seconds:.1f} s, {rate}/s")
+    if report.left_out:
+        output.note(
+            f"left out, as no decoder runs them: {len(report.left_out)} tensors, for instance"
+            f" {report.left_out[0]}"
+        )
     if choice:
         output.note(choice.reason)
 
@@ -74,11 +83,10 @@ def _order(
 ) -> OrderChoice | None:
     """Clusters or layer order, as a trace decides; None where there is none to ask."""
     from chronos.cli.routing import record
-    from chronos.common.config import ModelConfig
+    from chronos.common.fileio import FileIO
     from chronos.common.layout.clusters import choose_order
-    from chronos.common.layout.ctsr import record_template
+    from chronos.common.layout.source import open_source
     from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.weights import expert_tensors
 
     if trace is not None:
         recorded = RoutingTrace.load(trace)
@@ -88,36 +96,19 @@ def _order(
             recorded = record(engine, str(folder), calibrate, _CALIBRATION_TOKENS, 512, 0)
     else:
         return None
-    config = ModelConfig.from_json(folder)
-    wanted = (config.num_hidden_layers, config.num_experts)
-    if (recorded.num_layers, recorded.num_experts) != wanted:
+    model = open_source(folder, FileIO())
+    experts = model.config.num_experts
+    if (recorded.layers, recorded.num_experts) != (tuple(model.templates), experts):
         found = f"{recorded.num_layers} layers of {recorded.num_experts} experts"
         raise UsageError(
-            f"the trace is of {found}, the model has {wanted[0]} of {wanted[1]}", str(trace)
+            f"the trace is of {found}, the model has {len(model.templates)} of {experts}"
+            " (or in other layers)",
+            str(trace),
         )
-    return choose_order(recorded, record_bytes=record_template(expert_tensors(config))[1])
+    return choose_order(recorded, record_bytes=max(t.nbytes for t in model.templates.values()))
 
 
-@command("inspect", panel=_PANEL)
-def inspect(path: PathArg, out: JsonOptions) -> None:
-    """Show what a model folder or file holds, and what budgets would hold of it."""
-    from chronos.common.layout import inspect as look
-
-    data = look(_path(path))
-    if out.json:
-        output.print_json(data)
-        return
-    rows = [(key.replace("_", " "), _value(key, value)) for key, value in data.items()]
-    output.table((path, ""), rows, align="ll")
-
-
-def _value(key: str, value: Any) -> str:
-    if isinstance(value, int) and "bytes" in key:
-        return f"{output.size(value)} ({value})"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@command("verify", panel=_PANEL)
+@command("verify", panel=PANEL)
 def verify(path: PathArg, out: JsonOptions) -> None:
     """Read every byte of a model: headers, shapes, checksums, NaN and infinity.
 
@@ -125,8 +116,8 @@ def verify(path: PathArg, out: JsonOptions) -> None:
     """
     from chronos.common.layout import verify as read_all
 
-    with output.progress("verifying") as update:
-        report = read_all(_path(path), collect=True, progress=update)
+    with output.progress("verifying", rate=True) as update:
+        report = read_all(path_of(path), collect=True, progress=update)
     if out.json:
         output.print_json(report.to_json())
     else:
@@ -141,12 +132,14 @@ def verify(path: PathArg, out: JsonOptions) -> None:
         raise typer.Exit(3)
 
 
-def _path(text: str) -> Path:
-    """A path, or the shipped model by its name."""
+def path_of(text: str) -> Path:
+    """A path, the shipped model by its name, or the cached files of an id of the hub."""
+    from chronos.hub import is_model_id
     from chronos.models import DEMO, resolve_model
 
-    if text == DEMO:
+    path = Path(text)
+    if text == DEMO or (is_model_id(text) and not path.exists()):
         return resolve_model(text)
-    if not Path(text).exists():
+    if not path.exists():
         raise UsageError("there is no such file or folder", text)
-    return Path(text)
+    return path

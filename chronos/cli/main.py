@@ -22,6 +22,7 @@ from chronos.cli import (
     files,
     generate,
     options,
+    overview,
     routing,
     train,
 )
@@ -29,7 +30,7 @@ from chronos.cli.app import app
 
 __all__ = ["app", "main", "run"]
 
-FAMILIES = (demo, generate, train, files, routing, bench, evaluate, doctor)
+FAMILIES = (demo, generate, train, files, overview, routing, bench, evaluate, doctor)
 
 
 def run(args: Sequence[str] | None = None) -> int:

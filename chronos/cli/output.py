@@ -91,16 +91,26 @@ def table(
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields `update(done, total)`. Nothing with -q or without a terminal."""
+def progress(label: str, *, rate: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields `update(done, total)`. Nothing with -q or without a terminal.
+
+    rate: what is counted are bytes; show how many a second.
+    """
     if _state.quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
+    speed = [TransferSpeedColumn()] if rate else []
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(), console=console(stderr=True), transient=True,
+        *speed, TimeRemainingColumn(), console=console(stderr=True), transient=True,
     )  # fmt: skip
     with bar:
         task = bar.add_task(label, total=None)

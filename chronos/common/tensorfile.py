@@ -246,7 +246,8 @@ def _refuse_pickles(single: Path) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        shards = load_json(read_small(path, MAX_INDEX)).get("weight_map")
+        real = os.path.realpath(path)  # the Hugging Face cache is made of links
+        shards = load_json(read_small(real, MAX_INDEX)).get("weight_map")
     except (ValueError, RecursionError) as error:
         raise corrupt(path, f"is not a usable index: {error}") from error
     if not isinstance(shards, dict) or not shards:
