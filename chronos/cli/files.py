@@ -39,6 +39,12 @@ def pack(
         str | None,
         typer.Option(metavar="DATA", help="As --trace, but record the trace first, on this text."),
     ] = None,
+    link: Annotated[
+        bool,
+        typer.Option(
+            "--link", help="Leave what is not a routed expert in SRC, which DST then needs."
+        ),
+    ] = False,
 ) -> None:
     """Split a model folder into its dense part and expert records that can be streamed.
 
@@ -60,6 +66,7 @@ def pack(
             to,
             order=choice.order if choice else "layer",
             how=choice.to_json() if choice else None,
+            link=link,
             progress=update,
         )
     if out.json:

@@ -31,6 +31,7 @@ from chronos.common.layout.manifest import (
     read_manifest,
     tensor_key,
 )
+from chronos.common.linked import LINK, link_fingerprint
 from chronos.common.tensorfile import TensorEntry, read_header
 from chronos.common.weights import SAFETENSORS_DTYPE, expert_name, expert_tensors
 
@@ -192,6 +193,8 @@ def _fingerprints(
     dense = folder / "model.safetensors"
     if dense.exists():
         yield read_header(dense, io=io).metadata.get(FINGERPRINT, "none"), "model.safetensors"
+    elif (link := folder / LINK).exists():
+        yield link_fingerprint(link, io), LINK
 
 
 def _check_cluster(

@@ -26,6 +26,7 @@ from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import FINGERPRINT, is_packed, open_layout
 from chronos.common.layout.manifest import EXPERTS, Key
 from chronos.common.layout.source import ModelSource, open_source, pick
+from chronos.common.linked import LINK, write_link
 from chronos.common.tensorfile import build_header, read_pieces, read_tensors
 from chronos.common.weights import lookahead_tensors
 
@@ -36,6 +37,7 @@ SIDE_FILES = (
     "processor_config.json", "lookahead.safetensors", "intent.safetensors",
     "forecast.safetensors", "config.json",
 )  # fmt: skip
+DENSE = "model.safetensors"
 _COPY = 1 << 20
 
 
@@ -64,14 +66,16 @@ def pack(
     *,
     order: str | Sequence[Sequence[Key]] = "layer",
     how: Mapping[str, Any] | None = None,
+    link: bool = False,
     progress: Callable[[int, int], None] | None = None,
     io: FileIO | None = None,
 ) -> PackReport:
     """Write the packed form of the model in `src` into `dst`.
 
     order: "layer" (one cluster file per layer), or the clusters as lists of (layer, expert) that
-    hold every expert once; `how` is kept in the manifest as the reason. progress: called with bytes
-    done and in all. Raises ConfigError, ShapeMismatch, CorruptFileError (a NaN, by tensor),
+    hold every expert once; `how` is kept in the manifest as the reason. link: leave the dense part
+    where it is, which needs `src` for as long as `dst` is used. progress: called with bytes done
+    and in all. Raises ConfigError, ShapeMismatch, CorruptFileError (a NaN, by tensor),
     DiskFullError before anything is written where it can, UsageError.
     """
     began, src, dst, io = time.perf_counter(), Path(src), Path(dst), io or FileIO()
@@ -80,11 +84,12 @@ def pack(
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
         raise UsageError("source and destination are the same folder", str(dst))
-    total = model.dense_nbytes + model.expert_nbytes
+    dense = 0 if link else model.dense_nbytes
+    total = dense + model.expert_nbytes
 
     def advance(nbytes: int) -> None:
         if progress:
-            progress(min(total, model.dense_nbytes + nbytes), total)
+            progress(min(total, dense + nbytes), total)
 
     with RunLock(dst):
         sweep_orphans(dst)
@@ -92,7 +97,12 @@ def pack(
         if is_packed(dst):
             return _already_packed(dst, model, clusters, began)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
-        _write_dense(dst, model, io)
+        if link:
+            write_link(dst, model.dense, model.fingerprint, io)
+            (dst / DENSE).unlink(missing_ok=True)  # of an unfinished run that copied it
+        else:
+            _write_dense(dst, model, io)
+            (dst / LINK).unlink(missing_ok=True)
         _copy_side_files(src, dst, model.config, io)
         written = write_experts(
             dst,
@@ -105,7 +115,7 @@ def pack(
             io=io,
         )
     return PackReport(
-        bytes=model.dense_nbytes + sum(written.manifest.files.values()),
+        bytes=dense + sum(written.manifest.files.values()),
         seconds=time.perf_counter() - began,
         records=len(written.manifest.records),
         clusters=len(clusters),
@@ -145,7 +155,8 @@ def _already_packed(
             "remove it or choose another folder: cluster files are never changed in place",
         )
     return PackReport(
-        bytes=model.dense_nbytes + sum(layout.manifest.files.values()),
+        bytes=sum(layout.manifest.files.values())
+        + (model.dense_nbytes if (dst / DENSE).exists() else 0),
         seconds=time.perf_counter() - began,
         records=len(layout.records),
         clusters=len(clusters),
@@ -162,12 +173,16 @@ def _overhead(src: Path, clusters: list[list[Key]]) -> int:
 
 
 def _existing_nbytes(dst: Path) -> int:
-    return sum(path.stat().st_size for path in (dst / EXPERTS).glob("cluster-*.ctsr"))
+    written = [*(dst / EXPERTS).glob("cluster-*.ctsr"), *dst.glob(DENSE)]
+    return sum(path.stat().st_size for path in written)
 
 
 def _write_dense(dst: Path, model: ModelSource, io: FileIO) -> None:
     metadata = {"format": "pt", FINGERPRINT: model.fingerprint}
     header = build_header(((e.name, e.dtype, e.shape) for _, e in model.dense), metadata)
+
+    if _holds(dst / DENSE, header, len(header) + model.dense_nbytes, io):
+        return
 
     def chunks() -> Iterator[Any]:
         yield header
@@ -178,8 +193,15 @@ def _write_dense(dst: Path, model: ModelSource, io: FileIO) -> None:
                 check_finite(data, piece.dtype, piece.name, skipped=skipped)
                 yield data
 
-    nbytes = len(header) + model.dense_nbytes
-    atomic_write(dst / "model.safetensors", chunks(), io, nbytes=nbytes)
+    atomic_write(dst / DENSE, chunks(), io, nbytes=len(header) + model.dense_nbytes)
+
+
+def _holds(path: Path, header: bytes, nbytes: int, io: FileIO) -> bool:
+    """Whether an earlier run finished this very file: it has the same tensors and fingerprint."""
+    if not path.exists():
+        return False
+    with SmallReader(path, io) as file:
+        return file.nbytes == nbytes and file.read(0, len(header)) == header
 
 
 def _side_files(src: Path) -> list[Path]:

@@ -9,22 +9,21 @@ the fingerprint. Not here: writing (`pack`), and what other libraries call their
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from chronos.common.config import ModelConfig
 from chronos.common.errors import ShapeMismatch
-from chronos.common.fileio import FileIO, SmallReader
+from chronos.common.fileio import FileIO
 from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout
 from chronos.common.layout.guest import find_experts
 from chronos.common.layout.manifest import Key
+from chronos.common.linked import sample_digest
 from chronos.common.tensorfile import Located, locate_tensors, read_pieces
 from chronos.common.weights import (
     SAFETENSORS_DTYPE,
@@ -34,8 +33,6 @@ from chronos.common.weights import (
     expert_tensors,
     routed_tensors,
 )
-
-_SAMPLE = 4096  # bytes at either end of a tensor that go into the fingerprint
 
 Experts = Generator[tuple[Key, Mapping[str, Any]], None, None]
 
@@ -130,7 +127,7 @@ def _native(
         picked[: len(dense)],
         templates,
         partial(_gathered, templates, locate, io),
-        partial(_fingerprint, located, io),
+        partial(sample_digest, located, io),
     )
 
 
@@ -143,7 +140,7 @@ def _guest(config: GuestConfig, located: Mapping[str, Located], io: FileIO) -> M
         found.dense,
         found.templates,
         partial(_gathered, found.templates, found.locate, io),
-        partial(_fingerprint, kept, io),
+        partial(sample_digest, kept, io),
         tuple(found.left_out),
     )
 
@@ -200,22 +197,3 @@ def pick_all(
     if odd := min(located.keys() - {spec.name for spec in specs}, default=None):
         raise ShapeMismatch(f"tensor {odd} is not one the config implies", str(src))
     return picked
-
-
-def _fingerprint(located: Mapping[str, Located], io: FileIO) -> str:
-    """xxh3_128 over each tensor's name, dtype, shape and both ends, in order of names.
-
-    The ends, not all bytes: any training step moves nearly every weight, and reading it all would
-    double the time to pack.
-    """
-    digest = xxhash.xxh3_128()
-    with ExitStack() as stack:
-        paths = {path for path, _ in located.values()}
-        files = {path: stack.enter_context(SmallReader(path, io)) for path in paths}
-        for name in sorted(located):
-            path, entry = located[name]
-            size = min(_SAMPLE, entry.nbytes)
-            digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            digest.update(files[path].read(entry.offset, size))
-            digest.update(files[path].read(entry.offset + entry.nbytes - size, size))
-    return digest.hexdigest()

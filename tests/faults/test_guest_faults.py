@@ -1,0 +1,384 @@
+"""Guest checkpoints that are wrong, foreign, truncated, renamed or hostile; links that broke."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, ShapeMismatch
+from chronos.common.layout import inspect, open_layout, pack, verify
+from chronos.common.linked import LINK
+from chronos.common.tensorfile import read_checkpoint, read_header
+from chronos.testing.tiny_guest import E, tiny_guest, write_shards
+
+EXPERT = "model.layers.2.mlp.experts.1.up_proj.weight"
+STACK = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+def refused(folder: Path, error: type[ChronosError] = ChronosError) -> str:
+    """Packing must say no in a typed error, before it publishes anything, and leave SRC alone."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    target = folder.with_name(folder.name + "-dst")
+    with pytest.raises(error) as caught:
+        pack(folder, target)
+    assert not (target / "experts/cluster_manifest.json").exists()
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return str(caught.value)
+
+
+def drop(arrays):
+    del arrays[EXPERT]
+
+
+def drop_expert(arrays):
+    for name in [name for name in arrays if ".layers.1.mlp.experts.3." in name]:
+        del arrays[name]
+
+
+def add_expert(arrays):
+    arrays[EXPERT.replace(".1.up", ".4.up")] = arrays[EXPERT]
+
+
+def narrow(arrays):
+    dtype, (rows, columns), data = arrays[EXPERT]
+    arrays[EXPERT] = (dtype, (rows, columns - 1), data[: rows * (columns - 1) * 4])
+
+
+def turn(arrays):
+    dtype, shape, data = arrays[EXPERT]
+    arrays[EXPERT] = (dtype, shape[::-1], data)
+
+
+def mix(arrays):
+    _, shape, data = arrays[EXPERT]
+    arrays[EXPERT] = ("BF16", shape, data[: len(data) // 2])
+
+
+def mix_projection(arrays):
+    for name in [name for name in arrays if name.endswith("experts.gate_proj.weight")]:
+        del arrays[name]
+    for name in [
+        name for name in arrays if ".layers.1." in name and name.endswith("up_proj.weight")
+    ]:
+        dtype, shape, data = arrays[name]
+        arrays[name] = ("BF16", shape, data[: len(data) // 2])
+
+
+def no_down(arrays):
+    for name in [name for name in arrays if ".layers.1." in name and "down_proj" in name]:
+        del arrays[name]
+
+
+def no_gate(arrays):
+    for name in [name for name in arrays if ".layers.1." in name and "experts.2.gate_proj" in name]:
+        del arrays[name]
+
+
+def both_forms(arrays):
+    arrays["model.layers.2.mlp.experts.down_proj"] = ("F32", (E, 2, 2), bytes(E * 16))
+
+
+def fp8(arrays):
+    arrays[EXPERT + "_scale_inv"] = ("F32", (1, 1), bytes(4))
+
+
+def rename(arrays):
+    for name in [name for name in arrays if ".experts." in name]:
+        arrays[name.replace("_proj", "_projection")] = arrays.pop(name)
+
+
+def hide(arrays):
+    for name in [name for name in arrays if ".experts." in name]:
+        arrays[name.replace(".experts.", ".specialists.")] = arrays.pop(name)
+
+
+def two_towers(arrays):
+    for name in [name for name in arrays if ".experts." in name]:
+        arrays[f"talker.{name}"] = arrays[name]
+
+
+def nan(arrays):
+    dtype, shape, data = arrays[EXPERT]
+    values = np.frombuffer(data, "<f4").copy()
+    values[5] = np.inf
+    arrays[EXPERT] = (dtype, shape, values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop, f"tensor {EXPERT} is missing"),
+        (drop_expert, "model.layers.1.mlp.experts.3."),
+        (add_expert, "is of expert 4, config.json names 4"),
+        (narrow, EXPERT),
+        (turn, EXPERT),
+        (mix, EXPERT),
+        (mix_projection, "they are one matrix"),
+        (no_down, "layer 1 have only gate_up_proj"),
+        (no_gate, "model.layers.1.mlp.experts.2.gate_proj.weight is missing"),
+        (both_forms, "is of one expert, others of the layer are stacked"),
+        (fp8, "up_proj.weight_scale_inv lies among the routed experts under a name"),
+        (rename, "under a name Chronos does not know"),
+        (hide, "no tensor of the checkpoint is named as a routed expert is"),
+        (two_towers, "two models hold routed experts"),
+        (nan, "layer 2, expert 1: gate_up_proj: element 133 is NaN or infinite"),
+    ],
+)
+def test_tensors_that_do_not_add_up_are_named(tmp_path, change, words):
+    source = tiny_guest(tmp_path / "src", change=change, shards=2)
+    assert words in refused(source)
+    if change is nan:
+        assert len(verify(source, collect=True).problems) == 1
+    else:
+        for look in (verify, inspect):
+            with pytest.raises(ChronosError, match=words.split(" is ")[0].replace(".", r"\.")):
+                look(source)
+
+
+@pytest.mark.parametrize("shape", [(E + 1, 16, 16), (E * 256,), (1, E, 256), (16, 16, E)])
+def test_stacks_of_another_number_are_refused(tmp_path, shape):
+    def change(arrays):
+        dtype, _, data = arrays[STACK]
+        arrays[STACK] = (dtype, shape, (data * 2)[: 4 * int(np.prod(shape))])
+
+    source = tiny_guest(tmp_path / "src", "gpt_oss", change=change)
+    assert STACK in refused(source, ShapeMismatch)
+
+
+def test_a_stack_that_does_not_fit_its_fellow_is_refused(tmp_path):
+    def change(arrays):
+        arrays[STACK] = ("F32", (E, 8, 16), bytes(E * 512))
+
+    source = tiny_guest(tmp_path / "src", "gpt_oss", change=change)
+    assert "experts of layer 1 do not fit together" in refused(source, ShapeMismatch)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
+        ({"num_experts": 5}, "experts.4."),
+        ({"num_experts": 2}, "config.json names 2"),
+        ({"num_experts": 10**9}, "num_experts must be"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 1}, "no tensor of the checkpoint is named"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\)"),
+    ],
+)
+def test_configs_that_do_not_fit_the_tensors(tmp_path, config, words):
+    assert re.search(words, refused(tiny_guest(tmp_path / "src", config=config)))
+
+
+def test_quantised_experts_in_the_manner_of_gpt_oss_say_what_to_do(tmp_path):
+    def change(arrays):
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        arrays[name + "_blocks"] = ("U8", (E, 4, 1, 16), bytes(E * 64))
+        arrays[name + "_scales"] = ("U8", (E, 4, 1), bytes(E * 4))
+        del arrays[name]
+
+    message = refused(tiny_guest(tmp_path / "src", "gpt_oss", change=change), ShapeMismatch)
+    assert "gate_up_proj_blocks" in message and "convert it with MLX-LM" in message
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    return tiny_guest(tmp_path / "src", shards=3)
+
+
+def index(folder: Path) -> Path:
+    return folder / "model.safetensors.index.json"
+
+
+def edit_index(folder: Path, change) -> None:
+    data = json.loads(index(folder).read_text())
+    change(data["weight_map"])
+    index(folder).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../src/model-00001-of-00003.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors"]
+    + ["model.bin", "C:\\x.safetensors", "x\0.safetensors", 7, None, ""],
+)
+def test_shards_outside_of_the_folder_are_never_opened(sharded, name):
+    edit_index(sharded, lambda weights: weights.update({EXPERT: name}))
+    assert "which is not a file of this folder" in refused(sharded, CorruptFileError)
+
+
+def test_an_index_that_names_what_is_not_there(sharded):
+    edit_index(sharded, lambda weights: weights.update(ghost="model-00001-of-00003.safetensors"))
+    assert "names tensor 'ghost'" in refused(sharded, CorruptFileError)
+    edit_index(sharded, lambda weights: weights.pop("ghost"))
+    edit_index(sharded, lambda weights: weights.pop(EXPERT))
+    assert "does not say" in refused(sharded, CorruptFileError)
+
+
+def test_a_tensor_in_two_shards(sharded, tmp_path):
+    arrays = {e.name: (e.dtype, e.shape, bytes(d)) for e, d in read_checkpoint(sharded)}
+    extra = {"model.twice": arrays["lm_head.weight"]}
+    other = tmp_path / "other"
+    other.mkdir()
+    write_shards(other, {"lm_head.weight": arrays["lm_head.weight"], **extra}, 1)
+    shutil.copy(other / "model.safetensors", sharded / "model-00004-of-00004.safetensors")
+    edit_index(sharded, lambda w: w.update({"model.twice": "model-00004-of-00004.safetensors"}))
+    assert "lm_head.weight" in refused(sharded, CorruptFileError)
+
+
+def test_missing_swapped_and_foreign_shards(sharded, tmp_path):
+    shards = sorted(sharded.glob("*.safetensors"))
+    content = [shard.read_bytes() for shard in shards]
+    shards[1].unlink()
+    assert shards[1].name in refused(sharded, CorruptFileError)
+    shards[1].write_bytes(content[0])
+    assert "does not say" in refused(sharded, CorruptFileError)
+    foreign = tiny_guest(tmp_path / "foreign", "mixtral", shards=3)
+    shutil.copy(foreign / shards[1].name, shards[1])
+    assert "does not say" in refused(sharded, CorruptFileError)
+    shards[1].write_bytes(b"<html>rate limited</html>")
+    assert shards[1].name in refused(sharded, CorruptFileError)
+    shards[1].write_bytes(content[1])
+    pack(sharded, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", range(0, 64, 5))
+def test_a_truncated_shard_is_refused_before_anything_is_written(sharded, part):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) * part // 64])
+    assert shard.name in refused(sharded, CorruptFileError)
+    target = sharded.with_name(sharded.name + "-dst")
+    assert not (target / "model.safetensors").exists()
+
+
+def test_a_shard_cut_while_it_is_read(sharded, tmp_path, monkeypatch):
+    """After the headers were checked: an error, no signal, and nothing is published."""
+    module = sys.modules[pack.__module__]
+    shard = sorted(sharded.glob("*.safetensors"))[2]
+    write_dense = module._write_dense
+
+    def cut_then_write(*args):
+        os.truncate(shard, read_header(shard).data_start + 100)
+        write_dense(*args)
+
+    monkeypatch.setattr(module, "_write_dense", cut_then_write)
+    with pytest.raises(CorruptFileError, match=shard.name):
+        pack(sharded, tmp_path / "dst")
+    assert not (tmp_path / "dst/experts/cluster_manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_refused_with_what_to_do(tmp_path, name):
+    source = tiny_guest(tmp_path / "src")
+    (source / "model.safetensors").rename(source / name)
+    for work in (refused, lambda folder: inspect(folder), lambda folder: verify(folder)):
+        try:
+            message = work(source)
+        except CorruptFileError as error:
+            message = str(error)
+        assert f"pickled ({name})" in message and "save_pretrained" in message
+
+
+def test_a_packed_guest_of_another_checkpoint_is_refused(tmp_path):
+    pack(tiny_guest(tmp_path / "a"), tmp_path / "a-dst")
+
+    def change(arrays):
+        dtype, shape, data = arrays[EXPERT]
+        arrays[EXPERT] = (dtype, shape, bytes(len(data)))
+
+    pack(tiny_guest(tmp_path / "b", change=change), tmp_path / "b-dst")
+    shutil.copy(tmp_path / "b-dst/model.safetensors", tmp_path / "a-dst/model.safetensors")
+    with pytest.raises(CorruptFileError, match="another model"):
+        open_layout(tmp_path / "a-dst")
+    with pytest.raises(CorruptFileError, match="another model"):
+        verify(tmp_path / "a-dst")
+
+
+@pytest.fixture
+def linked(sharded) -> Path:
+    folder = sharded.with_name("linked")
+    report = pack(sharded, folder, link=True)
+    assert report.bytes == sum(path.stat().st_size for path in folder.glob("experts/*.ctsr"))
+    return folder
+
+
+def test_a_linked_folder_is_whole(sharded, linked, tmp_path):
+    assert not (linked / "model.safetensors").exists()
+    pack(sharded, tmp_path / "copied")
+    for folder in (linked, tmp_path / "copied"):
+        assert verify(folder).problems == []
+    dense = {e.name: bytes(d) for e, d in read_checkpoint(linked)}
+    assert dense == {e.name: bytes(d) for e, d in read_checkpoint(tmp_path / "copied")}
+    assert open_layout(linked).fingerprint == open_layout(tmp_path / "copied").fingerprint
+    assert inspect(linked)["dense_bytes"] == sum(map(len, dense.values()))
+    pack(linked, tmp_path / "again")
+    assert {e.name: bytes(d) for e, d in read_checkpoint(tmp_path / "again")} == dense
+
+
+def test_links_notice_shards_that_moved_or_changed(sharded, linked):
+    shards = sorted(sharded.glob("*.safetensors"))
+    os.utime(shards[0])  # touched only: its bytes are the same
+    assert verify(linked).problems == []
+    content = shards[0].read_bytes()
+    start = struct.unpack("<Q", content[:8])[0] + 8
+    shards[0].write_bytes(content[:start] + bytes(len(content) - start))  # as a training run would
+    with pytest.raises(CorruptFileError, match="has changed since"):
+        list(read_checkpoint(linked))
+    shards[0].write_bytes(content + b"more")
+    with pytest.raises(CorruptFileError, match="has changed since"):
+        verify(linked)
+    shards[0].unlink()
+    with pytest.raises(CorruptFileError, match=r"is linked to .*No such file") as caught:
+        inspect(linked)
+    assert "without --link" in caught.value.fix
+
+
+def test_a_link_of_another_model_is_refused(linked, tmp_path):
+    other = tiny_guest(tmp_path / "other", "mixtral")
+    pack(other, tmp_path / "other-linked", link=True)
+    shutil.copy(tmp_path / "other-linked" / LINK, linked / LINK)
+    with pytest.raises(CorruptFileError, match=rf"another model than {LINK}"):
+        open_layout(linked)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(format="x"),
+        lambda d: d.update(version=2),
+        lambda d: d.update(version="1"),
+        lambda d: d.pop("samples"),
+        lambda d: d.pop("tensors"),
+        lambda d: d.update(shards={}),
+        lambda d: d["shards"][0].update(file="shard.safetensors"),
+        lambda d: d["shards"][0].update(file="/x\0"),
+        lambda d: d["shards"][0].update(file=7),
+        lambda d: d["shards"][0].update(nbytes="7"),
+        lambda d: d["shards"][0].pop("mtime_ns"),
+        lambda d: d["tensors"].update(x=9),
+        lambda d: d["tensors"].update(x=0),
+        lambda d: d["tensors"].update(x=True),
+        lambda d: d["shards"][0].update(file="/dev/zero", nbytes=0),
+        lambda d: d["shards"][0].update(file="/etc/hostname"),
+    ],
+)
+def test_bent_links_are_typed_errors(linked, change):
+    data = json.loads((linked / LINK).read_text())
+    change(data)
+    (linked / LINK).write_text(json.dumps(data))
+    for work in (verify, inspect, lambda folder: list(read_checkpoint(folder))):
+        with pytest.raises((CorruptFileError, ConfigError)):
+            work(linked)
