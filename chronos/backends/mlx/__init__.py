@@ -23,6 +23,7 @@ from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.runner import Runner
 from chronos.backends.protocol import Observed
 from chronos.common.errors import MissingBackendError, UsageError
+from chronos.common.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.mlx.store import ExpertStore
@@ -68,12 +69,17 @@ def load(
     device: str | None = None,
     resident: bool = True,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
-) -> Model:
-    """The model of a folder, ready to run; without `resident` its routed experts stay on disk.
+) -> Any:
+    """The model of a folder, native or a guest; without `resident` its experts stay on disk.
 
     dense: the tensors of its dense part, where they are being read already.
     """
-    return load_model(folder, pick_device(device), resident, dense)
+    where = pick_device(device)
+    if isinstance(read_config(folder), GuestConfig):
+        from chronos.backends.mlx.guest import load_guest
+
+        return load_guest(folder, where, resident, dense)
+    return load_model(folder, where, resident, dense)
 
 
 def save(model: Any, folder: Path) -> None:
