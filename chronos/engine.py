@@ -9,6 +9,7 @@ Not covered: several sequences at once, keeping the key/value cache between prom
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
 from chronos.common.files import RangedReader
 from chronos.common.layout import is_packed, open_layout
+from chronos.common.routing.choose import choose_policy
+from chronos.common.routing.predictor import PredictorPolicy
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import read_checkpoint
@@ -32,10 +35,12 @@ from chronos.meter import Machine, Meter, measure_machine
 from chronos.models import resolve_model
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Backend, ExpertStore, Model, Runner
+    from chronos.backends.protocol import ExpertStore, Runner
     from chronos.common.layout import Layout
+    from chronos.common.residency import Policy
 
 __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
+_log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
 _NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
@@ -58,15 +63,16 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         backend: str = "",
         device: str = "",
+        prefetcher: Prefetcher | None = None,
     ) -> None:
-        """reader: the store's; the engine closes both."""
+        """reader: the store's; the engine closes both. prefetcher: the runner's, for its numbers."""
         self.runner, self.config, self.store, self.layout = runner, config, store, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.context = config.max_position_embeddings
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self.with_limit = store is not None
         self.resident_token_s: float | None = None  # for the limit, where it was measured
-        self._reader = reader
+        self._reader, self._prefetcher = reader, prefetcher
         self._machine: Machine | None = None
         self._running: Generation | None = None
 
@@ -124,6 +130,10 @@ class Engine:
     ) -> None:
         self.close()
 
+    def prefetch_stats(self) -> dict[str, Any]:
+        """What each source of forecasts came to since the model was opened, as JSON."""
+        return {} if self._prefetcher is None else {"prefetch": self._prefetcher.to_json()}
+
     def _check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
         if not prompt:
             raise UsageError("the prompt is empty", "", "give at least one token")
@@ -174,6 +184,7 @@ class Engine:
         if tail := text.flush():
             yield Step(None, tail)
         stats = meter.stats()
+        stats |= self.prefetch_stats()
         if record:
             stats["limit"] = self._limit(meter)
         error = _NOT_FINITE.format(self.runner.position) if reason == "error" else ""
@@ -206,6 +217,7 @@ def load(
     warm: str | int = 0,
     miss: str = "exact",
     prefetch: str = "auto",
+    predictor: str | Path = "auto",
     allow_missing: bool = False,
     reader: RangedReader | None = None,
     own_process: bool = False,
@@ -214,7 +226,8 @@ def load(
 
     budget: what routed experts may take, as "25%", "2GiB", bytes or "all"; "resident" loads them
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
-    memory behind a device's. miss: "exact" waits for an expert, "fallback" lets the shared ones
+    memory behind a device's. predictor: what ranks experts to keep and to read ahead, as
+    `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
     stand in, which allow_missing needs. reader: reads the experts, and is closed with the engine.
     own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
@@ -230,8 +243,15 @@ def load(
         raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
     layout = _open_layout(folder, config, budget, allow_missing)
     capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
+    warm_bytes, policy = 0, None
     if layout is not None:
         slots_within(layout, capacity, config.num_experts_per_tok)
+        warm_bytes = _warm_bytes(warm, layout, config.num_experts_per_tok)
+        if capacity < layout.total_bytes:
+            policy = choose_policy(predictor, layout, config.num_experts_per_tok)
+    elif str(warm) != "0":
+        parse_budget(warm, 1)  # refused if it makes no sense
+        _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
     name = backends.select(backend)
     names = [spec.name for spec in dense_tensors(config)]
     with ReadAhead(read_checkpoint(folder, names)) as dense:
@@ -250,17 +270,21 @@ def load(
             top_k=config.num_experts_per_tok,
             device=core.device,
             miss=miss,
-            warm_bytes=parse_budget(warm, layout.total_bytes) if str(warm) != "0" else 0,
+            warm_bytes=warm_bytes,
+            policy=policy,
             reader=reader,
         )
     except BaseException:
         reader.close()
         raise
-    runner = _streaming_runner(module, core, store, layout, config, reader)
+    prefetcher = _prefetcher(store, layout, config, reader, policy)
+    runner = module.runner(core, store, prefetcher=prefetcher)
     runner.prefetch = prefetch
     if prefetch == "auto" and capacity >= layout.total_bytes:
         store.prefetch(sorted(layout.records))  # all have room: filled in the background
-    return Engine(runner, config, store=store, layout=layout, reader=reader, **known)
+    return Engine(
+        runner, config, store=store, layout=layout, reader=reader, prefetcher=prefetcher, **known
+    )
 
 
 def _open_layout(
@@ -280,25 +304,32 @@ def _open_layout(
     )
 
 
-def _streaming_runner(
-    module: Backend,
-    core: Model,
+def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
+    """Bytes of the warm tier, 0 for none; refused here if they could not work."""
+    nbytes = 0 if str(warm) == "0" else parse_budget(warm, layout.total_bytes)
+    if nbytes:
+        slots_within(layout, nbytes, top_k)
+    return nbytes
+
+
+def _prefetcher(
     store: ExpertStore,
     layout: Layout,
     config: ModelConfig,
     reader: RangedReader,
-) -> Runner:
-    """A runner with a prefetcher, unless every expert has room and forecasts have no use."""
-    if store.stats().capacity_bytes >= layout.total_bytes:
-        return module.runner(core, store)
-    prefetcher = Prefetcher(
+    policy: Policy | None,
+) -> Prefetcher | None:
+    """None where every expert has room and forecasts have no use."""
+    if policy is None:
+        return None
+    return Prefetcher(
         store,
         shape=(layout.num_layers, layout.num_experts),
         top_k=config.num_experts_per_tok,
         record_bytes=layout.record_nbytes,
         reader=reader,
+        forecasts=policy if isinstance(policy, PredictorPolicy) else None,
     )
-    return module.runner(core, store, prefetcher=prefetcher)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

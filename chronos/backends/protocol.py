@@ -59,6 +59,12 @@ class ExpertStore(Protocol):
     def end_token(self) -> None:
         """One decode step is over: histories decay, rates are measured."""
 
+    def begin_prompt(self) -> None:
+        """What is acquired from now on, whole chunks of a prompt need."""
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        """The prompt is over; its tokens were routed like this, in order."""
+
     def resident(self) -> frozenset[Key]: ...
     def stats(self) -> StoreStats: ...
     def close(self) -> None:

@@ -90,7 +90,16 @@ class RunOptions(DeviceOptions):
             help="Read experts ahead of their use.", metavar="auto|off", rich_help_panel=_RUN
         ),
     ] = "auto"
-
+    predictor: Annotated[
+        str,
+        typer.Option(
+            help="What decides which experts are kept and read ahead: the forecaster that "
+            "`chronos fit` trained, decayed frequency (lfu) or recency (lru) of use, or the path "
+            "of a forecaster. auto: the model's forecaster if it has one, else lfu.",
+            metavar="auto|forecast|lfu|lru",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto"
     allow_missing: Annotated[
         bool,
         typer.Option(

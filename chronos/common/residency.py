@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,24 @@ class Policy(Protocol):
 
     def end_token(self) -> None: ...
 
+    def begin_prompt(self) -> None:
+        """Until `end_prompt`, `observe` gets what whole chunks of tokens need of a layer."""
 
-class LRU:
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        """What each token of the prompt was routed to, in order."""
+
+
+class Counts:
+    """What is told of prompts does not change counts of uses: each layer's chunk counts as one."""
+
+    def begin_prompt(self) -> None:
+        pass
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        pass
+
+
+class LRU(Counts):
     """Least recently used."""
 
     forecasts = False
@@ -56,7 +72,7 @@ class LRU:
         pass
 
 
-class DecayedLFU:
+class DecayedLFU(Counts):
     """Number of uses, each fading by `decay` per token.
 
     Uses are noted at once and added up when the ranking is asked for: a NumPy update costs 4 us,

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from chronos.common.errors import StoreError
 from chronos.common.lease import Lease, Load
 from chronos.common.residency import Key, Policy, Residency
@@ -31,6 +33,8 @@ View = Callable[[int, "Record"], Any]
 
 class Tier(ABC):
     """A fixed number of slots over a layout. Subclasses say how a record gets into a slot."""
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class Tier(ABC):
             self._check_open()
             self._close_dropped()
             ready, events, lease = self.residency.ready, self._events, Lease(self, layer)
+            unused = self.residency.unused
             absent: list[int] = []
             late = 0
             for expert in wanted:
@@ -82,6 +87,8 @@ class Tier(ABC):
                     absent.append(expert)
                     continue
                 late += slot in events and not self._copied(slot)
+                if slot in unused:
+                    self.counters.prefetch_hits += 1
                 self.residency.pin(slot)
                 lease.ready.append((expert, slot))
             self.counters.late += late
@@ -121,6 +128,16 @@ class Tier(ABC):
             if self._complete is None:
                 self.policy.end_token()
                 self.residency.end_token()
+
+    def begin_prompt(self) -> None:
+        """What is acquired from now on, chunks of a prompt need."""
+        with self.lock:
+            self.policy.begin_prompt()
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        """Decode begins, after tokens that were routed like this."""
+        with self.lock:
+            self.policy.end_prompt(ids_TLK)
 
     def resident(self) -> frozenset[Key]:
         with self.lock:
@@ -169,9 +186,9 @@ class Tier(ABC):
                     f"{self.residency.slots} slots",
                     "use up or close an iterator before the next acquire, or raise the budget",
                 )
-            start = time.perf_counter()
+            start = self.clock()
             self._wait()
-            self.counters.stall_s += time.perf_counter() - start
+            self.counters.stall_s += self.clock() - start
 
     def taken(self, slot: int) -> Any:
         """What to yield for a slot of a lease (-1: nothing)."""

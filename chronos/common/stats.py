@@ -20,6 +20,7 @@ class StoreStats:
     hits: int = 0
     late: int = 0
     misses: int = 0
+    prefetch_hits: int = 0  # of the hits, those that a prefetch had ready, at their first use
     warm_hits: int = 0  # misses of the fast tier that the warm tier held: no disk read
     fallbacks: int = 0  # needs not ready and answered with None (miss="fallback")
     fallback_weight: float = 0.0  # routing weight those needs carried
@@ -36,6 +37,12 @@ class StoreStats:
     @property
     def routed(self) -> int:
         return self.hits + self.late + self.misses
+
+    @property
+    def prefetch_recall(self) -> float | None:
+        """Of the needs that were not resident anyway, those prefetched: ready or under way."""
+        absent = self.prefetch_hits + self.late + self.misses
+        return (self.prefetch_hits + self.late) / absent if absent else None
 
     def minus(self, earlier: StoreStats) -> StoreStats:
         """What happened since `earlier`; gauges keep their present value."""

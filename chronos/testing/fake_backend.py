@@ -82,6 +82,12 @@ class FakeStore:
     def end_token(self) -> None:
         self.tier.end_token()
 
+    def begin_prompt(self) -> None:
+        self.tier.begin_prompt()
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        self.tier.end_prompt(ids_TLK)
+
     def resident(self) -> frozenset[Key]:
         return self.tier.resident()
 

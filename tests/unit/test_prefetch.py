@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chronos.common.routing.plan import Key
-from chronos.common.routing.prefetch import Prefetcher
+from chronos.common.routing.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
 from chronos.common.stats import StoreStats
 
 LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
@@ -56,14 +56,63 @@ def store() -> FakeStore:
     return FakeStore()
 
 
+class Forecast:
+    """A policy's forecasts, as a test sets them."""
+
+    def __init__(self) -> None:
+        self.chance = np.zeros((LAYERS, EXPERTS))
+        self.priority = self.chance
+
+    def next_uses(self) -> np.ndarray:
+        return self.chance
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Ticking(Clock):
+    """Each look at it takes a millisecond, so planning does too."""
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
 @pytest.fixture
-def prefetcher(store: FakeStore) -> Prefetcher:
+def clock() -> Clock:
+    return Clock()
+
+
+def over_a_link(store: FakeStore, clock: Clock, **options: Any) -> Prefetcher:
     """Over a link that carries a hundred records a second, nothing in flight."""
     stats = SimpleNamespace(bytes_read=100 * RECORD, busy_s=1.0)
     reader: Any = SimpleNamespace(stats=stats, in_flight_prefetch_bytes=lambda: 0)
     return Prefetcher(
-        store, shape=(LAYERS, EXPERTS), top_k=TOP_K, record_bytes=RECORD, reader=reader
+        store,
+        shape=(LAYERS, EXPERTS),
+        top_k=TOP_K,
+        record_bytes=RECORD,
+        reader=reader,
+        clock=clock,
+        **options,
     )
+
+
+@pytest.fixture
+def prefetcher(store: FakeStore, clock: Clock) -> Prefetcher:
+    return over_a_link(store, clock)
+
+
+def share(prefetcher: Prefetcher, source: str = LOOKAHEAD) -> float:
+    """Of the idle link that a source may use."""
+    return prefetcher.sources[source].controller.share
 
 
 def sure_of(*keys: Key) -> np.ndarray:
@@ -78,12 +127,15 @@ def token(
     prefetcher: Prefetcher, routed: Sequence[Key], forecast: np.ndarray | None = None
 ) -> bool:
     """One decoded token of a second; returns whether a forecast was wanted."""
+    prefetcher.begin_token()
     wanted = prefetcher.wanted()
     for layer in range(LAYERS):
         prefetcher.acquire(layer, [e for at, e in routed if at == layer])
         if layer == 0 and wanted and forecast is not None:
             prefetcher.forecast(forecast)
-    prefetcher.end_token(1.0)
+    clock: Any = prefetcher._clock
+    clock.now += 1.0
+    prefetcher.end_token()
     return wanted
 
 
@@ -125,7 +177,7 @@ def test_forecasts_that_are_never_right_turn_prefetch_off(
         token(prefetcher, [(0, 0), (1, 1), (2, 2)], sure_of((1, 5), (2, 4)))
         asked.append(any(what == "prefetch" for what, _ in store.log[before:]))
     assert asked[1]
-    assert prefetcher.controller.share == 0.0 or not all(asked[-16:])
+    assert share(prefetcher) == 0.0 or not all(asked[-16:])
     assert sum(asked[:30]) > sum(asked[30:])
 
 
@@ -133,15 +185,16 @@ def test_forecasts_that_are_right_keep_it_on(store: FakeStore, prefetcher: Prefe
     for _ in range(40):
         store.held.clear()
         token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
-    assert prefetcher.controller.share == 1.0
+    assert share(prefetcher) == 1.0
 
 
 def test_a_prefetch_evicted_unused_is_no_use_when_it_is_read_again(
     store: FakeStore, prefetcher: Prefetcher
 ) -> None:
     used = []
-    end_token = prefetcher.controller.end_token
-    prefetcher.controller.end_token = lambda **told: (  # type: ignore[method-assign]
+    controller = prefetcher.sources[LOOKAHEAD].controller
+    end_token = controller.end_token
+    controller.end_token = lambda **told: (  # type: ignore[method-assign]
         used.append(told["used_bytes"]), end_token(**told)
     )[1]  # fmt: skip
     token(prefetcher, [(0, 0)])
@@ -158,10 +211,11 @@ def test_right_forecasts_that_spare_no_wait_turn_prefetch_off(
     store: FakeStore, prefetcher: Prefetcher
 ) -> None:
     store.wait_s = 0.0  # the disk is as fast as memory: planning is all that is felt
+    prefetcher._clock = Ticking()
     for _ in range(40):
         store.held.clear()
         token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
-    assert prefetcher.controller.share < 1.0
+    assert share(prefetcher) < 1.0
 
 
 def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) -> None:
@@ -188,10 +242,79 @@ def test_the_prompt_is_not_held_against_the_forecasts(
     before = len(store.log)
     prefetcher.acquire(1, [0])
     assert [what for what, _ in store.log[before:]] == ["acquire"]
-    prefetcher.end_token(1.0)
-    assert prefetcher.controller.share > 0
+    prefetcher.end_token()
+    assert share(prefetcher) > 0
 
 
 def test_fallback_weight_reaches_the_store(store: FakeStore, prefetcher: Prefetcher) -> None:
     prefetcher.record_fallback(0.25)
     assert store.counters.fallback_weight == 0.25
+
+
+def test_the_predictor_asks_between_layers_and_at_the_end_of_the_token(
+    store: FakeStore, clock: Clock
+) -> None:
+    forecast = Forecast()
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    token(prefetcher, [(0, 0)])  # sets the allowance
+    store.log.clear()
+    forecast.chance = np.zeros((LAYERS, EXPERTS))
+    forecast.chance[1, 3] = forecast.chance[2, 4] = 0.9
+    forecast.chance[2, 5] = 0.4  # more likely a waste
+    forecast.priority = forecast.chance * np.array([[1.0], [0.5], [1.0]])  # layer 2 comes sooner
+    token(prefetcher, [(0, 0), (1, 1)])
+    asked = [keys for what, keys in store.log if what == "prefetch"]
+    assert asked == [[(2, 4), (1, 3)], [], []]  # once; later both are here
+    assert prefetcher.to_json()[PREDICTOR]["records"] == 2
+
+
+def test_in_a_prompt_the_predictor_is_not_asked(store: FakeStore, clock: Clock) -> None:
+    forecast = Forecast()
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    token(prefetcher, [(0, 0)])
+    store.log.clear()
+    forecast.chance = np.ones((LAYERS, EXPERTS))
+    for layer in range(LAYERS):
+        prefetcher.acquire(layer, [0])
+    assert [what for what, _ in store.log] == ["acquire"] * LAYERS
+
+
+def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: Clock) -> None:
+    forecast = Forecast()
+    forecast.chance[1, 3] = 0.4  # now unlikely, within two tokens likely
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    generous: Any = lambda in_flight: 1000 * RECORD  # noqa: E731
+    prefetcher.sources[PREDICTOR].controller.allowance = generous
+    token(prefetcher, [(0, 0)])
+    assert ("prefetch", [(1, 3)]) not in store.log
+    prefetcher._record_bytes = 150 * RECORD  # 1.5 s a record, a token takes 1 s
+    token(prefetcher, [(0, 1)])
+    assert ("prefetch", [(1, 3)]) in store.log
+
+
+def test_the_next_gate_asks_for_what_is_absent_within_its_share(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    token(prefetcher, [(0, 0)])
+    store.held.add((1, 2))
+    assert prefetcher.wanted(NEXT_GATE)
+    prefetcher.begin_token()
+    prefetcher.acquire(0, [1])
+    prefetcher.forecast_next(1, [2, 4, 5])
+    assert store.log[-1] == ("prefetch", [(1, 4), (1, 5)])
+    prefetcher.acquire(1, [4, 3])
+    prefetcher.end_token()
+    assert prefetcher.to_json() == {
+        NEXT_GATE: {"records": 2, "used": 1, "share_of_idle_link": 0.25}
+    }
+
+
+def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:
+    forecast = Forecast()
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    forecast.chance[2, 1] = 1.0  # never needed
+    for _ in range(60):
+        store.held.clear()
+        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
+    assert share(prefetcher, LOOKAHEAD) == 1.0
+    assert share(prefetcher, PREDICTOR) < 0.25

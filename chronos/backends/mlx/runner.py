@@ -12,7 +12,6 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
@@ -45,13 +44,14 @@ class Runner:
         *,
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
+        """prefetcher: reads ahead by forecasts while `prefetch` is "auto"."""
         self.model, self.store = model.eval(), store
         self.prefetch, self.recording = "auto", False
         self.replay: Replay | None = None
         self._ahead: _Ahead | None = None
-        if prefetcher is not None and store is not None and model.lookahead is not None:
+        if prefetcher is not None and store is not None:
             self._ahead = _Ahead(prefetcher, store)
+        self._has_lookahead = model.lookahead is not None
         self._record = _RoutingRecord()
         self.reset()
 
@@ -71,10 +71,14 @@ class Runner:
         ahead = self._ahead if self.prefetch == "auto" else None
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            if ahead is not None and len(chunk) >= _PROMPT_AHEAD:
-                self._forward(chunk, ahead, self._forecast_prompt)
+            if self.store is not None:
+                self.store.begin_prompt()
+            if ahead is not None and self._has_lookahead and len(chunk) >= _PROMPT_AHEAD:
+                routing = self._forward(chunk, ahead, self._forecast_prompt)
             else:
-                self._forward(chunk, self.store)
+                routing = self._forward(chunk, self.store)
+            if self.store is not None:
+                self.store.end_prompt(_ids_TLK(routing))
         if ahead is not None:
             ahead.prefetcher.end_prompt()
         token = self._sample(sampling)
@@ -88,12 +92,14 @@ class Runner:
             self._forward([token], self.store)
             token = self._sample(sampling)
         else:
-            begin = time.perf_counter()
-            self._forward([token], ahead, ahead.defer if ahead.prefetcher.wanted() else None)
+            ahead.prefetcher.begin_token()
+            wanted = self._has_lookahead and ahead.prefetcher.wanted()
+            self._forward([token], ahead, ahead.defer if wanted else None)
             token = self._sample(sampling)
-            ahead.prefetcher.end_token(time.perf_counter() - begin)
         if self.store is not None:
             self.store.end_token()
+        if ahead is not None:
+            ahead.prefetcher.end_token()
         return token
 
     def logits(self) -> np.ndarray:
@@ -108,7 +114,7 @@ class Runner:
         tokens: Sequence[int],
         source: ExpertSource | None,
         on_lookahead: Callable[[mx.array], None] | None = None,
-    ) -> None:
+    ) -> list[Routing]:
         out = self.model(
             mx.array([tokens]),
             cache=self._cache,
@@ -120,6 +126,7 @@ class Runner:
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
+        return out.routing
 
     def _replayed(self, layer: int) -> tuple[mx.array, mx.array]:
         assert self.replay is not None
@@ -153,6 +160,7 @@ class _Ahead:
 
     def __init__(self, prefetcher: Prefetcher, store: ExpertStore) -> None:
         self.prefetcher, self.stack, self.hold = prefetcher, store.stack, store.hold
+        self.stacks, self.places, self.exact = store.stacks, store.places, store.exact  # for guests
         self.record_fallback = store.record_fallback
         self._forecast: mx.array | None = None
 
@@ -187,6 +195,10 @@ def draw(logits_V: mx.array, params: SamplingParams, uniform: float) -> mx.array
         p_V = p_V * (p_V >= params.min_p * p_V.max())
     mass_V = mx.cumsum(p_V)
     return (mass_V <= uniform * mass_V[-1]).sum()
+
+
+def _ids_TLK(routing: list[Routing]) -> np.ndarray:
+    return np.array(mx.stack([r.ids_TK for r in routing], axis=1), np.int64)
 
 
 class _RoutingRecord:

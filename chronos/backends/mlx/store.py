@@ -162,6 +162,14 @@ class ExpertStore:
         """One decode step is over: histories fade, unused prefetches lose their protection."""
         self._tier.end_token()
 
+    def begin_prompt(self) -> None:
+        """From now on whole chunks of a prompt ask for their experts."""
+        self._tier.begin_prompt()
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        """The prompt is over; its tokens were routed like this, which predictors begin from."""
+        self._tier.end_prompt(ids_TLK)
+
     def resident(self) -> frozenset[Key]:
         return self._tier.resident()
 

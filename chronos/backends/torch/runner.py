@@ -12,7 +12,6 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,11 +45,11 @@ class Runner:
         *,
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        """prefetcher: reads ahead by the model's forecasts while `prefetch` is "auto"."""
+        """prefetcher: reads ahead by forecasts while `prefetch` is "auto"."""
         self.model, self.store = model.eval(), store
         self.prefetch, self.recording = "auto", False
         self.replay: Replay | None = None
-        self._prefetcher = prefetcher if model.lookahead is not None else None
+        self._prefetcher, self._has_lookahead = prefetcher, model.lookahead is not None
         self._record = _RoutingRecord()
         self.reset()
 
@@ -72,10 +71,14 @@ class Runner:
         ahead = self._prefetcher if self.prefetch == "auto" else None
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            if ahead is not None and len(chunk) >= _PROMPT_AHEAD:
-                self._forward(chunk, ahead, self._forecast_prompt)
+            if self.store is not None:
+                self.store.begin_prompt()
+            if ahead is not None and self._has_lookahead and len(chunk) >= _PROMPT_AHEAD:
+                routing = self._forward(chunk, ahead, self._forecast_prompt)
             else:
-                self._forward(chunk, self.store)
+                routing = self._forward(chunk, self.store)
+            if self.store is not None:
+                self.store.end_prompt(_ids_TLK(routing))
         if ahead is not None:
             ahead.end_prompt()
         return self._sample(sampling)
@@ -87,11 +90,13 @@ class Runner:
         if ahead is None:
             self._forward([token], self.store)
         else:
-            begin = time.perf_counter()
-            self._forward([token], ahead, self._forecast_token if ahead.wanted() else None)
-            ahead.end_token(time.perf_counter() - begin)
+            ahead.begin_token()
+            wanted = self._has_lookahead and ahead.wanted()
+            self._forward([token], ahead, self._forecast_token if wanted else None)
         if self.store is not None:
             self.store.end_token()
+        if ahead is not None:
+            ahead.end_token()
         return self._sample(sampling)
 
     def logits(self) -> np.ndarray:
@@ -106,7 +111,7 @@ class Runner:
         tokens: Sequence[int],
         source: ExpertSource | None,
         on_lookahead: Callable[[Tensor], None] | None = None,
-    ) -> None:
+    ) -> list[Routing]:
         ids_1T = torch.tensor([tokens], device=self.model.device)
         out = self.model(
             ids_1T,
@@ -119,6 +124,7 @@ class Runner:
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
+        return out.routing
 
     def _replayed(self, layer: int) -> tuple[Tensor, Tensor]:
         assert self.replay is not None
@@ -162,6 +168,10 @@ def draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> Tensor:
         p_V = p_V * (p_V >= params.min_p * p_V.max())
     mass_V = p_V.cumsum(0)
     return torch.searchsorted(mass_V, uniform * mass_V[-1:], right=True)[0]
+
+
+def _ids_TLK(routing: list[Routing]) -> np.ndarray:
+    return torch.stack([r.ids_TK for r in routing], dim=1).cpu().numpy()
 
 
 class _RoutingRecord:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,14 @@ class ExpertStore:
     def end_token(self) -> None:
         """One decode step is over: histories fade, unused prefetches lose their protection."""
         self._tier.end_token()
+
+    def begin_prompt(self) -> None:
+        """From now on whole chunks of a prompt ask for their experts."""
+        self._tier.begin_prompt()
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        """The prompt is over; its tokens were routed like this, which predictors begin from."""
+        self._tier.end_prompt(ids_TLK)
 
     def resident(self) -> frozenset[Key]:
         return self._tier.resident()

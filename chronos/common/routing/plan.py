@@ -45,18 +45,21 @@ def plan(
     record_bytes: int,
     layers: Sequence[int] | None = None,
     floor: float = PAYS,
+    order_LE: Floats | None = None,
 ) -> list[Key]:
     """Keys worth prefetching, best first: not resident, score >= `floor`, within `budget_bytes`.
 
     `layers` gives the absolute layer index of each row (default: the row number). Equal scores go
-    to the shallower layer, which needs its experts first.
+    to the shallower layer, which needs its experts first. `order_LE` decides what is best among
+    those worth it, where that is another number than the score.
     """
     room = budget_bytes // record_bytes
     if room <= 0:
         return []
     scores = np.where(resident_LE, -np.inf, scores_LE).ravel()
     worth = np.flatnonzero(scores >= floor)
-    best = worth[np.argsort(-scores[worth], kind="stable")[:room]].tolist()
+    order = scores if order_LE is None else order_LE.ravel()
+    best = worth[np.argsort(-order[worth], kind="stable")[:room]].tolist()
     experts = resident_LE.shape[1]
     rows = range(resident_LE.shape[0]) if layers is None else layers
     return [(rows[flat // experts], flat % experts) for flat in best]

@@ -12,7 +12,7 @@ Shape legend: T tokens, L layers, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -60,27 +60,63 @@ class Predictor(Protocol):
 
 
 class PredictorPolicy:
-    """A `residency.Policy` that keeps what a predictor scores highest."""
+    """A `residency.Policy` that keeps what a predictor scores highest.
 
-    forecasts = True
+    Chunks of a prompt go layer by layer, and what a layer asks for is what many tokens need: that
+    would spoil a predictor's state, so it is told of a prompt at its end, token by token. Meanwhile
+    the layer that the pass comes to last, the one just served, gives its slots first.
+    """
 
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: Predictor, layers: Sequence[int] | None = None) -> None:
+        """layers: the model's layer that each row of the predictor stands for, where some of the
+        model's layers have no experts."""
+        self.predictor, self.forecasts = predictor, True
+        rows = len(predictor.scores())
+        self._layers = list(range(rows)) if layers is None else list(layers)
+        self._row = {layer: row for row, layer in enumerate(self._layers)}
         self._priority: Scores | None = None
+        self._pass: TokenClock | None = None  # while a prompt is read
 
     @property
     def priority(self) -> Scores:
         if self._priority is None:
-            self._priority = self.predictor.scores()
+            self._priority = self._by_layer(self._rank())
         return self._priority
 
+    def next_uses(self) -> Scores:
+        """[L, E], the chance that a layer, when asked next, needs the expert."""
+        return self._by_layer(self.predictor.next_uses())
+
     def observe(self, layer: int, experts: Collection[int]) -> None:
-        self.predictor.observe(layer, experts)
+        (self._pass or self.predictor).observe(self._row[layer], experts)
         self._priority = None
 
     def end_token(self) -> None:
         self.predictor.end_token()
         self._priority = None
+
+    def begin_prompt(self) -> None:
+        self._pass, self._priority = TokenClock(len(self._layers)), None
+        self.forecasts = False  # what a chunk prefetches it is sure to need
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        self.predictor.prime(ids_TLK)
+        self._pass, self._priority = None, None
+        self.forecasts = True
+
+    def _rank(self) -> Scores:
+        scores = self.predictor.scores()
+        if self._pass is None:
+            return scores
+        within = scores / (1.0 + scores.max())  # decides between experts of one layer
+        return np.asarray(self._pass.weight_L[:, None] + 1e-3 * within)
+
+    def _by_layer(self, rows: Scores) -> Scores:
+        if self._layers[-1] == len(self._layers) - 1:
+            return rows
+        wide = np.zeros((self._layers[-1] + 1, rows.shape[1]))
+        wide[self._layers] = rows
+        return wide
 
 
 class TokenClock:
@@ -92,7 +128,7 @@ class TokenClock:
         self._weight_LL = np.array([discount ** np.roll(ahead_L, p) for p in range(num_layers)])
         self._next, self._layers = 0, num_layers
 
-    def observe(self, layer: int) -> None:
+    def observe(self, layer: int, experts: Collection[int] = ()) -> None:
         self._next = (layer + 1) % self._layers
 
     def end_token(self) -> None:
@@ -155,12 +191,15 @@ class PreviousToken(DecayedUse):
         super().__init__(num_layers, num_experts, 0.25, discount)
 
 
+_PRIMED = 128  # tokens of a prompt that count: of a use before these 0.1 % is left
+
+
 def prime(predictor: Predictor, ids_TLK: NDArray[Any]) -> None:
-    """Show a prompt to a predictor token by token, where it has no faster way of its own.
+    """Show a prompt's end to a predictor token by token, where it has no faster way of its own.
 
     A token costs some 5 microseconds a layer.
     """
-    for ids_LK in ids_TLK.tolist():
+    for ids_LK in ids_TLK[-_PRIMED:].tolist():
         for layer, experts in enumerate(ids_LK):
             predictor.observe(layer, experts)
         predictor.end_token()

@@ -1,11 +1,14 @@
 """Forecasts into reads: what a runner puts between its model and its store to prefetch.
 
-In decode, a forecast made after block 0 goes through `plan` within the allowance of the
-`PrefetchController`, which is told at every token what became of earlier prefetches; where the
-waits they spared were shorter than the forecasting, that nothing did. In the prefill of a prompt,
-each layer asks for the experts that the next one is forecast to use: with many tokens that is most
-of them, and each is read once.
-Works on ids and NumPy arrays, for any backend. Not covered: how a forecast is made.
+Forecasts come from several sources: the store's own predictor, a few times in a token and at its
+end; the model's LookaheadRouter after block 0; the next layer's gate. What they name goes through
+`plan` within what the source's `PrefetchController` allows, which is told at every token what
+became of earlier prefetches, so each source is judged by its own share of used bytes; where the
+waits it spared were shorter than its planning, that is nothing. In the prefill of a prompt, each
+layer asks for the experts that the next one is forecast to use: with many tokens that is most of
+them, and each is read once.
+Decisions follow from the routing, the clock and the reader's numbers alone: `rehearse` repeats a
+run of them from its trace. Works on ids and NumPy arrays, for any backend.
 
 Shape legend: J horizons (0 = this token), L layers, E experts.
 """
@@ -13,20 +16,21 @@ Shape legend: J horizons (0 = this token), L layers, E experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.files import RangedReader
 from chronos.common.routing.plan import Floats, Key, PrefetchController, expected_use, plan
 from chronos.common.stats import StoreStats
 
+PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
 # What a forecast costs, over planning alone: the LookaheadRouter and its softmax take three times
 # as long as `expected_use` and `plan` (180 and 60 us, measured side by side on a busy CPU).
-_PRICE = 4.0
+_PRICE = {PREDICTOR: 1.0, LOOKAHEAD: 4.0, NEXT_GATE: 4.0}
 _SMOOTHING = 0.1  # weight of the newest token in the average wait for a missing expert
+_MOMENTS = 4  # plans a token from the predictor, the one at its end included
 
 
 class Store(Protocol):
@@ -39,6 +43,46 @@ class Store(Protocol):
     def stats(self) -> StoreStats: ...
 
 
+class Reads(Protocol):
+    """What a reader has read so far, in bytes and in seconds with a read under way."""
+
+    bytes_read: int
+    busy_s: float
+
+
+class Reader(Protocol):
+    """What is used of a RangedReader."""
+
+    @property
+    def stats(self) -> Reads: ...
+    def in_flight_prefetch_bytes(self) -> int: ...
+
+
+class Forecasts(Protocol):
+    """What is used of a PredictorPolicy."""
+
+    @property
+    def priority(self) -> npt.NDArray[np.float64]: ...
+    def next_uses(self) -> npt.NDArray[np.float64]: ...
+
+
+class Source:
+    """One origin of forecasts: what it may ask for, and what came of it."""
+
+    def __init__(self, name: str, record_bytes: int) -> None:
+        self.name, self.controller = name, PrefetchController(record_bytes)
+        self.asked = self.used = 0  # records, in this token
+        self.total_asked = self.total_used = 0
+        self.planning_s = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "records": self.total_asked,
+            "used": self.total_used,
+            "share_of_idle_link": self.controller.share,
+        }
+
+
 class Prefetcher:
     """A source of experts that reads ahead of their use. One sequence at a time."""
 
@@ -49,33 +93,41 @@ class Prefetcher:
         shape: tuple[int, int],
         top_k: int,
         record_bytes: int,
-        reader: RangedReader,
+        reader: Reader,
+        forecasts: Forecasts | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """shape: (layers, experts). reader: the store's, asked for its rate and its backlog."""
+        """shape: (layers, experts). reader: the store's, asked for its rate and its backlog.
+        forecasts: the store's policy, where it forecasts. clock: seconds."""
         self.store, self.shape, self.top_k = store, shape, top_k
-        self.controller = PrefetchController(record_bytes)
-        self._record_bytes, self._reader = record_bytes, reader
+        self.sources = {name: Source(name, record_bytes) for name in _PRICE}
+        self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
+        self._forecasts = forecasts
+        layers = shape[0]
+        self._moments = {round((i + 1) * layers / _MOMENTS) - 1 for i in range(_MOMENTS - 1)}
         self._before = store.stats()
-        self._asked: set[Key] = set()  # prefetched and not needed yet
+        self._asked: dict[Key, Source] = {}  # prefetched and not needed yet
         self._fresh: set[Key] = set()  # of these, asked for in this token: maybe still under way
-        self._used = 0
-        self._planning_s = 0.0
         self._wait_s: float | None = None  # average wait for an expert that is not there
         self._missing = True  # whether the last token found an expert missing
+        self._begun: float | None = None  # when the token under way began
+        self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
 
     # As the model's source of experts.
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The store's iterator, its reads first in line; in a prompt, then the next layer's."""
+        """The store's iterator, its reads first in line; then what this layer's turn suggests."""
         ready = self.store.acquire(layer, experts)
         if self._asked:
             for expert in experts:
-                if (layer, expert) in self._asked:
-                    self._asked.remove((layer, expert))
-                    self._used += 1
+                source = self._asked.pop((layer, expert), None)
+                if source is not None:
+                    source.used += 1
         if keys := self._next_layers.pop(layer + 1, None):
             self.store.prefetch(keys)
+        if layer in self._moments and self._begun is not None:
+            self._forecast_from_policy()
         return ready
 
     def record_fallback(self, weight: float) -> None:
@@ -83,23 +135,31 @@ class Prefetcher:
 
     # What the runner tells.
 
-    def wanted(self) -> bool:
-        """Whether a forecast for this token could lead to a read: spares making it if not."""
-        return self._missing and self._allowance() >= self._record_bytes
+    def begin_token(self) -> None:
+        """One token is to be decoded."""
+        self._begun = self._clock()
+
+    def wanted(self, source: str = LOOKAHEAD) -> bool:
+        """Whether a forecast now could lead to a read: spares making it if not."""
+        return self._missing and self._room(self.sources[source]) >= self._record_bytes
 
     def forecast(self, probs_JLE: Floats) -> None:
         """Router probabilities forecast after block 0 of a token: prefetch what is worth it."""
-        begin = time.perf_counter()
+        source, begin = self.sources[LOOKAHEAD], self._clock()
         chosen = plan(
             expected_use(probs_JLE, self.top_k, after_layer=0),
             self._resident_LE(),
-            budget_bytes=self._allowance(),
+            budget_bytes=self._room(source),
             record_bytes=self._record_bytes,
         )
-        self._planning_s = time.perf_counter() - begin
-        asked = self.store.prefetch(chosen) // self._record_bytes
-        self._fresh.update(chosen[:asked])
-        self._asked |= self._fresh
+        self._ask(source, chosen, begin)
+
+    def forecast_next(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts a layer is about to need, best first, by its own gate on an earlier state."""
+        source, begin = self.sources[NEXT_GATE], self._clock()
+        held, room = self.store.resident(), self._room(source) // self._record_bytes
+        absent = [key for expert in experts if (key := (layer, expert)) not in held]
+        self._ask(source, absent[: max(0, room)], begin)
 
     def forecast_prompt(self, use_LE: Floats) -> None:
         """How much each expert is forecast to be used by a prompt's tokens; 0 is not at all.
@@ -118,36 +178,79 @@ class Prefetcher:
         self._next_layers.clear()
         self._asked.clear()
         self._fresh.clear()
-        self._used, self._before = 0, self.store.stats()
+        for source in self.sources.values():
+            source.asked = source.used = 0
+        self._before = self.store.stats()
 
-    def end_token(self, seconds: float) -> None:
-        """One token took `seconds`: account for its reads and set the next allowance."""
+    def end_token(self) -> None:
+        """The token is decoded: account for its reads, set the next allowances, read ahead."""
+        seconds = self._clock() - self._begun if self._begun is not None else 0.0
         now, before = self.store.stats(), self._before
         missed = now.misses - before.misses
         absent = missed + now.late - before.late
         if now.bytes_wasted > before.bytes_wasted:  # evicted unused: a later need is a miss
-            self._asked &= self.store.resident() | self._fresh
-        prefetched = now.bytes_prefetched - before.bytes_prefetched
-        paid = self._spared_s(absent, now.stall_s - before.stall_s) >= _PRICE * self._planning_s
+            held = self.store.resident() | self._fresh
+            self._asked = {key: source for key, source in self._asked.items() if key in held}
+        self._note_wait(absent, now.stall_s - before.stall_s)
         reads = self._reader.stats
-        self.controller.end_token(
-            token_s=seconds,
-            link_bytes_per_s=reads.bytes_read / reads.busy_s if reads.busy_s else 0.0,
-            demand_bytes=missed * self._record_bytes,
-            prefetched_bytes=prefetched,
-            used_bytes=self._used * self._record_bytes if paid else 0,
-        )
-        self._missing = absent > 0 or prefetched > 0
+        link = reads.bytes_read / reads.busy_s if reads.busy_s else 0.0
+        for source in self.sources.values():
+            self._account(source, seconds, link, missed * self._record_bytes)
+        # A read that takes longer than a token can only serve the tokens after the next.
+        carried = link * seconds
+        self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
+        self._missing = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
         self._fresh.clear()
-        self._used, self._planning_s, self._before = 0, 0.0, now
+        self._before, self._begun = now, None
+        self._forecast_from_policy()
 
-    def _spared_s(self, absent: int, stall_s: float) -> float:
-        """Seconds of waiting that this token's used prefetches spared, at what others waited."""
+    def to_json(self) -> dict[str, Any]:
+        """What each source that was asked came to."""
+        return {s.name: s.to_json() for s in self.sources.values() if s.total_asked}
+
+    def _forecast_from_policy(self) -> None:
+        source = self.sources[PREDICTOR]
+        if self._forecasts is None or not self.wanted(PREDICTOR):
+            return
+        begin = self._clock()
+        chance_LE = self._forecasts.next_uses()
+        chosen = plan(
+            1.0 - (1.0 - chance_LE) ** self._horizon if self._horizon > 1 else chance_LE,
+            self._resident_LE(),
+            budget_bytes=self._room(source),
+            record_bytes=self._record_bytes,
+            order_LE=self._forecasts.priority,
+        )
+        self._ask(source, chosen, begin)
+
+    def _ask(self, source: Source, keys: list[Key], begin: float) -> None:
+        source.planning_s += self._clock() - begin
+        asked = self.store.prefetch(keys) // self._record_bytes
+        source.asked += asked
+        self._fresh.update(keys[:asked])
+        self._asked.update(dict.fromkeys(keys[:asked], source))
+
+    def _account(self, source: Source, seconds: float, link: float, demand_bytes: int) -> None:
+        spared_s = source.used * (self._wait_s or 0.0)
+        paid = spared_s >= _PRICE[source.name] * source.planning_s
+        source.controller.end_token(
+            token_s=seconds,
+            link_bytes_per_s=link,
+            demand_bytes=demand_bytes,
+            prefetched_bytes=source.asked * self._record_bytes,
+            used_bytes=source.used * self._record_bytes if paid else 0,
+        )
+        source.total_asked += source.asked
+        source.total_used += source.used
+        source.asked = source.used = 0
+        source.planning_s = 0.0
+
+    def _note_wait(self, absent: int, stall_s: float) -> None:
+        """What others waited, a prefetch that is used spares."""
         if absent:
             wait_s = stall_s / absent
             mean = wait_s if self._wait_s is None else self._wait_s
             self._wait_s = mean + _SMOOTHING * (wait_s - mean)
-        return self._used * (self._wait_s or 0.0)
 
     def _resident_LE(self) -> npt.NDArray[np.bool_]:
         held, experts = bytearray(self.shape[0] * self.shape[1]), self.shape[1]
@@ -155,8 +258,10 @@ class Prefetcher:
             held[layer * experts + expert] = 1
         return np.frombuffer(held, np.bool_).reshape(self.shape)
 
-    def _allowance(self) -> int:
-        return self.controller.allowance(self._reader.in_flight_prefetch_bytes())
+    def _room(self, source: Source) -> int:
+        """Bytes the source may ask for: its allowance, without what is under way or was asked."""
+        asked = sum(other.asked for other in self.sources.values()) * self._record_bytes
+        return source.controller.allowance(max(asked, self._reader.in_flight_prefetch_bytes()))
 
 
 def _by_use(use_E: npt.NDArray[np.floating]) -> list[int]:

@@ -1,0 +1,56 @@
+"""Which policy ranks a store's experts: the one asked for by name, or what the model folder offers.
+
+Every slot of a store has the size of the largest record, so what a policy says per expert it says
+per byte. Not covered: how a forecaster comes into a folder (`chronos fit`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.layout import Layout
+from chronos.common.residency import LRU, Policy
+from chronos.common.routing.forecast import ForecastModel, find_forecast
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+
+PREDICTORS = ("auto", "forecast", "lfu", "lru")
+
+
+def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
+    """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
+
+    auto: the folder's forecaster if it has one of this model, else decayed frequency of use.
+    Raises UsageError, ShapeMismatch (a forecaster of another model) or CorruptFileError.
+    """
+    if name == "lru":
+        return LRU(layout.num_layers, layout.num_experts)
+    if name == "lfu":
+        return _decayed_use(layout)
+    path = find_forecast(layout.folder) if name in ("auto", "forecast") else Path(name)
+    if path is None and name == "auto":
+        return _decayed_use(layout)
+    if path is None:
+        raise UsageError(
+            "the model has no forecaster", str(layout.folder), f"chronos fit {layout.folder}"
+        )
+    if path.suffix != ".safetensors":
+        raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
+    try:
+        return _forecaster(path, layout, top_k)
+    except ShapeMismatch:
+        if name == "auto":
+            return _decayed_use(layout)
+        raise
+
+
+def _decayed_use(layout: Layout) -> PredictorPolicy:
+    rows = len(layout.moe_layers)
+    return PredictorPolicy(DecayedUse(rows, layout.num_experts), layout.moe_layers)
+
+
+def _forecaster(path: Path, layout: Layout, top_k: int) -> PredictorPolicy:
+    model = ForecastModel.load(path)
+    rows = len(layout.moe_layers)
+    model.check_fits(rows, layout.num_experts, top_k, layout.fingerprint, str(path))
+    return PredictorPolicy(model.predictor(), layout.moe_layers)
