@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from chronos.common import tensorfile
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch
 from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout import inspect, open_layout, pack, read_records, verify
 from chronos.common.layout.naming import expert_part
 from chronos.common.tensorfile import read_checkpoint
+from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny_guest import STYLES, D, E, F, tiny_guest
 
 
@@ -267,3 +268,26 @@ def test_inspect_says_before_packing_what_the_packed_model_will_weigh(tmp_path):
     assert (after["layers"], after["layers_with_experts"], after["kind"]) == (3, 2, "packed")
     assert after["budget 50%"].startswith("4 experts") and "too small" in after["budget 1kB"]
     assert isinstance(read_config(source), GuestConfig)
+
+
+def test_a_second_run_keeps_what_the_first_had_finished(tmp_path):
+    source, target = tiny_guest(tmp_path / "src", shards=2), tmp_path / "dst"
+    renames = 2 + 1  # dense part, config.json, the first cluster; the next one fails
+    with pytest.raises(ResourceError):
+        pack(source, target, io=FaultyIO(fail_at=renames + 1, ops={"replace"}))
+    dense = (target / "model.safetensors").stat().st_mtime_ns
+    cluster = (target / "experts/cluster-00000.ctsr").stat().st_mtime_ns
+    report = pack(source, target)
+    assert (report.reused_clusters, report.clusters) == (1, 2)
+    assert dense == (target / "model.safetensors").stat().st_mtime_ns
+    assert cluster == (target / "experts/cluster-00000.ctsr").stat().st_mtime_ns
+    pack(source, tmp_path / "whole")
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert path.read_bytes() == (target / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path):
+    source = tiny_guest(tmp_path / "src")
+    with pytest.raises(DiskFullError, match="bytes needed, 20000 bytes free"):
+        pack(source, tmp_path / "dst", io=FaultyIO(free=20_000))
+    assert not list((tmp_path / "dst").glob("*"))
