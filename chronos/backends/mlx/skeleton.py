@@ -101,7 +101,7 @@ def find_blocks(module: nn.Module, config: GuestConfig) -> Blocks:
             blocks[int(layer[3])] = path, block
     if not blocks:
         raise _unsupported(config, "computes its experts without SwitchGLU")
-    return blocks
+    return dict(sorted(blocks.items()))
 
 
 def _unsupported(config: GuestConfig, why: str) -> ConfigError:
