@@ -21,8 +21,11 @@ from chronos.backends.startup import ReadAhead, fast_import
 from chronos.common.budget import parse_budget, slots_within
 from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
+from chronos.common.fileio import FileIO
 from chronos.common.files import RangedReader
+from chronos.common.guest import Geometry, GuestConfig, end_ids, read_config
 from chronos.common.layout import is_packed, open_layout
+from chronos.common.layout.source import open_source
 from chronos.common.routing.choose import choose_policy
 from chronos.common.routing.predictor import PredictorPolicy
 from chronos.common.routing.prefetch import Prefetcher
@@ -55,34 +58,38 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        config: ModelConfig,
+        config: Geometry,
         *,
         store: ExpertStore | None = None,
         layout: Layout | None = None,
         reader: RangedReader | None = None,
+        prefetcher: Prefetcher | None = None,
         tokenizer: Tokenizer | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        expert_bytes: int = 0,
+        moe_layers: tuple[int, ...] | None = None,
         backend: str = "",
         device: str = "",
-        prefetcher: Prefetcher | None = None,
     ) -> None:
-        """reader: the store's; the engine closes both. prefetcher: the runner's, for its numbers."""
+        """reader: the store's; the engine closes both. stop_ids: end a reply, beside the
+        tokenizer's own. expert_bytes, moe_layers: where there is no layout. prefetcher: the
+        runner's, for its numbers."""
         self.runner, self.config, self.store, self.layout = runner, config, store, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.context = config.max_position_embeddings
-        self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
+        self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self.with_limit = store is not None
         self.resident_token_s: float | None = None  # for the limit, where it was measured
-        self._reader, self._prefetcher = reader, prefetcher
+        self.moe_layers = moe_layers if layout is None else layout.moe_layers
+        self._reader, self._expert_bytes = reader, expert_bytes
+        self._prefetcher = prefetcher
         self._machine: Machine | None = None
         self._running: Generation | None = None
 
     @property
     def expert_bytes_total(self) -> int:
         """Bytes of all routed experts as stored."""
-        if self.layout is not None:
-            return self.layout.total_bytes
-        c = self.config
-        return c.num_routed_experts * c.expert_parameters * c.dtype_bytes
+        return self._expert_bytes if self.layout is None else self.layout.total_bytes
 
     @property
     def budget_bytes(self) -> int:
@@ -238,7 +245,7 @@ def load(
     if allow_missing and miss != "fallback":
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)
-    config = ModelConfig.from_json(folder)
+    config = read_config(folder)
     if miss == "fallback" and config.num_shared_experts == 0:
         raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
     layout = _open_layout(folder, config, budget, allow_missing)
@@ -253,14 +260,17 @@ def load(
         parse_budget(warm, 1)  # refused if it makes no sense
         _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
     name = backends.select(backend)
-    names = [spec.name for spec in dense_tensors(config)]
-    with ReadAhead(read_checkpoint(folder, names)) as dense:
+    with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
         with fast_import(name, own_process=own_process):
             module = backends.load(name)
         core = module.load(folder, device=device, resident=layout is None, dense=dense)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-    known: dict[str, Any] = {"tokenizer": tokenizer, "backend": name, "device": str(core.device)}
+    known: dict[str, Any] = {"backend": name, "device": str(core.device)}
+    if (folder / "tokenizer.json").exists():
+        known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
+    if isinstance(config, GuestConfig):
+        known["stop_ids"] = end_ids(folder)
     if layout is None:
+        known |= _of_experts(folder, config)
         return Engine(module.runner(core, None), config, reader=reader, **known)
     reader = reader or RangedReader()
     try:
@@ -287,8 +297,25 @@ def load(
     )
 
 
+def _dense_names(folder: Path, config: ModelConfig | GuestConfig) -> list[str] | None:
+    """Tensors to read while the framework is imported, None for all. A guest that is not packed is
+    read by its own library."""
+    if isinstance(config, ModelConfig):
+        return [spec.name for spec in dense_tensors(config)]
+    return None if is_packed(folder) else []
+
+
+def _of_experts(folder: Path, config: ModelConfig | GuestConfig) -> dict[str, Any]:
+    """What a layout would say: bytes of all routed experts, and the layers that have some."""
+    if isinstance(config, ModelConfig):
+        nbytes = config.num_routed_experts * config.expert_parameters * config.dtype_bytes
+        return {"expert_bytes": nbytes}
+    source = open_source(folder, FileIO())
+    return {"expert_bytes": source.expert_nbytes, "moe_layers": tuple(source.templates)}
+
+
 def _open_layout(
-    folder: Path, config: ModelConfig, budget: str | int, allow_missing: bool
+    folder: Path, config: ModelConfig | GuestConfig, budget: str | int, allow_missing: bool
 ) -> Layout | None:
     """The packed experts, or None where the model is to hold them itself."""
     if budget == RESIDENT:
@@ -315,7 +342,7 @@ def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
 def _prefetcher(
     store: ExpertStore,
     layout: Layout,
-    config: ModelConfig,
+    config: Geometry,
     reader: RangedReader,
     policy: Policy | None,
 ) -> Prefetcher | None:

@@ -29,7 +29,7 @@ from chronos.common.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import Runner
-    from chronos.common.config import ModelConfig
+    from chronos.common.guest import Geometry
     from chronos.common.tokenizer import Tokenizer
 
 STDLIB = "stdlib"
@@ -50,22 +50,25 @@ def documents_of(data: str, held_out: float | None = None, skip_bad: int = 0) ->
 
 def record(
     runner: Runner,
-    config: ModelConfig,
+    config: Geometry,
     sequences: Iterable[Sequence[int]],
     *,
     max_tokens: int,
     new_tokens: int = 0,
     model: str = "",
+    layers: Sequence[int] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> RoutingTrace:
     """Routing of the sequences, each from an empty context, up to `max_tokens` tokens in all.
+
+    layers: those with experts, where others have none.
 
     With `new_tokens` every sequence is a prompt, and only what the model writes after it, greedily,
     is recorded.
     """
     phase = "generation" if new_tokens else "prefill"
     recorder = TraceRecorder(
-        config.num_experts, config.num_experts_per_tok, model=model, phase=phase
+        config.num_experts, config.num_experts_per_tok, model=model, phase=phase, layers=layers
     )
     runner.recording = True
     done = 0
@@ -100,7 +103,7 @@ def _routing(
 def cut(tokenizer: Tokenizer, documents: Iterable[Document], length: int) -> Iterable[list[int]]:
     """Token ids of each text document, at most `length`; documents of one token are left out."""
     for document in documents:
-        ids = tokenizer.encode(document.text[: 16 * length])[:length]
+        ids = tokenizer.encode_prompt(document.text[: 16 * length])[:length]
         if len(ids) > 1:
             yield ids
 

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chronos.common.config import ModelConfig
 from chronos.common.files import measure_read_rate
 from chronos.common.limits import limit_report
 from chronos.common.routing.trace import TraceRecorder
 from chronos.common.simulate import simulate
 from chronos.common.stats import StoreStats
+from chronos.common.tensorfile import locate_tensors
 from chronos.common.weights import dense_tensors
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import ExpertStore, Runner
-    from chronos.common.config import ModelConfig
+    from chronos.common.guest import Geometry
     from chronos.common.layout import Layout
     from chronos.common.sampling import SamplingParams
 
@@ -48,22 +50,30 @@ class Machine:
     disk_rate: float
     memory_rate: float
     dense_bytes: int
+    moe_layers: tuple[int, ...] | None = None  # the rows of a recorded routing; None: 0, 1, ...
     resident_token_s: float | None = None
 
 
-def measure_machine(
-    layout: Layout, config: ModelConfig, capacity_bytes: int, device: str
-) -> Machine:
+def measure_machine(layout: Layout, config: Geometry, capacity_bytes: int, device: str) -> Machine:
     """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
     size, on_cpu = layout.record_nbytes, device.startswith("cpu")
-    width = 4 if on_cpu else config.dtype_bytes  # a CPU computes in float32
     return Machine(
         record_bytes=size,
         slots=min(capacity_bytes // size, len(layout.records)),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
         memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
-        dense_bytes=sum(t.nbytes for t in dense_tensors(config)) // config.dtype_bytes * width,
+        dense_bytes=_dense_bytes(layout, config, on_cpu),
+        moe_layers=layout.moe_layers,
     )
+
+
+def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
+    """What a token reads of the dense part: a native model's in float32 on a CPU, a guest's as
+    stored."""
+    if isinstance(config, ModelConfig):
+        width = 4 if on_cpu else config.dtype_bytes
+        return sum(t.nbytes for t in dense_tensors(config)) // config.dtype_bytes * width
+    return sum(entry.nbytes for _, entry in locate_tensors(layout.folder).values())
 
 
 class Meter:
@@ -120,9 +130,11 @@ class Meter:
             "decode_stall_s": decode.stall_s,
         } | now.minus(self._start).to_json()
 
-    def limit(self, config: ModelConfig, machine: Machine) -> dict[str, Any] | None:
+    def limit(self, config: Geometry, machine: Machine) -> dict[str, Any] | None:
         """The limit of the decoded tokens and the shares of it; None if there are none."""
-        recorder = TraceRecorder(config.num_experts, config.num_experts_per_tok)
+        recorder = TraceRecorder(
+            config.num_experts, config.num_experts_per_tok, layers=machine.moe_layers
+        )
         for ids_TLK, _ in self.runner.routing():
             recorder.append(ids_TLK)
         if not self.decoded or machine.slots < config.num_experts_per_tok:

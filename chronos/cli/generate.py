@@ -48,7 +48,7 @@ def generate(
     text = _prompt(prompt, file)
     params = sampling.params()
     with run.open(model) as engine:
-        ids = tokenizer_of(engine, model).encode(text)
+        ids = tokenizer_of(engine, model).encode_prompt(text)
         if truncate:
             ids = ids[-engine.context :]
         steps = engine.generate(

@@ -66,6 +66,7 @@ def record(
             max_tokens=max_tokens,
             new_tokens=new_tokens,
             model=model,
+            layers=engine.moe_layers,
             progress=update,
         )
 

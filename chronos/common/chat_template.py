@@ -27,6 +27,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}
 """
+NO_TEMPLATE = "{{ raise_exception('the model comes without one, so it cannot chat') }}"
 # The child limits its own CPU time; this catches one that was stopped or starved.
 _WALL_SECONDS = 60.0
 
@@ -51,7 +52,7 @@ class ChatTemplate:
             {"messages": messages, "add_generation_prompt": reply, **tokens}
             for messages, reply in chats
         ]
-        render = _trusted if self.source == CHAT_TEMPLATE else _foreign
+        render = _trusted if self.source in (CHAT_TEMPLATE, NO_TEMPLATE) else _foreign
         return render(self.source, jobs)
 
 

@@ -132,6 +132,21 @@ def read_config(folder: str | Path) -> ModelConfig | GuestConfig:
     return kind.from_json(folder)
 
 
+def end_ids(folder: str | Path) -> frozenset[int]:
+    """Token ids that end a reply: those of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        if not path.exists():
+            continue
+        data, where = load_config(path)
+        data = data | _object(data, "text_config", where)
+        ids = data.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if found := frozenset(i for i in ids if type(i) is int and i >= 0):
+            return found
+    return frozenset()
+
+
 def _object(data: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     value = data.get(key) or {}
     if not isinstance(value, dict):

@@ -1,13 +1,15 @@
-"""Byte-level BPE: text to token ids and back, in linear time and without losing a byte.
+"""Text to token ids and back, in linear time and without losing a byte.
 
 Special tokens written in text stay text; only `apply_chat` emits control tokens, and only those the
-template itself wrote. Any `tokenizer.json` with a byte-level decoder can be loaded.
-Not covered: SentencePiece-style tokenizers (no byte-level decoder), tokenizers that need code.
+template itself wrote. Any `tokenizer.json` can be loaded whose tokens stand for bytes: byte-level
+BPE, and the SentencePiece style (a mark for the space, `<0x0A>` for a byte that no token has).
+Not covered: other decoders (WordPiece), tokenizers that need code.
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +20,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from chronos.common.chat_template import CHAT_TEMPLATE, ChatTemplate
+from chronos.common.chat_template import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate
 from chronos.common.errors import CorruptFileError, DataError
 from chronos.common.files import atomic_write
+from chronos.common.guest import end_ids
 
 PAD, EOS, END = "<|pad|>", "<|eos|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, EOS, "<|user|>", "<|assistant|>", "<|system|>", END)
@@ -28,6 +31,10 @@ SPECIAL_TOKENS = (PAD, EOS, "<|user|>", "<|assistant|>", "<|system|>", END)
 _MAX_FILE_BYTES = 256 << 20
 # Noncharacters, one of which marks special-token text that came from a message (see apply_chats).
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_SPACE = "\u2581"  # SentencePiece's mark
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# Decoders of the SentencePiece style: token by token they do what `_spaced_bytes` does.
+_SPACED = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 # [{"role": "user", "content": "..."}, ...]
 Messages = Sequence[Mapping[str, Any]]
@@ -44,8 +51,10 @@ class Tokenizer:
         eos: str = EOS,
         pad: str = PAD,
         bos: str = "",
+        vocab_size: int = 0,
         where: str = "",
     ) -> None:
+        """vocab_size: ids of the model; those that name no token decode to nothing."""
         self._core = core
         core.encode_special_tokens = True  # special-token text in the input is text
         core.no_truncation()
@@ -53,7 +62,8 @@ class Tokenizer:
         self.template = ChatTemplate(template)
         self._eos, self._bos = eos, bos
         self.eos_id, self.pad_id = self._special_id(eos, where), self._special_id(pad, where)
-        self._bytes = _token_bytes(core, where)
+        self._bytes, self._leading_space = _token_bytes(core, where)
+        self._bytes += [b""] * (vocab_size - len(self._bytes))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -74,7 +84,7 @@ class Tokenizer:
         return cls(core)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Path, vocab_size: int = 0) -> Tokenizer:
         """Read tokenizer.json and what lies beside it. Raises CorruptFileError naming the file."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -85,13 +95,22 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises plain Exception
             raise CorruptFileError(f"not a tokenizer: {error}", str(path)) from None
+        own = core.token_to_id(EOS) is not None
         file = folder / "chat_template.jinja"
-        template = _read(file) if file.exists() else config.get("chat_template", CHAT_TEMPLATE)
-        eos = _token_name(config.get("eos_token"), EOS)
+        template = _read(file) if file.exists() else _template(config.get("chat_template"), own)
+        eos = _token_name(config.get("eos_token"), EOS if own else _end_token(core, folder))
         own_pad = core.token_to_id(PAD) is not None
         pad = _token_name(config.get("pad_token"), PAD if own_pad else eos)
         bos = _token_name(config.get("bos_token"), "")
-        return cls(core, template=template, eos=eos, pad=pad, bos=bos, where=str(path))
+        return cls(
+            core,
+            template=template,
+            eos=eos,
+            pad=pad,
+            bos=bos,
+            vocab_size=vocab_size,
+            where=str(path),
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja atomically."""
@@ -129,6 +148,17 @@ class Tokenizer:
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text from its very start: after the ids the tokenizer begins one with."""
+        return self._prefix + self.encode(text)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """Control tokens before a text (Llama's `<s>`); none where tokenizer.json adds none."""
+        given = self._core.encode("a", add_special_tokens=True)
+        masked = zip(given.ids, given.special_tokens_mask, strict=True)
+        return [token for token, _ in itertools.takewhile(lambda pair: pair[1], masked)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts on all cores."""
         for text in texts:
@@ -137,7 +167,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._leading_space else text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for, empty for special tokens. Raises DataError if unknown."""
@@ -166,6 +197,12 @@ class Tokenizer:
         return [self._encode_rendered(text, mark) for text in texts]
 
     def _encode_rendered(self, text: str, mark: str) -> list[int]:
+        if mark not in text:  # as other libraries do: how a piece is cut may hang on what is before
+            self._core.encode_special_tokens = False
+            try:
+                return list(self._core.encode(text, add_special_tokens=False).ids)
+            finally:
+                self._core.encode_special_tokens = True
         ids: list[int] = []
         end = 0
         for match in self._control.finditer(text):
@@ -179,7 +216,7 @@ class Tokenizer:
         """Matches every special token's text, the longest first."""
         added = self._core.get_added_tokens_decoder().values()
         names = sorted((t.content for t in added if t.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)))
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def _special_id(self, name: str, where: str = "") -> int:
         token = self._core.token_to_id(name)
@@ -213,11 +250,18 @@ class StreamDecoder:
         return rest
 
 
-def _token_bytes(core: tokenizers.Tokenizer, where: str) -> list[bytes]:
-    """Bytes per id: GPT-2's printable stand-ins mapped back; added tokens as written."""
-    if not isinstance(core.decoder, decoders.ByteLevel) and "ByteLevel" not in repr(core.decoder):
-        raise CorruptFileError("the tokenizer has no byte-level decoder", where)
-    byte_of = _byte_of()
+def _token_bytes(core: tokenizers.Tokenizer, where: str) -> tuple[list[bytes], bool]:
+    """Bytes per id, added tokens as written, and whether a text begins with a space of its own."""
+    steps = _decoder_steps(core)
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        byte_of = _byte_of()
+    elif steps and kinds <= _SPACED:
+        byte_of = {}
+    else:
+        raise CorruptFileError(
+            f"tokens of this decoder stand for no bytes: {sorted(kinds) or 'none'}", where
+        )
     added = core.get_added_tokens_decoder()
     vocabulary = core.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -226,10 +270,31 @@ def _token_bytes(core: tokenizers.Tokenizer, where: str) -> list[bytes]:
             table[index] = b"" if added[index].special else token.encode()
             continue
         try:
-            table[index] = bytes(byte_of[char] for char in token)
+            table[index] = bytes(byte_of[c] for c in token) if byte_of else _spaced_bytes(token)
         except KeyError:
             raise CorruptFileError(f"token {index} is not byte-level: {token!r}", where) from None
-    return table
+    leading = any(
+        (step["type"] == "Strip" and step.get("start"))
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
+    return table, leading
+
+
+def _decoder_steps(core: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    """The decoder's parts; none where there is no decoder."""
+    if core.decoder is None:
+        return []
+    state: dict[str, Any] = json.loads(core.decoder.__getstate__())
+    steps: list[dict[str, Any]] = state.get("decoders", [state])
+    return steps
+
+
+def _spaced_bytes(token: str) -> bytes:
+    """SentencePiece's: a byte written as such, or text with marks for its spaces."""
+    if byte := _BYTE.fullmatch(token):
+        return bytes.fromhex(byte[1])
+    return token.replace(_SPACE, " ").encode()
 
 
 def _byte_of() -> dict[str, int]:
@@ -256,6 +321,20 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_map_strings(item, change) for item in value]
     return value
+
+
+def _template(value: Any, own: bool) -> str:
+    """tokenizer_config.json may hold several templates by name; ours is for our own tokens."""
+    if isinstance(value, list):
+        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else CHAT_TEMPLATE if own else NO_TEMPLATE
+
+
+def _end_token(core: tokenizers.Tokenizer, folder: Path) -> str:
+    """The token that the model's own files end a text with."""
+    names = map(core.id_to_token, sorted(end_ids(folder)))
+    return next((name for name in names if name), EOS)
 
 
 def _token_name(value: Any, default: str) -> str:

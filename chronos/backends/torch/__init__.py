@@ -16,6 +16,7 @@ from chronos.backends.torch.model import Model
 # Here and not in `runner`: a first import later would bind the module's name over the function's.
 from chronos.backends.torch.runner import Runner
 from chronos.common.errors import MissingBackendError, UsageError
+from chronos.common.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.torch.store import ExpertStore
@@ -66,7 +67,22 @@ def load(
 
     dense: the tensors of its dense part, where they are being read already.
     """
+    if isinstance(read_config(folder), GuestConfig):
+        return _guests().load_guest(folder, pick_device(device), resident, dense)
     return load_model(folder, pick_device(device), resident, dense)
+
+
+def _guests() -> Any:
+    """The module for models that Transformers builds; two seconds of import that others spare."""
+    try:
+        from chronos.backends.torch import guest
+    except ImportError as error:
+        raise MissingBackendError(
+            f"this model needs Transformers 5.20 or later ({error})",
+            "",
+            "pip install 'chronos-moe[guests]'",
+        ) from error
+    return guest
 
 
 def save(model: Any, folder: Path) -> None:

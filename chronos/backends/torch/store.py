@@ -101,7 +101,7 @@ class ExpertStore:
         room is dropped. Returns the bytes newly asked for."""
         return self._tier.prefetch(keys)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert | None]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Start the missing reads now; yield each expert once, ready ones first, then as they land.
 
         An expert is valid until the next one is asked for. None: not ready, with miss="fallback".
@@ -152,7 +152,8 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    def _view(self, slot: int, record: Record) -> Expert:
+    def _view(self, slot: int, record: Record) -> Expert | dict[str, Tensor]:
+        """The record's tensors where they lie; by name where they are not the usual pair."""
         tensors: dict[str, Tensor] = {}
         for entry in record.tensors:
             dtype = DTYPES.get(entry.dtype)
@@ -163,10 +164,9 @@ class ExpertStore:
                 count *= size
             flat = self._rows[slot, entry.offset : entry.offset + count]
             tensors[entry.name] = flat.view(dtype).view(entry.shape)
-        missing = [name for name in EXPERT_TENSORS if name not in tensors]
-        if missing:
-            raise ShapeMismatch(f"expert {record.key} has no {', '.join(missing)}")
-        return Expert(*(tensors[name] for name in EXPERT_TENSORS))
+        if tuple(tensors) != EXPERT_TENSORS:
+            return tensors
+        return Expert(*tensors.values())
 
 
 def _check_options(miss: str, warm_bytes: int, staged: bool) -> None:
