@@ -14,7 +14,9 @@ from chronos.cli.options import unfold
 _F = TypeVar("_F", bound=Callable[..., None])
 
 # As the help page shows them: what a newcomer needs first.
-_ORDER = ("demo generate chat train pack inspect verify trace simulate bench eval doctor").split()
+_ORDER = (
+    "demo generate chat train pack inspect verify trace fit simulate bench eval doctor"
+).split()
 
 
 class _Ordered(TyperGroup):

@@ -23,14 +23,28 @@ from chronos.cli import (
     generate,
     options,
     overview,
+    replay,
     routing,
+    simulate,
     train,
 )
 from chronos.cli.app import app
 
 __all__ = ["app", "main", "run"]
 
-FAMILIES = (demo, generate, train, files, overview, routing, bench, evaluate, doctor)
+FAMILIES = (
+    demo,
+    generate,
+    train,
+    files,
+    overview,
+    routing,
+    simulate,
+    bench,
+    replay,
+    evaluate,
+    doctor,
+)
 
 
 def run(args: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Commands on routing: trace records it, simulate replays it against caches."""
+"""`chronos trace`: which experts each token asks for; and words on traces for other commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import Comparison
     from chronos.engine import Engine
 
 _PANEL = "Routing"
@@ -44,7 +43,7 @@ def trace(
     if out.json:
         output.print_json(trace_json(recorded) | {"file": str(to)})
         return
-    print(f"{to}: {_describe(recorded)}")
+    print(f"{to}: {describe(recorded)}")
 
 
 def record(
@@ -71,60 +70,6 @@ def record(
         )
 
 
-@command("simulate", panel=_PANEL)
-def simulate(
-    trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
-    out: JsonOptions,
-    budget: Annotated[
-        str, typer.Option(metavar="PERCENT", help="Share of all experts; several with commas.")
-    ] = "12.5%,25%,50%",
-    warmup: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of the tokens that only fills caches.")
-    ] = 0.1,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Equal slots in every layer, not one pool.")
-    ] = False,
-) -> None:
-    """Replay a trace against cache policies, up to the best any cache could do (MIN)."""
-    from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import compare, slots_for
-
-    recorded = RoutingTrace.load(trace_file)
-    results: dict[str, Comparison] = {}
-    shares = [(text.strip(), share_of(text)) for text in budget.split(",")]
-    with output.progress("replaying") as update:
-        for text, share in shares:
-            slots = slots_for(recorded, share, pooled=not per_layer)
-            results[text] = compare(recorded, slots, pooled=not per_layer, warmup=warmup)
-            update(len(results), len(shares))
-    if out.json:
-        data = {text: result.to_json() for text, result in results.items()}
-        output.print_json({"trace": trace_json(recorded), "warmup": warmup, "budgets": data})
-        return
-    print(_describe(recorded))
-    for text, result in results.items():
-        _table(text, result, per_layer)
-    output.legend(_LEGEND)
-
-
-_LEGEND = (
-    "lru, lfu: keep the last used, the most used (fading). min: the best any cache can do, knowing "
-    "all routing to come; min-wN knows the next N tokens. Gap closed: from the better of lru and "
-    "lfu to min."
-)
-
-
-def _table(text: str, result: Comparison, per_layer: bool) -> None:
-    where = "slots per layer" if per_layer else "slots"
-    rows = []
-    for replay in result.replays:
-        gap = result.eta_policy(replay.reads_per_token)
-        reads = f"{replay.reads_per_token:.2f}"
-        rows.append((replay.policy, output.percent(replay.hit_rate), reads, output.percent(gap)))
-    title = f"{text} of the experts: {result.replays[0].slots} {where}"
-    output.table(("policy", "hits", "reads per token", "gap closed"), rows, title=title)
-
-
 def share_of(text: str) -> float:
     """A percentage as a share; a trace knows no bytes, so only percentages make sense."""
     try:
@@ -148,7 +93,7 @@ def trace_json(recorded: RoutingTrace) -> dict[str, object]:
     }
 
 
-def _describe(recorded: RoutingTrace) -> str:
+def describe(recorded: RoutingTrace) -> str:
     d = trace_json(recorded)
     return (
         f"{d['tokens']} tokens in {d['sequences']} sequences ({d['phase']}), "

@@ -18,7 +18,7 @@ from chronos.common.errors import BudgetError, ChronosError
 
 COMMANDS = dict(docs.commands(typer.main.get_command(app), "chronos"))
 EXPECTED = (
-    "demo,generate,chat,train pretrain,pack,inspect,verify,trace,simulate,"
+    "demo,generate,chat,train pretrain,pack,inspect,verify,trace,fit,simulate,"
     "bench decode,bench replay,eval,doctor"
 )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder
+from chronos.common.routing.forecast import ForecastModel
+from chronos.common.routing.trace import RoutingTrace, TraceRecorder, join
 
 
 @pytest.fixture
@@ -84,6 +86,82 @@ def test_simulate_refuses(
     assert done.code == code and words in done.error[0]
 
 
+@pytest.fixture
+def long_trace(tmp_path: Path) -> Path:
+    """600 tokens in 12 sequences that walk over 8 experts: 2 layers, top-2."""
+    recorder = TraceRecorder(8, 2, model="walk")
+    for token in range(600):
+        if token % 50 == 0:
+            recorder.new_sequence()
+        recorder.append(np.array([[token % 8, (token + 3) % 8], [(token + 1) % 8, token % 8]]))
+    recorder.trace().save(tmp_path / "walk.npz")
+    return tmp_path / "walk.npz"
+
+
+def test_fit_writes_a_forecaster_that_simulate_uses_on_test_sequences(
+    chronos: Any, long_trace: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "forecast.safetensors"
+    flags = ("--test-budget", "50%", "--epochs", 40, "--json")
+    fitted = chronos("fit", long_trace, "-o", file, *flags).json
+    assert fitted["tested"]["sequences"] == 2 and fitted["seconds"] > 0
+    assert fitted["test"]["policies"]["forecast"]["recall_at_k3"] > 0.9
+    flags = ("--forecast", file, "--budget", "50%", "--expert-size", "1MB")
+    chart = tmp_path / "chart.png"
+    data = chronos("simulate", long_trace, *flags, "--png", chart, "--json").json
+    result = data["budgets"]["50%"]
+    assert data["replayed"]["tokens"] == 100
+    policies = result["policies"]
+    assert policies["forecast"]["misses"] == fitted["test"]["policies"]["forecast"]["misses"]
+    assert result["best_predictor"] == "forecast"
+    assert result["eta_policy"] == policies["forecast"]["eta_policy"] > 0
+    for policy in policies.values():
+        assert policy["hits"] + policy["misses"] == result["requests"] == 90 * 2 * 2
+        assert policy["bytes_per_token"] == policy["reads_per_token"] * 1e6
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_simulate_trains_a_forecaster_unless_told_not_to(chronos: Any, long_trace: Path) -> None:
+    done = chronos("simulate", long_trace, "--budget", "50%")
+    assert "Replayed are its test sequences: 100 tokens" in done.out and "forecast" in done.out
+    done = chronos("simulate", long_trace, "--budget", "50%", "--no-fit", "--per-layer")
+    assert "forecast" not in done.out and "4 slots per layer" in done.out
+
+
+def test_simulate_refuses_a_forecaster_of_another_geometry(
+    chronos: Any, long_trace: Path, trace: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "forecast.safetensors"
+    chronos("fit", long_trace, "-o", file, "--epochs", 1)
+    done = chronos("simulate", trace, "--forecast", file, "--budget", "50%")
+    assert done.code == 3 and "cannot serve 2 x 4, top-2" in done.error[0]
+    done = chronos("simulate", long_trace, "--forecast", trace, "--budget", "50%")
+    assert done.code == 3 and str(trace) in done.err
+
+
+def test_fit_needs_somewhere_to_write_and_something_to_read(
+    chronos: Any, long_trace: Path, tmp_path: Path
+) -> None:
+    assert "give -o FILE" in chronos("fit", long_trace).err
+    done = chronos("fit", long_trace, "-o", tmp_path / "no" / "f.safetensors")
+    assert done.code == 2 and "the folder does not exist" in done.error[0]
+    assert "needs text" in chronos("fit", "demo").error[0]
+
+
+@pytest.mark.needs_backend
+def test_fit_records_a_model_and_keeps_the_forecaster_in_its_folder(
+    chronos: Any, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(packed, model)
+    flags = ("--data", text, "-n", 800, "--new-tokens", 40, "--epochs", 1, "--test-budget", "75%")
+    data = chronos("fit", model, *flags, "--json").json
+    file = model / "forecast.safetensors"
+    assert data["file"] == str(file) and data["trace"]["phase"] == "mixed"
+    assert ForecastModel.load(file).fingerprint
+    assert chronos("verify", model).code == 0
+
+
 def test_simulate_names_a_damaged_trace(chronos: Any, tmp_path: Path) -> None:
     (tmp_path / "t.npz").write_bytes(b"PK nonsense")
     done = chronos("simulate", tmp_path / "t.npz")
@@ -115,17 +193,44 @@ def test_bench_prints_a_table(chronos: Any, packed: Path) -> None:
 def test_bench_replay_runs_recorded_routing(chronos: Any, trace: Path, tmp_path: Path) -> None:
     work = tmp_path / "model"
     flags = ("--expert-size", "200kB", "-n", 6, "--warmup", 4, "--budgets", "50%", "--work", work)
-    data = chronos("bench", "replay", trace, *flags, "--json").json
-    (whole,), (part,) = data["runs"]["resident"], data["runs"]["50%"]
+    data = chronos("bench", "replay", trace, *flags, "--epochs", 0, "--json").json
+    runs = {(run["budget"], run["run"]): run for run in data["runs"]}
+    assert list(runs) == [("resident", None), ("50%", "off"), ("50%", "lfu")]
+    (whole,), (part,) = runs["resident", None]["rounds"], runs["50%", "off"]["rounds"]
     assert whole["limit"] is None and part["limit"]["eta_limit"] > 0
+    assert 0 < part["p50_s"] <= part["p95_s"] <= part["p99_s"]
+    assert runs["50%", "off"]["ratio_to_off"] == 1.0 and runs["50%", "lfu"]["ratio_to_off"] > 0
     routed = RoutingTrace.load(trace).part(4, 12)
     assert part["stats"]["routed"] == 7 * routed.num_layers * routed.top_k
+    assert part["stats"]["bytes_prefetched"] == 0
     assert part["stats"]["peak_expert_bytes"] <= part["stats"]["capacity_bytes"]
     before = sorted((work / "experts").iterdir())
-    again = chronos("bench", "replay", trace, *flags)
+    again = chronos("bench", "replay", trace, *flags, "--epochs", 0)
     assert again.code == 0 and sorted((work / "experts").iterdir()) == before
+    assert max(map(len, (again.out + again.err).splitlines())) <= 80
     other = chronos("bench", "replay", trace, *flags[2:], "--expert-size", "400kB")
     assert other.code == 2 and "another model" in other.error[0]
+
+
+@pytest.mark.needs_backend
+def test_bench_replay_with_a_forecaster(chronos: Any, trace: Path, tmp_path: Path) -> None:
+    """Trained on the way, kept with the model, and given as a file; on test sequences only."""
+    long, work, png = tmp_path / "long.npz", tmp_path / "model", tmp_path / "chart.png"
+    recorded = RoutingTrace.load(trace)
+    join([recorded] * 4).save(long)
+    flags = ("--expert-size", "200kB", "-n", 6, "--warmup", 4, "--budgets", "50%", "--work", work)
+    done = chronos("bench", "replay", long, *flags, "--epochs", 1, "--png", png, "--cold", "--json")
+    runs = [run["run"] for run in done.json["runs"]]
+    assert runs == [None, "off", "lfu", "forecast"] and done.json["cold"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    kept = work / "forecast.safetensors"
+    stamp = kept.stat().st_mtime_ns
+    chronos("bench", "replay", long, *flags, "--epochs", 1)
+    assert kept.stat().st_mtime_ns == stamp
+    file = kept.rename(tmp_path / "own.safetensors")
+    again = chronos("bench", "replay", long, *flags, "--forecast", file)
+    assert again.code == 0 and "forecast" in again.out
+    assert max(map(len, (again.out + again.err).splitlines())) <= 80
 
 
 def test_bench_replay_refuses(chronos: Any, trace: Path) -> None:

@@ -183,6 +183,22 @@ class TraceRecorder:
         )
 
 
+def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Traces of one model, one after the other, with sequences numbered anew. Weights are kept
+    where all have them; the phase is `mixed` where they differ."""
+    first = traces[0]
+    starts = [0, *np.cumsum([int(trace.seq_T.max()) + 1 for trace in traces])]
+    seq_T = [trace.seq_T + np.int32(start) for trace, start in zip(traces, starts, strict=False)]
+    weights = [trace.weights_TLK for trace in traces if trace.weights_TLK is not None]
+    phases = {trace.meta["phase"] for trace in traces}
+    return RoutingTrace(
+        np.concatenate([trace.ids_TLK for trace in traces]),
+        np.concatenate(weights) if len(weights) == len(traces) else None,
+        np.concatenate(seq_T).astype(np.int32),
+        first.meta | {"phase": phases.pop() if len(phases) == 1 else "mixed"},
+    )
+
+
 def _id_type(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if num_experts <= _NARROW else np.uint16
 

@@ -1,0 +1,317 @@
+"""`chronos simulate`: caches and predictors on a trace; `chronos fit`: training a forecaster."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chronos.cli import charts, output
+from chronos.cli.app import command
+from chronos.cli.options import JsonOptions, RunOptions
+from chronos.cli.routing import describe, record, share_of, trace_json
+from chronos.common.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from chronos.common.routing.fit import FitOptions, Fitted
+    from chronos.common.routing.forecast import ForecastModel
+    from chronos.common.routing.measure import Measured
+    from chronos.common.routing.trace import RoutingTrace
+    from chronos.common.simulate import Comparison
+
+    Result = tuple[Comparison, dict[str, Measured]]
+
+_PANEL = "Routing"
+_TOP = ("forecast", "min")  # drawn bold
+EpochsOption = Annotated[
+    int, typer.Option(min=1, help="Passes over the training sequences, at most.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Makes training repeatable.")]
+
+
+@command("simulate", panel=_PANEL)
+def simulate(
+    trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
+    out: JsonOptions,
+    budget: Annotated[
+        str, typer.Option(metavar="PERCENT", help="Share of all experts; several with commas.")
+    ] = "12.5%,25%,37.5%,50%",
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of the tokens that only fills caches.")
+    ] = 0.1,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Equal slots in every layer, not one pool.")
+    ] = False,
+    expert_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Size of one expert, for bytes read.")
+    ] = "3MB",
+    forecast: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A forecaster that `chronos fit` wrote."),
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option(help="Without --forecast: train one first, which takes minutes.")
+    ] = True,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None,
+) -> None:
+    """Replay a trace against caches and predictors, up to the best any cache could do (MIN).
+
+    With a forecaster, only test sequences are replayed, which training never sees.
+    """
+    from chronos.common.budget import parse_budget
+    from chronos.common.routing.forecast import ForecastModel
+    from chronos.common.routing.measure import measure
+    from chronos.common.routing.trace import RoutingTrace
+    from chronos.common.simulate import slots_for
+
+    if png is not None:
+        charts.require()
+    record_bytes = parse_budget(expert_size, 1 << 62)
+    shares = [(text.strip(), share_of(text)) for text in budget.split(",")]
+    recorded = tested = RoutingTrace.load(trace_file)
+    for _, share in shares:
+        _check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
+    model: ForecastModel | None = None
+    if forecast is not None:
+        model = ForecastModel.load(forecast)
+        model.check_fits(*_geometry(recorded), where=str(forecast))
+        tested = _parts(recorded).test
+    elif fit:
+        try:
+            tested = _parts(recorded).test
+            model = _trained(recorded).model
+        except DataError as error:
+            output.legend(f"No forecaster was trained: {error.what}.")
+    results: dict[str, Result] = {}
+    with output.progress("replaying") as update:
+        for text, share in shares:
+            slots = slots_for(tested, share, pooled=not per_layer)
+            results[text] = measure(tested, slots, model, pooled=not per_layer, warmup=warmup)
+            update(len(results), len(shares))
+    if png is not None:
+        draw(png, dict(zip([share for _, share in shares], results.values(), strict=True)), tested)
+    if out.json:
+        output.print_json(
+            {
+                "trace": trace_json(recorded),
+                "replayed": trace_json(tested),
+                "warmup": warmup,
+                "budgets": {
+                    text: result_json(*result, record_bytes) for text, result in results.items()
+                },
+            }
+        )
+        return
+    print(describe(recorded))
+    if tested is not recorded:
+        print(f"Replayed are its test sequences: {describe(tested)}")
+    for text, result in results.items():
+        _table(text, *result, record_bytes)
+    output.legend(_LEGEND)
+
+
+_LEGEND = (
+    "lru, lfu: keep the last used, the most used (fading). min: the best any cache can do, knowing "
+    "all routing to come; min-wN knows the next N tokens. Gap closed: from the better of lru and "
+    "lfu to min. Right: of the experts that the next token needs, the share among the k likeliest "
+    "of each layer, and among k + 3."
+)
+
+
+def _table(text: str, caches: Comparison, measured: dict[str, Measured], record_bytes: int) -> None:
+    slots, pooled = caches.replays[0].slots, caches.replays[0].pooled
+    right = {
+        name: f"{output.percent(m.recall.at_k)} / {output.percent(m.recall.at_k3)}"
+        for name, m in measured.items()
+    }
+    replays = [*caches.replays, *(m.replay for m in measured.values())]
+    rows = [
+        (
+            replay.policy,
+            output.percent(replay.hit_rate),
+            output.size(replay.reads_per_token * record_bytes),
+            output.percent(caches.eta_policy(replay.reads_per_token)),
+            right.get(replay.policy, ""),
+        )
+        for replay in sorted(replays, key=lambda replay: -replay.misses)
+    ]
+    title = f"{text} of the experts: {slots} slots{'' if pooled else ' per layer'}"
+    output.table(("policy", "hits", "read a token", "gap closed", "right"), rows, title=title)
+
+
+def result_json(
+    caches: Comparison, measured: dict[str, Measured], record_bytes: int
+) -> dict[str, Any]:
+    """One budget: caches, predictors and their recall; what the best predictor closes."""
+    from chronos.common.routing.measure import best
+
+    top = best(measured)
+    data = caches.to_json()
+    data["policies"] |= {name: m.to_json() for name, m in measured.items()}
+    for policy in data["policies"].values():
+        policy["bytes_per_token"] = policy["reads_per_token"] * record_bytes
+    requests = caches.replays[0].requests
+    return data | {
+        "requests": requests,
+        "best_predictor": top,
+        "eta_policy": measured[top].eta_policy,
+    }
+
+
+def draw(path: Path, results: dict[float, Result], trace: RoutingTrace) -> None:
+    """Hit rate by share of the experts, a line per policy and predictor."""
+    hits: dict[str, list[tuple[float, float]]] = {}
+    for share, (caches, measured) in sorted(results.items()):
+        for replay in [*caches.replays, *(m.replay for m in measured.values())]:
+            hits.setdefault(replay.policy, []).append((share, replay.hit_rate))
+    title = f"{trace.meta['model'] or 'trace'}: expert cache hits, {trace.num_tokens} tokens"
+    x, y = "share of the experts in memory", "requests served from memory"
+    charts.lines(path, hits, title=title, x=x, y=y, bold=_TOP)
+
+
+@command("fit", panel=_PANEL)
+def fit(
+    source: Annotated[
+        str, typer.Argument(metavar="T.npz|MODEL", help="A routing trace, or a model to record.")
+    ],
+    run: RunOptions,
+    out: JsonOptions,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="With MODEL: text to record routing of, as for trace."),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            show_default="forecast.safetensors in the model folder",
+            help="The file to write.",
+        ),
+    ] = None,
+    epochs: EpochsOption = 10,
+    seed: SeedOption = 0,
+    budget_tested: Annotated[
+        str, typer.Option("--test-budget", metavar="PERCENT", help="Cache to report on.")
+    ] = "25%",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="With MODEL: tokens to record.")
+    ] = 50_000,
+    new_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="With MODEL: half of them are what it writes, so many at once."),
+    ] = 128,
+) -> None:
+    """Train a forecaster of expert use, and say what it is worth on sequences it never saw."""
+    from chronos.common.routing.fit import FitOptions
+    from chronos.common.routing.measure import measure
+    from chronos.common.routing.trace import RoutingTrace
+    from chronos.common.simulate import slots_for
+
+    share, fingerprint = share_of(budget_tested), ""
+    if source.endswith(".npz"):
+        recorded, folder = RoutingTrace.load(source), None
+    else:
+        recorded, folder, fingerprint = _recorded(source, run, data, max_tokens, new_tokens)
+    file = _target(to, folder)
+    fitted = _trained(recorded, FitOptions(epochs=epochs, seed=seed), fingerprint)
+    fitted.model.save(file)
+    test = _parts(recorded).test
+    with output.progress("replaying"):
+        slots = slots_for(test, share)
+        caches, measured = measure(test, slots, fitted.model, warmup=0.1)
+    result = result_json(caches, measured, 1)
+    if out.json:
+        about = {
+            "file": str(file),
+            "trace": trace_json(recorded),
+            "tested": trace_json(test),
+            "seconds": fitted.seconds,
+            "validation_losses": fitted.losses,
+            "geometry": dataclasses.asdict(fitted.model.geometry),
+            "budget": budget_tested,
+        }
+        output.print_json(about | {"test": result})
+        return
+    print(f"{file}: trained in {fitted.seconds:.0f} s on {describe(recorded)}")
+    rows = [
+        (
+            name,
+            output.percent(policy["hit_rate"]),
+            output.percent(policy["eta_policy"]),
+            output.percent(policy.get("recall_at_k")),
+            output.percent(policy.get("recall_at_k3")),
+        )
+        for name, policy in result["policies"].items()
+    ]
+    title = f"{test.num_tokens} test tokens, {budget_tested} of the experts"
+    columns = ("policy", "hits", "gap closed", "right of k", "of k + 3")
+    output.table(columns, rows, title=title)
+
+
+def _recorded(
+    model: str, run: RunOptions, data: str | None, max_tokens: int, new_tokens: int
+) -> tuple[RoutingTrace, Path, str]:
+    """Routing of a text, and of what the model writes after its beginnings."""
+    from chronos.common.routing.trace import join
+    from chronos.models import resolve_model
+
+    if data is None:
+        raise UsageError("a model needs text to be recorded on", "", "give --data PATH, or a T.npz")
+    folder = resolve_model(model)
+    with run.open(model) as engine:
+        fingerprint = engine.layout.fingerprint if engine.layout is not None else ""
+        text = max_tokens - max_tokens // 2 if new_tokens else max_tokens
+        traces = [record(engine, model, data, text, 512, 0)]
+        if new_tokens:
+            traces.append(record(engine, model, data, max_tokens // 2, 64, new_tokens))
+    return join(traces), folder, fingerprint
+
+
+def _target(to: Path | None, folder: Path | None) -> Path:
+    from chronos.common.routing.forecast import FORECAST
+
+    if to is None and folder is None:
+        raise UsageError("a trace has no folder to keep a forecaster in", "", "give -o FILE")
+    file = to or (folder or Path()) / FORECAST
+    if not file.absolute().parent.is_dir():
+        raise UsageError("the folder does not exist", str(file.parent), "make it first")
+    return file
+
+
+def _trained(
+    recorded: RoutingTrace, options: FitOptions | None = None, fingerprint: str = ""
+) -> Fitted:
+    from chronos.common.routing.fit import FitOptions, fit
+
+    parts = _parts(recorded)
+    with output.progress("training") as update:
+        return fit(
+            parts.train,
+            parts.validation,
+            options or FitOptions(),
+            fingerprint=fingerprint,
+            progress=update,
+        )
+
+
+def _parts(recorded: RoutingTrace) -> Any:
+    from chronos.common.routing.fit import split
+
+    return split(recorded)
+
+
+def _geometry(trace: RoutingTrace) -> tuple[int, int, int]:
+    return trace.num_layers, trace.num_experts, trace.top_k
+
+
+def _check_slots(trace: RoutingTrace, slots: int) -> None:
+    if slots < trace.top_k:
+        raise UsageError(
+            f"{slots} slots cannot hold the {trace.top_k} experts of one request",
+            "",
+            "raise the budget",
+        )
