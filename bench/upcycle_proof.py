@@ -31,7 +31,7 @@ QUESTIONS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
     "Write a short story about a lighthouse.",
-    "How do I boil an egg?",
+    "Give me three tips for sleeping well.",
 )
 BOUND = 1e-4
 _BUDGET = "25%"

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from chronos import backends
+from chronos import backends, hub
 from chronos.common.config import ModelConfig
 from chronos.common.errors import MissingBackendError, ShapeMismatch, UsageError
 from chronos.common.layout import is_packed
@@ -36,6 +36,7 @@ from chronos.backends.torch.model import Cache, Model, Output  # noqa: E402
 from chronos.backends.torch.runner import PREFILL_CHUNK  # noqa: E402
 
 try:
+    import huggingface_hub
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -53,11 +54,12 @@ except ImportError as error:
     ) from error
 
 _FIELDS = tuple(ModelConfig().to_json())
-# What AutoModel passes along and a folder on disk has no use for.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# What AutoModel passes along beside those, and reading a Chronos folder has no use for.
 _UNUSED_OPTIONS = frozenset(
-    "_commit_hash _from_auto _from_pipeline adapter_kwargs attn_implementation cache_dir"
-    " code_revision experts_implementation force_download local_files_only low_cpu_mem_usage"
-    " proxies revision subfolder token trust_remote_code use_safetensors weights_only".split()
+    "_commit_hash _from_auto _from_pipeline adapter_kwargs attn_implementation code_revision"
+    " experts_implementation low_cpu_mem_usage proxies trust_remote_code use_safetensors"
+    " weights_only".split()
 )
 
 
@@ -148,7 +150,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         device_map: Any = None,
         **options: Any,
     ) -> ChronosForCausalLM:
-        """Read a native folder, packed or not, or "demo"; in evaluation mode, ready to train.
+        """Read a native folder, packed or not, an id of the hub or "demo"; in evaluation mode.
 
         dtype: of all weights; without one the experts stay as stored and, on a CPU, the dense part
         is widened to float32, which are the logits of `chronos generate`. device_map: a device.
@@ -156,9 +158,9 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         ShapeMismatch.
         """
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-        if odd := sorted(options.keys() - _UNUSED_OPTIONS):
+        if odd := sorted(options.keys() - _UNUSED_OPTIONS - {*_HUB_OPTIONS}):
             raise UsageError(f"ChronosForCausalLM.from_pretrained takes no {', '.join(odd)}")
-        folder = resolve_model(os.fspath(pretrained_model_name_or_path))
+        folder = _folder(os.fspath(pretrained_model_name_or_path), options)
         if config is None:
             config = ChronosConfig(**ModelConfig.from_json(folder).to_json())
         weights = load_model(folder, _device(device_map), True).state_dict()
@@ -280,6 +282,14 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
+
+
+def _folder(name: str, options: dict[str, Any]) -> Path:
+    """The folder itself, or an id's snapshot in the hub's cache, asked for as Transformers does."""
+    if Path(name).exists() or not hub.is_model_id(name):
+        return resolve_model(name)
+    passed = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*hub.PATTERNS], **passed))
 
 
 def _filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Model:

@@ -299,6 +299,21 @@ def test_what_does_not_apply_is_refused(packed: Path, model: Any, tmp_path: Path
         model(torch.from_numpy(IDS[:1]), past_key_values=cache)
 
 
+def test_an_id_of_the_hub_is_fetched_as_transformers_would(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(packed)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    model = ChronosForCausalLM.from_pretrained("someone/tiny", revision="main", token=None)
+    assert model.native.config == CONFIG and model.name_or_path == "someone/tiny"
+    assert asked.pop("allow_patterns") and asked == {"name": "someone/tiny", "revision": "main"}
+
+
 def test_without_transformers_the_pip_line_is_named() -> None:
     code = "import sys; sys.modules['transformers'] = None; import chronos.auto"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
