@@ -140,8 +140,9 @@ class Meter:
         if not self.decoded or machine.slots < config.num_experts_per_tok:
             return None
         trace = recorder.trace()
+        resident = sorted(self._resident)  # least worth keeping first: some order, always the same
         reads = {
-            policy: simulate(trace, machine.slots, policy, resident=self._resident).reads_per_token
+            policy: simulate(trace, machine.slots, policy, resident=resident).reads_per_token
             for policy in ("min", "lru", "lfu")
         }
         decode = self._count().minus(self._middle)

@@ -2,15 +2,18 @@
 
 Random weights say nothing about routing, so the trace decides it: which experts are read, kept and
 computed is what the recorded model would have asked for. The arithmetic is real, its values are
-not. A resident and a streamed run go over the same tokens; both begin with uncounted ones.
-Not covered: prefetch by forecasts, which random weights cannot make.
+not. At each budget the same tokens are decoded resident, with prefetch off, and with prefetch by
+several predictors, in interleaved rounds; a forecaster is trained on other sequences of the trace.
+Not covered: forecasts that a model makes of itself, which random weights cannot.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+import hashlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,9 @@ from chronos.common.errors import UsageError
 from chronos.common.files import atomic_write
 from chronos.common.layout import is_packed, write_experts
 from chronos.common.layout.folder import FINGERPRINT
+from chronos.common.routing.fit import FitOptions, fit, split
+from chronos.common.routing.forecast import FORECAST as SIDE_FILE
+from chronos.common.routing.forecast import ForecastModel
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import write_tensors
@@ -36,7 +42,14 @@ _HIDDEN, _VOCABULARY = 1024, 2048
 _SHIFTS = 1 << 16
 _UNTRAINED = "0" * 32
 _GREEDY = SamplingParams()
-Open = Callable[[str], AbstractContextManager[Engine]]
+Open = Callable[[str, Mapping[str, str]], AbstractContextManager[Engine]]
+# What is compared at each budget, by name: options of `engine.load`.
+OFF, FORECAST = "off", "forecast"
+RUNS: dict[str, dict[str, str]] = {
+    OFF: {"prefetch": "off", "predictor": "lfu"},
+    "lfu": {"predictor": "lfu"},
+    FORECAST: {"predictor": "forecast"},
+}
 
 
 class ReplayedRouting:
@@ -150,6 +163,33 @@ def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
+def train_forecaster(
+    folder: Path,
+    trace: RoutingTrace,
+    epochs: int,
+    progress: Progress = lambda done, total: None,
+) -> float:
+    """Fit a forecaster on the trace's training sequences and leave it in the folder; seconds taken.
+
+    One that was trained there on the same sequences in the same way is used again: 0 seconds.
+    """
+    parts, path, options = split(trace), folder / SIDE_FILE, FitOptions(epochs=epochs)
+    digest = hashlib.sha256(parts.train.ids_TLK.tobytes() + repr(options).encode()).hexdigest()
+    note = folder / "forecast.trained"
+    if path.exists() and note.exists() and note.read_text() == digest:
+        return 0.0
+    fitted = fit(parts.train, parts.validation, options, progress=progress)
+    fitted.model.save(path)
+    atomic_write(note, [digest.encode()])
+    return fitted.seconds
+
+
+def use_forecaster(folder: Path, file: Path) -> None:
+    """Put a trained forecaster into the folder."""
+    ForecastModel.load(file).save(folder / SIDE_FILE)
+    (folder / "forecast.trained").unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Replayed:
     """One run over the counted tokens. Seconds and bytes are per token."""
@@ -157,6 +197,7 @@ class Replayed:
     token_s: float
     bytes_read: float
     stall_s: float
+    seconds_T: tuple[float, ...]
     stats: dict[str, Any]
     limit: dict[str, Any] | None
     disk_rate: float | None
@@ -173,17 +214,36 @@ class Replayed:
         serial = self.serial_s
         return self.token_s / serial if serial else None
 
+    @property
+    def share_of_bound(self) -> float | None:
+        """Time per token by what these reads would take if they overlapped completely."""
+        if self.limit is None or self.disk_rate is None:
+            return None
+        bound_s = max(float(self.limit["t_res_s"]), self.bytes_read / self.disk_rate)
+        return self.token_s / bound_s
+
+    def percentile_s(self, percent: float) -> float:
+        """Seconds that so many percent of the tokens stayed within."""
+        return float(np.percentile(self.seconds_T, percent))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "token_s": self.token_s,
+            "p50_s": self.percentile_s(50),
+            "p95_s": self.percentile_s(95),
+            "p99_s": self.percentile_s(99),
             "bytes_read_per_token": self.bytes_read,
             "stall_s_per_token": self.stall_s,
             "disk_bytes_per_s": self.disk_rate,
             "serial_s": self.serial_s,
             "share_of_serial": self.share_of_serial,
+            "share_of_bound": self.share_of_bound,
             "limit": self.limit,
             "stats": self.stats,
         }
+
+
+Results = dict[tuple[str, str], list[Replayed]]  # (budget, run), a list of rounds
 
 
 def compare(
@@ -194,29 +254,42 @@ def compare(
     rounds: int,
     warmup: int,
     tokens: int,
+    runs: Mapping[str, Mapping[str, str]] = RUNS,
+    before_each: Callable[[], None] = lambda: None,
     progress: Progress = lambda done, total: None,
-) -> dict[str, list[Replayed]]:
-    """Rounds of a resident run, whose time enters the limits, and one at each budget."""
-    runs: dict[str, list[Replayed]] = {name: [] for name in (RESIDENT, *budgets)}
+) -> Results:
+    """Rounds of a resident run, whose time enters the limits, and every run at every budget, the
+    order of these turning from round to round. before_each: called before a model is opened."""
+    streamed = [(budget, run) for budget in budgets for run in runs]
+    results: Results = {key: [] for key in [(RESIDENT, ""), *streamed]}
     each = warmup + tokens
-    total = each * rounds * len(runs)
-    finished = 0
-    for _ in range(rounds):
+    total, finished = each * rounds * len(results), 0
+    for number in range(rounds):
+        turn = number % len(streamed)
         resident_s: float | None = None
-        for name, results in runs.items():
+        for budget, run in [(RESIDENT, ""), *streamed[turn:], *streamed[:turn]]:
+            before_each()
             result = replay(
-                open_engine,
+                functools.partial(open_engine, budget, runs.get(run, {})),
                 trace,
-                name,
                 warmup=warmup,
                 tokens=tokens,
                 resident_token_s=resident_s,
                 progress=functools.partial(_shifted, progress, finished, total),
             )
             resident_s = resident_s or result.token_s
-            results.append(result)
+            results[budget, run].append(result)
             finished += each
-    return runs
+    return results
+
+
+def ratio_to_off(results: Results, budget: str, run: str) -> float | None:
+    """Speed by that of the same round's run without prefetch, the median of the rounds."""
+    off = results.get((budget, OFF))
+    if not off:
+        return None
+    pairs = zip(off, results[budget, run], strict=True)
+    return float(np.median([without.token_s / own.token_s for without, own in pairs]))
 
 
 def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
@@ -224,23 +297,22 @@ def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> 
 
 
 def replay(
-    open_engine: Open,
+    open_engine: Callable[[], AbstractContextManager[Engine]],
     trace: RoutingTrace,
-    budget: str,
     *,
     warmup: int,
     tokens: int,
     resident_token_s: float | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Replayed:
-    """Run `warmup` tokens of the trace uncounted, then `tokens` counted, at one budget."""
+    """Run `warmup` tokens of the trace uncounted, then `tokens` counted."""
     if trace.num_tokens < warmup + tokens + 2:
         raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
-    with open_engine(budget) as engine:
+    with open_engine() as engine:
         engine.runner.replay = ReplayedRouting(trace)
-        meter = _run(engine, warmup, lambda done: progress(done, warmup + tokens))
-        meter = _run(engine, tokens, lambda done: progress(warmup + done, warmup + tokens))
-        stats, machine, limit = meter.stats(), None, None
+        _run(engine, warmup, lambda done: progress(done, warmup + tokens))
+        meter, seconds = _run(engine, tokens, lambda done: progress(warmup + done, warmup + tokens))
+        stats, machine, limit = meter.stats() | engine.prefetch_stats(), None, None
         if engine.layout is not None:
             machine = dataclasses.replace(
                 measure_machine(engine.layout, engine.config, engine.budget_bytes, engine.device),
@@ -251,17 +323,21 @@ def replay(
         stats["decode_s"] / tokens,
         stats["decode_bytes_read"] / tokens,
         stats["decode_stall_s"] / tokens,
+        tuple(seconds),
         stats,
         limit,
         machine.disk_rate if machine else None,
     )
 
 
-def _run(engine: Engine, tokens: int, progress: Callable[[int], None]) -> Meter:
-    """One prompt token, then `tokens` decoded; the key/value cache starts empty."""
-    meter = Meter(engine.runner, engine.store, record=engine.store is not None)
+def _run(engine: Engine, tokens: int, progress: Callable[[int], None]) -> tuple[Meter, list[float]]:
+    """One prompt token, then `tokens` decoded, and the seconds of each; the key/value cache starts
+    empty."""
+    meter, seconds = Meter(engine.runner, engine.store, record=engine.store is not None), []
     meter.prefill([0], _GREEDY)
     for done in range(tokens):
+        begin = time.perf_counter()
         meter.decode(0, _GREEDY)
+        seconds.append(time.perf_counter() - begin)
         progress(done + 1)
-    return meter
+    return meter, seconds

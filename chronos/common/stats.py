@@ -44,6 +44,13 @@ class StoreStats:
         absent = self.prefetch_hits + self.late + self.misses
         return (self.prefetch_hits + self.late) / absent if absent else None
 
+    @property
+    def prefetch_precision(self) -> float | None:
+        """Share of what prefetch asked for that was not evicted (or closed) unused."""
+        if not self.bytes_prefetched:
+            return None
+        return 1.0 - min(1.0, self.bytes_wasted / self.bytes_prefetched)
+
     def minus(self, earlier: StoreStats) -> StoreStats:
         """What happened since `earlier`; gauges keep their present value."""
         change = {
@@ -52,5 +59,9 @@ class StoreStats:
         }
         return StoreStats(**change)
 
-    def to_json(self) -> dict[str, int | float]:
-        return {**dataclasses.asdict(self), "routed": self.routed}
+    def to_json(self) -> dict[str, int | float | None]:
+        shares = {
+            "prefetch_precision": self.prefetch_precision,
+            "prefetch_recall": self.prefetch_recall,
+        }
+        return {**dataclasses.asdict(self), "routed": self.routed, **shares}

@@ -235,8 +235,10 @@ def test_bench_replay_with_a_forecaster(chronos: Any, trace: Path, tmp_path: Pat
 
 def test_bench_replay_refuses(chronos: Any, trace: Path) -> None:
     assert "too small" in chronos("bench", "replay", trace, "--expert-size", "1kB").error[0]
-    done = chronos("bench", "replay", trace, "--expert-size", "200kB", "-n", 1000)
+    flags = ("bench", "replay", trace, "--expert-size", "200kB", "-n", 1000)
+    done = chronos(*flags, "--epochs", 0)
     assert done.code == 2 and "fewer than were asked for" in done.error[0]
+    assert "record more tokens" in chronos(*flags).error[1]
 
 
 @pytest.mark.needs_backend

@@ -260,7 +260,7 @@ def test_the_predictor_asks_between_layers_and_at_the_end_of_the_token(
     store.log.clear()
     forecast.chance = np.zeros((LAYERS, EXPERTS))
     forecast.chance[1, 3] = forecast.chance[2, 4] = 0.9
-    forecast.chance[2, 5] = 0.4  # more likely a waste
+    forecast.chance[2, 5] = 0.3  # more likely a waste
     forecast.priority = forecast.chance * np.array([[1.0], [0.5], [1.0]])  # layer 2 comes sooner
     token(prefetcher, [(0, 0), (1, 1)])
     asked = [keys for what, keys in store.log if what == "prefetch"]
@@ -281,7 +281,7 @@ def test_in_a_prompt_the_predictor_is_not_asked(store: FakeStore, clock: Clock) 
 
 def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
-    forecast.chance[1, 3] = 0.4  # now unlikely, within two tokens likely
+    forecast.chance[1, 3] = 0.3  # now unlikely, within two tokens likely
     prefetcher = over_a_link(store, clock, forecasts=forecast)
     generous: Any = lambda in_flight: 1000 * RECORD  # noqa: E731
     prefetcher.sources[PREDICTOR].controller.allowance = generous

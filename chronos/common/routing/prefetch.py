@@ -30,6 +30,10 @@ PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
 # as long as `expected_use` and `plan` (180 and 60 us, measured side by side on a busy CPU).
 _PRICE = {PREDICTOR: 1.0, LOOKAHEAD: 4.0, NEXT_GATE: 4.0}
 _SMOOTHING = 0.1  # weight of the newest token in the average wait for a missing expert
+# Below this chance of use an expert is left to demand. On gpt-oss-20b at a quarter of the experts,
+# 0.3 / 0.4 / 0.5 / 0.6 find 34 / 24 / 17 / 12 % of the needs that are not resident and are right in
+# 71 / 78 / 84 / 89 % of what they read; below 0.4 bytes grow faster than waits shrink.
+_FLOOR = 0.4
 _MOMENTS = 4  # plans a token from the predictor, the one at its end included
 
 
@@ -219,6 +223,7 @@ class Prefetcher:
             self._resident_LE(),
             budget_bytes=self._room(source),
             record_bytes=self._record_bytes,
+            floor=_FLOOR,
             order_LE=self._forecasts.priority,
         )
         self._ask(source, chosen, begin)

@@ -1,0 +1,220 @@
+"""`chronos bench replay T.npz`: decode on recorded routing, by budget and by what predicts it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from chronos.cli import charts, footer, output
+from chronos.cli.app import command
+from chronos.cli.bench import BudgetsOption, RoundsOption, bench, split
+from chronos.cli.options import JsonOptions, RunOptions
+
+if TYPE_CHECKING:
+    from chronos.common.config import ModelConfig
+    from chronos.replay import Replayed, Results
+
+_COLUMNS = (
+    *("budget", "run", "ms/token", "p50", "p95", "p99"),
+    *("MB/token", "stall", "hits", "x off"),
+)
+_LIMITS = (
+    *("budget", "run", "of limit", "resident", "bytes", "policy", "overlap"),
+    *("x bound", "ahead", "right"),
+)
+_LEGEND = (
+    "stall: ms a token spent waiting for reads. x off: speed by that without prefetch, same round. "
+    "x bound: time by the larger of resident time and bytes read / disk rate, which complete "
+    "overlap would take. "
+    + footer.LEGEND
+    + " It is lost to: resident (time above that of the resident model), bytes (reads above those "
+    "of a perfect cache), policy (share of the gap from the better of lru and lfu to it that is "
+    "closed), overlap (reads waited for). ahead: needs not resident that were prefetched; right: "
+    "prefetched bytes that were used."
+)
+_DROP = Path("/proc/sys/vm/drop_caches")
+
+
+@command("replay", on=bench)
+def replay(
+    trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
+    run: RunOptions,
+    out: JsonOptions,
+    budgets: BudgetsOption = "25%",
+    rounds: RoundsOption = 1,
+    expert_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Bytes of one expert of the generated model.")
+    ] = "3MB",
+    tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Counted tokens.")] = 200,
+    warmup: Annotated[int, typer.Option(min=0, help="Tokens before them that fill caches.")] = 100,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the generated model here; used again next time."),
+    ] = None,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A forecaster that `chronos fit` wrote.",
+            show_default="one trained on the trace's training sequences, which takes minutes",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Of that training, at most; 0: no forecaster.")
+    ] = 10,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Start with empty caches: nothing is warmed up uncounted."),
+    ] = False,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None,
+) -> None:
+    """Replay a real model's recorded routing on a generated model of its geometry.
+
+    The trace (its test sequences, where a forecaster runs) is decoded resident, and at each budget
+    without prefetch, with decayed frequency of use (lfu) and with a forecaster. The resident run
+    needs memory for the whole generated model: experts x layers x --expert-size.
+    """
+    from chronos import replay as room
+    from chronos.common.budget import parse_budget
+    from chronos.common.routing.fit import split as parts
+    from chronos.common.routing.trace import RoutingTrace
+
+    if png is not None:
+        charts.require()
+    trace = RoutingTrace.load(trace_file)
+    config = room.config_for(trace, parse_budget(expert_size, 1 << 62))
+    with _work_folder(work) as folder:
+        with output.progress("making the model") as update:
+            room.make_model(folder, config, update)
+        runs = dict(room.RUNS)
+        if forecast is not None:
+            room.use_forecaster(folder, forecast)
+        elif epochs:
+            with output.progress("training the forecaster") as update:
+                room.train_forecaster(folder, trace, epochs, update)
+        else:
+            del runs[room.FORECAST]
+        with output.progress("replaying") as update:
+            results = room.compare(
+                lambda budget, options: run.open(str(folder), budget=budget, **options),
+                parts(trace).test if room.FORECAST in runs else trace,
+                split(budgets),
+                rounds=rounds,
+                warmup=0 if cold else warmup,
+                tokens=tokens,
+                runs=runs,
+                before_each=drop_page_cache if cold else lambda: None,
+                progress=update,
+            )
+    if png is not None:
+        _draw(png, results, f"{trace_file.name} on {_geometry(config)}")
+    if out.json:
+        print_json(trace_file, config, results, cold)
+        return
+    title = f"{trace_file.name} on {_geometry(config)}"
+    output.table(_COLUMNS, [_row(results, *key) for key in results], title=title)
+    limited = [(key, found) for key, found in results.items() if found[0].limit is not None]
+    output.table(_LIMITS, [_limit_row(*key, found) for key, found in limited])
+    output.legend(_LEGEND)
+
+
+def print_json(trace_file: Path, config: ModelConfig, results: Results, cold: bool) -> None:
+    from chronos.replay import ratio_to_off
+
+    runs = [
+        {
+            "budget": budget,
+            "run": run or None,
+            "ratio_to_off": ratio_to_off(results, budget, run),
+            "rounds": [found.to_json() for found in rounds],
+        }
+        for (budget, run), rounds in results.items()
+    ]
+    data = {"trace": str(trace_file), "cold": cold, "config": config.to_json(), "runs": runs}
+    output.print_json(data)
+
+
+def drop_page_cache() -> None:
+    """Direct reads pass it by; what a file system reads beside them does not. Needs root."""
+    os.sync()
+    try:
+        _DROP.write_text("3")
+    except OSError:
+        output.note("the page cache was not dropped: that needs Linux and root")
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _percentile_s(found: list[Replayed], percent: float) -> float:
+    return statistics.median(result.percentile_s(percent) for result in found)
+
+
+def _row(results: Results, budget: str, run: str) -> tuple[str, ...]:
+    """Medians over the rounds."""
+    from chronos.replay import ratio_to_off
+
+    found = results[budget, run]
+    mean = 1e3 * (_median(r.token_s for r in found) or 0.0)
+    times = [f"{mean:.1f}", *(f"{1e3 * _percentile_s(found, p):.0f}" for p in (50, 95, 99))]
+    if found[0].limit is None:
+        return (budget, "", *times, *("-",) * 4)
+    ratio = ratio_to_off(results, budget, run)
+    return (
+        budget,
+        run,
+        *times,
+        f"{(_median(r.bytes_read for r in found) or 0) / 1e6:.1f}",
+        f"{1e3 * (_median(r.stall_s for r in found) or 0):.1f}",
+        output.percent(_median(footer.hit_rate(r.stats) for r in found)),
+        f"{ratio:.2f}" if ratio is not None else "-",
+    )
+
+
+def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:
+    def share(name: str) -> str:
+        return output.percent(_median((r.limit or {}).get(f"eta_{name}") for r in found))
+
+    bound = _median(r.share_of_bound for r in found) or 0.0
+    return (
+        budget,
+        run,
+        *(share(name) for name in ("limit", "res", "bytes", "policy", "overlap")),
+        f"{bound:.2f}",
+        output.percent(_median(r.stats["prefetch_recall"] for r in found)),
+        output.percent(_median(r.stats["prefetch_precision"] for r in found)),
+    )
+
+
+def _draw(path: Path, results: Results, title: str) -> None:
+    groups: dict[str, dict[str, float]] = {}
+    for (budget, run), found in results.items():
+        milliseconds = 1e3 * (_median(r.token_s for r in found) or 0.0)
+        groups.setdefault(budget, {})[run or "resident"] = milliseconds
+    charts.bars(path, groups, title=title, y="ms per token, median of the rounds")
+
+
+def _geometry(config: ModelConfig) -> str:
+    size = output.size(config.expert_parameters * config.dtype_bytes)
+    return f"{config.num_hidden_layers} x {config.num_experts} random experts of {size}"
+
+
+@contextmanager
+def _work_folder(work: Path | None) -> Iterator[Path]:
+    """Where the generated model lies: the folder named, or one that goes away afterwards."""
+    import tempfile
+
+    if work is not None:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="chronos-replay-") as folder:
+        yield Path(folder) / "model"
