@@ -14,6 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from chronos.common.routing.recall import recall_at
+
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
@@ -78,9 +80,8 @@ def lookahead_hit(q_BTJLE: Floats, ids_LBTK: Ints, segments_BT: Ints) -> float:
 def recall(q_BTJLE: Floats, ids_LBTK: Ints, segments_BT: Ints, step: int, count: int) -> float:
     """Share of the picks of t + step among the `count` most probable of Q_{t,step}."""
     q_BTLE = q_BTJLE[:, : q_BTJLE.shape[1] - step, step]
-    guess = np.argsort(-q_BTLE, -1, kind="stable")[..., :count]
-    found = (np.moveaxis(ids_LBTK, 0, 2)[:, step:, :, :, None] == guess[..., None, :]).any(-1)
-    return _mean(np.moveaxis(found.mean(-1), -1, 0), same_segment(segments_BT, step))
+    found_BTL = recall_at(q_BTLE, np.moveaxis(ids_LBTK, 0, 2)[:, step:], count)
+    return _mean(np.moveaxis(found_BTL, -1, 0), same_segment(segments_BT, step))
 
 
 def anchor(probs_LBTE: Floats, reference_LBTE: Floats, segments_BT: Ints) -> float:

@@ -162,6 +162,7 @@ class Forecaster:
         self._renew_after = {round((i + 1) * L / moments) - 1 for i in range(moments)}
         self._history = History(L, E, geometry.top_k)
         self._low_LR = np.zeros((L, geometry.rank), np.float32)
+        self._joined_H = np.zeros(geometry.hidden, np.float32)  # low_LR through `join`
         self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
         self._clock = TokenClock(L)
         self._changed = (0, L)  # rows whose inputs are out of date
@@ -210,20 +211,27 @@ class Forecaster:
     def _answers(self) -> Floats:
         """[O, L, E]: `network.forward` for one input, of which only some rows are new."""
         params, L = self._params, self._geometry.layers
-        self._renew_rows(slice(*self._changed))
+        self._renew_rows(*self._changed)
         self._changed = (L, 0)
-        hidden = self._low_LR.ravel() @ params["join"] + params["moment"][self._served]
-        parted = (np.maximum(hidden, 0.0) @ params["part"]).reshape(L, 1, -1)
+        hidden = np.maximum(self._joined_H + params["moment"][self._served], 0.0)
+        parted = (hidden @ params["part"]).reshape(L, 1, -1)
         logits = np.matmul(parted, params["leave"])[:, 0] + self._alone_LX
         return sigmoid(logits.reshape(L, ANSWERS, -1).transpose(1, 0, 2))
 
-    def _renew_rows(self, rows: slice) -> None:
-        """What follows from the inputs of these layers alone."""
-        params, E = self._params, self._geometry.experts
+    def _renew_rows(self, first: int, last: int) -> None:
+        """What follows from the inputs of layers `first` to `last` - 1 alone."""
+        params, E, R = self._params, self._geometry.experts, self._geometry.rank
+        rows = slice(first, last)
         last_LE, share_LDE = self._history.last_LE[rows], self._history.share_LDE[rows]
         inputs = np.concatenate([last_LE[:, None], history_input(share_LDE)], 1)  # [rows, I, E]
         flat = inputs.reshape(-1, 1, INPUTS * E)
-        self._low_LR[rows] = np.matmul(flat, params["enter"][rows])[:, 0]
+        low = np.matmul(flat, params["enter"][rows])[:, 0]
+        change = (low - self._low_LR[rows]).ravel()
+        self._low_LR[rows] = low
+        if self._served == self._geometry.layers - 1:  # once a token: rounding does not pile up
+            self._joined_H = self._low_LR.ravel() @ params["join"]
+        else:
+            self._joined_H += change @ params["join"][first * R : last * R]
         by_self = inputs[:, :, None] * params["self"][rows].reshape(-1, INPUTS, ANSWERS, E)
         alone = params["bias"][rows] + by_self.sum(1).reshape(-1, ANSWERS * E)
         if "own" in params:
