@@ -86,7 +86,9 @@ def parse_header(raw: bytes, file_bytes: int, path: StrPath = "header") -> Heade
         raise corrupt(path, "has a header that does not start with '{'")
     try:
         fields = load_json(raw)
-        metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop("__metadata__", None)
+        if metadata is None:  # MLX writes null where there is none
+            metadata = {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ must map strings to strings")
         entries = [_entry(name, value, 8 + len(raw)) for name, value in fields.items()]

@@ -168,6 +168,12 @@ def test_the_header_those_are_made_from_is_fine():
     assert list(parse_header(raw, 8 + len(raw) + 12).entries) == ["a"]
 
 
+def test_metadata_may_be_null():
+    """MLX writes it so where it was given none, and the library reads it."""
+    raw = b'{"__metadata__":null,' + GOOD[1:]
+    assert parse_header(raw, 8 + len(raw) + 12).metadata == {}
+
+
 numbers = st.one_of(
     st.integers(-2, 40), st.sampled_from([1 << 31, 1 << 32, 1 << 62, 1 << 63, 1 << 64, 1.0, True])
 )
