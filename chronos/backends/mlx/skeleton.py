@@ -28,7 +28,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from chronos.backends.mlx.experts import Legend
 from chronos.backends.mlx.store import DTYPES
 from chronos.common.config import load_config
-from chronos.common.errors import ConfigError, MissingBackendError, ShapeMismatch
+from chronos.common.errors import (
+    ChronosError,
+    ConfigError,
+    MissingBackendError,
+    ShapeMismatch,
+)
 from chronos.common.guest import GuestConfig
 from chronos.common.layout import open_layout, read_records
 from chronos.common.layout.manifest import RecordTensor, read_manifest
@@ -63,8 +68,6 @@ _EXPERT = (_GATE_UP[:2], _GATE_UP[2:], _DOWN)
 
 Weights = dict[str, mx.array]
 Record = tuple[RecordTensor, ...]
-
-
 Blocks = dict[int, tuple[str, nn.Module]]  # by layer: a switch and its path
 
 
@@ -162,14 +165,9 @@ class Skeleton:
     def _load(self, folder: Path, **options: Any) -> nn.Module:
         try:
             return self._utils.load_model(folder, lazy=True, **options)[0]
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            ImportError,
-            RuntimeError,
-        ) as error:
+        except ChronosError:
+            raise
+        except Exception as error:  # anything a hostile or unknown config.json can cause
             raise ConfigError(
                 f"MLX-LM cannot build this model: {' '.join(str(error).split())[:300]}",
                 str(self.folder),
