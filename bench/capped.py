@@ -52,14 +52,17 @@ def run_lines(
 
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, preexec_fn=enter, stdout=pipe, text=True, **popen)
+        timed_out = False
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
+            timed_out = True
             process.kill()
             output, _ = process.communicate()
         fails = folder / "memory.failcnt"
         report = {
             "rc": process.returncode,
+            "timed_out": timed_out,
             "limit_bytes": limit_bytes,
             "peak_bytes": int(peak.read_text()),
             "cap_hits": int(fails.read_text()) if fails.exists() else None,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen3MoeConfig
 
 VOCABULARY = 512
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -51,9 +52,31 @@ def tokenizer_bytes() -> dict[str, int]:
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def save(model: Any, folder: Path) -> None:
-    """Shards, tokenizer and a config.json that old and new libraries read."""
-    model.save_pretrained(folder, max_shard_size="500MB")
+def config(
+    *, layers: int, experts: int, top_k: int, hidden: int, expert_hidden: int
+) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_hidden,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
+def save_sides(folder: Path) -> None:
+    """The tokenizer, and config.json in the spellings of old and new libraries."""
     tokenizer().save(str(folder / "tokenizer.json"))
     names = {"eos_token": _SPECIAL[2], "pad_token": _SPECIAL[0], "chat_template": _TEMPLATE}
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}

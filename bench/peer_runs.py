@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 Tick = Callable[[], None]
-Generate = Callable[[str, int, Tick], None]
+Generate = Callable[[list[int], int, Tick], None]
 
 
 def chronos(args: argparse.Namespace) -> Generate:
@@ -30,11 +30,9 @@ def chronos(args: argparse.Namespace) -> Generate:
     budget = args.memory or "all"
     loaded = engine.load(args.model, budget=budget, backend="torch", own_process=True)
     loaded.with_limit = False  # the share of the physical limit is not asked for
-    assert loaded.tokenizer is not None
-    encode = loaded.tokenizer.encode
 
-    def generate(prompt: str, tokens: int, tick: Tick) -> None:
-        _each(loaded.generate(encode(prompt), SamplingParams(1.0, seed=1), max_tokens=tokens), tick)
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
+        _each(loaded.generate(prompt, SamplingParams(1.0, seed=1), max_tokens=tokens), tick)
 
     return generate
 
@@ -50,7 +48,7 @@ def transformers(args: argparse.Namespace) -> Generate:
         folder = str(Path(args.scratch) / "offload")
         where = {"device_map": "auto", "max_memory": limits, "offload_folder": folder}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, **where)
-    return _transformers_loop(model.eval(), args.model)
+    return _transformers_loop(model.eval())
 
 
 def airllm(args: argparse.Namespace) -> Generate:
@@ -61,14 +59,12 @@ def airllm(args: argparse.Namespace) -> Generate:
     model = AutoModel.from_pretrained(
         args.model, device="cpu", dtype=torch.bfloat16, layer_shards_saving_path=str(shards)
     )
-    return _transformers_loop(model, args.model)
+    return _transformers_loop(model)
 
 
-def _transformers_loop(model: Any, folder: str) -> Generate:
+def _transformers_loop(model: Any) -> Generate:
     import torch
-    from transformers import AutoTokenizer, StoppingCriteria
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from transformers import StoppingCriteria
 
     class Ticking(StoppingCriteria):  # called after each token
         def __init__(self, tick: Tick) -> None:
@@ -78,9 +74,9 @@ def _transformers_loop(model: Any, folder: str) -> Generate:
             self.tick()
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
-    def generate(prompt: str, tokens: int, tick: Tick) -> None:
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
         torch.manual_seed(1)
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.tensor([prompt])
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -104,10 +100,10 @@ def llamacpp(args: argparse.Namespace) -> Generate:
     params.n_ctx, params.n_parallel, params.verbosity = 1024, 1, 0
     params.warmup, params.fit_params = False, False
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-    params.cpuparams.n_threads = os.cpu_count() or 1
+    params.cpuparams.n_threads = _threads()
     server = xllamacpp.Server(params)
 
-    def generate(prompt: str, tokens: int, tick: Tick) -> None:
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
         request = {"prompt": prompt, "max_tokens": tokens, "temperature": 1.0, "top_k": 0}
         request |= {"top_p": 1.0, "min_p": 0.0, "seed": 1, "ignore_eos": True}
         done = server.handle_completions(request | {"cache_prompt": False})
@@ -129,10 +125,56 @@ def neurostream(args: argparse.Namespace) -> Generate:
     memory = args.memory or 2 << 30
     model = NeuroStream.load(args.model, mem_budget="64MB", ram_budget=memory, device="cpu")
 
-    def generate(prompt: str, tokens: int, tick: Tick) -> None:
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
         torch.manual_seed(1)
         for _ in model.generate(prompt, tokens, 1.0, 1.0, stop_on_eos=False):
             tick()
+
+    return generate
+
+
+def ftllm(args: argparse.Namespace) -> Generate:
+    from ftllm.util import make_normal_llm_model, make_normal_parser
+
+    options = [args.model, "--device", "cpu", "--max_batch", "1", "--moe_device", "disk"]
+    options += ["--moe_cpu_cache", f"{args.memory // 1_000_000}m", "--threads", str(_threads())]
+    model = make_normal_llm_model(make_normal_parser("bench").parse_args(options))
+
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
+        steps = model.stream_response_raw(
+            prompt, tokens, do_sample=True, top_p=1.0, top_k=256, temperature=1.0
+        )
+        _each(steps, tick)
+
+    return generate
+
+
+def nunspark(args: argparse.Namespace) -> Generate:
+    from nunspark.engine import StreamingEngine
+    from nunspark.generate import stream_generate
+    from nunspark.manifest import Manifest
+
+    manifest = Manifest.load(Path(args.model) / "manifest.json")
+    engine = StreamingEngine(args.model, manifest, budget_bytes=args.memory, prefetch=True)
+
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
+        _each(stream_generate(engine, prompt, tokens, 1.0), tick)
+
+    return generate
+
+
+def mlxvlm(args: argparse.Namespace) -> Generate:
+    import mlx.core as mx
+    from mlx_vlm import load, stream_generate
+
+    model, processor = load(args.model, expert_cache_gb=args.memory / 1e9)
+
+    def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
+        ids = mx.array([prompt])
+        steps = stream_generate(
+            model, processor, "", input_ids=ids, max_tokens=tokens, temperature=1.0
+        )
+        _each(steps, tick)
 
     return generate
 
@@ -150,12 +192,16 @@ def _each(steps: Iterable[Any], tick: Tick) -> None:
         tick()
 
 
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _bytes_read() -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
-def _measure(generate: Generate, prompt: str, tokens: int, deadline: float) -> dict[str, Any]:
+def _measure(generate: Generate, prompt: list[int], tokens: int, deadline: float) -> dict[str, Any]:
     begin, before = time.perf_counter(), _bytes_read()
     ticks: list[float] = []
 
@@ -190,9 +236,9 @@ def main() -> None:
     parser.add_argument("--scratch", required=True)
     args = parser.parse_args()
     begin = time.perf_counter()
-    deadline = begin + args.seconds
     generate = globals()[args.name](args)
     load_s = time.perf_counter() - begin
+    deadline = begin + load_s + args.seconds
     for prompt in json.loads(args.prompts.read_text()):
         if time.perf_counter() < deadline:
             line = _measure(generate, prompt, args.tokens, deadline)

@@ -26,22 +26,26 @@ from typing import Any
 from bench import capped
 from bench.startup import drop_caches
 from chronos.common.data.documents import split_documents, stdlib_documents
+from chronos.common.tokenizer import Tokenizer
 
 _NO_CAP = 1 << 50
-_PROMPTS, _PROMPT_BYTES = 4, 64
-_SLACK_S = 60.0  # beyond a run's own time: imports, loading, the token under way
+_PROMPTS, _PROMPT = 4, 64
+_LOADING_S = 60.0  # and the token under way at the end of a run
 _TORCH = "torch==2.13.0"
+_SCRIPT = str(Path(__file__).with_name("peer_runs.py").resolve())
 
 
 @dataclass(frozen=True)
 class Peer:
-    """install: one `pip install` each. prepare: makes `model` out of MODEL, once, uncapped.
-    process_bytes: what of a cap is left to all that is not weights; None: takes no limit."""
+    """install: one `pip install` each. prepare: makes what the runtime reads, once, uncapped; done
+    where `makes` exists. process_bytes: what of a cap is left to all that is not weights; None: the
+    runtime takes no limit."""
 
     run: str
     model: str
     install: tuple[str, ...] = ()
     prepare: str = ""
+    makes: str = ""
     process_bytes: int | None = None
     resident: bool = False  # runs without a cap too
 
@@ -51,7 +55,8 @@ PEERS = {
     "chronos": Peer(
         "chronos",
         "packed",
-        prepare="{python} -m chronos pack MODEL -o packed",
+        prepare="{python} -m chronos pack model -o packed",
+        makes="packed",
         process_bytes=450_000_000,
         resident=True,
     ),
@@ -68,7 +73,34 @@ PEERS = {
         "airllm",
         "model",
         (f"{_TORCH} transformers==4.57.6 accelerate", "airllm==4.0.0"),
+        # Its first load writes a shard per layer.
+        prepare="{python} {script} airllm --model model --prompts prompts.json --tokens 1"
+        " --memory 0 --seconds 1 --scratch scratch",
+        makes="scratch/airllm-shards",
         process_bytes=0,
+    ),
+    "nunspark": Peer(
+        "nunspark",
+        "nunspark",
+        ("mlx[cpu] nunspark==0.13.0",),
+        prepare="{bin}/nunspark pack model nunspark",
+        makes="nunspark",
+        process_bytes=450_000_000,
+    ),
+    "mlxvlm": Peer(
+        "mlxvlm",
+        "mlxvlm-packed",
+        ("mlx[cpu] mlx-vlm==0.7.10",),
+        prepare="{python} -m mlx_vlm.moe_offload --build model --out mlxvlm-packed",
+        makes="mlxvlm-packed",
+        process_bytes=450_000_000,
+    ),
+    "ftllm": Peer(
+        "ftllm",
+        "model",
+        # Its own list asks for CUDA and much else that a run on the CPU does not import.
+        ("--no-deps ftllm==1.9.0", "numpy jinja2 requests pillow imageio tqdm psutil"),
+        process_bytes=450_000_000,
     ),
 }
 
@@ -90,16 +122,18 @@ def install(work: Path, name: str) -> None:
 
 def prepare(work: Path, name: str) -> None:
     peer = PEERS[name]
-    if peer.prepare and not (work / peer.model).exists():
-        command = peer.prepare.format(python=python_of(work, name)).replace("MODEL", "model")
+    if peer.prepare and not (work / peer.makes).exists():
+        python = python_of(work, name)
+        command = peer.prepare.format(python=python, bin=Path(python).parent, script=_SCRIPT)
         subprocess.run(command.split(), cwd=work, check=True)
 
 
 def write_prompts(work: Path) -> Path:
-    """The middles of held-out files: plain ASCII, a token a byte for every tokenizer."""
+    """Token ids from the middles of held-out files."""
     _, held_out = split_documents(stdlib_documents())
-    texts = [d.text.encode() for d in held_out if d.text.isascii() and len(d.text) > 4000]
-    middles = [text[len(text) // 2 :][:_PROMPT_BYTES].decode() for text in texts[:_PROMPTS]]
+    texts = [document.text for document in held_out if len(document.text) > 4000]
+    encode = Tokenizer.load(work / "model").encode
+    middles = [encode(text[len(text) // 2 :][:_PROMPT]) for text in texts[:_PROMPTS]]
     path = work / "prompts.json"
     path.write_text(json.dumps(middles))
     return path
@@ -111,8 +145,7 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
     size = sum(file.stat().st_size for file in (work / "model").glob("*.safetensors"))
     limit = _NO_CAP if cap == "none" else size * int(cap) // 100
     memory = 0 if cap == "none" else max(64_000_000, limit - (peer.process_bytes or 0))
-    script = str(Path(__file__).with_name("peer_runs.py").resolve())
-    command = [python_of(work, name), script, peer.run, "--model", peer.model]
+    command = [python_of(work, name), _SCRIPT, peer.run, "--model", peer.model]
     command += ["--prompts", "prompts.json", "--memory", str(memory), "--tokens", str(tokens)]
     command += ["--seconds", str(seconds), "--scratch", "scratch"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
@@ -120,18 +153,26 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
     cold, load = drop_caches(True), os.getloadavg()[0]
     with errors.open("w") as stderr:
         report, lines = capped.run_lines(
-            command, limit, seconds + _SLACK_S, cwd=work, env=environment, stderr=stderr
+            command, limit, seconds + _LOADING_S, cwd=work, env=environment, stderr=stderr
         )
     row = {"bench": "peers", "peer": name, "cap": cap, "memory_bytes": memory, "cold": cold}
     row |= {"load_average": load} | report
-    return row | summary([json.loads(line) for line in lines if line.startswith('{"peer"')], errors)
+    runs = [json.loads(line) for line in lines if line.startswith('{"peer"')]
+    return row | (summary(runs) or {"failed": why(row, runs, errors)})
 
 
-def summary(runs: list[dict[str, Any]], errors: Path) -> dict[str, Any]:
+def why(row: dict[str, Any], runs: list[dict[str, Any]], errors: Path) -> str:
+    if runs or row["timed_out"]:
+        return "out of time before a second token"
+    if row["rc"] == -9:
+        return "killed: more memory than the cap"
+    return [*errors.read_text().strip().splitlines(), "no word"][-1][:200]
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     tokens, decode_s = sum(run["tokens"] for run in runs), sum(run["decode_s"] for run in runs)
     if not tokens:
-        said = errors.read_text().strip().splitlines()
-        return {"failed": said[-1][:200] if said else "killed, or out of time, without a word"}
+        return {}
     return {
         "decode_tps": tokens / decode_s,
         "tokens": tokens,
@@ -151,6 +192,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "failed" in row:
             print(f"{name} failed (exit {row['rc']}): {row['failed'][:80]} | | | | {peak}")
         else:
+            name += "" if row["rc"] == 0 else f" (then exit {row['rc']})"
             first = f"{row['ttft_s'][0]:.2f} | {row['load_s']:.1f}"
             print(f"{name} {row['decode_tps']:.2f} | {row['tokens']} | {first} | {peak}")
 
@@ -169,11 +211,12 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--caps", default="none,75,55,40")
     parser.add_argument("--tokens", type=int, default=33, help="per prompt")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a run, loading included")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a run, once it has loaded")
     parser.add_argument("--install", action="store_true", help="make the environments and stop")
     parser.add_argument("--out", type=Path, default=Path("bench/results/peers.jsonl"))
     args = parser.parse_args()
     names, work = args.peers.split(","), args.work.resolve()
+    write_prompts(work)
     for name in names:
         if args.install:
             install(work, name)
@@ -181,7 +224,6 @@ def main() -> None:
             prepare(work, name)
     if args.install:
         return
-    write_prompts(work)
     begin, rows = time.monotonic(), []
     for cap in args.caps.split(","):
         for name in names:
