@@ -160,17 +160,25 @@ def backward(params: Mapping[str, Floats], kept: Forward, dlogits_LBX: Floats) -
     return grads
 
 
-def loss(logits_LBX: Floats, targets_LBX: Floats) -> tuple[float, Floats]:
-    """Cross entropy of soft yes-or-no targets, summed over the answers, mean over the rest; and
-    its derivative by the logits."""
-    size = logits_LBX.size // ANSWERS
-    likely = sigmoid(logits_LBX)
+def loss(logits_LBX: Floats, targets_LBX: Floats) -> float:
+    """Cross entropy of soft yes-or-no targets, summed over the answers, mean over the rest."""
     terms = np.logaddexp(0.0, logits_LBX) - logits_LBX * targets_LBX
-    return float(terms.sum(dtype=np.float64) / size), (likely - targets_LBX) / np.float32(size)
+    return float(terms.sum(dtype=np.float64) * ANSWERS / logits_LBX.size)
+
+
+def slope(logits_LBX: Floats, targets_LBX: Floats) -> Floats:
+    """Derivative of `loss` by the logits."""
+    slope = sigmoid(logits_LBX)
+    slope -= targets_LBX
+    slope *= np.float32(ANSWERS / logits_LBX.size)
+    return slope
 
 
 def sigmoid(x: Floats) -> Floats:
-    value: Floats = 0.5 * (1.0 + np.tanh(0.5 * x))
+    value: Floats = x * np.float32(0.5)
+    np.tanh(value, out=value)
+    value += np.float32(1.0)
+    value *= np.float32(0.5)
     return value
 
 
