@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,10 +13,12 @@ from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
+    from chronos.common.layout import PackReport
     from chronos.common.layout.clusters import OrderChoice
 
 PANEL = "Model files"
 _CALIBRATION_TOKENS = 20_000
+_STREAMED_TOKENS = 4_096  # each 512 of them read most of the experts from the disk once
 PathArg = Annotated[
     str, typer.Argument(metavar="PATH", help="A model folder, a .ctsr file, or `demo`.")
 ]
@@ -53,24 +55,19 @@ def pack(
     experts used together lie side by side if that is measured to save read time; the reason is
     printed and kept in the manifest. An interrupted run continues where it stopped.
     """
-    from chronos.common.layout import pack as pack_folder
+    from chronos.common.layout import open_layout
     from chronos.models import resolve_model
 
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
     folder = resolve_model(source, fetch=True)
-    choice = _order(folder, trace, calibrate, device)
-    with output.progress("packing", rate=True) as update:
-        report = pack_folder(
-            folder,
-            to,
-            order=choice.order if choice else "layer",
-            how=choice.to_json() if choice else None,
-            link=link,
-            progress=update,
-        )
+    if calibrate and _streams_only(folder):
+        report, choice = _calibrated(folder, to, calibrate, device, link)
+    else:
+        choice = _order(folder, trace, calibrate, RunOptions(device.backend, device.device))
+        report = _pack(folder, to, choice, link)
     if out.json:
-        order = choice.to_json() if choice else {"method": "layer"}
+        order = choice.to_json() if choice else open_layout(to).manifest.order
         output.print_json(report.to_json() | {"folder": str(to), "order": order})
         return
     rate = output.size(report.bytes / max(report.seconds, 1e-9))
@@ -85,8 +82,52 @@ def pack(
         output.note(choice.reason)
 
 
+def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> PackReport:
+    from chronos.common.layout import is_packed, open_layout
+    from chronos.common.layout import pack as pack_folder
+
+    order: Any = choice.order if choice else "layer"
+    if choice is None and is_packed(to):
+        order = open_layout(to).clusters()  # whatever it was: the same model is done already
+    with output.progress("packing", rate=True) as update:
+        return pack_folder(
+            folder,
+            to,
+            order=order,
+            how=choice.to_json() if choice else None,
+            link=link,
+            progress=update,
+        )
+
+
+def _streams_only(folder: Path) -> bool:
+    """Whether a model is to be run packed: another library would need memory for all of it."""
+    from chronos.common.guest import GuestConfig, read_config
+    from chronos.common.layout import is_packed
+
+    return isinstance(read_config(folder), GuestConfig) and not is_packed(folder)
+
+
+def _calibrated(
+    folder: Path, to: Path, text: str, device: DeviceOptions, link: bool
+) -> tuple[PackReport, OrderChoice | None]:
+    """Pack by layers, run that within a quarter of the experts' memory, reorder if it pays."""
+    from chronos.common.budget import minimum_bytes
+    from chronos.common.guest import read_config
+    from chronos.common.layout import open_layout, reorder
+
+    report = _pack(folder, to, None, link)
+    layout, top_k = open_layout(to), read_config(to).num_experts_per_tok
+    budget = max(layout.total_bytes // 4, minimum_bytes(layout, top_k))
+    choice = _order(to, None, text, RunOptions(device.backend, device.device, str(budget)))
+    if choice is not None and choice.order != layout.clusters():
+        with output.progress("reordering", rate=True) as update:
+            report = reorder(to, choice.order, choice.to_json(), progress=update)
+    return report, choice
+
+
 def _order(
-    folder: Path, trace: Path | None, calibrate: str | None, device: DeviceOptions
+    folder: Path, trace: Path | None, calibrate: str | None, run: RunOptions
 ) -> OrderChoice | None:
     """Clusters or layer order, as a trace decides; None where there is none to ask."""
     from chronos.cli.routing import record
@@ -98,9 +139,9 @@ def _order(
     if trace is not None:
         recorded = RoutingTrace.load(trace)
     elif calibrate is not None:
-        run = RunOptions(backend=device.backend, device=device.device)
+        tokens = _CALIBRATION_TOKENS if run.budget == "all" else _STREAMED_TOKENS
         with run.open(str(folder)) as engine:
-            recorded = record(engine, str(folder), calibrate, _CALIBRATION_TOKENS, 512, 0)
+            recorded = record(engine, str(folder), calibrate, tokens, 512, 0)
     else:
         return None
     model = open_source(folder, FileIO())
@@ -110,7 +151,7 @@ def _order(
         raise UsageError(
             f"the trace is of {found}, the model has {len(model.templates)} of {experts}"
             " (or in other layers)",
-            str(trace),
+            str(trace or folder),
         )
     return choose_order(recorded, record_bytes=max(t.nbytes for t in model.templates.values()))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from chronos.testing.tiny_guest import tiny_guest
 
 
 @pytest.fixture
@@ -101,3 +104,54 @@ def test_verify_lists_every_problem(chronos: Any, packed: Path, tmp_path: Path) 
 def test_a_path_that_is_not_there(chronos: Any, tmp_path: Path, name: str) -> None:
     done = chronos(name, tmp_path / "absent")
     assert done.code == 2 and "no such file or folder" in done.error[0]
+
+
+def test_a_guest_is_explained_then_packed_then_explained_again(
+    chronos: Any, tmp_path: Path
+) -> None:
+    source, target = tiny_guest(tmp_path / "src", "mixtral", shards=2), tmp_path / "dst"
+    before = chronos("inspect", source, "--budget", "50%", "--json").json
+    assert (before["kind"], before["model_type"]) == ("unpacked", "mixtral")
+    assert before["fits_disk"] is True and before["budget 50%"].startswith("4 experts")
+    assert before["next"] == f"chronos pack {source} -o src-packed"
+    assert any(library.startswith("Transformers on torch") for library in before["runs_with"])
+    done = chronos("pack", source, "-o", target)
+    assert done.out.startswith(f"{target}: 8 experts, ")
+    after = chronos("inspect", target, "--json").json
+    assert after["kind"] == "packed" and after["bytes"] == before["bytes"]
+    assert after["next"].startswith(f"chronos generate {target} --budget 25%")
+    assert "12.5%" in chronos("inspect", target).out
+    assert chronos("verify", target, "--json").json["problems"] == []
+
+
+def test_packing_again_is_told_as_done_and_linking_saves_the_dense_part(
+    chronos: Any, tmp_path: Path
+) -> None:
+    source = tiny_guest(tmp_path / "src")
+    first, again = (chronos("pack", source, "-o", tmp_path / "a", "--json").json for _ in "12")
+    assert (first["reused_clusters"], again["reused_clusters"]) == (0, 2)
+    linked = chronos("pack", source, "-o", tmp_path / "b", "--link", "--json").json
+    assert linked["bytes"] < first["bytes"] and linked["fingerprint"] == first["fingerprint"]
+    assert not (tmp_path / "b/model.safetensors").exists()
+
+
+def test_what_was_left_out_is_said(chronos: Any, tmp_path: Path) -> None:
+    source = tiny_guest(tmp_path / "src", config={"num_hidden_layers": 2})
+    done = chronos("pack", source, "-o", tmp_path / "dst")
+    assert done.code == 0 and "left out" in done.err and "model.layers.2." in done.err
+
+
+def test_a_guest_that_is_not_packed_says_what_to_do(chronos: Any, tmp_path: Path) -> None:
+    source = tiny_guest(tmp_path / "src")
+    done = chronos("generate", source, "-p", "x", "--budget", "25%")
+    assert done.code == 2 and f"fix: pack it: chronos pack {source}" in done.err
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify", "generate"])
+def test_an_id_of_the_hub_that_is_not_cached(
+    chronos: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    extra = ("-p", "x") if name == "generate" else ()
+    done = chronos(name, "some-org/some-model", *extra)
+    assert done.code == 5 and "there is no folder 'some-org/some-model'" in done.error[0]

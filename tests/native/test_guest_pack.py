@@ -7,6 +7,7 @@ library computes with: one slice of each parameter of its experts module.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,56 +18,7 @@ import pytest
 from chronos.common.guest import read_config
 from chronos.common.layout import open_layout, pack, read_records
 from chronos.common.tensorfile import read_checkpoint
-
-BASE: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-NAMED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-GROUPED = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
-LATENT = {
-    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-LINEAR = {
-    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "shared_expert_intermediate_size": 24, "head_dim": 8,
-}  # fmt: skip
-MAMBA = {"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "mixtral": LOCAL,
-    "qwen2_moe": NAMED | {"shared_expert_intermediate_size": 40},
-    "qwen3_moe": NAMED | {"head_dim": 8, "mlp_only_layers": [0]},
-    "olmoe": NAMED,
-    "deepseek_v2": ROUTED | GROUPED | LATENT | {"q_lora_rank": None},
-    "deepseek_v3": ROUTED | GROUPED | LATENT | {"q_lora_rank": 16},
-    "gpt_oss": LOCAL | {"head_dim": 8},
-    "granitemoe": LOCAL,
-    "granitemoeshared": LOCAL | {"shared_intermediate_size": 40},
-    "glm4_moe": ROUTED | GROUPED | {"head_dim": 8},
-    "phimoe": LOCAL,
-    "ernie4_5_moe": {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24,
-        "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
-    },
-    "dots1": ROUTED | GROUPED | {"head_dim": 8, "num_key_value_heads": 4},
-    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
-    "jamba": {
-        "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2,
-        "attn_layer_offset": 1, **MAMBA,
-    },
-    "minimax": LOCAL | {"head_dim": 8},
-    "qwen3_next": NAMED | LINEAR,
-    "llama4_text": LOCAL | {"num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-    "gemma4_text": NAMED | {
-        "top_k_experts": 2, "head_dim": 8, "enable_moe_block": True,
-        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
-    },
-}  # fmt: skip
+from chronos.testing.guests import ARCHITECTURES, BASE
 
 
 @pytest.fixture(autouse=True)
@@ -85,14 +37,15 @@ def layer_number(name: str) -> int:
     return int(name.partition("layers.")[2].partition(".")[0])
 
 
-def save(model_type: str, folder: Path, **saving: Any) -> Any:
+def save(model_type: str, folder: Path, *, shard: str = "5GB", **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **BASE | ARCHITECTURES[model_type])
+    settings = BASE | ARCHITECTURES[model_type] | changes
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, **saving)
+    model.save_pretrained(folder, max_shard_size=shard)
     return model
 
 
@@ -112,8 +65,8 @@ def test_records_are_the_parameters_of_transformers_own_modules(
 ) -> None:
     torch = pytest.importorskip("torch", reason="tests of Transformers on torch")
     pytest.importorskip("transformers", reason="tests of Transformers on torch")
-    shards = {"max_shard_size": "40KB"} if model_type in ("mixtral", "gpt_oss") else {}
-    model = save(model_type, tmp_path / "src", **shards)
+    sharded = model_type in ("mixtral", "gpt_oss")
+    model = save(model_type, tmp_path / "src", shard="40KB" if sharded else "5GB")
     pack(tmp_path / "src", tmp_path / "dst")
     expected = experts_of(model)
     assert expected, "the model has no experts module that Chronos knows"
@@ -127,7 +80,7 @@ def test_records_are_the_parameters_of_transformers_own_modules(
     assert seen == {(layer, expert) for layer in expected for expert in range(4)}
     dense = {entry.name for entry, _ in read_checkpoint(tmp_path / "dst")}
     assert not [name for name in dense if "experts." in name.replace("shared_experts.", "")]
-    if shards:
+    if sharded:
         assert len(list((tmp_path / "src").glob("*.safetensors"))) > 1
 
 
@@ -174,3 +127,37 @@ def test_records_are_the_parameters_of_mlx_lms_own_modules(
 
 def divides(path: str, module: Any) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+def test_calibration_runs_the_packed_guest_and_reorders_it_where_that_pays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokens before and after; a second run finds nothing left to do."""
+    pytest.importorskip("torch", reason="tests of Transformers on torch")
+    pytest.importorskip("transformers", reason="tests of Transformers on torch")
+    from chronos.cli import main
+    from chronos.testing.tiny import TEXTS, tiny_tokenizer
+
+    source, target, text = tmp_path / "src", tmp_path / "dst", tmp_path / "text.txt"
+    save("mixtral", source, vocab_size=300, num_local_experts=16)
+    tiny_tokenizer(300).save(source)
+    text.write_text("".join(TEXTS) * 20)
+    backend = ("--backend", "torch")
+
+    def tokens() -> Any:
+        capsys.readouterr()
+        flags = ("-p", "def", "-n", "6", "--budget", "25%", "--json", *backend)
+        assert main.run(["generate", str(target), *flags]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"]
+
+    assert main.run(["pack", str(source), "-o", str(target)]) == 0
+    before = tokens()
+    command = ["pack", str(source), "-o", str(target), "--calibrate", str(text), *backend]
+    assert main.run(command) == 0
+    assert "extents per token" in capsys.readouterr().err
+    order = open_layout(target).manifest.order["method"]
+    assert len(open_layout(target).files) > 3 if order == "clusters" else order == "layer"
+    assert tokens() == before
+    files = {path: path.stat().st_mtime_ns for path in target.rglob("*.ctsr")}
+    assert main.run(command) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in target.rglob("*.ctsr")}

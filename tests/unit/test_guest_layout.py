@@ -12,7 +12,7 @@ import pytest
 from chronos.common import tensorfile
 from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch
 from chronos.common.guest import GuestConfig, read_config
-from chronos.common.layout import inspect, open_layout, pack, read_records, verify
+from chronos.common.layout import inspect, open_layout, pack, read_records, reorder, verify
 from chronos.common.layout.naming import expert_part
 from chronos.common.tensorfile import read_checkpoint
 from chronos.testing.faults import FaultyIO
@@ -291,3 +291,19 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(DiskFullError, match="bytes needed, 20000 bytes free"):
         pack(source, tmp_path / "dst", io=FaultyIO(free=20_000))
     assert not list((tmp_path / "dst").glob("*"))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_reordering_takes_the_place_of_the_folder_and_keeps_every_byte(tmp_path, link):
+    source, target = tiny_guest(tmp_path / "src"), tmp_path / "dst"
+    pack(source, target, link=link)
+    before, dense = experts(target), tensors(target)
+    keys = [(layer, expert) for expert in (2, 0, 3, 1) for layer in (2, 1)]
+    (tmp_path / ".dst.chronos-new").mkdir()  # of a run that was killed
+    report = reorder(target, [keys[:3], keys[3:]], {"method": "clusters"})
+    layout = open_layout(target, config=read_config(target))
+    assert layout.clusters() == [keys[:3], keys[3:]] and report.clusters == 2
+    assert layout.manifest.order == {"method": "clusters"}
+    assert (experts(target), tensors(target)) == (before, dense)
+    assert (target / "model.safetensors").exists() is not link
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]

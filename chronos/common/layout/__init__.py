@@ -9,7 +9,7 @@ from chronos.common.layout.ctsr import read_records, write_experts
 from chronos.common.layout.folder import Layout, is_packed, open_layout, read_experts
 from chronos.common.layout.manifest import Key, Record, RecordTensor
 from chronos.common.layout.overview import inspect
-from chronos.common.layout.pack import PackReport, pack
+from chronos.common.layout.pack import PackReport, pack, reorder
 from chronos.common.layout.verify import VerifyReport, verify
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "pack",
     "read_experts",
     "read_records",
+    "reorder",
     "verify",
     "write_experts",
 ]

@@ -88,6 +88,13 @@ class Layout:
         record = self.records[layer, 0]
         return Template(record.tensors, record.nbytes)
 
+    def clusters(self) -> list[list[Key]]:
+        """The experts of each cluster file, in order of place."""
+        found: dict[str, list[Key]] = {path.name: [] for path in self.files}
+        for record in sorted(self.records.values(), key=lambda record: record.offset):
+            found[record.file].append(record.key)
+        return list(found.values())
+
     def path(self, key: Key) -> Path:
         """The cluster file of an expert."""
         return self.folder / EXPERTS / self.records[key].file

@@ -9,6 +9,7 @@ what a source is and how it is checked (`source`).
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -125,6 +126,30 @@ def pack(
     )
 
 
+def reorder(
+    folder: StrPath,
+    order: Sequence[Sequence[Key]],
+    how: Mapping[str, Any],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackReport:
+    """Write a packed folder anew with its experts in another order, and take its place.
+
+    Readers of the old folder keep what they opened. Needs room for both; interrupted, it leaves the
+    old folder, or for a moment only the new one beside it.
+    """
+    old = Path(folder).resolve()
+    new, aside = (old.with_name(f".{old.name}.chronos-{state}") for state in ("new", "old"))
+    for path in (new, aside):
+        shutil.rmtree(path, ignore_errors=True)
+    linked = (old / LINK).exists()
+    report = pack(old, new, order=order, how=how, link=linked, progress=progress)
+    old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside)
+    return report
+
+
 def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[list[Key]]:
     layers = model.layers
     if isinstance(order, str):
@@ -145,10 +170,7 @@ def _already_packed(
 ) -> PackReport:
     """The report for a finished folder of the same model and clusters; anything else is refused."""
     layout = open_layout(dst, config=model.config)
-    found: dict[str, list[Key]] = {path.name: [] for path in layout.files}
-    for record in sorted(layout.records.values(), key=lambda record: record.offset):
-        found[record.file].append(record.key)
-    if layout.fingerprint != model.fingerprint or list(found.values()) != clusters:
+    if layout.fingerprint != model.fingerprint or layout.clusters() != clusters:
         raise UsageError(
             "the destination already holds another packed model",
             str(dst),
