@@ -88,7 +88,7 @@ def record(
 
 def _routing(
     runner: Runner, ids: list[int], new_tokens: int
-) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+) -> Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]:
     greedy = SamplingParams()
     runner.routing()
     token = runner.prefill(ids, greedy)

@@ -94,8 +94,9 @@ class Runner(Protocol):
     def logits(self) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
 
-    def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
+    def routing(self) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
+        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens; weights are
+        None where the model does not show them."""
 
     def reset(self) -> None: ...
 

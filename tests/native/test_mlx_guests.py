@@ -401,7 +401,7 @@ def test_replayed_ids_are_the_experts_used(folder: Callable[[str], Path]) -> Non
         assert store.resident() == {(0, 6), (0, 1), (1, 7), (1, 2)}
     ids_TLK, weights_TLK = runner.routing()[0]
     np.testing.assert_array_equal(ids_TLK[0], [[6, 1], [7, 2]])
-    np.testing.assert_array_equal(weights_TLK, np.full((1, 2, 2), 0.5))  # equal: never seen
+    assert weights_TLK is None  # a switch never sees them
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])

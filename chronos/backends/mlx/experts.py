@@ -3,7 +3,7 @@
 MLX-LM's blocks choose experts, call their switch with (x, ids) and weigh what it returns. Here the
 ids go to the host and the experts come from a store's slots; the products are MLX-LM's own, gathers
 over a stack by index, so each row has the bits it has there. The routing weights never reach a
-switch: it records equal ones. A short input gathers once, when all its experts are there; a longer
+switch and are not recorded. A short input gathers once, when all its experts are there; a longer
 one expert by expert as they land.
 
 Shape legend: T tokens, D hidden, F expert hidden, E experts, S slots, K top-k, N routed pairs.
@@ -98,8 +98,8 @@ class Layer(nn.Module):
         if call.replay is not None:
             ids = call.replay(self.layer)[0].reshape(ids.shape)
         ids_TK = ids.reshape(-1, K)
-        weights_TK = mx.full(ids_TK.shape, 1.0 / K)
-        call.routing.append(Routing(ids_TK, weights_TK, mx.zeros((len(ids_TK), 0))))
+        unknown_T0 = mx.zeros((len(ids_TK), 0))
+        call.routing.append(Routing(ids_TK, unknown_T0, unknown_T0))
         return ids
 
 

@@ -63,7 +63,7 @@ class Model(nn.Module):
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
 
-        The routing is that of the layers with experts, in order, with equal weights. replay(layer)
+        The routing is that of the layers with experts, in order, without weights. replay(layer)
         gives ids [T, K] in place of the gates' choice; weights stay those of the gates' own. Raises
         UsageError for segments, and for a source that falls back where the shared experts are not
         known.

@@ -105,8 +105,9 @@ class Runner:
     def logits(self) -> np.ndarray:
         return np.array(self._logits_V.astype(mx.float32))
 
-    def routing(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
+    def routing(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens. None: a
+        guest's layers do not see their weights."""
         return self._record.take()
 
     def _forward(
@@ -205,7 +206,7 @@ class _RoutingRecord:
     """The routing of many calls, compacted on the way."""
 
     def __init__(self) -> None:
-        self._done: list[tuple[np.ndarray, np.ndarray]] = []
+        self._done: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._calls: list[list[Routing]] = []
 
     def add(self, routing: list[Routing]) -> None:
@@ -213,7 +214,7 @@ class _RoutingRecord:
         if len(self._calls) >= _COMPACT_EVERY:
             self._compact()
 
-    def take(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def take(self) -> list[tuple[np.ndarray, np.ndarray | None]]:
         self._compact()
         done, self._done = self._done, []
         return done
@@ -226,5 +227,6 @@ class _RoutingRecord:
         weights = mx.stack(
             [mx.concatenate([r.weights_TK for r in layer]) for layer in layers], axis=1
         )
-        self._done.append((np.array(ids, np.int64), np.array(weights.astype(mx.float32))))
+        known = np.array(weights.astype(mx.float32)) if weights.size else None
+        self._done.append((np.array(ids, np.int64), known))
         self._calls.clear()
