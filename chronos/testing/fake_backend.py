@@ -17,7 +17,7 @@ from chronos.common.errors import ChronosError, StoreError
 from chronos.common.files import RangedReader
 from chronos.common.layout import Layout, Record
 from chronos.common.lease import Load
-from chronos.common.residency import LRU, Key
+from chronos.common.residency import LRU, Key, Policy
 from chronos.common.stats import StoreStats
 from chronos.common.tier import SlotTier
 
@@ -45,13 +45,14 @@ class FakeStore:
         *,
         top_k: int = 1,
         miss: str = "exact",
+        policy: Policy | None = None,
         reader: RangedReader | None = None,
     ) -> None:
         slots = slots_within(layout, capacity_bytes, top_k) + self.extra_slots
         self.layout, self.exact, self.capacity_bytes = layout, miss == "exact", capacity_bytes
         self.owns_reader = reader is None
         self.reader = reader or RangedReader(threads=2)
-        policy = LRU(layout.num_layers, layout.num_experts)
+        policy = policy or LRU(layout.num_layers, layout.num_experts)
         self.arena = np.zeros((slots, layout.record_nbytes), np.uint8)
         self.tier = self.tier_class(
             layout,

@@ -1,8 +1,8 @@
 """StoreTests: what every backend's expert store must do. Subclass it with a `backend` fixture.
 
-`backend` needs `open_store(layout, capacity_bytes, *, top_k, miss, reader)`. Reads go through a
-`GatedIO`, which holds them back, fails them or delays them, so "in flight" is a state a test
-sets up and not a matter of timing. Experts are float32 and differ in every value.
+`backend` needs `open_store(layout, capacity_bytes, *, top_k, miss, policy, reader)`. Reads go
+through a `GatedIO`, which holds them back, fails them or delays them, so "in flight" is a state a
+test sets up and not a matter of timing. Experts are float32 and differ in every value.
 Not covered: speed, and how bytes reach an accelerator.
 """
 
@@ -80,6 +80,28 @@ class GatedIO(FileIO):
         if offset in self.broken:
             raise OSError(errno.ENXIO, "broken on purpose")
         return super().preadv(fd, buffers, offset)
+
+
+class Ranking:
+    """A forecasting policy whose ranks a test sets; `told` is what it was told."""
+
+    forecasts = True
+
+    def __init__(self) -> None:
+        self.priority = np.zeros((LAYERS, EXPERTS))
+        self.told: list[Any] = []
+
+    def observe(self, layer: int, experts: object) -> None:
+        self.told.append(layer)
+
+    def end_token(self) -> None:
+        self.told.append("token")
+
+    def begin_prompt(self) -> None:
+        self.told.append("begin")
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        self.told.append("end")
 
 
 @dataclass
@@ -357,6 +379,37 @@ class StoreTests:
             assert from_disk * o.layout.record_nbytes <= stats.bytes_read
             assert min(stats.hits, stats.late, stats.misses) > 0
             assert stats.stall_s > 0
+
+    def test_a_forecast_decides_what_is_kept_and_read_ahead(
+        self, backend: Any, tmp_path: Path
+    ) -> None:
+        """Needs add up as ever; a prefetch displaces only what is worth less than it."""
+        policy = Ranking()
+        with self.open(backend, tmp_path, slots=3, policy=policy) as o:
+            policy.priority[0, [1, 2, 3]] = 5.0, 3.0, 4.0
+            o.take(0, [1, 2, 3])
+            policy.priority[1, 6], policy.priority[1, 7] = 4.5, 2.0
+            assert o.store.prefetch([(1, 7)]) == 0
+            assert o.store.prefetch([(1, 6)]) == o.layout.record_nbytes
+            o.settle()
+            assert o.store.resident() == {(0, 1), (0, 3), (1, 6)}
+            assert o.take(1, [6]) == [6] and sorted(o.take(0, [1, 2])) == [1, 2]
+            stats = o.store.stats()
+            assert (stats.hits, stats.late, stats.misses) == (2, 0, 4)
+            assert stats.prefetch_hits == 1 and stats.prefetch_precision == 1.0
+            assert stats.prefetch_recall == 1 / 5
+
+    def test_a_prompt_is_told_to_the_policy_at_its_end(self, backend: Any, tmp_path: Path) -> None:
+        policy = Ranking()
+        with self.open(backend, tmp_path, slots=4, policy=policy) as o:
+            o.store.begin_prompt()
+            for layer in range(LAYERS):
+                assert sorted(o.take(layer, [0, 1, 2])) == [0, 1, 2]
+            ids_TLK = np.zeros((2, LAYERS, 1), np.int64)
+            o.store.end_prompt(ids_TLK)
+            o.take(0, [3])
+            o.store.end_token()
+        assert policy.told == ["begin", 0, 1, 2, "end", 0, "token"]
 
     def test_stats_are_a_copy(self, backend: Any, tmp_path: Path) -> None:
         with self.open(backend, tmp_path, slots=4) as o:

@@ -20,6 +20,8 @@ import pytest
 
 from chronos.common.files import FileIO, RangedReader
 from chronos.common.layout import Key, open_layout, pack
+from chronos.common.routing.forecast import ForecastModel
+from chronos.common.routing.network import Geometry
 from chronos.common.sampling import SamplingParams
 from chronos.engine import Engine, load
 from chronos.testing.tiny import CONFIG, tiny_model, tiny_packed
@@ -143,6 +145,60 @@ def test_streamed_is_resident_bit_for_bit(
             assert stats.peak_expert_bytes <= engine.budget_bytes
             if prefetch == "off":
                 assert stats.bytes_prefetched == 0
+
+
+@pytest.fixture(scope="module")
+def forecast(folders: dict[str, Path]) -> Path:
+    """An untrained forecaster with something to say: it is as wrong as can be."""
+    geometry = Geometry(LAYERS, EXPERTS, TOP_K, hidden=16, rank=4)
+    rng = np.random.default_rng(4)
+    params = {
+        name: rng.standard_normal(shape, np.float32) for name, shape in geometry.shapes.items()
+    }
+    path = folders["layer"].with_name("forecast.safetensors")
+    ForecastModel(geometry, params).save(path)
+    return path
+
+
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
+@pytest.mark.parametrize("slots", [TOP_K, 5, 12, 23])
+def test_a_forecaster_decides_memory_and_not_one_bit_of_the_answer(
+    backend: Any,
+    folders: dict[str, Path],
+    resident: dict[str, Rollout],
+    forecast: Path,
+    slots: int,
+    prefetch: str,
+) -> None:
+    options = {"prefetch": prefetch, "predictor": forecast}
+    with open_slots(backend, folders["shuffled"], slots, **options) as engine:
+        for prompt, name in ((LONG, "long"), (SHORT, "short")):
+            rollout = Rollout(engine, prompt)
+            rollout.assert_same(resident[name])
+            assert rollout.stats is not None
+            assert rollout.stats.routed == rollout.routed
+            assert max(rollout.live) <= engine.budget_bytes
+            assert prefetch == "auto" or rollout.stats.bytes_prefetched == 0
+
+
+def test_what_a_forecaster_saw_of_a_prompt_is_its_tokens_one_by_one(
+    backend: Any, folders: dict[str, Path], forecast: Path
+) -> None:
+    """After a prompt in one chunk it stands where token by token would have brought it."""
+    seen = {}
+    for at_once in (True, False):
+        with open_slots(backend, folders["layer"], 12, predictor=forecast) as engine:
+            runner = engine.runner
+            if at_once:
+                runner.prefill(LONG, GREEDY)
+            else:
+                runner.prefill(LONG[:1], GREEDY)
+                for token in LONG[1:]:
+                    runner.decode(token, GREEDY)
+            assert engine.store is not None
+            policy: Any = engine.store.policy  # type: ignore[attr-defined]
+            seen[at_once] = policy.next_uses().copy()
+    np.testing.assert_allclose(seen[True], seen[False], rtol=1e-4)
 
 
 def test_a_hundred_runs_with_experts_arriving_in_any_order(

@@ -23,12 +23,15 @@ class FakeStore:
         self.wait_s = 0.1
         self.counters = StoreStats()
         self.held: set[Key] = set()
+        self.unused: set[Key] = set()  # prefetched
         self.log: list[tuple[str, Any]] = []
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         self.log.append(("acquire", (layer, list(experts))))
         wanted = {(layer, expert) for expert in experts}
         self.counters.hits += len(wanted & self.held)
+        self.counters.prefetch_hits += len(wanted & self.held & self.unused)
+        self.unused -= wanted
         self.counters.misses += len(wanted - self.held)
         self.counters.stall_s += self.wait_s * len(wanted - self.held)
         self.held |= wanted
@@ -38,6 +41,7 @@ class FakeStore:
         self.log.append(("prefetch", list(keys)))
         new = [key for key in keys if key not in self.held]
         self.held.update(new)
+        self.unused.update(new)
         self.counters.bytes_prefetched += RECORD * len(new)
         return RECORD * len(new)
 

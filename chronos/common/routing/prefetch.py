@@ -29,6 +29,8 @@ PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
 # What a forecast costs, over planning alone: the LookaheadRouter and its softmax take three times
 # as long as `expected_use` and `plan` (180 and 60 us, measured side by side on a busy CPU).
 _PRICE = {PREDICTOR: 1.0, LOOKAHEAD: 4.0, NEXT_GATE: 4.0}
+# Tokens without a missing expert after which a source is not asked until one is missing again.
+_CALM = {PREDICTOR: 8, LOOKAHEAD: 0, NEXT_GATE: 0}
 _SMOOTHING = 0.1  # weight of the newest token in the average wait for a missing expert
 # Below this chance of use an expert is left to demand. On gpt-oss-20b at a quarter of the experts,
 # 0.3 / 0.4 / 0.5 / 0.6 find 34 / 24 / 17 / 12 % of the needs that are not resident and are right in
@@ -113,7 +115,7 @@ class Prefetcher:
         self._asked: dict[Key, Source] = {}  # prefetched and not needed yet
         self._fresh: set[Key] = set()  # of these, asked for in this token: maybe still under way
         self._wait_s: float | None = None  # average wait for an expert that is not there
-        self._missing = True  # whether the last token found an expert missing
+        self._calm = 0  # tokens since one found an expert missing or prefetched any
         self._begun: float | None = None  # when the token under way began
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
@@ -145,7 +147,8 @@ class Prefetcher:
 
     def wanted(self, source: str = LOOKAHEAD) -> bool:
         """Whether a forecast now could lead to a read: spares making it if not."""
-        return self._missing and self._room(self.sources[source]) >= self._record_bytes
+        calm = self._calm > _CALM[source]
+        return not calm and self._room(self.sources[source]) >= self._record_bytes
 
     def forecast(self, probs_JLE: Floats) -> None:
         """Router probabilities forecast after block 0 of a token: prefetch what is worth it."""
@@ -195,6 +198,7 @@ class Prefetcher:
         if now.bytes_wasted > before.bytes_wasted:  # evicted unused: a later need is a miss
             held = self.store.resident() | self._fresh
             self._asked = {key: source for key, source in self._asked.items() if key in held}
+        self._correct_used(now.prefetch_hits + now.late - before.prefetch_hits - before.late)
         self._note_wait(absent, now.stall_s - before.stall_s)
         reads = self._reader.stats
         link = reads.bytes_read / reads.busy_s if reads.busy_s else 0.0
@@ -203,7 +207,8 @@ class Prefetcher:
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
-        self._missing = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
+        stirred = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
+        self._calm = 0 if stirred else self._calm + 1
         self._fresh.clear()
         self._before, self._begun = now, None
         self._forecast_from_policy()
@@ -249,6 +254,12 @@ class Prefetcher:
         source.total_used += source.used
         source.asked = source.used = 0
         source.planning_s = 0.0
+
+    def _correct_used(self, used: int) -> None:
+        """What was evicted and read again within a token looked used here; the store knows."""
+        counted = sum(source.used for source in self.sources.values())
+        for source in self.sources.values():
+            source.used = round(source.used * min(1.0, used / counted)) if counted else 0
 
     def _note_wait(self, absent: int, stall_s: float) -> None:
         """What others waited, a prefetch that is used spares."""

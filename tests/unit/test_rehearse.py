@@ -1,0 +1,107 @@
+"""Runs rehearsed on a clock and a disk that are numbers: repeatable, bounded by both, counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chronos.common.rehearse import Oracle, Pace, Rehearsal, rehearse
+from chronos.common.residency import LRU, Policy
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+from chronos.common.routing.trace import RoutingTrace, TraceRecorder
+from chronos.common.simulate import simulate, simulate_policy
+
+LAYERS, EXPERTS, TOP_K, TOKENS = 4, 12, 2, 260
+SLOTS, RECORD = 16, 3 << 20
+WARMUP = 20
+IDLE = Pace(RECORD, link_bytes_per_s=RECORD / 1e-3, token_s=0.02)  # 20 records a token
+BUSY = Pace(RECORD, link_bytes_per_s=RECORD / 1e-2, token_s=0.02)  # 2 records a token
+
+
+@pytest.fixture(scope="module")
+def trace() -> RoutingTrace:
+    """Topics that last 30 tokens or so, a few experts each; within them chance decides."""
+    rng, recorder = np.random.default_rng(5), TraceRecorder(EXPERTS, TOP_K)
+    for token in range(TOKENS):
+        if token % 30 == 0:
+            liked = np.array([rng.dirichlet(np.full(EXPERTS, 0.3)) + 1e-3 for _ in range(LAYERS)])
+        shares = [p / p.sum() for p in liked]
+        recorder.append(np.stack([rng.choice(EXPERTS, TOP_K, False, p) for p in shares]))
+    return recorder.trace()
+
+
+def decayed() -> Policy:
+    return PredictorPolicy(DecayedUse(LAYERS, EXPERTS, decay=0.8))
+
+
+def run(trace: RoutingTrace, policy: Policy, pace: Pace, *, prefetch: bool = True) -> Rehearsal:
+    return rehearse(trace, SLOTS, policy, pace, prefetch=prefetch, warmup=WARMUP)
+
+
+@pytest.mark.parametrize("pace", [IDLE, BUSY], ids=["idle", "busy"])
+def test_the_same_trace_and_pace_repeat_every_decision(trace: RoutingTrace, pace: Pace) -> None:
+    first, second = run(trace, decayed(), pace), run(trace, decayed(), pace)
+    assert any(first.decisions)
+    assert first.decisions == second.decisions
+    assert np.array_equal(first.token_s, second.token_s)
+    assert (first.stats, first.sources) == (second.stats, second.sources)
+
+
+def test_another_disk_makes_other_decisions(trace: RoutingTrace) -> None:
+    assert run(trace, decayed(), IDLE).decisions != run(trace, decayed(), BUSY).decisions
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("pace", [IDLE, BUSY], ids=["idle", "busy"])
+def test_needs_add_up_and_time_obeys_both_bounds(
+    trace: RoutingTrace, pace: Pace, prefetch: bool
+) -> None:
+    result = run(trace, decayed(), pace, prefetch=prefetch)
+    assert result.stats.routed == (TOKENS - WARMUP) * LAYERS * TOP_K
+    assert (result.token_s >= pace.token_s * (1 - 1e-9)).all()
+    # Reads under way when counting began, and at its end, are of no matter to this sum.
+    reading_s = (result.stats.bytes_read - SLOTS * RECORD) / pace.link_bytes_per_s
+    assert result.token_s.sum() >= reading_s
+    waited = result.token_s.sum() - pace.token_s * len(result.token_s)
+    assert result.stats.stall_s == pytest.approx(waited, abs=1e-9)
+
+
+def test_without_prefetch_the_reads_are_those_of_the_simulation(trace: RoutingTrace) -> None:
+    for policy, expected in (
+        (LRU(LAYERS, EXPERTS), simulate(trace, SLOTS, "lru").misses),
+        (decayed(), simulate_policy(trace, SLOTS, decayed()).misses),
+    ):
+        result = rehearse(trace, SLOTS, policy, IDLE, prefetch=False)
+        assert result.stats.misses == expected
+        assert result.stats.bytes_read == expected * RECORD
+
+
+def test_perfect_foresight_hides_all_reads_where_the_disk_has_time(trace: RoutingTrace) -> None:
+    blind = run(trace, PredictorPolicy(Oracle(trace)), IDLE, prefetch=False)
+    seeing = run(trace, PredictorPolicy(Oracle(trace)), IDLE)
+    assert blind.stats.misses > 100
+    assert seeing.stats.misses + seeing.stats.late < 0.1 * blind.stats.misses
+    assert seeing.stats.prefetch_precision == pytest.approx(1.0, abs=0.05)
+    assert seeing.token_s.mean() - IDLE.token_s < 0.2 * (blind.token_s.mean() - IDLE.token_s)
+
+
+class Wrong(DecayedUse):
+    """Sure of what is used least."""
+
+    def next_uses(self) -> np.ndarray:
+        return np.asarray(0.99 - super().next_uses())
+
+
+def test_a_predictor_that_is_wrong_turns_its_prefetch_off(trace: RoutingTrace) -> None:
+    policies = [PredictorPolicy(Wrong(LAYERS, EXPERTS, decay=0.8)) for _ in range(2)]
+    off = run(trace, policies[0], BUSY, prefetch=False)
+    on = run(trace, policies[1], BUSY)
+    assert on.stats.bytes_prefetched < 0.15 * on.stats.bytes_read
+    assert off.token_s.sum() / on.token_s.sum() > 0.98
+
+
+def test_a_demand_waits_for_no_more_than_a_chunk_of_prefetches(trace: RoutingTrace) -> None:
+    """However much is asked for ahead, a token takes at most its reads and a chunk per layer."""
+    result = run(trace, decayed(), BUSY)
+    per_layer = TOP_K * RECORD + (1 << 20)
+    assert result.token_s.max() <= BUSY.token_s + LAYERS * per_layer / BUSY.link_bytes_per_s
