@@ -40,6 +40,7 @@ from chronos.common.tensorfile import build_header
 from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
+_LARGE = 256 << 20
 
 # Given keys, a generator of each of them with its tensors by name, in the order given. A tensor is
 # bytes-like, or an iterator of its bytes in pieces, which are asked for in the record's order.
@@ -220,6 +221,11 @@ def _record_chunks(record: Record, data: Mapping[str, Any], finite: bool) -> Ite
         yield bytes(gap)
 
 
+def _room(record_nbytes: int) -> int:
+    """How many records may be on their way: of the largest, hundreds of MB, one at a time."""
+    return max(1 if record_nbytes > _LARGE else 2, _AHEAD // record_nbytes)
+
+
 def read_records(
     records: Iterable[tuple[Path, Record]],
     io: FileIO | None = None,
@@ -235,7 +241,7 @@ def read_records(
     spare: list[memoryview] = []
     with RangedReader(io=io) as reader:
         while waiting or flying:
-            while waiting and len(flying) < max(2, _AHEAD // waiting[0][1].nbytes):
+            while waiting and len(flying) < _room(waiting[0][1].nbytes):
                 path, record = waiting.popleft()
                 buffer = spare.pop() if spare else aligned_buffer(0)
                 if len(buffer) != record.nbytes:
