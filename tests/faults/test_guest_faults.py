@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, ShapeMismatch
+from chronos.common.guest import GuestConfig
 from chronos.common.layout import inspect, open_layout, pack, verify
+from chronos.common.layout.guest import find_experts
 from chronos.common.linked import LINK
-from chronos.common.tensorfile import read_checkpoint, read_header
-from chronos.testing.tiny_guest import E, tiny_guest, write_shards
+from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_header, tensor_nbytes
+from chronos.testing.tiny_guest import STYLES, E, shapes, tiny_guest, write_shards
 
 EXPERT = "model.layers.2.mlp.experts.1.up_proj.weight"
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
@@ -110,6 +114,23 @@ def two_towers(arrays):
         arrays[f"talker.{name}"] = arrays[name]
 
 
+def twice(arrays):
+    arrays[EXPERT.replace("up_proj", "w3")] = arrays[EXPERT]
+
+
+def twice_by_number(arrays):
+    arrays[EXPERT.replace(".1.up", ".01.up")] = arrays[EXPERT]
+
+
+def fused(arrays):
+    arrays[EXPERT.replace("up_proj", "gate_up_proj")] = arrays.pop(EXPERT)
+
+
+def scalar(arrays):
+    for expert in range(E):
+        arrays[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] = ("F32", (), bytes(4))
+
+
 def nan(arrays):
     dtype, shape, data = arrays[EXPERT]
     values = np.frombuffer(data, "<f4").copy()
@@ -133,6 +154,10 @@ def nan(arrays):
         (fp8, "up_proj.weight_scale_inv lies among the routed experts under a name"),
         (rename, "under a name Chronos does not know"),
         (hide, "no tensor of the checkpoint is named as a routed expert is"),
+        (twice, "model.layers.2.mlp.experts.1.w3.weight are the same weights"),
+        (twice_by_number, "are the same weights"),
+        (fused, "experts.1.gate_up_proj.weight lies among the routed experts under a name"),
+        (scalar, "down_proj.weight of the experts is a single number"),
         (two_towers, "two models hold routed experts"),
         (nan, "layer 2, expert 1: gate_up_proj: element 133 is NaN or infinite"),
     ],
@@ -382,3 +407,60 @@ def test_bent_links_are_typed_errors(linked, change):
     for work in (verify, inspect, lambda folder: list(read_checkpoint(folder))):
         with pytest.raises((CorruptFileError, ConfigError)):
             work(linked)
+
+
+COMPONENTS = "experts switch_mlp gate_proj up_proj w1 weight bias scales 0 9".split()
+    "experts",
+    "switch_mlp",
+    "gate_proj",
+    "up_proj",
+    "w1",
+    "weight",
+    "bias",
+    "scales",
+    "0",
+    "9",
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_the_names_and_shapes_it_is_laid_out_whole_or_refused(data):
+    """Random checkpoints made of plausible names: all bytes are in a record or the dense part."""
+    found = dict(shapes(data.draw(st.sampled_from(STYLES))))
+    for _ in range(data.draw(st.integers(0, 4))):
+        name = data.draw(st.sampled_from(sorted(found)))
+        dtype, shape = found.pop(name)
+        kind = data.draw(st.sampled_from(["drop", "rename", "shape", "dtype", "copy"]))
+        parts = name.split(".")
+        parts[data.draw(st.integers(0, len(parts) - 1))] = data.draw(st.sampled_from(COMPONENTS))
+        if kind == "copy":
+            found[name] = (dtype, shape)
+        if kind in ("rename", "copy"):
+            found[".".join(parts)] = (dtype, shape)
+        if kind == "shape":
+            found[name] = (dtype, tuple(data.draw(st.lists(st.integers(0, 9), max_size=4))))
+        if kind == "dtype":
+            found[name] = ("F16", shape)
+    located, offset = {}, 0
+    for name, (dtype, shape) in found.items():
+        entry = TensorEntry(name, dtype, shape, offset, tensor_nbytes(dtype, shape))
+        located[name], offset = (Path("x"), entry), offset + entry.nbytes
+    config = GuestConfig("x", 24, 64, 3, E, 2)
+    try:
+        experts = find_experts(located, config)
+    except ShapeMismatch:
+        return
+    covered = [(at[1].offset, at[1].nbytes) for at in experts.dense]
+    covered += [(located[name][1].offset, located[name][1].nbytes) for name in experts.left_out]
+    for layer, template in experts.templates.items():
+        for expert in range(E):
+            for tensor in template.tensors:
+                places = list(experts.locate((layer, expert), tensor.name))
+                assert sum(at[1].nbytes for at in places) == tensor.nbytes
+                covered += [(at[1].offset, at[1].nbytes) for at in places]
+    position = 0
+    for start, nbytes in sorted(covered):
+        assert start == position
+        position += nbytes
+    assert position == offset

@@ -21,10 +21,16 @@ from chronos.common.layout.naming import ORDER, Part, expert_part, is_extra, lay
 from chronos.common.tensorfile import Located
 
 _GATE_UP = ("gate_up_proj", "gate_up_proj_bias")
-_MUST_HAVE = ("down_proj", "down_proj.weight", "fc2.weight")
+# What a record ends with, and what it must have beside it: one of these.
+_DIRECTIONS = {
+    "down_proj": ("gate_up_proj", "up_proj"),
+    "down_proj.weight": ("up_proj.weight",),
+    "fc2.weight": ("fc1.weight",),
+}
 
-# (tensor in the record, part of it) -> the expert, None for all of them -> where it lies
-_Layer = dict[tuple[str, int], dict[int | None, Located]]
+_Where = dict[int | None, Located]  # by expert; None: all of them, stacked
+_Parts = dict[tuple[str, int], _Where]  # by tensor of the record and place in it
+_Tensors = dict[str, list[_Where]]  # in record order, each with its parts in order
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,12 @@ class GuestExperts:
     dense: list[Located]
     left_out: list[str]
     templates: Mapping[int, Template]  # by layer
-    _parts: Mapping[int, Mapping[str, list[Mapping[int | None, Located]]]]
+    _tensors: Mapping[int, _Tensors]
 
     def locate(self, key: Key, tensor: str) -> Iterator[Located]:
         """Where the parts of one tensor of one expert lie, in order."""
         layer, expert = key
-        for where in self._parts[layer][tensor]:
+        for where in self._tensors[layer][tensor]:
             if expert in where:
                 yield where[expert]
             else:
@@ -63,7 +69,7 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
         )
     found = {name: part for name in located if (part := _part(name))}
     tower = _tower(found)
-    layers: dict[int, _Layer] = defaultdict(lambda: defaultdict(dict))
+    layers: dict[int, _Parts] = defaultdict(lambda: defaultdict(dict))
     dense, left_out = [], []
     for name, at in located.items():
         place = layer_of(name)
@@ -71,7 +77,10 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
         if is_extra(name) or beyond:
             left_out.append(name)
         elif part := found.get(name):
-            layers[part.layer][part.tensor, part.place][part.expert] = at
+            where = layers[part.layer][part.tensor, part.place]
+            if other := where.get(part.expert):
+                raise ShapeMismatch(f"{name} and {other[1].name} are the same weights", str(at[0]))
+            where[part.expert] = at
         else:
             dense.append(at)
     if not layers:
@@ -80,12 +89,12 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
             "",
             "config.json speaks of experts: is it of another model?",
         )
-    parts = {layer: _check_layer(layer, layers[layer], config) for layer in sorted(layers)}
+    tensors = {layer: _check_layer(layer, layers[layer], config) for layer in sorted(layers)}
     return GuestExperts(
         dense=sorted(dense, key=lambda at: (at[0], at[1].offset)),
         left_out=left_out,
-        templates={layer: lay_out(_shapes(parts[layer])) for layer in parts},
-        _parts=parts,
+        templates={layer: lay_out(_shapes(tensors[layer])) for layer in tensors},
+        _tensors=tensors,
     )
 
 
@@ -106,29 +115,26 @@ def _tower(found: Mapping[str, Part]) -> str:
     return next(iter(towers), "")
 
 
-def _check_layer(
-    layer: int, parts: _Layer, config: GuestConfig
-) -> dict[str, list[Mapping[int | None, Located]]]:
-    """The layer's tensors in record order, each with its parts in order."""
-    experts: set[int | None] = set(range(config.num_experts))
+def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
+    """The layer's tensors as its records have them."""
     stacked = any(None in where for where in parts.values())
     for where in parts.values():
-        if stacked and where.keys() != {None}:
-            name = next(at[1].name for expert, at in where.items() if expert is not None)
-            raise ShapeMismatch(f"tensor {name} is of one expert, others of the layer are stacked")
-        if stacked:
+        if not stacked:
+            _check_alike(where, config)
+        elif where.keys() == {None}:
             _check_stack(where[None], config)
         else:
-            _check_alike(where, experts, config)
-    tensors: dict[str, list[Mapping[int | None, Located]]] = {}
-    for tensor, place in sorted(parts, key=lambda at: (ORDER[at[0]], at[1])):
-        tensors.setdefault(tensor, []).append(parts[tensor, place])
-    for tensor in set(_GATE_UP) & tensors.keys():
-        if (tensor, 0) not in parts:  # no expert of the layer has a gate
-            tensors[tensor.removeprefix("gate_")] = tensors.pop(tensor)
-    ordered = {name: tensors[name] for name in sorted(tensors, key=ORDER.__getitem__)}
-    _check_whole(layer, ordered)
-    return ordered
+            name = next(at[1].name for expert, at in where.items() if expert is not None)
+            raise ShapeMismatch(f"tensor {name} is of one expert, others of the layer are stacked")
+    found: _Tensors = {}
+    for tensor, place in sorted(parts):
+        found.setdefault(tensor, []).append(parts[tensor, place])
+    for tensor in _GATE_UP:
+        if tensor in found and (tensor, 0) not in parts:  # no expert of the layer has a gate
+            found[tensor.removeprefix("gate_")] = found.pop(tensor)
+    tensors = {name: found[name] for name in sorted(found, key=ORDER.__getitem__)}
+    _check_whole(layer, tensors)
+    return tensors
 
 
 def _check_stack(at: Located, config: GuestConfig) -> None:
@@ -141,20 +147,19 @@ def _check_stack(at: Located, config: GuestConfig) -> None:
         )
 
 
-def _check_alike(
-    where: Mapping[int | None, Located], experts: set[int | None], config: GuestConfig
-) -> None:
+def _check_alike(where: _Where, config: GuestConfig) -> None:
     """All experts, each once, with one dtype and shape."""
     some, (path, entry) = next(iter(where.items()))
-    if odd := sorted((e for e in where.keys() ^ experts if e is not None), reverse=True):
-        if odd[0] in where:
-            what = where[odd[0]][1].name
+    for expert, (path_, other) in where.items():
+        if expert is not None and expert >= config.num_experts:
             raise ShapeMismatch(
-                f"tensor {what} is of expert {odd[0]}, config.json names {config.num_experts}",
-                str(where[odd[0]][0]),
+                f"tensor {other.name} is of expert {expert}, config.json names"
+                f" {config.num_experts}",
+                str(path_),
             )
-        name = f".{odd[-1]}.".join(entry.name.rsplit(f".{some}.", 1))
-        raise ShapeMismatch(f"tensor {name} is missing ({len(odd)} experts in all)", str(path))
+    if lost := [expert for expert in range(config.num_experts) if expert not in where]:
+        name = f".{lost[0]}.".join(entry.name.rsplit(f".{some}.", 1))
+        raise ShapeMismatch(f"tensor {name} is missing ({len(lost)} experts in all)", str(path))
     for path_, other in where.values():
         if (other.dtype, other.shape) != (entry.dtype, entry.shape):
             raise ShapeMismatch(
@@ -164,35 +169,33 @@ def _check_alike(
             )
 
 
-def _check_whole(layer: int, tensors: Mapping[str, list[Mapping[int | None, Located]]]) -> None:
+def _check_whole(layer: int, tensors: _Tensors) -> None:
     """Both directions are there, in one dialect, and as wide as each other."""
-    last = next((name for name in _MUST_HAVE if name in tensors), None)
-    first = {"down_proj": ("gate_up_proj", "up_proj"), "fc2.weight": ("fc1.weight",)}
-    needed = first.get(last or "", ("up_proj.weight",))
-    dialects = {"." in name for name in tensors}
-    if last is None or len(dialects) > 1 or not set(needed) & tensors.keys():
+    last = next((name for name in _DIRECTIONS if name in tensors), "")
+    whole = last and any(name in tensors for name in _DIRECTIONS[last])
+    if not whole or len({"." in name for name in tensors}) > 1:
+        path, entry = _some(next(iter(tensors.values()))[0])
         raise ShapeMismatch(
-            f"the experts of layer {layer} have only {', '.join(tensors)}",
-            str(next(iter(tensors.values()))[0][next(iter(next(iter(tensors.values()))[0]))][0]),
+            f"the experts of layer {layer} have only {', '.join(tensors)} ({entry.name})",
+            str(path),
             "are shards missing?",
         )
     shapes = {name: (dtype, shape) for name, dtype, shape in _shapes(tensors)}
     if last == "down_proj":
-        wide = math.prod(shapes.get("gate_up_proj", shapes.get("up_proj", ("", ())))[1])
-        if wide != math.prod(shapes["down_proj"][1]) * (2 if "gate_up_proj" in shapes else 1):
+        times = 2 if "gate_up_proj" in shapes else 1
+        wide = shapes["gate_up_proj" if times == 2 else "up_proj"][1]
+        if math.prod(wide) != times * math.prod(shapes["down_proj"][1]):
             spelled = ", ".join(f"{n} {d} {list(s)}" for n, (d, s) in shapes.items())
             raise ShapeMismatch(f"the experts of layer {layer} do not fit together: {spelled}")
 
 
-def _shapes(
-    tensors: Mapping[str, list[Mapping[int | None, Located]]],
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _shapes(tensors: _Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor in the record of one expert."""
     for name, parts in tensors.items():
-        entries = [next(iter(where.values()))[1] for where in parts]
-        shapes = [
-            e.shape[1:] if None in w else e.shape for e, w in zip(entries, parts, strict=True)
-        ]
+        entries = [_some(where)[1] for where in parts]
+        shapes = [e.shape[None in w :] for e, w in zip(entries, parts, strict=True)]
+        if not all(shapes):
+            raise ShapeMismatch(f"tensor {entries[0].name} of the experts is a single number")
         if len({e.dtype for e in entries}) > 1 or len({shape[1:] for shape in shapes}) > 1:
             one, other = entries
             raise ShapeMismatch(
@@ -200,3 +203,8 @@ def _shapes(
                 f" {other.name} is {other.dtype} {list(other.shape)}: they are one matrix"
             )
         yield name, entries[0].dtype, (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _some(where: _Where) -> Located:
+    """Any of them: they are alike."""
+    return next(iter(where.values()))

@@ -25,7 +25,6 @@ _SWITCH = re.compile(
 _PROJECTIONS = {
     "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
-    "gate_up_proj": ("gate_up_proj", 0),
     "down_proj": ("down_proj", 0), "w2": ("down_proj", 0),
 }  # fmt: skip
 # Stacked under names of their own (Granite, Aria).
