@@ -410,17 +410,6 @@ def test_bent_links_are_typed_errors(linked, change):
 
 
 COMPONENTS = "experts switch_mlp gate_proj up_proj w1 weight bias scales 0 9".split()
-    "experts",
-    "switch_mlp",
-    "gate_proj",
-    "up_proj",
-    "w1",
-    "weight",
-    "bias",
-    "scales",
-    "0",
-    "9",
-)
 
 
 @settings(max_examples=150, deadline=None)
