@@ -157,7 +157,7 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
         )
     row = {"bench": "peers", "peer": name, "cap": cap, "memory_bytes": memory, "cold": cold}
     row |= {"load_average": load} | report
-    runs = [json.loads(line) for line in lines if line.startswith('{"peer"')]
+    runs = [json.loads(line) for line in lines]
     return row | (summary(runs) or {"failed": why(row, runs, errors)})
 
 
