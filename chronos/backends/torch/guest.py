@@ -29,14 +29,18 @@ from transformers.utils import logging
 from chronos.backends.torch.checkpoint import from_bytes
 from chronos.backends.torch.experts import NAME, Call, Layer, is_experts, parameters, shared_of
 from chronos.backends.torch.model import DTYPES, Cache, Output
-from chronos.backends.torch.moe import ExpertSource
+from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.guest import GuestConfig
 from chronos.common.layout import Layout, is_packed, open_layout, read_records
+from chronos.common.layout.manifest import read_manifest
 from chronos.common.tensorfile import TensorEntry, locate_tensors, read_checkpoint
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 # Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
+# Mamba 1 in Transformers goes on from its state for single tokens only.
+_FORGETFUL = frozenset({"jamba"})
+_ALIGN = 64  # of everything torch allocates
 _SAME_BYTES = {"MergeModulelist", "Concatenate"}
 Shapes = dict[str, tuple[int, ...]]  # of one expert, by tensor name
 
@@ -54,7 +58,10 @@ class Model:
         return self
 
     def new_cache(self, batch: int = 1) -> Cache:
-        """The library's own cache: it knows sliding windows and recurrent states."""
+        """The library's own cache: it knows sliding windows and recurrent states. A model with a
+        class of its own makes it in its first call."""
+        if not self.core._supports_default_dynamic_cache():
+            return Cache([None])
         return Cache([transformers.DynamicCache(config=self.core.config)])
 
     def __call__(
@@ -77,18 +84,37 @@ class Model:
             raise UsageError("a guest model takes no packed rows")
         call = self._call
         call.source, call.replay, call.routing = source, replay, []
+        pieces = [ids_BT]
+        if cache is not None and cache.position and self.config.model_type in _FORGETFUL:
+            pieces = list(ids_BT.split(1, dim=1))
         try:
-            out = self.core(
-                input_ids=ids_BT,
-                past_key_values=cache.layers[0] if cache else None,
-                use_cache=cache is not None,
-                logits_to_keep=1 if last_only else 0,
-            )
+            logits = [self._run(piece, cache, last_only) for piece in pieces]
         finally:
             call.source = call.replay = None
+        if len(pieces) == 1:
+            return Output(logits[0], call.routing)
+        return Output(logits[-1] if last_only else torch.cat(logits, 1), _joined(call, pieces))
+
+    def _run(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+        out = self.core(
+            input_ids=ids_BT,
+            past_key_values=cache.layers[0] if cache else None,
+            use_cache=cache is not None,
+            logits_to_keep=1 if last_only else 0,
+        )
         if cache is not None:
+            cache.layers[0] = out.past_key_values
             cache.position += ids_BT.shape[1]
-        return Output(out.logits, call.routing)
+        return out.logits
+
+
+def _joined(call: Call, pieces: list[Tensor]) -> list[Routing]:
+    """The routing of tokens that ran one after the other, layer by layer."""
+    layers = len(call.routing) // len(pieces)
+    return [
+        Routing(*map(torch.cat, zip(*call.routing[layer::layers], strict=True)))
+        for layer in range(layers)
+    ]
 
 
 def load_guest(
@@ -104,7 +130,7 @@ def load_guest(
     """
     config = GuestConfig.from_json(folder)
     _check_runnable(config, folder)
-    layout = open_layout(folder, config=config) if is_packed(folder) else None
+    layout = _layout(folder, config, resident) if is_packed(folder) else None
     with _quiet():
         settings = _build(
             lambda: transformers.AutoConfig.from_pretrained(
@@ -135,10 +161,12 @@ def load_guest(
             config,
             folder,
         )
+    modules = _find_experts(core, config, folder)
     if missing := sorted(report["missing_keys"]):
         raise ShapeMismatch(f"tensor {missing[0]} is missing ({len(missing)} in all)", str(folder))
-    modules = _find_experts(core, config, folder)
-    if layout is not None:
+    if layout is None:
+        _align(core)
+    else:
         _check_records(layout, core, modules)
         if resident:
             _fill(layout, modules, DTYPES[config.dtype])
@@ -146,6 +174,11 @@ def load_guest(
     _connect(core, modules, call)
     core.to(device).requires_grad_(False).eval()
     return Model(config, core, call, resident)
+
+
+def _layout(folder: Path, config: GuestConfig, resident: bool) -> Layout:
+    """Where the experts are. To be streamed, whoever opens the store has checked the files."""
+    return open_layout(folder, config=config) if resident else Layout(folder, read_manifest(folder))
 
 
 def _check_runnable(config: GuestConfig, folder: Path) -> None:
@@ -211,6 +244,14 @@ def _without_experts(kind: Any) -> Any:
 def _tensors(found: Iterable[tuple[TensorEntry, memoryview]]) -> dict[str, Tensor]:
     """The dense part. Copied: what was read lies wherever the file had it, products want 64."""
     return {e.name: from_bytes(data, e.dtype, e.shape).clone() for e, data in found}
+
+
+def _align(core: Any) -> None:
+    """Copy what the library left in its files' pages: at odd addresses products differ in the last
+    bit, and a page of a file that was cut short ends the process."""
+    for tensor in (*core.parameters(), *core.buffers()):
+        if tensor.data_ptr() % _ALIGN:
+            tensor.data = tensor.data.clone()
 
 
 def _find_experts(core: Any, config: GuestConfig, folder: Path) -> dict[int, tuple[str, Any]]:

@@ -1,0 +1,315 @@
+"""Guests on torch: Transformers' models with streamed experts against the library's own run.
+
+The library's model runs in its default way (`grouped_mm`), resident, as it was built; the streamed
+one must give the same bits at every budget. Weights that the library loads by itself may lie at odd
+addresses, where products differ in the last bit, so the reference is the model that was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import chronos
+from chronos.backends import torch as backend
+from chronos.common.errors import (
+    ConfigError,
+    CorruptClusterError,
+    MissingBackendError,
+    ShapeMismatch,
+    UsageError,
+)
+from chronos.common.layout import open_layout, pack
+from chronos.common.sampling import SamplingParams
+from chronos.common.tensorfile import read_checkpoint, read_header, write_tensors
+from chronos.testing.guests import ARCHITECTURES, BASE
+
+GREEDY = SamplingParams()
+PROMPT = np.random.default_rng(0).integers(3, 64, 40).tolist()
+STEPS = 4
+ANOTHER_WAY = ("llama4_text",)  # its experts are one product over all of them
+RUN = [name for name in ARCHITECTURES if name not in ANOTHER_WAY]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_flushing() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@dataclass
+class Guest:
+    """A tiny random model: the library's, saved and packed."""
+
+    model: Any
+    source: Path
+    packed: Path
+
+    def slots(self, count: int) -> int:
+        return count * open_layout(self.packed).record_nbytes
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Guest]:
+    made: dict[Any, Guest] = {}
+
+    def make(model_type: str, dtype: torch.dtype = torch.float32) -> Guest:
+        if (model_type, dtype) not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = build(model_type, dtype)
+            model.save_pretrained(folder / "source")
+            pack(folder / "source", folder / "packed")
+            made[model_type, dtype] = Guest(model, folder / "source", folder / "packed")
+        return made[model_type, dtype]
+
+    return make
+
+
+def build(model_type: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(1)
+    settings = BASE | {"initializer_range": 0.3} | ARCHITECTURES[model_type]
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def by_library(model: Any, prompt: list[int], steps: int = STEPS) -> list[np.ndarray]:
+    """Logits after the prompt and after each greedy token, by the library's own forward."""
+    own = model.config.model_type == "minimax"  # it makes a cache of its own class
+    cache = None if own else transformers.DynamicCache(config=model.config)
+    found, ids = [], prompt
+    with torch.inference_mode():
+        for _ in range(steps + 1):
+            out = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+            cache = out.past_key_values
+            found.append(out.logits[0, -1].float().numpy())
+            ids = [int(found[-1].argmax())]
+    return found
+
+
+def by_engine(engine: Any, prompt: list[int], steps: int = STEPS) -> list[np.ndarray]:
+    runner = engine.runner
+    runner.reset()
+    token = runner.prefill(prompt, GREEDY)
+    found = [runner.logits()]
+    for _ in range(steps):
+        token = runner.decode(token, GREEDY)
+        found.append(runner.logits())
+    return found
+
+
+@pytest.mark.parametrize("model_type", RUN)
+def test_streamed_is_the_librarys_own_run_bit_for_bit(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type)
+    expected = by_library(tiny.model, PROMPT)
+    for budget in (tiny.slots(2), "50%", "all"):
+        with chronos.load(tiny.packed, backend="torch", budget=budget) as engine:
+            for engine.runner.prefetch in ("auto", "off"):
+                np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+            stats = engine.store.stats()
+            assert stats.hits + stats.late + stats.misses == stats.routed > 0
+            assert stats.peak_expert_bytes <= engine.budget_bytes
+
+
+@pytest.mark.parametrize("model_type", RUN)
+def test_a_prompt_in_pieces_is_the_whole_prompt(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type)
+    expected = by_library(tiny.model, PROMPT, 1)
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        for piece in (PROMPT[:7], PROMPT[7:30], PROMPT[30:]):
+            token = engine.runner.prefill(piece, GREEDY)
+        found = [engine.runner.logits()]
+        engine.runner.decode(token, GREEDY)
+        found.append(engine.runner.logits())
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_resident_guests_packed_or_not_give_the_same_bits(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type)
+    expected = by_library(tiny.model, PROMPT)
+    for folder in (tiny.packed, tiny.source):
+        with chronos.load(folder, backend="torch", budget="resident") as engine:
+            np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+            assert engine.store is None
+            assert engine.expert_bytes_total == open_layout(tiny.packed).total_bytes
+            assert engine.moe_layers == open_layout(tiny.packed).moe_layers
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "granitemoe"])
+def test_bfloat16_is_computed_as_the_library_does(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type, torch.bfloat16)
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+
+
+def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:
+    tiny = guest("deepseek_v2")
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        engine.runner.recording = True
+        expected = by_engine(engine, PROMPT)
+        recorded = engine.runner.routing()
+        ids_TLK = np.concatenate([ids for ids, _ in recorded])
+        weights_TLK = np.concatenate([weights for _, weights in recorded])
+        assert ids_TLK.shape == (len(PROMPT) + STEPS, 2, 2)  # the first of three layers is dense
+        place, forced = [0], ids_TLK.copy()
+
+        def replay(layer: int) -> tuple[np.ndarray, np.ndarray]:
+            count = len(PROMPT) if place[0] == 0 else 1
+            rows = slice(place[0], place[0] + count)
+            if layer == 2:
+                place[0] += count
+            return forced[rows, layer - 1].astype(np.int64), weights_TLK[rows, layer - 1]
+
+        engine.runner.replay = replay
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+        place[0], forced = 0, (ids_TLK + 1) % 4
+        assert not np.array_equal(by_engine(engine, PROMPT), expected)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v2", "qwen2_moe", "granitemoeshared", "hunyuan_v1_moe"]
+)
+def test_shared_experts_stand_in_for_missing_ones(
+    model_type: str, guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    tiny = guest(model_type)
+    folder = Path(shutil.copytree(tiny.packed, tmp_path / "packed"))
+    for file in (folder / "experts").glob("*.ctsr"):
+        file.unlink()
+    with chronos.load(
+        folder, backend="torch", budget="50%", miss="fallback", allow_missing=True
+    ) as engine:
+        found = by_engine(engine, PROMPT)
+        stats = engine.store.stats()
+        assert np.isfinite(found).all()
+        assert stats.fallbacks == stats.routed > 0
+        assert stats.fallback_weight > 0
+    assert not np.array_equal(found, by_library(tiny.model, PROMPT))
+
+
+def test_fallback_is_refused_without_shared_experts(guest: Callable[..., Guest]) -> None:
+    with pytest.raises(UsageError, match="shared experts"):
+        chronos.load(guest("mixtral").packed, backend="torch", budget="50%", miss="fallback")
+
+
+def changed(folder: Path, to: Path, **keys: Any) -> Path:
+    """A copy of a model folder whose config.json says something else."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text("utf-8"))
+    (to / "config.json").write_text(json.dumps(config | keys), "utf-8")
+    return to
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "what"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, ConfigError, "auto_map"),
+        ({"model_type": "no_such_model"}, ConfigError, "no_such_model"),
+        ({"model_type": "t5"}, ConfigError, "t5"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ConfigError, "mxfp4"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, ConfigError, "MLX-LM"),
+        ({"intermediate_size": 40}, ShapeMismatch, "the model wants"),
+        ({"hidden_size": 16}, ConfigError, "cannot build"),
+        ({"num_local_experts": 5}, ShapeMismatch, "expert 4 of layer 0 is missing"),
+        ({"num_hidden_layers": 4}, ShapeMismatch, "missing"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(
+    keys: dict[str, Any], error: type, what: str, guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    folder = changed(guest("mixtral").packed, tmp_path / "packed", **keys)
+    with pytest.raises(error, match=what):
+        chronos.load(folder, backend="torch", budget="50%")
+
+
+@pytest.mark.parametrize("model_type", ANOTHER_WAY)
+def test_experts_that_go_another_way_are_refused(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{model_type} does not hand its experts"):
+        chronos.load(guest(model_type).packed, backend="torch", budget="all")
+
+
+def test_experts_that_the_library_rearranges_are_refused(
+    guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    from chronos.backends.torch import guest as module
+
+    step = WeightConverter("mlp.experts.w13", "mlp.experts.gate_up_proj", [Interleave(dim=1)])
+    monkeypatch.setattr(module, "get_model_conversion_mapping", lambda core: [step])
+    with pytest.raises(ConfigError, match="rearranges gate_up_proj"):
+        chronos.load(guest("mixtral").packed, backend="torch", budget="all")
+
+
+def test_experts_of_another_checkpoint_are_refused(
+    guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    tiny = guest("mixtral")
+    other = build("mixtral", torch.float32)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "source")
+    pack(tmp_path / "source", tmp_path / "packed")
+    shutil.copyfile(tiny.packed / "model.safetensors", tmp_path / "packed/model.safetensors")
+    with pytest.raises(CorruptClusterError, match="another model"):
+        chronos.load(tmp_path / "packed", backend="torch", budget="50%")
+
+
+def test_a_tensor_that_is_gone_is_named(guest: Callable[..., Guest], tmp_path: Path) -> None:
+    folder = changed(guest("mixtral").packed, tmp_path / "packed", attention_bias=True)
+    dense = [
+        (entry.name, entry.dtype, entry.shape, bytes(data))
+        for entry, data in read_checkpoint(folder)
+        if not entry.name.endswith("layers.1.self_attn.q_proj.weight")
+    ]
+    metadata = read_header(folder / "model.safetensors").metadata
+    write_tensors(folder / "model.safetensors", dense, metadata)
+    with pytest.raises(ShapeMismatch, match="layers.1.self_attn.q_proj.weight is missing"):
+        chronos.load(folder, backend="torch", budget="50%")
+
+
+def test_an_unpacked_guest_says_pack_it(guest: Callable[..., Guest]) -> None:
+    with pytest.raises(UsageError, match="chronos pack"):
+        chronos.load(guest("mixtral").source, backend="torch", budget="50%")
+
+
+def test_without_transformers_the_pip_line_is_given(
+    guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(backend, "guest", raising=False)
+    monkeypatch.setitem(sys.modules, "chronos.backends.torch.guest", None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'chronos-moe\[guests\]'"):
+        chronos.load(guest("mixtral").packed, backend="torch", budget="50%")
+
+
+def test_experts_are_never_materialised(guest: Callable[..., Guest]) -> None:
+    tiny = guest("qwen3_moe")
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        core = engine.runner.model.core
+        held = sum(p.nbytes for p in core.parameters())
+        dense = [p for n, p in tiny.model.named_parameters() if ".experts." not in n]
+        assert held == sum(p.nbytes for p in dense)
+        assert all(p.device.type == "cpu" for p in (*core.parameters(), *core.buffers()))
