@@ -25,7 +25,9 @@ _SPELLINGS = {
         "max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions",
         "seq_length", "model_max_length",
     ),
-    "num_hidden_layers": ("num_hidden_layers", "n_layers", "num_layers", "n_layer"),
+    "num_hidden_layers": (
+        "num_hidden_layers", "n_layers", "num_layers", "n_layer", "layers_block_type",
+    ),
     "num_experts": (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
         "num_routed_experts",
@@ -166,6 +168,8 @@ def _count(data: dict[str, Any], name: str, where: str) -> int:
             )
         raise ConfigError(f"config.json has no {name}", where)
     value = data[key]
+    if key == "layers_block_type" and isinstance(value, list):  # a name for each layer
+        value = len(value)
     if isinstance(value, list) and value and all(type(item) is int for item in value):
         value = max(value)
     if type(value) is not int or not 1 <= value <= _LIMITS[name]:

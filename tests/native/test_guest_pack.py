@@ -20,6 +20,15 @@ from chronos.common.layout import open_layout, pack, read_records
 from chronos.common.tensorfile import read_checkpoint
 from chronos.testing.guests import ARCHITECTURES, BASE
 
+UNGATED = {
+    "nemotron_h": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 24, "head_dim": 8,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2,
+        "n_group": 1, "topk_group": 1, "hybrid_override_pattern": "ME*",
+    }
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +51,7 @@ def save(model_type: str, folder: Path, *, shard: str = "5GB", **changes: Any) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    settings = BASE | ARCHITECTURES[model_type] | changes
+    settings = BASE | (ARCHITECTURES | UNGATED)[model_type] | changes
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -59,7 +68,7 @@ def experts_of(model: Any) -> dict[int, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES | UNGATED)
 def test_records_are_the_parameters_of_transformers_own_modules(
     model_type: str, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def renamed(**names: str) -> dict[str, object]:
         ("aria_text", renamed(num_experts="moe_num_experts", num_experts_per_tok="moe_topk"), 0),
         ("hunyuan_v1_moe", renamed(num_experts_per_tok="moe_topk") | {"moe_topk": [2, 1]}, 1),
         ("gemma4_text", renamed(num_experts_per_tok="top_k_experts"), 0),
+        ("nemotron_h", renamed(num_hidden_layers="_") | {"layers_block_type": ["moe", "m"]}, 0),
         ("kimi_linear", renamed(num_experts_per_tok="num_experts_per_token"), 0),
         ("qwen2_moe", BASE | {"shared_expert_intermediate_size": 16}, 1),
         ("granitemoeshared", BASE | {"shared_intermediate_size": 16}, 1),
