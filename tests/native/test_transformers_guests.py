@@ -31,6 +31,7 @@ from chronos.common.errors import (
     UsageError,
 )
 from chronos.common.layout import open_layout, pack
+from chronos.common.routing.prefetch import NEXT_GATE
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import read_checkpoint, read_header, write_tensors
 from chronos.testing.guests import ARCHITECTURES, BASE
@@ -313,3 +314,26 @@ def test_experts_are_never_materialised(guest: Callable[..., Guest]) -> None:
         dense = [p for n, p in tiny.model.named_parameters() if ".experts." not in n]
         assert held == sum(p.nbytes for p in dense)
         assert all(p.device.type == "cpu" for p in (*core.parameters(), *core.buffers()))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_the_next_gate_names_experts_that_are_read_ahead(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type)
+    expected = by_library(tiny.model, PROMPT)
+    with chronos.load(tiny.packed, backend="torch", budget="50%", predictor="lfu") as engine:
+        source = engine.runner._prefetcher.sources[NEXT_GATE]
+        source.controller.allowance = lambda in_flight_bytes=0: tiny.slots(2)
+        asked: list[tuple[int, list[int]]] = []
+        forecast = engine.runner._prefetcher.forecast_next
+
+        def note(layer: int, experts: list[int]) -> None:
+            asked.append((layer, experts))
+            forecast(layer, experts)
+
+        engine.runner._prefetcher.forecast_next = note
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+        layers = {layer for layer, _ in asked}
+        assert layers and layers <= set(engine.moe_layers[1:])
+        assert all(len(set(experts)) == 2 for _, experts in asked)

@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
 from chronos.common.errors import UsageError
+from chronos.common.routing.prefetch import NEXT_GATE, Prefetcher
 
 NAME = "chronos"
 # What an experts module may hold, one slice an expert: the names inside a record too.
@@ -50,9 +51,12 @@ class Layer:
         call: Call,
         shared: Callable[[Tensor], Tensor] | None,
         kernel: Callable[..., Tensor],
+        ahead: tuple[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
-        """kernel: Transformers' own function, for experts that the module holds itself."""
+        """kernel: Transformers' own function, for experts that the module holds itself.
+        ahead: the next layer with experts, and what its own gate would choose."""
         self.layer, self._call, self._shared, self._kernel = layer, call, shared, kernel
+        self._ahead = ahead
 
     def __call__(self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         call = self._call
@@ -72,7 +76,10 @@ class Layer:
         rank = {expert: i for i, expert in enumerate(ids)}
         y_K: list[Tensor] = [x_1D] * len(ids)
         missing = []
-        for expert, weights in source.acquire(self.layer, ids):
+        ready = source.acquire(self.layer, ids)  # its reads go first
+        if self._ahead is not None:
+            self._forecast(x_1D, source)
+        for expert, weights in ready:
             if weights is None:
                 missing.append(rank[expert])
             else:
@@ -110,6 +117,13 @@ class Layer:
         y_ND = torch.cat([outputs[expert] for expert in experts])
         y_ND = y_ND * weights_TK.reshape(-1)[order_N, None]
         return y_ND[order_N.argsort()].view(T, K, -1).sum(dim=1).to(x_TD.dtype)
+
+    def _forecast(self, x_1D: Tensor, source: Any) -> None:
+        """The next layer's gate on this layer's state: right more often than not, and in time for
+        a read while this layer computes. A prefetcher takes it, where it pays."""
+        if isinstance(source, Prefetcher) and source.wanted(NEXT_GATE):
+            layer, choose = self._ahead  # type: ignore[misc]
+            source.forecast_next(layer, choose(x_1D)[0].tolist())
 
     def _stand_in(self, x_TD: Tensor) -> Tensor:
         shared_TD = None if self._shared is None else self._shared(x_TD)
@@ -164,6 +178,21 @@ def shared_of(owners: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
             if experts is not None:
                 return partial(_gated, experts, gate) if gate is not None else experts
     return None
+
+
+def chooser_of(owner: nn.Module, like_1D: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The ids [T, K] that the gate of a block would choose; None where it is called otherwise."""
+    gate = getattr(owner, "gate", None) or getattr(owner, "router", None)
+
+    def choose(x_TD: Tensor) -> Tensor:
+        out = gate(x_TD)  # type: ignore[misc]
+        found: Tensor = next(t for t in out if not t.is_floating_point())
+        return found
+
+    try:
+        return choose if choose(like_1D).shape[:-1] == (1,) else None
+    except Exception:  # whatever a foreign gate says to one row of hidden states
+        return None
 
 
 def _gated(experts: nn.Module, gate: nn.Module, x_TD: Tensor) -> Tensor:

@@ -27,7 +27,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chronos.backends.torch.checkpoint import from_bytes
-from chronos.backends.torch.experts import NAME, Call, Layer, is_experts, parameters, shared_of
+from chronos.backends.torch.experts import (
+    NAME,
+    Call,
+    Layer,
+    chooser_of,
+    is_experts,
+    parameters,
+    shared_of,
+)
 from chronos.backends.torch.model import DTYPES, Cache, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
@@ -319,12 +327,21 @@ def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.d
 
 def _connect(core: Any, modules: Mapping[int, tuple[str, Any]], call: Call) -> None:
     """Send every experts module to its `Layer`."""
-    kernel = core.get_correct_experts_implementation(None)
-    for layer, (name, module) in modules.items():
+    kernel = core.get_correct_experts_implementation(None)  # the library's choice for this device
+    like_1D = core.get_input_embeddings().weight.new_zeros(1, _width(core))
+    ahead = None
+    for layer, (name, module) in sorted(modules.items(), reverse=True):
         parent, _, _ = name.rpartition(".")
-        owners = [core.get_submodule(path) for path in (parent, parent.rpartition(".")[0])]
+        block, around = (core.get_submodule(p) for p in (parent, parent.rpartition(".")[0]))
         own = ALL_EXPERTS_FUNCTIONS.get(
             kernel, type(module).forward.__wrapped__
         )  # "eager": its own
-        module.chronos = Layer(layer, call, shared_of(owners), own)
+        shared = shared_of((block, around))
+        module.chronos = Layer(layer, call, shared, own, ahead)
         module.config._experts_implementation = NAME
+        choose = chooser_of(block, like_1D)
+        ahead = None if choose is None else (layer, choose)
+
+
+def _width(core: Any) -> int:
+    return int(core.config.get_text_config(decoder=True).hidden_size)
