@@ -25,6 +25,7 @@ from mlx.utils import tree_map_with_path  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import chronos.backends.mlx as backend  # noqa: E402
+from chronos.backends.mlx.experts import StreamedLayer  # noqa: E402
 from chronos.common.errors import (  # noqa: E402
     ConfigError,
     CorruptClusterError,
@@ -33,6 +34,7 @@ from chronos.common.errors import (  # noqa: E402
     UsageError,
 )
 from chronos.common.layout import Layout, open_layout, pack  # noqa: E402
+from chronos.common.routing.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.sampling import SamplingParams  # noqa: E402
 from chronos.engine import load  # noqa: E402
 from chronos.testing.tolerances import assert_close  # noqa: E402
@@ -288,6 +290,55 @@ def test_a_token_waits_once_a_layer_and_once_at_its_end(
         for _ in range(5):
             token = runner.decode(token, GREEDY)
     assert len(waits) == 5 * (1 + len(layout.moe_layers))
+
+
+class Everything:
+    """A prefetcher that wants every forecast, as a source of experts."""
+
+    def __init__(self, store: Any) -> None:
+        self.prefetcher, self._store = self, store
+        self.forecasts: dict[int, list[int]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def wanted(self, source: str) -> bool:
+        return source == NEXT_GATE
+
+    def forecast_next(self, layer: int, experts: list[int]) -> None:
+        self.forecasts[layer] = experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe", "qwen3_next", "nemotron_h"])
+def test_the_next_gate_forecasts(
+    folder: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice from this layer's state rides along with this layer's wait. From a state that the
+    attention between the two does not change, it is what the next layer is routed to."""
+    layout = open_layout(packed(folder(name)))
+    model = backend.load(layout.folder, resident=False)
+    states: dict[int, tuple[Any, Any]] = {}
+    compute = StreamedLayer.__call__
+
+    def watched(layer: Any, x: Any, ids: Any) -> Any:
+        states[layer.layer] = (x, ids)
+        return compute(layer, x, ids)
+
+    monkeypatch.setattr(StreamedLayer, "__call__", watched)
+    waits = []
+    evaluate = mx.eval
+    with open_store(layout, 0.5) as store:
+        monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), evaluate(*arrays)))
+        source = Everything(store)
+        model(mx.array([[7]]), source=source)
+    assert len(waits) == len(layout.moe_layers)
+    assert list(source.forecasts) == list(layout.moe_layers[1:])
+    assert {len(set(experts)) for experts in source.forecasts.values()} == {2}
+    for layer in (m for m in model.core.modules() if isinstance(m, StreamedLayer)):
+        if layer._ahead is not None:
+            number, choose = layer._ahead
+            x, ids = states[number]
+            assert set(choose(x).reshape(-1).tolist()) == set(ids.reshape(-1).tolist())
 
 
 @pytest.mark.parametrize(

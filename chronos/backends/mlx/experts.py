@@ -20,12 +20,15 @@ import numpy as np
 from mlx import nn
 
 from chronos.backends.mlx.moe import Routing
+from chronos.common.routing.prefetch import NEXT_GATE
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
 _SORT_PAIRS = 64
 _KINDS = ("weight", "scales", "biases", "bias")
 Tensors = Mapping[str, mx.array]
 Shared = Callable[[mx.array], mx.array] | None
+# The next layer with experts, and what its own gate would choose.
+Ahead = tuple[int, Callable[[mx.array], mx.array]] | None
 
 
 @dataclass
@@ -107,7 +110,7 @@ class StreamedLayer(Layer):
     """The same from a store's slots."""
 
     def __init__(
-        self, layer: int, block: nn.Module, legend: Legend, call: Call, shared: Shared
+        self, layer: int, block: nn.Module, legend: Legend, call: Call, shared: Shared, ahead: Ahead
     ) -> None:
         """shared: what the layer's shared experts make of x, for fallback; None where they are not
         known."""
@@ -115,18 +118,24 @@ class StreamedLayer(Layer):
         del self.block  # its weights are stand-ins
         self.activation, self._legend = block.activation, legend
         self.shared = shared
+        self._ahead = ahead
         self._gated = "gate_proj" in block
         names = ("gate_proj", "up_proj", "down_proj") if self._gated else ("fc1", "fc2")
         self._quantised = {n: _settings(block[n]) for n in names if "scales" in block[n]}
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         ids, source = self._routed(ids), self._call.source
+        next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
         # The one wait of this layer, with the input in it as in the native MoE.
-        mx.eval(x, ids)
+        mx.eval(x, ids, next_ids)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()
+        ready = source.acquire(self.layer, used)  # its reads go first
+        if next_ids is not None:
+            assert self._ahead is not None
+            source.prefetcher.forecast_next(self._ahead[0], next_ids.reshape(-1).tolist())
         compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
-        y_NA, missing = compute(x_TD, ids_TK, source, source.acquire(self.layer, used))
+        y_NA, missing = compute(x_TD, ids_TK, source, ready)
         y_TKA = y_NA.reshape(*ids_TK.shape, -1)
         if missing:
             assert self.shared is not None
@@ -134,6 +143,14 @@ class StreamedLayer(Layer):
             source.record_fallback(float(gone_TK.sum()) / ids_TK.shape[1])
             y_TKA = mx.where(mx.array(gone_TK)[..., None], self.shared(x_TD)[:, None], y_TKA)
         return y_TKA.reshape(*ids.shape, -1).astype(y_NA.dtype)
+
+    def _guess(self, x: mx.array, source: Any) -> mx.array | None:
+        """The next layer's gate on this layer's state: right more often than not, and in time for a
+        read while this layer computes. A prefetcher takes it, where it pays."""
+        prefetcher = getattr(source, "prefetcher", None)
+        if self._ahead is None or prefetcher is None or not prefetcher.wanted(NEXT_GATE):
+            return None
+        return self._ahead[1](x)
 
     def _at_once(
         self, x_1D: mx.array, ids_1K: np.ndarray, source: Any, ready: Any

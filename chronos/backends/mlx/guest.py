@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from chronos.backends.mlx.experts import Call, Layer, Shared, StreamedLayer
+from chronos.backends.mlx.experts import Ahead, Call, Layer, Shared, StreamedLayer
 from chronos.backends.mlx.model import Cache, Output
 from chronos.backends.mlx.skeleton import Skeleton, find_blocks, mlx_lm_utils
 from chronos.common.config import load_config
@@ -127,13 +127,18 @@ def load_guest(
     blocks = find_blocks(core, config)
     if packed and resident:
         skeleton.fill(blocks)
-    layers = []
-    for layer, (path, block) in blocks.items():
+    layers: list[tuple[str, Layer]] = []
+    ahead: Ahead = None
+    for layer, (path, block) in sorted(blocks.items(), reverse=True):
         if resident or not packed:
             layers.append((path, Layer(layer, block, call)))
-        else:
-            shared = None if config.model_type in _SCALED else _shared(_parent(core, path))
-            layers.append((path, StreamedLayer(layer, block, skeleton.legend, call, shared)))
+            continue
+        around = _parent(core, path)
+        plain = config.model_type not in _SCALED
+        shared = _shared(around) if plain else None
+        layers.append((path, StreamedLayer(layer, block, skeleton.legend, call, shared, ahead)))
+        choose = _chooser(around, block, config.num_experts_per_tok) if plain else None
+        ahead = None if choose is None else (layer, choose)
     core.update_modules(tree_unflatten(layers))
     _place_head(core, call)
     if device == mx.cpu and not config.quantization:
@@ -157,6 +162,26 @@ def _shared(block: nn.Module) -> Shared:
     if "shared_expert_gate" in block:
         return lambda x: mx.sigmoid(block.shared_expert_gate(x)) * experts(x)
     return lambda x: experts(x)
+
+
+def _chooser(
+    around: nn.Module, block: nn.Module, top_k: int
+) -> Callable[[mx.array], mx.array] | None:
+    """The ids [..., K] that a block's gate would choose; None where it is called otherwise."""
+    gate = around["gate"] if "gate" in around else around.get("router")
+    first = block["fc1"] if "fc1" in block else block["gate_proj"]
+
+    def choose(x: mx.array) -> mx.array:
+        out = gate(x)
+        if isinstance(out, tuple):
+            return next(a for a in out if mx.issubdtype(a.dtype, mx.integer))
+        return mx.argpartition(-out, kth=top_k - 1, axis=-1)[..., :top_k]
+
+    try:  # lazily: only shapes are computed
+        fits = choose(mx.zeros((1, 1, first.input_dims))).shape == (1, 1, top_k)
+    except Exception:  # whatever a foreign gate says to one row of hidden states
+        return None
+    return choose if fits else None
 
 
 def _place_head(module: nn.Module, call: Call) -> None:
