@@ -28,7 +28,7 @@ from chronos.common.routing.trace import RoutingTrace, TraceRecorder
 from chronos.common.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Runner
+    from chronos.backends.protocol import Observed, Runner
     from chronos.common.guest import Geometry
     from chronos.common.tokenizer import Tokenizer
 
@@ -162,6 +162,27 @@ def loss(
     batches = [dataset.batch(i, batch_size) for i in range(rows // batch_size)]
     terms: dict[str, float] = step.evaluate(batches)
     return terms
+
+
+def guest_loss(
+    forward: Callable[[npt.NDArray[Any]], Observed],
+    sequences: Iterable[Sequence[int]],
+    *,
+    max_tokens: int,
+) -> dict[str, float]:
+    """`loss` for models that take no packed rows: each sequence from an empty context."""
+    nats, count = 0.0, 0
+    for ids in sequences:
+        ids_T = np.array(ids[: max_tokens - count + 1])
+        if len(ids_T) < 2:
+            break
+        logits_TV = forward(ids_T[None]).logits_BTV[0, :-1]
+        top_T = logits_TV.max(-1)
+        mass_T = np.exp(logits_TV - top_T[:, None]).sum(-1, dtype=np.float64)
+        right_T = logits_TV[np.arange(len(logits_TV)), ids_T[1:]]
+        nats += float((np.log(mass_T) + top_T - right_T).sum())
+        count += len(logits_TV)
+    return {"ce": nats / count}
 
 
 def summary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,18 +34,20 @@ def evaluate(
         int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to measure on.")
     ] = 50_000,
     seq_len: Annotated[int, typer.Option(min=2, help="Context of each row.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; guests: 1.")] = 8,
     skip_bad: Annotated[int, typer.Option(min=0, help="Pass over this many bad rows.")] = 0,
 ) -> None:
     """Measure a model on text, with all its experts in memory."""
     from chronos import backends
     from chronos import evaluate as room
+    from chronos.common.config import ModelConfig
+    from chronos.common.guest import read_config
     from chronos.common.recipe import TrainRecipe
     from chronos.common.tokenizer import Tokenizer
     from chronos.models import resolve_model
 
     folder = resolve_model(model)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, read_config(folder).vocab_size)
     documents = room.documents_of(data, held_out, skip_bad)
     backend = backends.load(device.backend)
     loaded = backend.load(folder, device=device.device, resident=True)
@@ -58,8 +61,12 @@ def evaluate(
             progress=update,
         )
     dataset = room.packed(tokenizer, documents, seq_len)
-    step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
-    terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
+    if isinstance(read_config(folder), ModelConfig):
+        step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
+        terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
+    else:
+        rows = room.cut(tokenizer, documents, seq_len)
+        terms = room.guest_loss(partial(backend.forward, loaded), rows, max_tokens=max_tokens)
     result = room.summary(terms, dataset, documents) | {"locality": room.locality(trace)}
     if out.json:
         output.print_json({"model": model, "data": data, "documents": len(documents)} | result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import chronos
 import chronos.common.tokenizer
 from bench.smollm import find_gguf, unpermute, write_llama
 from bench.upcycle import upcycle
+from chronos.cli import main
 from chronos.common.layout import pack
-from chronos.testing.tiny import tiny_tokenizer
+from chronos.testing.tiny import TEXTS, tiny_tokenizer
 
 IDS = torch.from_numpy(np.random.default_rng(3).integers(6, 300, (2, 24)))
 SMOLLM2 = os.environ.get("CHRONOS_SMOLLM2", "")
@@ -91,6 +93,22 @@ def test_streamed_at_a_quarter_it_writes_the_librarys_tokens(
     assert len(set(wanted)) > 5
     for budget in ("25%", "resident"):
         assert streamed(packed, prompt[0].tolist(), budget, 30) == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_eval_of_a_guest_is_the_librarys_loss(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    upcycle(dense, tmp_path, experts=4, top_k=2, noise=0.1, dtype="float32")
+    tiny_tokenizer(300).save(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[1], "utf-8")
+    flags = ["--data", str(text), "--backend", backend, "--json"]
+    assert main.run(["eval", str(tmp_path), *flags]) == 0
+    ids = torch.tensor([tiny_tokenizer(300).encode(TEXTS[1])])
+    wanted = read(tmp_path)(ids, labels=ids).loss.item()
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.slow
