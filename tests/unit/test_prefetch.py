@@ -283,6 +283,18 @@ def test_in_a_prompt_the_predictor_is_not_asked(store: FakeStore, clock: Clock) 
     assert [what for what, _ in store.log] == ["acquire"] * LAYERS
 
 
+def test_at_a_prompts_end_what_it_promises_is_preloaded_within_a_quarter(
+    store: FakeStore, clock: Clock
+) -> None:
+    forecast = Forecast()
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    forecast.chance[1, :] = 0.9, 0.8, 0.7, 0.6, 0.3, 0.2
+    store.held.add((1, 0))
+    store.counters.capacity_bytes = 8 * RECORD
+    prefetcher.end_prompt()
+    assert store.log == [("prefetch", [(1, 1), (1, 2)])]
+
+
 def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
     forecast.chance[1, 3] = 0.3  # now unlikely, within two tokens likely

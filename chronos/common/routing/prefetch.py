@@ -36,6 +36,7 @@ _SMOOTHING = 0.1  # weight of the newest token in the average wait for a missing
 # 0.3 / 0.4 / 0.5 / 0.6 find 34 / 24 / 17 / 12 % of the needs that are not resident and are right in
 # 71 / 78 / 84 / 89 % of what they read; below 0.4 bytes grow faster than waits shrink.
 _FLOOR = 0.4
+_PRELOAD = 0.25  # of the capacity may be asked for at a prompt's end
 _MOMENTS = 4  # plans a token from the predictor, the one at its end included
 
 
@@ -181,13 +182,15 @@ class Prefetcher:
         self.store.prefetch(self._next_layers.pop(1, []))
 
     def end_prompt(self) -> None:
-        """Decode begins: what the prompt read is not held against the forecasts."""
+        """Decode begins: what the prompt read is not held against the forecasts, and what it
+        promises is read while the reply's first token is made. Tell the store first."""
         self._next_layers.clear()
         self._asked.clear()
         self._fresh.clear()
         for source in self.sources.values():
             source.asked = source.used = 0
         self._before = self.store.stats()
+        self._forecast_from_policy(int(_PRELOAD * self._before.capacity_bytes))
 
     def end_token(self) -> None:
         """The token is decoded: account for its reads, set the next allowances, read ahead."""
@@ -217,16 +220,16 @@ class Prefetcher:
         """What each source that was asked came to."""
         return {s.name: s.to_json() for s in self.sources.values() if s.total_asked}
 
-    def _forecast_from_policy(self) -> None:
+    def _forecast_from_policy(self, granted: int = 0) -> None:
         source = self.sources[PREDICTOR]
-        if self._forecasts is None or not self.wanted(PREDICTOR):
+        if self._forecasts is None or not (granted or self.wanted(PREDICTOR)):
             return
         begin = self._clock()
         chance_LE = self._forecasts.next_uses()
         chosen = plan(
             1.0 - (1.0 - chance_LE) ** self._horizon if self._horizon > 1 else chance_LE,
             self._resident_LE(),
-            budget_bytes=self._room(source),
+            budget_bytes=granted or self._room(source),
             record_bytes=self._record_bytes,
             floor=_FLOOR,
             order_LE=self._forecasts.priority,

@@ -1,0 +1,78 @@
+"""What a preload before the first token is worth, by what chooses it.
+
+    python -m bench.intent T.npz [--forecast FILE] [--budget 25%] [--seeds 0,1,2]
+
+Ceiling: every need a hit. Each test sequence is cut into a prompt and a
+reply; the cache holds what a ranking puts first, and the hits of the reply's first 1, 4 and 16
+tokens are counted before anything else is read. Traces without prompts: a sequence's own beginning
+stands for one. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chronos.common.residency import LRU
+from chronos.common.routing import intent
+from chronos.common.routing.fit import split
+from chronos.common.routing.forecast import ForecastModel
+from chronos.common.routing.predictor import DecayedUse, Predictor
+from chronos.common.routing.trace import RoutingTrace
+from chronos.common.simulate import slots_for
+
+
+def primed(make: Any, prompt_TLK: Any) -> Any:
+    predictor: Predictor = make()
+    predictor.prime(prompt_TLK)
+    return predictor.scores()
+
+
+def last_used(trace: RoutingTrace, prompt_TLK: Any) -> Any:
+    """What LRU would hold after the prompt, decoded token by token."""
+    policy = LRU(trace.num_layers, trace.num_experts)
+    for ids_LK in prompt_TLK.tolist():
+        for layer, experts in enumerate(ids_LK):
+            policy.observe(layer, experts)
+    return policy.priority
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--forecast", type=Path)
+    parser.add_argument("--budget", default="25%")
+    parser.add_argument("--seeds", default="0,1,2")
+    args = parser.parse_args()
+    trace = RoutingTrace.load(args.trace)
+    parts, shape = split(trace), (trace.num_layers, trace.num_experts)
+    popular = np.bincount(
+        (parts.train.ids_TLK + np.arange(shape[0])[:, None] * shape[1]).ravel(),
+        minlength=shape[0] * shape[1],
+    )
+    rankings: dict[str, intent.Ranking] = {
+        "popularity": lambda prompt: popular,
+        "last used in the prompt": partial(last_used, trace),
+        "prompt's decayed use": partial(primed, partial(DecayedUse, *shape)),
+        "prompt's shares": lambda prompt: intent.shares(prompt, shape[1]),
+    }
+    if args.forecast:
+        rankings["forecaster after the prompt"] = partial(
+            primed, ForecastModel.load(args.forecast).predictor
+        )
+    for seed in args.seeds.split(","):
+        rankings[f"intent, seed {seed}"] = intent.fit_intent(parts.train, int(seed)).use
+    slots = slots_for(trace, float(args.budget.strip("%")) / 100)
+    found = intent.compare_preloads(parts.test, slots, rankings)
+    for name, rates in found.items():
+        print(f"{name:30s}", "  ".join(f"{100 * rate:5.1f} %" for rate in rates))
+    print(json.dumps({"trace": args.trace.name, "slots": slots, "hits of 1, 4, 16": found}))
+
+
+if __name__ == "__main__":
+    main()

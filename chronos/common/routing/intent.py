@@ -1,0 +1,186 @@
+"""The intent classifier: from a prompt's routing, how likely a reply's tokens use each expert.
+
+A logistic model of what a prompt's tokens were routed to: each expert's own share of use in the
+prompt, and a low-rank map over all of them. It is trained with binary cross-entropy on recorded
+sequences cut in two at random places, a prompt and the reply's first tokens, and kept as the side
+file intent.safetensors. Its use is to preload before the first token; `compare_preloads` says what
+that is worth beside what is free: popularity, the prompt's own routing, a primed predictor. The
+answer depends on the model (bench/LOG.md), so the engine goes by the prompt's own routing.
+Not covered: token ids of the prompt, whose routing says what they would.
+
+Shape legend: B samples, L layers, E experts, R rank, N = L * E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chronos.common.errors import DataError
+from chronos.common.fileio import FileIO, StrPath, corrupt
+from chronos.common.routing.fit import Adam
+from chronos.common.routing.network import Floats, sigmoid
+from chronos.common.routing.trace import RoutingTrace
+from chronos.common.tensorfile import read_header, read_tensors, write_tensors
+
+INTENT = "intent.safetensors"
+REPLY = 16  # tokens of a reply that training looks at
+_SHORTEST = 16  # tokens of a prompt that has anything to say
+_RANK, _STEPS, _BATCH, _RATE, _DECAY = 16, 1500, 128, 3e-3, 1e-3
+_FLOOR = 0.02  # added to a share before its logarithm
+_FORMAT = "chronos-intent"
+_PARAMS = ("bias", "own", "enter", "leave")
+
+
+@dataclass(frozen=True, eq=False)
+class IntentModel:
+    """params: bias [L, E], own [L, E], enter [N, R], leave [R, N]; float32."""
+
+    params: dict[str, Floats]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        layers, experts = self.params["bias"].shape
+        return layers, experts
+
+    def use(self, prompt_TLK: NDArray[Any]) -> NDArray[np.float64]:
+        """[L, E], the chance that a token of the reply's beginning uses an expert."""
+        x_1N = _features(prompt_TLK, self.shape[1])[None]
+        chance_N = sigmoid(_logits(self.params, x_1N))[0]
+        return np.asarray(chance_N.reshape(self.shape), np.float64)
+
+    def save(self, path: StrPath) -> None:
+        """Write the side file atomically."""
+        tensors = [
+            (name, "F32", value.shape, np.ascontiguousarray(value).data)
+            for name, value in self.params.items()
+        ]
+        write_tensors(path, tensors, {"format": _FORMAT, "version": "1"})
+
+    @classmethod
+    def load(cls, path: StrPath, io: FileIO | None = None) -> IntentModel:
+        """Read a side file strictly. Raises CorruptFileError naming the file and what is wrong."""
+        header = read_header(path, io=io)
+        if header.metadata.get("format") != _FORMAT or header.metadata.get("version") != "1":
+            raise corrupt(path, "is not an intent classifier")
+        found = {name: entry.shape for name, entry in header.entries.items()}
+        if sorted(found) != sorted(_PARAMS) or len(found["bias"]) != 2:
+            raise corrupt(path, "holds other tensors than an intent classifier has")
+        count, rank = int(np.prod(found["bias"])), found["leave"][0] if found["leave"] else 0
+        wanted = {"own": found["bias"], "enter": (count, rank), "leave": (rank, count)}
+        if any(found[name] != shape for name, shape in wanted.items()) or any(
+            entry.dtype != "F32" for entry in header.entries.values()
+        ):
+            raise corrupt(path, "holds tensors whose shapes do not fit together")
+        params = {
+            entry.name: np.frombuffer(view, np.float32).reshape(entry.shape)
+            for entry, view in read_tensors(path, io=io)
+        }
+        if not all(np.isfinite(value).all() for value in params.values()):
+            raise corrupt(path, "holds a NaN or an infinity")
+        return cls(params)
+
+
+def fit_intent(train: RoutingTrace, seed: int = 0) -> IntentModel:
+    """Train on sequences cut in two at random. Some ten seconds. Raises DataError for none."""
+    sequences = [ids for ids in sequences_of(train) if len(ids) > _SHORTEST]
+    if not sequences:
+        raise DataError(f"no sequence of the trace is longer than {_SHORTEST} tokens")
+    rng, shape = np.random.default_rng(seed), (train.num_layers, train.num_experts)
+    count = shape[0] * shape[1]
+    params: dict[str, Floats] = {
+        "bias": np.zeros(shape, np.float32),
+        "own": np.zeros(shape, np.float32),
+        "enter": (rng.standard_normal((count, _RANK)) * count**-0.5).astype(np.float32),
+        "leave": np.zeros((_RANK, count), np.float32),
+    }
+    adam = Adam(params)
+    for step in range(_STEPS):
+        x_BN, y_BN = _batch(sequences, shape[1], rng)
+        adam.step(params, _gradients(params, x_BN, y_BN), _RATE * (1 - step / _STEPS), _DECAY)
+    return IntentModel(params)
+
+
+def sequences_of(trace: RoutingTrace) -> list[NDArray[Any]]:
+    """ids_TLK of each sequence, in order."""
+    starts = np.flatnonzero(np.diff(trace.seq_T)) + 1
+    return np.split(trace.ids_TLK.astype(np.intp), starts)
+
+
+def _batch(
+    sequences: Sequence[NDArray[Any]], experts: int, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Prompts [B, N] and the share of the reply's first tokens that use each expert [B, N]."""
+    x, y = [], []
+    for number in rng.integers(0, len(sequences), _BATCH):
+        ids_TLK = sequences[number]
+        cut = int(rng.integers(_SHORTEST, len(ids_TLK)))
+        x.append(_features(ids_TLK[:cut], experts))
+        y.append(shares(ids_TLK[cut : cut + REPLY], experts))
+    return np.stack(x), np.stack(y)
+
+
+def shares(ids_TLK: NDArray[Any], experts: int) -> Floats:
+    """[N], the share of the tokens that use each expert."""
+    tokens, layers = ids_TLK.shape[:2]
+    flat = ids_TLK.astype(np.intp) + np.arange(layers)[:, None] * experts
+    counts = np.bincount(flat.ravel(), minlength=layers * experts)
+    return np.asarray(counts / max(1, tokens), np.float32)
+
+
+def _features(ids_TLK: NDArray[Any], experts: int) -> Floats:
+    share_N = shares(ids_TLK, experts)
+    return np.asarray(0.5 * np.log(share_N + _FLOOR) + 1.0, np.float32)
+
+
+def _logits(params: Mapping[str, Floats], x_BN: Floats) -> Floats:
+    low_BN = (x_BN @ params["enter"]) @ params["leave"]
+    return np.asarray(low_BN + x_BN * params["own"].ravel() + params["bias"].ravel(), np.float32)
+
+
+def _gradients(params: Mapping[str, Floats], x_BN: Floats, y_BN: Floats) -> dict[str, Floats]:
+    """Of the binary cross-entropy, summed over experts, mean over samples."""
+    low_BR = x_BN @ params["enter"]
+    error_BN = (sigmoid(_logits(params, x_BN)) - y_BN) / np.float32(len(x_BN))
+    shape = params["bias"].shape
+    return {
+        "bias": error_BN.sum(0).reshape(shape),
+        "own": (error_BN * x_BN).sum(0).reshape(shape),
+        "enter": x_BN.T @ (error_BN @ params["leave"].T),
+        "leave": low_BR.T @ error_BN,
+    }
+
+
+# A way to rank experts before a reply: prompt [T, L, K] to scores [L, E].
+Ranking = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def compare_preloads(
+    test: RoutingTrace,
+    slots: int,
+    rankings: Mapping[str, Ranking],
+    *,
+    prompt_tokens: int = 64,
+    first: Sequence[int] = (1, 4, 16),
+) -> dict[str, list[float]]:
+    """Hit rates of the reply's first tokens (up to each of `first`) with a cache that holds the
+    `slots` best of a ranking, untouched since: the mean over sequences, each cut after
+    `prompt_tokens` tokens or in the middle, if that comes sooner."""
+    found: dict[str, list[list[float]]] = {name: [] for name in rankings}
+    for ids_TLK in sequences_of(test):
+        cut = min(prompt_tokens, len(ids_TLK) // 2)
+        if cut < _SHORTEST or len(ids_TLK) < cut + max(first):
+            continue
+        keys_TLK = ids_TLK[cut:] + np.arange(test.num_layers)[:, None] * test.num_experts
+        for name, ranking in rankings.items():
+            held_N = np.zeros(test.num_layers * test.num_experts, bool)
+            held_N[np.argsort(-ranking(ids_TLK[:cut]).ravel(), kind="stable")[:slots]] = True
+            hits_T = held_N[keys_TLK].mean((1, 2))
+            found[name].append([float(hits_T[:count].mean()) for count in first])
+    if not all(found.values()):
+        raise DataError("no sequence of the trace is long enough for a prompt and a reply")
+    return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}
