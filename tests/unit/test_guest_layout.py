@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chronos.common import tensorfile
-from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch
+from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch, UsageError
 from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout import inspect, open_layout, pack, read_records, reorder, verify
 from chronos.common.layout.naming import expert_part
@@ -307,3 +307,21 @@ def test_reordering_takes_the_place_of_the_folder_and_keeps_every_byte(tmp_path,
     assert (experts(target), tensors(target)) == (before, dense)
     assert (target / "model.safetensors").exists() is not link
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
+
+
+@pytest.mark.parametrize("style", ["qwen3_moe", "gpt_oss"])
+def test_another_models_folder_is_never_written_over(tmp_path, style):
+    source, other = tiny_guest(tmp_path / "src", style), tiny_guest(tmp_path / "other", shards=2)
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    for link in (False, True):
+        with pytest.raises(UsageError, match="not packed by Chronos"):
+            pack(source, other, link=link)
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_progress_counts_every_byte_once(tmp_path):
+    steps: list[tuple[int, int]] = []
+    source = tiny_guest(tmp_path / "src")
+    report = pack(source, tmp_path / "dst", progress=lambda *step: steps.append(step))
+    assert steps == sorted(steps) and steps[0][0] < steps[-1][0] == steps[-1][1]
+    assert len({total for _, total in steps}) == 1 and steps[-1][1] <= report.bytes

@@ -28,7 +28,7 @@ from chronos.common.layout.folder import FINGERPRINT, is_packed, open_layout
 from chronos.common.layout.manifest import EXPERTS, Key
 from chronos.common.layout.source import ModelSource, open_source, pick
 from chronos.common.linked import LINK, write_link
-from chronos.common.tensorfile import build_header, read_pieces, read_tensors
+from chronos.common.tensorfile import build_header, read_header, read_pieces, read_tensors
 from chronos.common.weights import lookahead_tensors
 
 SIDE_FILES = (
@@ -90,19 +90,20 @@ def pack(
 
     def advance(nbytes: int) -> None:
         if progress:
-            progress(min(total, dense + nbytes), total)
+            progress(min(total, nbytes), total)
 
     with RunLock(dst):
         sweep_orphans(dst)
         sweep_orphans(dst / EXPERTS)
         if is_packed(dst):
             return _already_packed(dst, model, clusters, began)
+        _refuse_foreign(dst, io)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
         if link:
             write_link(dst, model.dense, model.fingerprint, io)
             (dst / DENSE).unlink(missing_ok=True)  # of an unfinished run that copied it
         else:
-            _write_dense(dst, model, io)
+            _write_dense(dst, model, advance, io)
             (dst / LINK).unlink(missing_ok=True)
         _copy_side_files(src, dst, model.config, io)
         written = write_experts(
@@ -112,7 +113,7 @@ def pack(
             model.experts,
             fingerprint=model.fingerprint,
             order=how,
-            progress=advance,
+            progress=lambda nbytes: advance(dense + nbytes),
             io=io,
         )
     return PackReport(
@@ -199,21 +200,38 @@ def _existing_nbytes(dst: Path) -> int:
     return sum(path.stat().st_size for path in written)
 
 
-def _write_dense(dst: Path, model: ModelSource, io: FileIO) -> None:
+def _refuse_foreign(dst: Path, io: FileIO) -> None:
+    """Go on in an empty folder or where an unfinished run left off, never over other files.
+
+    Raises UsageError: the dense part is written first, so what has none of ours is not ours.
+    """
+    dense = dst / DENSE
+    ours = (dst / LINK).exists() or (dst / EXPERTS).exists()
+    ours = ours or (dense.exists() and FINGERPRINT in read_header(dense, io=io).metadata)
+    if not ours and ((dst / "config.json").exists() or any(dst.glob("*.safetensors*"))):
+        raise UsageError(
+            "the destination holds a model that was not packed by Chronos",
+            str(dst),
+            "choose an empty or a new folder: its files would be overwritten",
+        )
+
+
+def _write_dense(dst: Path, model: ModelSource, advance: Callable[[int], None], io: FileIO) -> None:
     metadata = {"format": "pt", FINGERPRINT: model.fingerprint}
     header = build_header(((e.name, e.dtype, e.shape) for _, e in model.dense), metadata)
-
     if _holds(dst / DENSE, header, len(header) + model.dense_nbytes, io):
         return
 
     def chunks() -> Iterator[Any]:
         yield header
-        starts = {entry.name: entry.offset for _, entry in model.dense}
+        done, starts = 0, {entry.name: entry.offset for _, entry in model.dense}
         with closing(read_pieces(model.dense, io)) as stream:
             for piece, data in stream:
                 skipped = piece.offset - starts[piece.name]
                 check_finite(data, piece.dtype, piece.name, skipped=skipped)
                 yield data
+                done += data.nbytes
+                advance(done)
 
     atomic_write(dst / DENSE, chunks(), io, nbytes=len(header) + model.dense_nbytes)
 
