@@ -29,6 +29,7 @@ from chronos.backends.mlx.experts import StreamedLayer  # noqa: E402
 from chronos.common.errors import (  # noqa: E402
     ConfigError,
     CorruptClusterError,
+    CorruptFileError,
     MissingBackendError,
     ShapeMismatch,
     UsageError,
@@ -529,6 +530,17 @@ def test_a_dense_part_of_another_model_is_refused(
     shutil.copy(tmp_path / "granite" / "model.safetensors", at)
     with pytest.raises(CorruptClusterError, match="another model"):
         open_layout(at)
+
+
+@pytest.mark.parametrize("form", [Path, packed])
+def test_a_truncated_file_is_refused(
+    folder: Callable[[str], Path], tmp_path: Path, form: Callable[[Path], Path]
+) -> None:
+    at = changed(form(folder("mixtral")), tmp_path / "model")
+    with (at / "model.safetensors").open("r+b") as file:
+        file.truncate((at / "model.safetensors").stat().st_size - 100)
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors"):
+        backend.load(at, resident=form is Path)
 
 
 def test_without_mlx_lm_the_way_to_get_it(

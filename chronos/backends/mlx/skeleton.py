@@ -125,7 +125,8 @@ class Skeleton:
         self._dense: Weights = {}
 
     def whole(self) -> nn.Module:
-        """With its experts, as MLX-LM loads an unpacked folder."""
+        """With its experts, as MLX-LM loads an unpacked folder. Raises CorruptFileError first."""
+        locate_tensors(self.folder)
         return self._load(self.folder, model_config=_as_mlx_lm_reads(self._json))
 
     def without_experts(self, dense: Iterable[tuple[TensorEntry, memoryview]] | None) -> nn.Module:
