@@ -136,8 +136,9 @@ def reorder(
 ) -> PackReport:
     """Write a packed folder anew with its experts in another order, and take its place.
 
-    Readers of the old folder keep what they opened. Needs room for both; interrupted, it leaves the
-    old folder, or for a moment only the new one beside it.
+    Nothing else may use the folder meanwhile: a reader of the old order would be stopped by a
+    checksum. Needs room for both; interrupted, it leaves the old folder, or between two renames
+    both beside its place.
     """
     old = Path(folder).resolve()
     new, aside = (old.with_name(f".{old.name}.chronos-{state}") for state in ("new", "old"))
