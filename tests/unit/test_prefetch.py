@@ -162,6 +162,20 @@ def test_demand_reads_come_before_the_forecast_ones(
     assert [what for what, _ in store.log] == ["acquire", "prefetch", "acquire", "acquire"]
 
 
+def test_a_deferred_forecast_is_read_when_the_next_layer_asks(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    token(prefetcher, [(0, 0)])
+    store.log.clear()
+    prefetcher.begin_token()
+    prefetcher.acquire(0, [1])
+    prefetcher.defer(lambda: (store.log.append(("read", None)), sure_of((2, 5)))[1])
+    assert len(store.log) == 1
+    prefetcher.acquire(1, [2])
+    prefetcher.acquire(2, [5])
+    assert [what for what, _ in store.log] == ["acquire", "acquire", "read", "prefetch", "acquire"]
+
+
 def test_nothing_is_forecast_while_nothing_misses(store: FakeStore, prefetcher: Prefetcher) -> None:
     routed = [(0, 0), (1, 1), (2, 2)]
     token(prefetcher, routed)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chronos.common.errors import StoreError
@@ -312,4 +313,43 @@ def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> No
     stats = tier.stats()
     assert (stats.late, stats.misses) == (1, 1)
     assert stats.bytes_read == len(copies.copied) * nbytes
+    tier.close()
+
+
+class Ranking:
+    """A forecasting policy whose ranks a test sets."""
+
+    forecasts = True
+
+    def __init__(self) -> None:
+        self.priority = np.zeros((LAYERS, EXPERTS))
+
+    def observe(self, layer: int, experts: object) -> None: ...
+    def end_token(self) -> None: ...
+    def begin_prompt(self) -> None: ...
+    def end_prompt(self, ids_TLK: np.ndarray) -> None: ...
+
+
+def test_a_forecast_ranks_the_warm_tier_too(layout: Layout) -> None:
+    """Device slots and host slots: in both, what the forecast ranks lowest goes first."""
+    policy, host = Ranking(), Bench(layout, 3)
+    host.tier = ScriptedTier(layout, 3, host.reader, policy)  # type: ignore[arg-type]
+    rows = [memoryview(bytearray(layout.record_nbytes)) for _ in range(2)]
+    sources = [host.tier._bytes_of(slot, layout.records[0, 0]) for slot in range(3)]
+    copies = DirectCopies()
+    copies.wait = lambda event: None  # type: ignore[method-assign]
+    tier = StagedTier(host.tier, 2, copies, sources, rows, policy, lambda slot, _: rows[slot])
+    policy.priority[0, [1, 2, 3, 4]] = 1.0, 9.0, 5.0, 7.0
+    for expert in (1, 2, 3):
+        items = tier.acquire(0, [expert])
+        host.end_all()
+        assert [got for got, _ in items] == [expert]
+    assert tier.resident() == {(0, 2), (0, 3)}
+    assert host.tier.resident() == {(0, 1), (0, 2), (0, 3)}
+    assert tier.prefetch([(0, 4)]) == layout.record_nbytes  # 7 outranks 5 here, 1 in host memory
+    host.end_all()
+    assert tier.resident() == {(0, 2), (0, 4)}
+    assert host.tier.resident() == {(0, 2), (0, 3), (0, 4)}
+    assert [got for got, _ in tier.acquire(0, [3])] == [3]
+    assert tier.stats().warm_hits == 1
     tier.close()

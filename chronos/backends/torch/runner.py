@@ -134,7 +134,12 @@ class Runner:
 
     def _forecast_token(self, probs_TJLE: Tensor) -> None:
         assert self._prefetcher is not None
-        self._prefetcher.forecast(probs_TJLE[0].cpu().numpy())
+        if probs_TJLE.device.type == "cuda":
+            host_JLE = torch.empty(probs_TJLE.shape[1:], pin_memory=True)
+            host_JLE.copy_(probs_TJLE[0], non_blocking=True)
+            self._prefetcher.defer(host_JLE.numpy)
+        else:
+            self._prefetcher.forecast(probs_TJLE[0].cpu().numpy())
 
     def _forecast_prompt(self, probs_TJLE: Tensor) -> None:
         """Sum over the tokens that have an expert among their top-k: the others do not need it."""

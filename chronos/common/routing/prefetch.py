@@ -120,6 +120,7 @@ class Prefetcher:
         self._begun: float | None = None  # when the token under way began
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
+        self._deferred: Callable[[], Floats] | None = None
 
     # As the model's source of experts.
 
@@ -135,6 +136,9 @@ class Prefetcher:
             self.store.prefetch(keys)
         if layer in self._moments and self._begun is not None:
             self._forecast_from_policy()
+        if self._deferred is not None:
+            probs, self._deferred = self._deferred, None
+            self.forecast(probs())
         return ready
 
     def record_fallback(self, weight: float) -> None:
@@ -161,6 +165,11 @@ class Prefetcher:
             record_bytes=self._record_bytes,
         )
         self._ask(source, chosen, begin)
+
+    def defer(self, probs: Callable[[], Floats]) -> None:
+        """A forecast on its way from a device: it is taken when the next layer's ids have come,
+        since what was queued before them is finished then, and costs no wait of its own."""
+        self._deferred = probs
 
     def forecast_next(self, layer: int, experts: Sequence[int]) -> None:
         """Experts a layer is about to need, best first, by its own gate on an earlier state."""
