@@ -183,6 +183,14 @@ def test_stacks_of_another_number_are_refused(tmp_path, shape):
     assert STACK in refused(source, ShapeMismatch)
 
 
+def test_experts_that_share_a_byte_are_refused(tmp_path):
+    def change(arrays):
+        arrays[STACK] = ("F4", (E, 1, 1), bytes(E // 2))
+
+    source = tiny_guest(tmp_path / "src", "gpt_oss", change=change)
+    assert STACK in refused(source, ShapeMismatch)
+
+
 def test_a_stack_that_does_not_fit_its_fellow_is_refused(tmp_path):
     def change(arrays):
         arrays[STACK] = ("F32", (E, 8, 16), bytes(E * 512))

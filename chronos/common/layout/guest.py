@@ -139,7 +139,8 @@ def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
 
 def _check_stack(at: Located, config: GuestConfig) -> None:
     entry = at[1]
-    if len(entry.shape) < 2 or entry.shape[0] != config.num_experts:
+    whole = entry.nbytes % config.num_experts == 0  # four-bit values might share a byte
+    if len(entry.shape) < 2 or entry.shape[0] != config.num_experts or not whole:
         raise ShapeMismatch(
             f"tensor {entry.name} is {entry.dtype} {list(entry.shape)},"
             f" {config.num_experts} stacked experts wanted",
