@@ -73,7 +73,7 @@ def decode(
     from chronos.common.tokenizer import Tokenizer
     from chronos.models import resolve_model
 
-    ids = Tokenizer.load(resolve_model(model)).encode(prompt)
+    ids = Tokenizer.load(resolve_model(model)).encode_prompt(prompt)
     with output.progress("measuring") as update:
         result = benchmark.run(
             lambda budget: run.open(model, budget=budget),
