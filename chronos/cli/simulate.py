@@ -17,11 +17,9 @@ from chronos.common.errors import DataError, UsageError
 if TYPE_CHECKING:
     from chronos.common.routing.fit import FitOptions, Fitted
     from chronos.common.routing.forecast import ForecastModel
-    from chronos.common.routing.measure import Measured
+    from chronos.common.routing.measure import Measured, Result
     from chronos.common.routing.trace import RoutingTrace
     from chronos.common.simulate import Comparison
-
-    Result = tuple[Comparison, dict[str, Measured]]
 
 _PANEL = "Routing"
 _TOP = ("forecast", "min")  # drawn bold
@@ -84,12 +82,12 @@ def simulate(
             model = _trained(recorded).model
         except DataError as error:
             output.legend(f"No forecaster was trained: {error.what}.")
-    results: dict[str, Result] = {}
+    sizes = [slots_for(tested, share, pooled=not per_layer) for _, share in shares]
     with output.progress("replaying") as update:
-        for text, share in shares:
-            slots = slots_for(tested, share, pooled=not per_layer)
-            results[text] = measure(tested, slots, model, pooled=not per_layer, warmup=warmup)
-            update(len(results), len(shares))
+        measured = measure(
+            tested, sizes, model, pooled=not per_layer, warmup=warmup, progress=update
+        )
+    results = {text: result for (text, _), result in zip(shares, measured, strict=True)}
     if png is not None:
         draw(png, dict(zip([share for _, share in shares], results.values(), strict=True)), tested)
     if out.json:
@@ -220,10 +218,10 @@ def fit(
     fitted = _trained(recorded, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
     test = _parts(recorded).test
-    with output.progress("replaying"):
-        slots = slots_for(test, share)
-        caches, measured = measure(test, slots, fitted.model, warmup=0.1)
-    result = result_json(caches, measured, 1)
+    with output.progress("replaying") as update:
+        sizes = [slots_for(test, share)]
+        tested = measure(test, sizes, fitted.model, warmup=0.1, progress=update)
+    result = result_json(*tested[0], 1)
     if out.json:
         about = {
             "file": str(file),

@@ -154,6 +154,10 @@ def compare(
     )
 
 
+Caches = Sequence[Sequence[Residency]]
+Watch = Callable[[int, Caches], None]
+
+
 def simulate_policy(
     trace: RoutingTrace,
     slots: int,
@@ -162,47 +166,77 @@ def simulate_policy(
     pooled: bool = True,
     warmup: float = 0.0,
     name: str = "",
-    watch: Callable[[int, Sequence[Residency]], None] = lambda token, caches: None,
 ) -> Replay:
     """Replay against any `residency` policy, through the bookkeeping the stores use.
 
-    `slots` in one pool, else in every layer. `watch` is called before each token. For rankings
-    that are no array of `replay`, such as forecasts; some five times slower.
+    `slots` in one pool, else in every layer. For rankings that are no array of `replay`, such as
+    forecasts; some five times slower.
     """
-    _check(trace, slots, "lru", LFU_DECAY, warmup)
-    layers, experts = trace.num_layers, trace.num_experts
-    caches = [Residency(layers, experts, slots, policy) for _ in range(1 if pooled else layers)]
-    first, misses = int(warmup * trace.num_tokens), 0
+    return simulate_sizes(trace, [slots], policy, pooled=pooled, warmup=warmup, name=name)[0]
+
+
+def simulate_sizes(
+    trace: RoutingTrace,
+    sizes: Sequence[int],
+    policy: Policy,
+    *,
+    pooled: bool = True,
+    warmup: float = 0.0,
+    name: str = "",
+    watch: Watch = lambda token, caches: None,
+) -> list[Replay]:
+    """As `simulate_policy` for caches of several sizes side by side: the policy is told and asked
+    once for all. `watch` is called before each token with each size's caches (one, or one a
+    layer)."""
+    layers, experts, count = trace.num_layers, trace.num_experts, 1 if pooled else trace.num_layers
+    for slots in sizes:
+        _check(trace, slots, "lru", LFU_DECAY, warmup)
+    caches = [[Residency(layers, experts, n, policy) for _ in range(count)] for n in sizes]
+    first, misses = int(warmup * trace.num_tokens), [0] * len(sizes)
     for token, ids_LK in enumerate(trace.ids_TLK):
         watch(token, caches)
-        missed = sum(
-            _serve(caches[layer % len(caches)], layer, needed)
-            for layer, needed in enumerate(ids_LK.tolist())
-        )
-        misses += missed if token >= first else 0
+        for layer, needed in enumerate(ids_LK.tolist()):
+            served = _serve([group[layer % count] for group in caches], layer, needed, policy)
+            if token >= first:
+                misses = [total + missed for total, missed in zip(misses, served, strict=True)]
         policy.end_token()
-        for cache in caches:
+        for cache in (cache for group in caches for cache in group):
             cache.end_token()
-    tokens = trace.num_tokens - first
+    tokens, label = trace.num_tokens - first, name or type(policy).__name__
     requests = tokens * layers * trace.top_k
-    return Replay(name or type(policy).__name__, pooled, slots, tokens, requests, misses)
+    return [
+        Replay(label, pooled, slots, tokens, requests, missed)
+        for slots, missed in zip(sizes, misses, strict=True)
+    ]
 
 
-def _serve(residency: Residency, layer: int, experts: list[int]) -> int:
-    """One request as a store does it: pin what is there, rank, then make room for the rest."""
-    held = [slot for e in experts if (slot := residency.ready.get((layer, e))) is not None]
-    absent = [expert for expert in experts if (layer, expert) not in residency.ready]
+def _serve(
+    caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy
+) -> list[int]:
+    """One request as stores do it: pin what is there, rank, then make room for the rest. Misses of
+    each cache."""
+    held = [_pin(cache, layer, experts) for cache in caches]
+    policy.observe(layer, experts)
+    return [_admit(cache, layer, experts, slots) for cache, slots in zip(caches, held, strict=True)]
+
+
+def _pin(cache: Residency, layer: int, experts: list[int]) -> list[int]:
+    held = [slot for e in experts if (slot := cache.ready.get((layer, e))) is not None]
     for slot in held:
-        residency.pin(slot)
-    residency.policy.observe(layer, experts)
+        cache.pin(slot)
+    return held
+
+
+def _admit(cache: Residency, layer: int, experts: list[int], held: list[int]) -> int:
+    absent = [expert for expert in experts if (layer, expert) not in cache.ready]
     for expert in absent:
-        admission = residency.admit((layer, expert), demand=True)
+        admission = cache.admit((layer, expert), demand=True)
         assert admission is not None, "fewer slots than one request needs"
-        residency.mark_ready(admission.slot)
-        residency.pin(admission.slot)
+        cache.mark_ready(admission.slot)
+        cache.pin(admission.slot)
         held.append(admission.slot)
     for slot in held:
-        residency.unpin(slot)
+        cache.unpin(slot)
     return len(absent)
 
 

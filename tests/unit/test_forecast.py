@@ -24,9 +24,10 @@ from chronos.common.routing.network import (
     loss,
     slope,
 )
+from chronos.common.routing.predictor import PredictorPolicy
 from chronos.common.routing.recall import guesses, recall_at
 from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import slots_for
+from chronos.common.simulate import simulate_policy, slots_for
 
 L, E, K = 3, 8, 2
 QUICK = FitOptions(epochs=12, batch=64, hidden=64, rank=8, rate=1e-2, drop=0.0)
@@ -66,7 +67,10 @@ def learnt() -> Fitted:
     return fit(parts.train, parts.validation, QUICK)
 
 
-@pytest.mark.parametrize("name", [*Geometry(L, E, K, 5, 3).shapes])
+TRAINED = [name for name in Geometry(L, E, K, 5, 3).shapes if name != "blend"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_gradients_are_the_finite_differences_of_the_loss(name: str) -> None:
     geometry, rng = Geometry(L, E, K, 5, 3), np.random.default_rng(1)
     params = {n: v.astype(np.float64) for n, v in random_params(geometry, 2).items()}
@@ -80,7 +84,7 @@ def test_gradients_are_the_finite_differences_of_the_loss(name: str) -> None:
 
     kept = forward(params, inputs, moments, drop=0.3, rng=np.random.default_rng(3))
     grads = backward(params, kept, slope(kept.logits_LBX, targets))
-    assert grads.keys() == params.keys()
+    assert sorted(grads) == sorted(TRAINED)
     tensor, step = params[name], 1e-5
     for at in rng.integers(0, tensor.size, 12):
         flat, before = tensor.ravel(), tensor.ravel()[at]
@@ -149,9 +153,9 @@ def test_a_layer_that_was_served_since_the_forecast_counts_its_later_uses_only()
     before, chance = forecaster.scores().copy(), forecaster.next_uses().copy()
     forecaster.observe(0, [1, 2])
     after = forecaster.scores()
-    later = (before[0] - chance[0]) / 0.8  # as seen from the turn after, two layers away
-    assert np.allclose(after[0], later * 0.8 ** (2 / 3))
-    assert np.allclose(after[1:], before[1:] * 0.8 ** (-1 / 3))  # theirs is nearer
+    later = (before[0] - chance[0]) / 0.7  # as seen from the turn after, two layers away
+    assert np.allclose(after[0], later * 0.7 ** (2 / 3))
+    assert np.allclose(after[1:], before[1:] * 0.7 ** (-1 / 3))  # theirs is nearer
 
 
 def test_priming_with_a_prompt_is_decoding_it() -> None:
@@ -199,7 +203,7 @@ def test_the_same_seed_gives_the_same_parameters_and_another_does_not() -> None:
 
 def test_a_pattern_that_caches_cannot_see_is_learnt_and_used(learnt: Fitted) -> None:
     test = split(learnable_trace(2400)).test
-    caches, found = measure(test, slots_for(test, 0.5), learnt.model, warmup=0.1)
+    ((caches, found),) = measure(test, [slots_for(test, 0.5)], learnt.model, warmup=0.1)
     eta = found["forecast"].eta_policy
     assert eta is not None and eta > 0.6
     assert found["forecast"].recall.at_k is not None and found["forecast"].recall.at_k > 0.9
@@ -210,7 +214,7 @@ def test_noise_is_not_learnt() -> None:
     parts = split(random_trace(2400))
     model = fit(parts.train, parts.validation, QUICK).model
     # In one pool even noise has an order: the layer that comes next comes before the others.
-    _, found = measure(parts.test, E // 2, model, pooled=False, warmup=0.1)
+    ((_, found),) = measure(parts.test, [E // 2], model, pooled=False, warmup=0.1)
     eta = found["forecast"].eta_policy
     assert eta is not None and eta < 0.05
     assert found["forecast"].recall.at_k == pytest.approx(K / E, abs=0.05)
@@ -226,16 +230,24 @@ def test_training_stops_when_validation_no_longer_improves() -> None:
 
 def test_counts_add_up_to_the_routed_needs(learnt: Fitted) -> None:
     test = split(learnable_trace(2400)).test
-    caches, found = measure(test, slots_for(test, 0.25), learnt.model, warmup=0.1)
+    sizes = [slots_for(test, share) for share in (0.25, 0.5)]
     needs = (test.num_tokens - int(0.1 * test.num_tokens)) * L * K
-    for replay in [*caches.replays, *(m.replay for m in found.values())]:
-        assert replay.requests == replay.hits + replay.misses == needs
-    assert set(found) == set(predictors(test, learnt.model))
+    for slots, (caches, found) in zip(
+        sizes, measure(test, sizes, learnt.model, warmup=0.1), strict=True
+    ):
+        for replay in [*caches.replays, *(m.replay for m in found.values())]:
+            assert replay.requests == replay.hits + replay.misses == needs
+            assert replay.slots == slots
+        assert set(found) == set(predictors(test, learnt.model))
+        policy = PredictorPolicy(learnt.model.predictor())
+        assert simulate_policy(test, slots, policy, warmup=0.1).misses == (
+            found["forecast"].replay.misses
+        )
 
 
 def test_equal_slots_in_every_layer_can_be_measured_too(learnt: Fitted) -> None:
     test = split(learnable_trace(2400)).test
-    caches, found = measure(test, 4, learnt.model, pooled=False)
+    ((caches, found),) = measure(test, [4], learnt.model, pooled=False)
     assert found["forecast"].replay.slots == 4 and not found["forecast"].replay.pooled
     assert found["forecast"].replay.misses >= caches.replays[-1].misses
 

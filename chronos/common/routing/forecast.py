@@ -1,9 +1,9 @@
 """The full-stack forecaster: the routing of all layers in, the use of every expert to come out.
 
 A `ForecastModel` is what `fit` trained, kept as the side file forecast.safetensors; a `Forecaster`
-is that model following one sequence. Forecasts are renewed a few times a token, when scores are
-asked for: what shallow layers chose says much about the deeper ones of the same token. In between,
-a layer that has had its turn is ranked by the uses after that turn.
+is that model following one sequence, with a `RoutingMemory` of it whose votes it weighs in.
+Forecasts are renewed a few times a token: what shallow layers chose says much about the deeper ones
+of the same token. In between, a layer that has had its turn is ranked by the uses after that turn.
 Knows ids only, no weights of a router and no hidden states. Not covered: training (`fit`).
 
 Shape legend: T tokens, L layers, E experts, K top-k, D decays.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from chronos.common.errors import ShapeMismatch
 from chronos.common.fileio import FileIO, StrPath, corrupt
+from chronos.common.routing.memory import RoutingMemory, Vote
 from chronos.common.routing.network import (
     ANSWERS,
     DECAYS,
@@ -28,6 +29,7 @@ from chronos.common.routing.network import (
     Floats,
     Geometry,
     Params,
+    blend,
     history_input,
     sigmoid,
 )
@@ -36,7 +38,8 @@ from chronos.common.tensorfile import Header, read_header, read_tensors, write_t
 
 FORECAST = "forecast.safetensors"
 HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
-MOMENTS = 4  # forecasts a token
+LAYERS_A_MOMENT = 4  # forecasts are renewed after so many layers: 6 times in a token of 24
+RANK_DISCOUNT = 0.7  # for ranks, a use counts less ahead than DISCOUNT, which training has
 # Discounted uses a layer could have in turns 2 to HORIZON, as seen from turn 2.
 LATER = (1.0 - DISCOUNT ** (HORIZON - 1)) / (1.0 - DISCOUNT)
 _FORMAT, _VERSION = "chronos-forecast", "1"
@@ -153,62 +156,72 @@ class History:
 class Forecaster:
     """A `Predictor` made of a trained model, following one sequence."""
 
-    def __init__(self, model: ForecastModel, moments: int = MOMENTS) -> None:
-        """moments: how often in a token forecasts are renewed, at most once a layer."""
+    def __init__(self, model: ForecastModel, moments: int = 0) -> None:
+        """moments: how often in a token forecasts are renewed; 0 for a number that suits."""
         self._params, self._geometry = model.params, model.geometry
         geometry = model.geometry
         L, E = geometry.layers, geometry.experts
-        moments = min(moments, L)
-        self._renew_after = {round((i + 1) * L / moments) - 1 for i in range(moments)}
+        self.renews_after = renewals(L, moments)
         self._history = History(L, E, geometry.top_k)
+        self._memory = RoutingMemory(L, E, geometry.top_k, HORIZON, DISCOUNT)
         self._low_LR = np.zeros((L, geometry.rank), np.float32)
         self._joined_H = np.zeros(geometry.hidden, np.float32)  # low_LR through `join`
         self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
-        self._clock = TokenClock(L)
+        self._clock = TokenClock(L, RANK_DISCOUNT)
         self._changed = (0, L)  # rows whose inputs are out of date
         self._served = L - 1  # the layer served last
-        self._stale = True
-        self._next_LE = self._later_LE = self._now_LE = np.zeros((L, E))
+        self._next_LE: Scores  # chance of use at each layer's next turn
+        self._renew()
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
         self._history.observe(layer, experts)
+        self._memory.observe(layer, experts)
         self._clock.observe(layer)
         first, last = self._changed
         self._changed = (min(first, layer), max(last, layer + 1))
         self._served = layer
-        self._stale = self._stale or layer in self._renew_after
-        if not self._stale:
+        if layer in self.renews_after:
+            self._renew()
+        else:
             self._now_LE[layer] = self._later_LE[layer]
             self._next_LE[layer] = self._later_LE[layer] / LATER
 
     def end_token(self) -> None:
         self._clock.end_token()
+        self._memory.end_token()
         self._served = self._geometry.layers - 1
 
     def prime(self, ids_TLK: NDArray[Any]) -> None:
-        self._history.prime(ids_TLK)
+        self._history.prime(ids_TLK[:-1])
+        self._memory.prime(ids_TLK[:-1])
         self._changed = (0, self._geometry.layers)
-        self._stale = True
-        self.end_token()
+        for ids_LK in ids_TLK[-1:].tolist():
+            for layer, experts in enumerate(ids_LK):
+                self.observe(layer, experts)
+            self.end_token()
 
     def scores(self) -> Scores:
-        self._renew()
         scores: Scores = self._now_LE * self._clock.weight_L[:, None]
         return scores
 
     def next_uses(self) -> Scores:
-        self._renew()
         return self._next_LE
 
     def _renew(self) -> None:
-        if not self._stale:
-            return
-        answers_OLE = self._answers().astype(np.float64)
+        """Done when the moment comes, asked for or not: what is answered must not depend on when
+        somebody asked, or a run could not be replayed."""
+        logits_OLE, vote = self.parts()
+        if vote is not None:
+            logits_OLE = blend(self._params["blend"], logits_OLE, *vote)
+        answers_OLE = sigmoid(logits_OLE).astype(np.float64)
         self._next_LE, self._later_LE = answers_OLE[0], answers_OLE[1] * LATER
-        self._now_LE = self._next_LE + DISCOUNT * self._later_LE
-        self._stale = False
+        self._now_LE = self._next_LE + RANK_DISCOUNT * self._later_LE
 
-    def _answers(self) -> Floats:
+    def parts(self) -> tuple[Floats, Vote | None]:
+        """What the network and the memory each say of this moment: logits [O, L, E], a vote."""
+        return self._logits(), self._memory.vote()
+
+    def _logits(self) -> Floats:
         """[O, L, E]: `network.forward` for one input, of which only some rows are new."""
         params, L = self._params, self._geometry.layers
         self._renew_rows(*self._changed)
@@ -216,7 +229,7 @@ class Forecaster:
         hidden = np.maximum(self._joined_H + params["moment"][self._served], 0.0)
         parted = (hidden @ params["part"]).reshape(L, 1, -1)
         logits = np.matmul(parted, params["leave"])[:, 0] + self._alone_LX
-        return sigmoid(logits.reshape(L, ANSWERS, -1).transpose(1, 0, 2))
+        return np.ascontiguousarray(logits.reshape(L, ANSWERS, -1).transpose(1, 0, 2))
 
     def _renew_rows(self, first: int, last: int) -> None:
         """What follows from the inputs of layers `first` to `last` - 1 alone."""
@@ -237,6 +250,12 @@ class Forecaster:
         if "own" in params:
             alone += np.matmul(last_LE[:, None], params["own"][rows])[:, 0]
         self._alone_LX[rows] = alone
+
+
+def renewals(layers: int, moments: int = 0) -> set[int]:
+    """Layers after which forecasts are renewed, the last one always among them."""
+    moments = min(moments or max(1, layers // LAYERS_A_MOMENT), layers)
+    return {round((i + 1) * layers / moments) - 1 for i in range(moments)}
 
 
 def find_forecast(folder: StrPath) -> Path | None:

@@ -11,20 +11,27 @@ Shape legend: L layers, E experts, K top-k.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chronos.common.residency import LFU_DECAY, Residency
 from chronos.common.routing.forecast import ForecastModel
 from chronos.common.routing.predictor import DecayedUse, Predictor, PredictorPolicy, PreviousToken
 from chronos.common.routing.recall import guesses
 from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import POLICIES, Comparison, Replay, compare, simulate_policy
+from chronos.common.simulate import (
+    POLICIES,
+    Caches,
+    Comparison,
+    Replay,
+    compare,
+    simulate_sizes,
+)
 
+Progress = Callable[[int, int], None]
 _TIMED = 200  # tokens a predictor is timed on
 
 
@@ -70,7 +77,7 @@ def predictors(trace: RoutingTrace, forecast: ForecastModel | None = None) -> di
     shape = trace.num_layers, trace.num_experts
     found: dict[str, Predictor] = {
         "previous-token": PreviousToken(*shape),
-        "decayed-use": DecayedUse(*shape, decay=LFU_DECAY),
+        "decayed-use": DecayedUse(*shape),
     }
     if forecast is not None:
         forecast.check_fits(*shape, trace.top_k)
@@ -78,29 +85,39 @@ def predictors(trace: RoutingTrace, forecast: ForecastModel | None = None) -> di
     return found
 
 
+Result = tuple[Comparison, dict[str, Measured]]
+
+
 def measure(
     trace: RoutingTrace,
-    slots: int,
+    sizes: Sequence[int],
     forecast: ForecastModel | None = None,
     *,
     pooled: bool = True,
     warmup: float = 0.0,
     policies: Sequence[str] = POLICIES,
-) -> tuple[Comparison, dict[str, Measured]]:
-    """Caches without a predictor and every predictor available, on the same tokens."""
-    caches = compare(trace, slots, policies, pooled=pooled, warmup=warmup)
-    found: dict[str, Measured] = {}
-    for name, predictor in predictors(trace, forecast).items():
-        judge = _Judge(trace, predictor, first=int(warmup * trace.num_tokens))
-        replay = simulate_policy(
-            trace, slots, PredictorPolicy(predictor),
+    progress: Progress = lambda done, total: None,
+) -> list[Result]:
+    """For each number of slots, caches without a predictor and every predictor available, on the
+    same tokens."""
+    candidates = predictors(trace, forecast)
+    total, results = (len(sizes) + len(candidates)), []
+    for done, slots in enumerate(sizes, 1):
+        caches = compare(trace, slots, policies, pooled=pooled, warmup=warmup)
+        results.append((caches, dict[str, Measured]()))
+        progress(done, total)
+    for done, (name, predictor) in enumerate(candidates.items(), len(sizes) + 1):
+        judge = _Judge(trace, predictor, int(warmup * trace.num_tokens), len(sizes))
+        replays = simulate_sizes(
+            trace, sizes, PredictorPolicy(predictor),
             pooled=pooled, warmup=warmup, name=name, watch=judge,
         )  # fmt: skip
-        eta = caches.eta_policy(replay.reads_per_token)
-        found[name] = Measured(replay, judge.recall(), eta, 0.0)
-    for name, predictor in predictors(trace, forecast).items():
-        found[name] = _timed(found[name], predictor, trace)
-    return caches, found
+        token_s = _token_s(predictors(trace, forecast)[name], trace)
+        for size, ((caches, found), replay) in enumerate(zip(results, replays, strict=True)):
+            eta = caches.eta_policy(replay.reads_per_token)
+            found[name] = Measured(replay, judge.recall(size), eta, token_s)
+        progress(done, total)
+    return results
 
 
 def best(measured: Mapping[str, Measured]) -> str:
@@ -111,12 +128,12 @@ def best(measured: Mapping[str, Measured]) -> str:
 class _Judge:
     """Counts right guesses, called before each token."""
 
-    def __init__(self, trace: RoutingTrace, predictor: Predictor, first: int) -> None:
+    def __init__(self, trace: RoutingTrace, predictor: Predictor, first: int, sizes: int) -> None:
         self._trace, self._predictor, self._first = trace, predictor, first
         self._needs = self._found_k = self._found_k3 = 0
-        self._absent = self._guessed = self._right = 0
+        self._absent, self._guessed, self._right = ([0] * sizes for _ in range(3))
 
-    def __call__(self, token: int, caches: Sequence[Residency]) -> None:
+    def __call__(self, token: int, caches: Caches) -> None:
         seq_T, K = self._trace.seq_T, self._trace.top_k
         if token < max(1, self._first) or seq_T[token] != seq_T[token - 1]:
             return
@@ -124,23 +141,23 @@ class _Judge:
         needed_LE = _marked(likely_LE.shape, self._trace.ids_TLK[token])
         at_k_LE = _marked(likely_LE.shape, guesses(likely_LE, K))
         at_k3_LE = _marked(likely_LE.shape, guesses(likely_LE, K + 3))
-        held_LE = np.zeros(likely_LE.shape, np.bool_)
-        for cache in caches:
-            for key in cache.ready:
-                held_LE[key] = True
         self._needs += int(needed_LE.sum())
         self._found_k += int((needed_LE & at_k_LE).sum())
         self._found_k3 += int((needed_LE & at_k3_LE).sum())
-        self._absent += int((needed_LE & ~held_LE).sum())
-        self._guessed += int((at_k_LE & ~held_LE).sum())
-        self._right += int((needed_LE & at_k_LE & ~held_LE).sum())
+        for size, group in enumerate(caches):
+            absent_LE = np.ones(likely_LE.shape, np.bool_)
+            for cache in group:
+                absent_LE[tuple(np.array([*cache.ready], np.intp).reshape(-1, 2).T)] = False
+            self._absent[size] += int((needed_LE & absent_LE).sum())
+            self._guessed[size] += int((at_k_LE & absent_LE).sum())
+            self._right[size] += int((needed_LE & at_k_LE & absent_LE).sum())
 
-    def recall(self) -> Recall:
+    def recall(self, size: int) -> Recall:
         return Recall(
             _share(self._found_k, self._needs),
             _share(self._found_k3, self._needs),
-            _share(self._right, self._guessed),
-            _share(self._right, self._absent),
+            _share(self._right[size], self._guessed[size]),
+            _share(self._right[size], self._absent[size]),
         )
 
 
@@ -154,13 +171,15 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _timed(measured: Measured, predictor: Predictor, trace: RoutingTrace) -> Measured:
+def _token_s(predictor: Predictor, trace: RoutingTrace) -> float:
+    """Median over tokens after the first quarter, when a memory has something to search."""
     tokens = trace.ids_TLK[:_TIMED].tolist()
-    begin = time.perf_counter()
+    seconds = []
     for ids_LK in tokens:
+        begin = time.perf_counter()
         for layer, experts in enumerate(ids_LK):
             predictor.observe(layer, experts)
             predictor.scores()
         predictor.end_token()
-    seconds = (time.perf_counter() - begin) / len(tokens)
-    return Measured(measured.replay, measured.recall, measured.eta_policy, seconds)
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds[len(seconds) // 4 :]))

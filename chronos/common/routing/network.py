@@ -29,6 +29,7 @@ Params = dict[str, Floats]
 
 DECAYS = (0.5, 0.8, 0.95, 0.99)
 INPUTS, ANSWERS = 1 + len(DECAYS), 2
+BLENDED = 7  # numbers that say how far to trust a memory's vote: see `blend`
 _FLOOR = 0.02  # added to a share of use before its logarithm: under one use in 50 turns is seldom
 _OWN_LIMIT = 4_000_000  # weights of the own-layer matrices beyond which they are left out
 
@@ -55,6 +56,7 @@ class Geometry:
             "leave": (L, R, ANSWERS * E),
             "self": (L, INPUTS, ANSWERS * E),
             "bias": (L, ANSWERS * E),
+            "blend": (ANSWERS, BLENDED),
         }
         if L * E * ANSWERS * E <= _OWN_LIMIT:
             shapes["own"] = (L, E, ANSWERS * E)
@@ -72,6 +74,7 @@ def initial(geometry: Geometry, seed: int) -> Params:
     ):
         noise = rng.standard_normal(params[name].shape, np.float32)
         params[name] = noise * np.float32(fan_in**-0.5)
+    params["blend"][:, 0] = 1.0  # no trust in votes
     share = min(geometry.top_k / geometry.experts, 0.99)
     params["bias"] += np.float32(np.log(share / (1.0 - share)))
     return params
@@ -158,6 +161,25 @@ def backward(params: Mapping[str, Floats], kept: Forward, dlogits_LBX: Floats) -
     dlow = np.ascontiguousarray(dlow.reshape(count, layers, -1).transpose(1, 0, 2))
     grads["enter"] = np.matmul(flat.transpose(0, 2, 1), dlow)
     return grads
+
+
+def blend_inputs(logits_OLE: Floats, votes_OLE: Floats, likeness: float) -> Floats:
+    """[O, 7, L, E]: what `blend` sums up: the network's logit and the vote's, each also times the
+    likeness (the vote's times its square, too), a constant and the likeness."""
+    share = np.clip(votes_OLE, _FLOOR, 1.0 - _FLOOR)
+    vote = np.log(share / (1.0 - share))
+    one, c = np.ones_like(vote), np.float32(likeness)
+    return np.stack([logits_OLE, logits_OLE * c, vote, vote * c, vote * (c * c), one, one * c], 1)
+
+
+def blend(weights_O7: Floats, logits_OLE: Floats, votes_OLE: Floats, likeness: float) -> Floats:
+    """The network's logits and a memory's votes [O, L, E] as one: `weights_O7` @ `blend_inputs`."""
+    c = np.float32(likeness)
+    share = np.clip(votes_OLE, _FLOOR, 1.0 - _FLOOR)
+    w = weights_O7.T[:, :, None, None]
+    mixed: Floats = logits_OLE * (w[0] + w[1] * c) + (w[5] + w[6] * c)
+    mixed += np.log(share / (1.0 - share)) * (w[2] + w[3] * c + w[4] * (c * c))
+    return mixed
 
 
 def loss(logits_LBX: Floats, targets_LBX: Floats) -> float:

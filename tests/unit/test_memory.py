@@ -1,0 +1,89 @@
+"""The memory of recent routing against its definition, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from chronos.common.routing import memory as room
+from chronos.common.routing.memory import RoutingMemory
+
+L, E, K, HORIZON, DISCOUNT = 3, 8, 2, 4, 0.5
+
+
+def routing(tokens: int, seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed).random((tokens, L, E))
+    return np.argsort(draws, -1)[..., :K]
+
+
+def naive_vote(ids_TLK: np.ndarray, token_LK: np.ndarray) -> tuple[np.ndarray, float]:
+    """ids_TLK: tokens before the one under way, of which token_LK [met, K] is known."""
+    tokens, met = len(ids_TLK), len(token_LK)
+
+    def agree(one: np.ndarray, other: np.ndarray) -> int:
+        return sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(one, other, strict=True))
+
+    first = max(1, tokens - room.REMEMBERED + 1)
+    alike = {}
+    for j in range(first, tokens - 1):
+        now = agree(token_LK, ids_TLK[j, :met]) + agree(ids_TLK[-1, met:], ids_TLK[j - 1, met:])
+        alike[j] = (now + 0.25 * agree(ids_TLK[-1], ids_TLK[j - 1])) / (1.25 * L * K)
+    voters = sorted(alike, key=lambda j: -alike[j])[: room.VOTERS]
+    likeness = alike[voters[0]]
+    votes, mass = np.zeros((2, L, E)), np.zeros((2, L))
+    for j in voters:
+        weight = np.exp(25.0 * (alike[j] - likeness))
+        for layer in range(L):
+            turn = j + (layer < met)
+            for ahead in range(HORIZON):
+                if turn + ahead >= tokens:
+                    continue
+                answer, share = (0, 1.0) if ahead == 0 else (1, DISCOUNT ** (ahead - 1))
+                votes[answer, layer, ids_TLK[turn + ahead, layer]] += weight * share
+                mass[answer, layer] += weight * share
+    return votes / np.maximum(mass, 1e-12)[..., None], likeness
+
+
+@pytest.mark.parametrize("remembered", [200, 24])
+def test_votes_are_what_followed_the_tokens_most_alike(
+    monkeypatch: pytest.MonkeyPatch, remembered: int
+) -> None:
+    monkeypatch.setattr(room, "REMEMBERED", remembered)
+    monkeypatch.setattr(room, "VOTERS", remembered - 2 if remembered < 50 else 197)  # no ties
+    memory, ids_TLK = RoutingMemory(L, E, K, HORIZON, DISCOUNT), routing(270)
+    for token, ids_LK in enumerate(ids_TLK.tolist()):
+        for layer, experts in enumerate(ids_LK):
+            memory.observe(layer, experts)
+            vote = memory.vote()
+            if token < remembered:
+                assert vote is None or token > room.VOTERS
+            elif token % 10 == 0:
+                expected, likeness = naive_vote(ids_TLK[:token], ids_TLK[token, : layer + 1])
+                assert vote is not None
+                assert vote.likeness == pytest.approx(likeness)
+                assert np.allclose(vote.uses_OLE, expected, atol=1e-6)
+        memory.end_token()
+
+
+def test_a_sequence_seen_before_is_recognised_and_continued() -> None:
+    memory, ids_TLK = RoutingMemory(L, E, K, HORIZON, DISCOUNT), routing(60)
+    memory.prime(np.concatenate([ids_TLK, ids_TLK[:20]]))
+    vote = memory.vote()
+    assert vote is not None and vote.likeness == pytest.approx(1.0)
+    best = np.argsort(-vote.uses_OLE[0], -1)[:, :K]
+    assert np.array_equal(np.sort(best), np.sort(ids_TLK[20]))
+
+
+def test_a_prompt_at_once_is_the_prompt_token_by_token() -> None:
+    primed, stepped = (RoutingMemory(L, E, K, HORIZON, DISCOUNT) for _ in range(2))
+    ids_TLK = routing(90)
+    for part in (ids_TLK[:50], ids_TLK[50:51], ids_TLK[51:]):
+        primed.prime(part)
+    for ids_LK in ids_TLK.tolist():
+        for layer, experts in enumerate(ids_LK):
+            stepped.observe(layer, experts)
+        stepped.end_token()
+    one, other = primed.vote(), stepped.vote()
+    assert one is not None and other is not None
+    assert one.likeness == other.likeness
+    assert np.array_equal(one.uses_OLE, other.uses_OLE)
