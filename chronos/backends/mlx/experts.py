@@ -39,6 +39,7 @@ class Call:
     replay: Callable[[int], tuple[mx.array, mx.array]] | None = None
     last_only: bool = False
     routing: list[Routing] = field(default_factory=list)
+    held: mx.array | None = None  # computed, not evaluated, with slots that the next layer frees
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ class StreamedLayer(Layer):
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         ids, source = self._routed(ids), self._call.source
         next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
-        # The one wait of this layer, with the input in it as in the native MoE.
-        mx.eval(x, ids, next_ids)
+        # The one wait of this layer, with the input in it as in the native MoE; and the last
+        # layer's output, which the input need not depend on in every architecture.
+        mx.eval(x, ids, next_ids, self._call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()
         ready = source.acquire(self.layer, used)  # its reads go first
@@ -136,6 +138,7 @@ class StreamedLayer(Layer):
             source.prefetcher.forecast_next(self._ahead[0], next_ids.reshape(-1).tolist())
         compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
         y_NA, missing = compute(x_TD, ids_TK, source, ready)
+        self._call.held = y_NA
         y_TKA = y_NA.reshape(*ids_TK.shape, -1)
         if missing:
             assert self.shared is not None
