@@ -17,6 +17,7 @@ import pytest
 
 from chronos.common.guest import read_config
 from chronos.common.layout import open_layout, pack, read_records
+from chronos.common.layout.naming import expert_part
 from chronos.common.tensorfile import read_checkpoint
 from chronos.testing.guests import ARCHITECTURES, BASE
 
@@ -170,3 +171,35 @@ def test_calibration_runs_the_packed_guest_and_reorders_it_where_that_pays(
     files = {path: path.stat().st_mtime_ns for path in target.rglob("*.ctsr")}
     assert main.run(command) == 0
     assert files == {path: path.stat().st_mtime_ns for path in target.rglob("*.ctsr")}
+
+
+# Checkpoints whose experts Transformers rearranges while loading: their bytes are not the module's.
+REARRANGED = {
+    "inkling_mm_model", "inkling2_text", "nemo_speechlm", "qwen3_vl_moe", "ernie4_5_vl_moe",
+    "dots3_note_vision_encoder", "step3p7",
+}  # fmt: skip
+
+
+def test_the_table_of_names_agrees_with_transformers_own() -> None:
+    """Every mapping from names of the hub to parameters of an experts module that it ships."""
+    pytest.importorskip("transformers", reason="tests of Transformers")
+    from transformers import conversion_mapping
+
+    checked = set()
+    for model_type, transforms in conversion_mapping._build_checkpoint_conversion_mapping().items():
+        if model_type in REARRANGED:
+            continue
+        for transform in transforms:
+            target = transform.target_patterns[0].replace("\\", "")
+            path, _, leaf = target.rpartition(".")
+            if not path.endswith("experts") or leaf not in ("gate_up_proj", "up_proj", "down_proj"):
+                continue
+            for place, pattern in enumerate(transform.source_patterns):
+                name = pattern.replace("\\", "").replace("*", "3").strip(".")
+                part = expert_part(f"model.layers.1.{name}")
+                assert part is not None, pattern
+                ungated = leaf == "up_proj"  # told from a second part by the first's absence
+                wanted = ("gate_up_proj", 1) if ungated else (leaf, place)
+                assert (part.tensor, part.place) == wanted, (model_type, pattern)
+            checked.add(model_type)
+    assert len(checked) > 20
