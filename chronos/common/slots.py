@@ -263,6 +263,7 @@ class Tier(ABC):
         late = [expert for expert in absent if (layer, expert) in loads]
         missed = [expert for expert in absent if (layer, expert) not in loads]
         self.counters.late += len(late)
+        self.counters.bytes_late += sum(self._records[layer, expert].nbytes for expert in late)
         self.counters.misses += len(missed)
         if exact:
             lease.queued.extend(e for e in late + missed if not self._claim(lease, e))

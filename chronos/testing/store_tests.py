@@ -316,6 +316,7 @@ class StoreTests:
             items = o.store.acquire(1, [2])
             stats = o.store.stats()
             assert (stats.hits, stats.late, stats.misses) == (0, 1, 0)
+            assert stats.bytes_late == o.layout.record_nbytes
             o.io.gate.set()
             assert [expert for expert, _ in items] == [2]
             assert o.io.begun == [o.offset((1, 2))]

@@ -199,7 +199,8 @@ def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
     assert needs < stats["routed"] <= needs + len(PROMPT) * needs // 23
     assert stats["peak_expert_bytes"] <= engine.budget_bytes < engine.expert_bytes_total
     assert stats["decode_tokens"] == 23
-    assert all(value is not None for value in stats.values())
+    shares = {"prefetch_precision", "prefetch_recall"}  # of what may not have happened
+    assert all(value is not None for name, value in stats.items() if name not in shares)
     assert set(LIMIT) <= stats["limit"].keys()
     assert 0 < stats["limit"]["eta_bytes"] <= 1
 
