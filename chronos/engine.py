@@ -26,7 +26,7 @@ from chronos.common.files import RangedReader
 from chronos.common.guest import Geometry, GuestConfig, end_ids, read_config
 from chronos.common.layout import is_packed, open_layout
 from chronos.common.layout.source import open_source
-from chronos.common.routing.choose import choose_policy
+from chronos.common.routing.choose import check_predictor, choose_policy
 from chronos.common.routing.predictor import PredictorPolicy
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
@@ -242,6 +242,7 @@ def load(
     """
     _check_choice("miss", miss, ("exact", "fallback"))
     _check_choice("prefetch", prefetch, ("auto", "off"))
+    check_predictor(predictor)
     if allow_missing and miss != "fallback":
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)

@@ -229,10 +229,31 @@ def test_an_unpacked_folder_runs_resident_and_only_so(backend: Any, folder: Path
         load(unpacked, backend=backend.name, budget="25%")
 
 
-@pytest.mark.parametrize("options", [{"miss": "maybe"}, {"prefetch": "on"}, {"budget": "lots"}])
-def test_unknown_choices_are_refused(backend: Any, folder: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"miss": "maybe"},
+        {"prefetch": "on"},
+        {"predictor": "mru"},
+        {"budget": "lots"},
+        {"warm": "lots"},
+        {"warm": "lots", "budget": "resident"},
+    ],
+)
+def test_unknown_choices_are_refused_before_a_framework_is_imported(
+    backend: Any, folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("chronos.backends.load")
     with pytest.raises(UsageError):
         load(folder, backend=backend.name, **options)
+
+
+def test_a_warm_tier_where_nothing_is_streamed_is_said_to_be_unused(
+    backend: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(folder, backend=backend.name, budget="resident", warm="1MiB") as whole:
+        assert whole.store is None
+    assert "warm tier of 1MiB is not used" in caplog.text
 
 
 def test_close_twice_and_use_after(backend: Any, folder: Path) -> None:

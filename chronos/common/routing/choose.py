@@ -17,12 +17,19 @@ from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
 PREDICTORS = ("auto", "forecast", "lfu", "lru")
 
 
+def check_predictor(name: str | Path) -> None:
+    """Raises UsageError for what names no predictor."""
+    if str(name) not in PREDICTORS and Path(name).suffix != ".safetensors":
+        raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
+
+
 def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
     """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
 
     auto: the folder's forecaster if it has one of this model, else decayed frequency of use.
     Raises UsageError, ShapeMismatch (a forecaster of another model) or CorruptFileError.
     """
+    check_predictor(name)
     if name == "lru":
         return LRU(layout.num_layers, layout.num_experts)
     if name == "lfu":
@@ -34,8 +41,6 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
         raise UsageError(
             "the model has no forecaster", str(layout.folder), f"chronos fit {layout.folder}"
         )
-    if path.suffix != ".safetensors":
-        raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
     try:
         return _forecaster(path, layout, top_k)
     except ShapeMismatch:
