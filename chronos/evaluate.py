@@ -79,8 +79,10 @@ def record(
         recorder.new_sequence()
         ids = list(ids) if new_tokens else list(ids)[: max_tokens - done]
         count = min(new_tokens, max_tokens - done)
-        for ids_TLK, weights_TLK in _routing(runner, ids, count):
-            recorder.append(ids_TLK, weights_TLK)
+        tokens, parts = _routing(runner, ids, count)
+        for ids_TLK, weights_TLK in parts:
+            recorder.append(ids_TLK, weights_TLK, tokens[: len(ids_TLK)])
+            tokens = tokens[len(ids_TLK) :]
             done += len(ids_TLK)
         progress(done, max_tokens)
     return recorder.trace()
@@ -88,16 +90,19 @@ def record(
 
 def _routing(
     runner: Runner, ids: list[int], new_tokens: int
-) -> Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]:
+) -> tuple[list[int], Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]]:
+    """The tokens that were run, and the routing of them in parts."""
     greedy = SamplingParams()
     runner.routing()
     token = runner.prefill(ids, greedy)
     if not new_tokens:
-        return runner.routing()
+        return ids, runner.routing()
     runner.routing()
+    written = []
     for _ in range(new_tokens):
+        written.append(token)
         token = runner.decode(token, greedy)
-    return runner.routing()
+    return written, runner.routing()
 
 
 def cut(tokenizer: Tokenizer, documents: Iterable[Document], length: int) -> Iterable[list[int]]:

@@ -35,6 +35,7 @@ def test_trace_records_every_token_once(
     assert (data["tokens"], data["layers"], data["experts"], data["top_k"]) == (90, 3, 8, 2)
     recorded = RoutingTrace.load(file)
     assert recorded.num_tokens == 90 and recorded.meta["phase"] == "prefill"
+    assert recorded.tokens_T is not None
     assert np.bincount(recorded.seq_T).tolist() == [40, 40, 10]
     again = tmp_path / "again.npz"
     chronos("trace", packed, "-o", again, *flags, "--budget", "25%")
@@ -159,6 +160,7 @@ def test_fit_records_a_model_and_keeps_the_forecaster_in_its_folder(
     file = model / "forecast.safetensors"
     assert data["file"] == str(file) and data["trace"]["phase"] == "mixed"
     assert ForecastModel.load(file).fingerprint
+    assert data["test"]["policies"]["token-table"]["recall_at_k"] > 0.5
     assert chronos("verify", model).code == 0
 
 

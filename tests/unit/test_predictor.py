@@ -14,6 +14,7 @@ from chronos.common.routing.predictor import (
     PredictorPolicy,
     PreviousToken,
     TokenClock,
+    TokenTable,
 )
 
 L, E, K = 3, 8, 2
@@ -21,6 +22,7 @@ Make = Callable[[], Predictor]
 SIMPLE = [
     pytest.param(lambda: DecayedUse(L, E), id="decayed use"),
     pytest.param(lambda: PreviousToken(L, E), id="previous token"),
+    pytest.param(lambda: TokenTable(L, E), id="token table"),
 ]
 
 
@@ -86,6 +88,24 @@ def test_a_policy_ranks_as_its_predictor_at_every_moment(make: Make) -> None:
         policy.end_token()
         predictor.end_token()
         assert np.array_equal(policy.priority, predictor.scores())
+
+
+def test_a_token_table_expects_what_the_same_token_needed_before() -> None:
+    predictor, ids_TLK = TokenTable(L, E), _ids(12)
+    for token, ids_LK in enumerate(ids_TLK.tolist()):
+        predictor.begin_token(token)
+        for layer, experts in enumerate(ids_LK):
+            predictor.observe(layer, experts)
+        predictor.end_token()
+    rates = predictor.next_uses().copy()
+    predictor.begin_token(99)
+    assert np.array_equal(predictor.next_uses(), rates)  # never run: decayed use
+    predictor.begin_token(3)
+    for row, used in zip(predictor.next_uses(), ids_TLK[3], strict=True):
+        assert set(np.argsort(-row)[:K].tolist()) == set(used.tolist())
+    predictor.observe(0, ids_TLK[3, 0].tolist())
+    assert predictor.next_uses()[0].max() < 1.0  # its turn has passed
+    assert predictor.scores()[1, ids_TLK[3, 1]].min() > predictor.scores()[0].max()
 
 
 def test_a_prefetch_must_outrank_what_it_would_replace() -> None:

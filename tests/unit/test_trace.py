@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import DataError
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder
+from chronos.common.routing.trace import RoutingTrace, TraceRecorder, join
 
 META = {"model": "tiny", "num_experts": 8, "top_k": 2, "phase": "generation"}
 
@@ -37,6 +37,29 @@ def test_save_and_load_give_the_same_trace(tmp_path: Path, experts: int, dtype: 
     np.testing.assert_array_equal(again.seq_T, trace.seq_T)
     assert again.meta == trace.meta
     assert [item.name for item in tmp_path.iterdir()] == ["t.npz"]
+
+
+def test_ids_of_the_tokens_come_along(tmp_path: Path) -> None:
+    recorder = TraceRecorder(8, 2)
+    whole = make()
+    recorder.append(whole.ids_TLK[0], tokens=5)
+    recorder.append(whole.ids_TLK[1:4], tokens=[6, 7, 6])
+    recorder.trace().save(tmp_path / "t.npz")
+    again = RoutingTrace.load(tmp_path / "t.npz")
+    assert again.tokens_T is not None and again.tokens_T.tolist() == [5, 6, 7, 6]
+    part = again.select(np.array([True, False, True, False]))
+    assert part.tokens_T is not None and part.tokens_T.tolist() == [5, 7]
+    with pytest.raises(DataError, match="tokens must be int32"):
+        dataclasses.replace(again, tokens_T=np.array([1, 2], np.int32))
+
+
+def test_joined_traces_are_other_sequences_and_keep_what_all_have() -> None:
+    one, other = make(), dataclasses.replace(make(), meta=META | {"phase": "prefill"})
+    both = join([one, other])
+    assert both.seq_T.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert both.meta["phase"] == "mixed" and both.weights_TLK is not None
+    assert join([one, one]).meta["phase"] == "generation"
+    assert join([one, dataclasses.replace(one, weights_TLK=None)]).weights_TLK is None
 
 
 def test_any_memory_order_and_wide_ids_are_saved_plain(tmp_path: Path) -> None:

@@ -33,13 +33,12 @@ from chronos.common.routing.network import (
     history_input,
     sigmoid,
 )
-from chronos.common.routing.predictor import DISCOUNT, Scores, TokenClock
+from chronos.common.routing.predictor import DISCOUNT, RANK_DISCOUNT, Scores, TokenClock
 from chronos.common.tensorfile import Header, read_header, read_tensors, write_tensors
 
 FORECAST = "forecast.safetensors"
 HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
 LAYERS_A_MOMENT = 4  # forecasts are renewed after so many layers: 6 times in a token of 24
-RANK_DISCOUNT = 0.7  # for ranks, a use counts less ahead than DISCOUNT, which training has
 # Discounted uses a layer could have in turns 2 to HORIZON, as seen from turn 2.
 LATER = (1.0 - DISCOUNT ** (HORIZON - 1)) / (1.0 - DISCOUNT)
 _FORMAT, _VERSION = "chronos-forecast", "1"
@@ -167,7 +166,7 @@ class Forecaster:
         self._low_LR = np.zeros((L, geometry.rank), np.float32)
         self._joined_H = np.zeros(geometry.hidden, np.float32)  # low_LR through `join`
         self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
-        self._clock = TokenClock(L, RANK_DISCOUNT)
+        self._clock = TokenClock(L)
         self._changed = (0, L)  # rows whose inputs are out of date
         self._served = L - 1  # the layer served last
         self._next_LE: Scores  # chance of use at each layer's next turn

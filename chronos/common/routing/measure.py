@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import DecayedUse, Predictor, PredictorPolicy, PreviousToken
+from chronos.common.routing.predictor import (
+    DecayedUse,
+    Predictor,
+    PredictorPolicy,
+    PreviousToken,
+    TokenTable,
+)
 from chronos.common.routing.recall import guesses
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.simulate import (
@@ -73,7 +79,7 @@ class Measured:
 
 
 def predictors(trace: RoutingTrace, forecast: ForecastModel | None = None) -> dict[str, Predictor]:
-    """Every predictor that ids alone can feed, fresh, by name."""
+    """Every predictor that the trace can feed, fresh, by name."""
     shape = trace.num_layers, trace.num_experts
     found: dict[str, Predictor] = {
         "previous-token": PreviousToken(*shape),
@@ -82,6 +88,8 @@ def predictors(trace: RoutingTrace, forecast: ForecastModel | None = None) -> di
     if forecast is not None:
         forecast.check_fits(*shape, trace.top_k)
         found["forecast"] = forecast.predictor()
+    if trace.tokens_T is not None:
+        found["token-table"] = TokenTable(*shape)
     return found
 
 
@@ -126,7 +134,7 @@ def best(measured: Mapping[str, Measured]) -> str:
 
 
 class _Judge:
-    """Counts right guesses, called before each token."""
+    """Counts right guesses, called before each token, whose id it tells to who needs it."""
 
     def __init__(self, trace: RoutingTrace, predictor: Predictor, first: int, sizes: int) -> None:
         self._trace, self._predictor, self._first = trace, predictor, first
@@ -135,6 +143,8 @@ class _Judge:
 
     def __call__(self, token: int, caches: Caches) -> None:
         seq_T, K = self._trace.seq_T, self._trace.top_k
+        if isinstance(self._predictor, TokenTable) and self._trace.tokens_T is not None:
+            self._predictor.begin_token(int(self._trace.tokens_T[token]))
         if token < max(1, self._first) or seq_T[token] != seq_T[token - 1]:
             return
         likely_LE = self._predictor.next_uses()

@@ -1,7 +1,8 @@
 """Routing traces: which experts every token asked for, in every layer, on disk and in memory.
 
 The `.npz` holds `ids` uint8 (uint16 above 256 experts) [tokens, layers, k], `weights` float16 of
-the same shape (optional), `seq` int32 [tokens] and `meta`, a JSON string with at least model,
+the same shape (optional), `seq` int32 [tokens], `tokens` int32 [tokens], the id of each token
+(optional), and `meta`, a JSON string with at least model,
 num_experts, top_k and phase; `layer_ids` where the rows are not layers 0, 1, 2 ...
 Files are read strictly and never unpickled: sizes are checked against the archive before anything
 is allocated. Not covered: router probabilities of the experts that were not chosen.
@@ -32,7 +33,7 @@ Ids = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 _MAX_BYTES = 2 << 30  # unpacked, one array: 500 million routed ids; stops a zip bomb
 _NARROW = 256  # experts whose ids fit in uint8
 _REQUIRED = ("ids", "seq", "meta")
-_OPTIONAL = ("weights",)
+_OPTIONAL = ("weights", "tokens")
 # All that zipfile, zlib and numpy's header parser raise on damaged bytes.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -55,13 +56,15 @@ class RoutingTrace:
     """Routing of T tokens over L MoE layers, K experts each. Raises DataError if it makes no sense.
 
     ids_TLK: uint8 or uint16, no id twice in one (token, layer). weights_TLK: float16 or None.
-    seq_T: int32, the sequence of each token; the tokens of one sequence are contiguous.
+    seq_T: int32, the sequence of each token; the tokens of one sequence are contiguous. tokens_T:
+    int32, the id of the token that was run, or None.
     """
 
     ids_TLK: Ids
     weights_TLK: npt.NDArray[np.float16] | None
     seq_T: npt.NDArray[np.int32]
     meta: dict[str, Any]
+    tokens_T: npt.NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         _check_meta(self.meta)
@@ -69,6 +72,8 @@ class RoutingTrace:
         _check_seq(self.seq_T, self.num_tokens)
         if self.weights_TLK is not None:
             _check_weights(self.weights_TLK, self.ids_TLK.shape)
+        if self.tokens_T is not None:
+            _check_tokens(self.tokens_T, self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -100,7 +105,8 @@ class RoutingTrace:
     def select(self, tokens: slice | npt.NDArray[np.bool_]) -> RoutingTrace:
         """These tokens, in order, as a trace of their own."""
         weights = None if self.weights_TLK is None else self.weights_TLK[tokens]
-        return RoutingTrace(self.ids_TLK[tokens], weights, self.seq_T[tokens], self.meta)
+        ids = None if self.tokens_T is None else self.tokens_T[tokens]
+        return RoutingTrace(self.ids_TLK[tokens], weights, self.seq_T[tokens], self.meta, ids)
 
     def save(self, path: str | Path) -> None:
         """Write the `.npz` atomically; ids in the narrowest type the format allows."""
@@ -111,6 +117,8 @@ class RoutingTrace:
         }
         if self.weights_TLK is not None:
             arrays["weights"] = np.ascontiguousarray(self.weights_TLK)
+        if self.tokens_T is not None:
+            arrays["tokens"] = np.ascontiguousarray(self.tokens_T)
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
         atomic_write(path, [packed.getbuffer()], nbytes=packed.getbuffer().nbytes)
@@ -121,7 +129,8 @@ class RoutingTrace:
         try:
             arrays = _read_npz(Path(path))
             meta = json.loads(str(arrays["meta"]))
-            return cls(arrays["ids"], arrays.get("weights"), arrays["seq"], meta)
+            weights, tokens = arrays.get("weights"), arrays.get("tokens")
+            return cls(arrays["ids"], weights, arrays["seq"], meta, tokens)
         except DataError as error:
             raise DataError(error.what, str(path), error.fix) from None
         except FileNotFoundError:
@@ -154,15 +163,24 @@ class TraceRecorder:
         self._ids: list[npt.NDArray[Any]] = []
         self._weights: list[npt.NDArray[np.float16]] = []
         self._seq: list[npt.NDArray[np.int32]] = []
+        self._tokens: list[npt.NDArray[np.int32]] = []
         self._sequence = 0
 
-    def append(self, ids: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """Add one token [L, K] or several [T, L, K]; give weights always or never."""
+    def append(
+        self,
+        ids: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
+        tokens: npt.ArrayLike | None = None,
+    ) -> None:
+        """Add one token [L, K] or several [T, L, K]; give weights, and the tokens' ids, always or
+        never."""
         ids_TLK = _as_tokens(ids).astype(_id_type(self._meta["num_experts"]))
         self._ids.append(ids_TLK)
         self._seq.append(np.full(len(ids_TLK), self._sequence, np.int32))
         if weights is not None:
             self._weights.append(_as_tokens(weights).astype(np.float16))
+        if tokens is not None:
+            self._tokens.append(np.atleast_1d(np.asarray(tokens, np.int32)))
 
     def new_sequence(self) -> None:
         """What is appended from here on belongs to another prompt."""
@@ -178,24 +196,27 @@ class TraceRecorder:
             if len(self._weights) != len(self._ids):
                 raise DataError("some tokens were recorded with weights and some without")
             weights = np.concatenate(self._weights)
+        tokens = np.concatenate(self._tokens) if self._tokens else None
         return RoutingTrace(
-            np.concatenate(self._ids), weights, np.concatenate(self._seq), dict(self._meta)
+            np.concatenate(self._ids), weights, np.concatenate(self._seq), dict(self._meta), tokens
         )
 
 
 def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """Traces of one model, one after the other, with sequences numbered anew. Weights are kept
-    where all have them; the phase is `mixed` where they differ."""
+    """Traces of one model, one after the other, with sequences numbered anew. Weights and token
+    ids are kept where all have them; the phase is `mixed` where they differ."""
     first = traces[0]
     starts = [0, *np.cumsum([int(trace.seq_T.max()) + 1 for trace in traces])]
     seq_T = [trace.seq_T + np.int32(start) for trace, start in zip(traces, starts, strict=False)]
     weights = [trace.weights_TLK for trace in traces if trace.weights_TLK is not None]
+    tokens = [trace.tokens_T for trace in traces if trace.tokens_T is not None]
     phases = {trace.meta["phase"] for trace in traces}
     return RoutingTrace(
         np.concatenate([trace.ids_TLK for trace in traces]),
         np.concatenate(weights) if len(weights) == len(traces) else None,
         np.concatenate(seq_T).astype(np.int32),
         first.meta | {"phase": phases.pop() if len(phases) == 1 else "mixed"},
+        np.concatenate(tokens) if len(tokens) == len(traces) else None,
     )
 
 
@@ -259,6 +280,11 @@ def _check_seq(seq: npt.NDArray[Any], tokens: int) -> None:
     runs = seq[np.concatenate([[0], starts])]
     if len(np.unique(runs)) != len(runs):
         raise DataError("seq is not contiguous: a sequence stops and goes on later")
+
+
+def _check_tokens(tokens: npt.NDArray[Any], count: int) -> None:
+    if tokens.dtype != np.int32 or tokens.shape != (count,) or (tokens < 0).any():
+        raise DataError(f"tokens must be int32 [{count}] and not negative")
 
 
 def _check_weights(weights: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
