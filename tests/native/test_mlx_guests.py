@@ -432,6 +432,23 @@ def test_one_pack_writes_the_same_text_on_both_backends(
     assert written[1:] == written[:1] * 4
 
 
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe-4bit"])
+def test_a_folder_of_mlx_lm_writes_the_same_text_at_every_budget(
+    folder: Callable[[str], Path], name: str
+) -> None:
+    written = []
+    for at, budget, prefetch in (
+        (folder(name), "all", "off"),
+        (packed(folder(name)), "all", "auto"),
+        (packed(folder(name)), "40%", "auto"),
+        (packed(folder(name)), "40%", "off"),
+    ):
+        with load(at, backend="mlx", budget=budget, prefetch=prefetch) as engine:
+            engine.stop_ids = frozenset()
+            written.append([step.token for step in engine.generate(PROMPT, max_tokens=16)])
+    assert written[1:] == written[:1] * 3
+
+
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
 def test_the_last_position_alone(folder: Callable[[str], Path], name: str) -> None:
     model = backend.load(packed(folder(name)), resident=True)

@@ -160,10 +160,14 @@ class _Ahead:
     """
 
     def __init__(self, prefetcher: Prefetcher, store: ExpertStore) -> None:
-        self.prefetcher, self.stack, self.hold = prefetcher, store.stack, store.hold
+        self.prefetcher, self._store, self.hold = prefetcher, store, store.hold
         self.stacks, self.places, self.exact = store.stacks, store.places, store.exact  # for guests
         self.record_fallback = store.record_fallback
         self._forecast: mx.array | None = None
+
+    @property
+    def stack(self) -> Expert:
+        return self._store.stack  # a guest's store has none
 
     def defer(self, probs_TJLE: mx.array) -> None:
         mx.async_eval(probs_TJLE)
