@@ -2,8 +2,9 @@
 
 Trains a forecaster per seed on the training sequences of a trace and replays the test sequences
 against caches and predictors at four budgets: one pool of slots over all layers, as the stores have
-it, and for the first seed equal slots in every layer. Ceiling: MIN with bypass, 100 % of the gap; one that sees only
-the next N tokens is listed. The result file is written after every seed.
+it, and for the first seed equal slots in every layer. Ceiling: MIN with bypass, 100 % of the gap;
+what it can do when it sees only the next N tokens is listed. The result file is written after every
+seed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def run(
     parts = split(trace)
     fitted = fit(parts.train, parts.validation, options)
     fitted.model.save(model_file)
-    result = {
+    result: dict[str, Any] = {
         "seed": options.seed,
         "fit_s": fitted.seconds,
         "validation_losses": fitted.losses,
