@@ -93,7 +93,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.png:
         charts.require()
-    trace, runs = RoutingTrace.load(given.trace), []
+    trace = RoutingTrace.load(given.trace)
+    runs: list[dict[str, Any]] = []
     out = given.out or Path(f"bench/results/forecast-{given.trace.stem}.json")
     given.models.mkdir(parents=True, exist_ok=True)
     for seed in map(int, given.seeds.split(",")):
