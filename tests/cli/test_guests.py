@@ -70,12 +70,12 @@ def test_generation_config_ends_a_reply(chronos: Any, guest: Path, tmp_path: Pat
 
 def test_trace_and_eval(chronos: Any, guest: Path, text: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.npz"
-    done = chronos("trace", guest, "--data", text, "-o", trace, "-n", 60, "--budget", "50%")
+    done = chronos("trace", guest, "--data", text, "-o", trace, "-n", 30, "--budget", "50%")
     assert done.code == 0, done.err
     recorded = RoutingTrace.load(trace)
-    assert recorded.ids_TLK.shape == (60, 2, 2) and recorded.num_experts == 8
+    assert recorded.ids_TLK.shape == (30, 2, 2) and recorded.num_experts == 8
     source = guest.with_name(guest.name + "-unpacked")
-    data = chronos("eval", source, "--data", text, "-n", 60, "--seq-len", 16, "--json").json
+    data = chronos("eval", source, "--data", text, "-n", 30, "--seq-len", 16, "--json").json
     assert 3 < data["loss"] < 20 and data["bits_per_byte"] > 0
     assert data["lookahead_recall"] == [] and 0 < data["locality"]["entropy"]
 
