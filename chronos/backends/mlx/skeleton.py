@@ -172,7 +172,9 @@ class Skeleton:
             raise ConfigError(
                 f"MLX-LM cannot build this model: {' '.join(str(error).split())[:300]}",
                 str(self.folder),
-                "the torch backend may: --backend torch",
+                "--backend torch may; so may MLX once the model is packed"
+                if folder == self.folder
+                else "--backend torch may",
             ) from error
 
     def _classes(self, config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
