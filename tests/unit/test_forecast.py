@@ -210,6 +210,21 @@ def test_a_pattern_that_caches_cannot_see_is_learnt_and_used(learnt: Fitted) -> 
     assert found["forecast"].replay.misses < min(replay.misses for replay in caches.replays[:2])
 
 
+def test_votes_of_the_memory_are_trusted_where_they_are_right() -> None:
+    """Passages come back after other tokens: their routing is noise to a network, not a memory."""
+    passages = random_trace(4 * 40).ids_TLK.reshape(4, 40, L, K)
+    order = np.random.default_rng(1).integers(0, 4, 60)
+    parts = split(trace_of(passages[order].reshape(-1, L, K)))
+    model = fit(parts.train, parts.validation, FitOptions(1, 64, hidden=16, rank=4)).model
+    untrusting = dict(model.params, blend=initial(model.geometry, 0)["blend"])
+    with_votes, without = (
+        measure(parts.test, [12], m)[0][1]["forecast"].recall.at_k
+        for m in (model, ForecastModel(model.geometry, untrusting))
+    )
+    assert with_votes is not None and without is not None
+    assert with_votes > without + 0.2
+
+
 def test_noise_is_not_learnt() -> None:
     parts = split(random_trace(2400))
     model = fit(parts.train, parts.validation, QUICK).model

@@ -146,6 +146,7 @@ def fit(
             best = {name: value.copy() for name, value in average.items()}
         elif len(losses) - 1 - int(np.argmin(losses)) >= options.patience:
             break
+    best["blend"] = trust(ForecastModel(geometry, best), validation)
     return Fitted(ForecastModel(geometry, best, fingerprint), losses[1:], time.monotonic() - begin)
 
 
