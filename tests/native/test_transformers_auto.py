@@ -31,6 +31,7 @@ IDS = np.random.default_rng(5).integers(6, CONFIG.vocab_size, (2, 21))
 FRESH = """
 import hashlib, sys, chronos.auto, torch
 from transformers import AutoModelForCausalLM
+torch.set_num_threads(int(sys.argv[2]))  # how a product is split shows in its last bit
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     logits = model(torch.arange(6, 40)[None]).logits
@@ -204,7 +205,7 @@ def test_saved_and_read_in_a_fresh_process_the_logits_are_the_same(tmp_path: Pat
     with torch.no_grad():
         wanted = model(torch.arange(6, 40)[None]).logits.numpy().tobytes()
     fresh = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FRESH, str(tmp_path)],
+        [sys.executable, "-W", "error", "-c", FRESH, str(tmp_path), str(torch.get_num_threads())],
         capture_output=True, text=True,
     )  # fmt: skip
     assert fresh.stdout.strip() == hashlib.sha256(wanted).hexdigest(), fresh.stderr
