@@ -44,7 +44,7 @@ class RoutingMemory:
         self._shape, self._top_k = (L, E), top_k
         self._turns = [_turns(L, met, horizon, discount) for met in range(L + 1)]
         self._used_LEN = np.zeros((L, E, N), np.uint8)
-        self._flat_NLK = np.zeros((N, L, top_k), np.int32)  # l E + e of each need
+        self._flat_NLK = np.zeros((N, L, top_k), np.intp)  # l E + e of each need
         self._agree_LN = np.zeros((L, N), np.float32)  # served layers: with this token; others:
         self._alike_N = np.zeros(N, np.float32)  # as the token before it. Their sum over layers
         self._before_N = np.zeros(N, np.float32)  # the sum when the token began
@@ -114,8 +114,8 @@ class RoutingMemory:
         weight_VAL = (weight_V[:, None] * known_VA)[:, :, None] * weight_AL
         flat_VALK = self._flat_NLK[(voters_V[:, None] + ahead) % REMEMBERED]
         flat_VALK += (answer_AL * (L * E))[..., None]
-        weight_VALK = np.broadcast_to(weight_VAL[..., None], flat_VALK.shape)
-        votes = np.bincount(flat_VALK.ravel(), weight_VALK.ravel(), 2 * L * E)
+        weights = np.repeat(weight_VAL.ravel(), self._top_k)
+        votes = np.bincount(flat_VALK.ravel(), weights, 2 * L * E)
         weight_AL = weight_VAL.sum(0)
         mass_OL = np.stack([(weight_AL * (answer_AL == answer)).sum(0) for answer in (0, 1)])
         tally = votes.reshape(2, L, E) / np.maximum(mass_OL, 1e-12)[..., None]
