@@ -187,6 +187,7 @@ def test_router_logits_are_scores_of_the_routers(model: Any) -> None:
         np.testing.assert_allclose(scores_TE.softmax(-1).numpy(), probs_TE, rtol=1e-5)
 
 
+@pytest.mark.timeout(300)  # imports both libraries twice
 def test_saved_and_read_in_a_fresh_process_the_logits_are_the_same(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(ChronosConfig(**CONFIG.to_json()))
