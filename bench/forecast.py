@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chronos.cli import charts
-from chronos.cli.simulate import draw, result_json
+from chronos.cli.simulate import result_json
 from chronos.common.routing.fit import FitOptions, fit, split
 from chronos.common.routing.forecast import ForecastModel
 from chronos.common.routing.measure import measure
@@ -74,12 +74,15 @@ def table(runs: list[dict[str, Any]], where: str) -> list[str]:
     return lines
 
 
-def chart(trace: RoutingTrace, model: ForecastModel, path: Path) -> None:
-    """Hits by budget, drawn from one model."""
-    test = split(trace).test
-    sizes = [slots_for(test, share) for share in SHARES]
-    results = measure(test, sizes, model, warmup=WARMUP)
-    draw(path, dict(zip(SHARES, results, strict=True)), test)
+def chart(name: str, result: dict[str, Any], path: Path) -> None:
+    """Hits by budget of one seed's pooled caches."""
+    hits: dict[str, list[tuple[float, float]]] = {}
+    for share, budget in result.items():
+        for policy, found in budget["policies"].items():
+            hits.setdefault(policy, []).append((float(share), found["hit_rate"]))
+    title = f"{name}: expert cache hits on test sequences"
+    x, y = "share of the experts in memory", "needs served from memory"
+    charts.lines(path, hits, title=title, x=x, y=y, bold=("forecast", "min"))
 
 
 def main() -> None:
@@ -104,7 +107,7 @@ def main() -> None:
         out.write_text(json.dumps({"trace": given.trace.stem, "runs": runs}, indent=1) + "\n")
         print("\n".join(table(runs, "pooled") + table(runs, "per_layer")), flush=True)
         if given.png and len(runs) == 1:
-            chart(trace, ForecastModel.load(file), given.png)
+            chart(given.trace.stem, runs[0]["pooled"], given.png)
     etas = [run["pooled"]["0.25"]["policies"]["forecast"]["eta_policy"] for run in runs]
     print(json.dumps({"trace": given.trace.stem, "eta_policy_25": statistics.median(etas)}))
 
