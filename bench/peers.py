@@ -81,10 +81,10 @@ PEERS = {
     ),
     "nunspark": Peer(
         "nunspark",
-        "nunspark",
+        "nunspark-packed",
         ("mlx[cpu] nunspark==0.13.0",),
-        prepare="{bin}/nunspark pack model nunspark",
-        makes="nunspark",
+        prepare="{bin}/nunspark pack model nunspark-packed",
+        makes="nunspark-packed",
         process_bytes=450_000_000,
     ),
     "mlxvlm": Peer(

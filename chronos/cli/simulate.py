@@ -217,6 +217,7 @@ def fit(
     file = _target(to, folder)
     fitted = _trained(recorded, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
+    preload = _train_intent(recorded, fitted.model, share, file)
     test = _parts(recorded).test
     with output.progress("replaying") as update:
         sizes = [slots_for(test, share)]
@@ -231,10 +232,15 @@ def fit(
             "validation_losses": fitted.losses,
             "geometry": dataclasses.asdict(fitted.model.geometry),
             "budget": budget_tested,
+            "preload_hits": preload,
         }
         output.print_json(about | {"test": result})
         return
     print(f"{file}: trained in {fitted.seconds:.0f} s on {describe(recorded)}")
+    if preload:
+        kept = "kept" if preload["intent"] > preload["predictor"] else "left out"
+        own, other = (output.percent(preload[name]) for name in ("intent", "predictor"))
+        print(f"intent classifier {kept}: {own} hits after a prompt, {other} without it")
     rows = [
         (
             name,
@@ -248,6 +254,24 @@ def fit(
     title = f"{test.num_tokens} test tokens, {budget_tested} of the experts"
     columns = ("policy", "hits", "gap closed", "right of k", "of k + 3")
     output.table(columns, rows, title=title)
+
+
+def _train_intent(
+    recorded: RoutingTrace, model: ForecastModel, share: float, file: Path
+) -> dict[str, float]:
+    """Leaves intent.safetensors beside the forecaster where it wins, and removes an older one."""
+    from chronos.common.routing.intent import INTENT, train_if_it_wins
+    from chronos.common.simulate import slots_for
+
+    parts = _parts(recorded)
+    with output.progress("training the intent classifier"):
+        slots = slots_for(recorded, share)
+        found, hits = train_if_it_wins(parts.train, parts.validation, slots, model.predictor)
+    path = file.with_name(INTENT)
+    path.unlink(missing_ok=True)
+    if found is not None:
+        found.save(path)
+    return hits
 
 
 def _recorded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 
 from chronos.common.errors import CorruptFileError, DataError
 from chronos.common.routing import intent
-from chronos.common.routing.intent import IntentModel, compare_preloads, fit_intent, shares
+from chronos.common.routing.intent import (
+    IntentModel,
+    compare_preloads,
+    fit_intent,
+    shares,
+    train_if_it_wins,
+)
+from chronos.common.routing.predictor import DecayedUse
 from chronos.common.routing.trace import RoutingTrace, TraceRecorder
 from chronos.common.tensorfile import write_tensors
 
@@ -51,6 +59,30 @@ def test_it_learns_what_follows_a_prompt_and_not_what_is_in_it(
     )
     assert found["own"] == [0.0, 0.0, 0.0]
     assert min(found["intent"]) > 0.9
+
+
+def test_it_is_kept_only_where_it_wins(
+    trace: RoutingTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These prompts say nothing of their own; repeating ones say all there is."""
+    monkeypatch.setattr(intent, "_STEPS", 200)
+    monkeypatch.setattr(intent, "_RATE", 3e-2)
+    make = partial(DecayedUse, LAYERS, EXPERTS)
+    slots = TOP_K * LAYERS
+    kept, hits = train_if_it_wins(trace, trace, slots, make)
+    assert kept is not None and hits["intent"] > hits["predictor"]
+    rng, recorder = np.random.default_rng(2), TraceRecorder(EXPERTS, TOP_K)
+    for number in range(24):
+        recorder.new_sequence()
+        pair = rng.choice(EXPERTS, TOP_K, replace=False)
+        for _ in range(4 * TURN):
+            recorder.append(np.tile(pair, (LAYERS, 1)))
+        if number == 15:
+            seen = recorder.trace()
+    unseen = recorder.trace().part(seen.num_tokens, recorder.trace().num_tokens)
+    kept, hits = train_if_it_wins(seen, unseen, slots, make)
+    assert kept is None and hits["predictor"] == 1.0
+    assert train_if_it_wins(trace.part(0, 8), trace, slots, make) == (None, {})
 
 
 def test_its_answers_are_chances_per_expert(trace: RoutingTrace, model: IntentModel) -> None:

@@ -12,7 +12,8 @@ from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.layout import Layout
 from chronos.common.residency import LRU, Policy
 from chronos.common.routing.forecast import ForecastModel, find_forecast
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+from chronos.common.routing.intent import INTENT, IntentModel
+from chronos.common.routing.predictor import DecayedUse, Intent, PredictorPolicy
 
 PREDICTORS = ("auto", "forecast", "lfu", "lru")
 
@@ -51,11 +52,22 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
 
 def _decayed_use(layout: Layout) -> PredictorPolicy:
     rows = len(layout.moe_layers)
-    return PredictorPolicy(DecayedUse(rows, layout.num_experts), layout.moe_layers)
+    predictor = DecayedUse(rows, layout.num_experts)
+    return PredictorPolicy(predictor, layout.moe_layers, _intent(layout.folder, layout))
 
 
 def _forecaster(path: Path, layout: Layout, top_k: int) -> PredictorPolicy:
     model = ForecastModel.load(path)
     rows = len(layout.moe_layers)
     model.check_fits(rows, layout.num_experts, top_k, layout.fingerprint, str(path))
-    return PredictorPolicy(model.predictor(), layout.moe_layers)
+    return PredictorPolicy(model.predictor(), layout.moe_layers, _intent(path.parent, layout))
+
+
+def _intent(folder: Path, layout: Layout) -> Intent | None:
+    """The folder's intent classifier, which `chronos fit` leaves only where it wins."""
+    path = folder / INTENT
+    if not path.is_file():
+        return None
+    model = IntentModel.load(path)
+    fits = model.shape == (len(layout.moe_layers), layout.num_experts)
+    return model.use if fits else None

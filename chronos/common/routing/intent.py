@@ -5,7 +5,7 @@ prompt, and a low-rank map over all of them. It is trained with binary cross-ent
 sequences cut in two at random places, a prompt and the reply's first tokens, and kept as the side
 file intent.safetensors. Its use is to preload before the first token; `compare_preloads` says what
 that is worth beside what is free: popularity, the prompt's own routing, a primed predictor. The
-answer depends on the model (bench/LOG.md), so the engine goes by the prompt's own routing.
+answer depends on the model (bench/LOG.md), so `train_if_it_wins` keeps one only where it wins.
 Not covered: token ids of the prompt, whose routing says what they would.
 
 Shape legend: B samples, L layers, E experts, R rank, N = L * E.
@@ -24,13 +24,15 @@ from chronos.common.errors import DataError
 from chronos.common.fileio import FileIO, StrPath, corrupt
 from chronos.common.routing.fit import Adam
 from chronos.common.routing.network import Floats, sigmoid
+from chronos.common.routing.predictor import Predictor
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.tensorfile import read_header, read_tensors, write_tensors
 
 INTENT = "intent.safetensors"
 REPLY = 16  # tokens of a reply that training looks at
+_JUDGED = 4  # tokens of a reply over which a preload is judged
 _SHORTEST = 16  # tokens of a prompt that has anything to say
-_RANK, _STEPS, _BATCH, _RATE, _DECAY = 16, 1500, 128, 3e-3, 1e-3
+_RANK, _STEPS, _BATCH, _RATE, _DECAY = 16, 1000, 64, 3e-3, 1e-3
 _FLOOR = 0.02  # added to a share before its logarithm
 _FORMAT = "chronos-intent"
 _PARAMS = ("bias", "own", "enter", "leave")
@@ -153,6 +155,27 @@ def _gradients(params: Mapping[str, Floats], x_BN: Floats, y_BN: Floats) -> dict
         "enter": x_BN.T @ (error_BN @ params["leave"].T),
         "leave": low_BR.T @ error_BN,
     }
+
+
+def train_if_it_wins(
+    train: RoutingTrace, validation: RoutingTrace, slots: int, predictor: Callable[[], Predictor]
+) -> tuple[IntentModel | None, dict[str, float]]:
+    """A classifier that beats a predictor primed with the prompt, or None; and the hit rates of
+    both over the first tokens of validation sequences (none, where these are too short)."""
+
+    def primed(prompt_TLK: NDArray[Any]) -> NDArray[Any]:
+        fresh = predictor()
+        fresh.prime(prompt_TLK)
+        return fresh.scores()
+
+    try:
+        model = fit_intent(train)
+        rankings: dict[str, Ranking] = {"intent": model.use, "predictor": primed}
+        rates = compare_preloads(validation, slots, rankings, first=(_JUDGED,))
+    except DataError:
+        return None, {}
+    hits = {name: rate for name, (rate,) in rates.items()}
+    return (model if hits["intent"] > hits["predictor"] else None), hits
 
 
 # A way to rank experts before a reply: prompt [T, L, K] to scores [L, E].
