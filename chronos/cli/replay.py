@@ -25,7 +25,7 @@ _COLUMNS = (
     *("MB/token", "stall", "hits", "x off"),
 )
 _LIMITS = (
-    *("budget", "run", "of limit", "resident", "bytes", "policy", "overlap"),
+    *("budget", "run", "limit", "res.", "bytes", "policy", "overlap"),
     *("x bound", "ahead", "right"),
 )
 _LEGEND = (
@@ -33,7 +33,7 @@ _LEGEND = (
     "x bound: time by the larger of resident time and bytes read / disk rate, which complete "
     "overlap would take. "
     + footer.LEGEND
-    + " It is lost to: resident (time above that of the resident model), bytes (reads above those "
+    + " It is lost to: res. (time above that of the resident model), bytes (reads above those "
     "of a perfect cache), policy (share of the gap from the better of lru and lfu to it that is "
     "closed), overlap (reads waited for). ahead: needs not resident that were prefetched; right: "
     "prefetched bytes that were used."
@@ -181,7 +181,7 @@ def _row(results: Results, budget: str, run: str) -> tuple[str, ...]:
 
 def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:
     def share(name: str) -> str:
-        return output.percent(_median((r.limit or {}).get(f"eta_{name}") for r in found))
+        return _whole(_median((r.limit or {}).get(f"eta_{name}") for r in found))
 
     bound = _median(r.share_of_bound for r in found) or 0.0
     return (
@@ -189,9 +189,14 @@ def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:
         run,
         *(share(name) for name in ("limit", "res", "bytes", "policy", "overlap")),
         f"{bound:.2f}",
-        output.percent(_median(r.stats["prefetch_recall"] for r in found)),
-        output.percent(_median(r.stats["prefetch_precision"] for r in found)),
+        _whole(_median(r.stats["prefetch_recall"] for r in found)),
+        _whole(_median(r.stats["prefetch_precision"] for r in found)),
     )
+
+
+def _whole(share: float | None) -> str:
+    """Percent without decimals: ten columns have to fit."""
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _draw(path: Path, results: Results, title: str) -> None:
