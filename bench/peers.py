@@ -57,7 +57,7 @@ PEERS = {
         "packed",
         prepare="{python} -m chronos pack model -o packed",
         makes="packed",
-        process_bytes=450_000_000,
+        process_bytes=390_000_000,
         resident=True,
     ),
     "transformers": Peer("transformers", "model", resident=True),
