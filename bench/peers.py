@@ -3,8 +3,10 @@
 Each runtime runs in an environment of its own (made by --install), each run in a fresh process in
 a memory cgroup that counts its page cache too, with caches dropped before it. Caps are shares of
 the checkpoint's size; "none" is the resident comparison. A runtime is told to keep as many weights
-as the cap leaves beside its own process. Ceiling of a streamed run: bytes read per token / the
-disk's rate. Linux as root. `python -m bench.make_moe bench/scratch/peers` makes the checkpoint.
+as the cap leaves beside its own process. Files are read ahead by 128 KiB, Linux's default: with the
+8 MiB that a cloud's machine may have, memory-mapped experts thrash. Ceiling of a streamed run:
+bytes read per token / the disk's rate. Linux as root.
+`python -m bench.make_moe bench/scratch/peers` makes the checkpoint.
 
     python -m bench.peers [--work bench/scratch/peers] --install
     python -m bench.peers [--peers chronos,llamacpp,...] [--caps none,75,55,40] [--seconds 20]
@@ -19,6 +21,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from chronos.common.tokenizer import Tokenizer
 
 _NO_CAP = 1 << 50
 _PROMPTS, _PROMPT = 4, 64
+_READ_AHEAD_KIB = 128
 _LOADING_S = 60.0  # and the token under way at the end of a run
 _TORCH = "torch==2.13.0"
 _SCRIPT = str(Path(__file__).with_name("peer_runs.py").resolve())
@@ -139,6 +144,19 @@ def write_prompts(work: Path) -> Path:
     return path
 
 
+@contextmanager
+def read_ahead(folder: Path, kib: int) -> Iterator[None]:
+    """How far the kernel reads ahead on a folder's disk, meanwhile."""
+    device = folder.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    before = setting.read_text()
+    setting.write_text(str(kib))
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
 def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dict[str, Any]:
     """One row. A runtime that fails gives a row that says so."""
     peer = PEERS[name]
@@ -156,7 +174,7 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
             command, limit, seconds + _LOADING_S, cwd=work, env=environment, stderr=stderr
         )
     row = {"bench": "peers", "peer": name, "cap": cap, "memory_bytes": memory, "cold": cold}
-    row |= {"load_average": load} | report
+    row |= {"load_average": load, "read_ahead_kib": _READ_AHEAD_KIB} | report
     runs = [json.loads(line) for line in lines]
     return row | (summary(runs) or {"failed": why(row, runs, errors)})
 
@@ -205,6 +223,17 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
+def at_cap(
+    work: Path, names: list[str], cap: str, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    for name in names:
+        if PEERS[name].resident if cap == "none" else name != "transformers":
+            row = measure(work, name, cap, args.tokens, args.seconds)
+            print(json.dumps(row), flush=True)
+            shutil.rmtree(work / "scratch" / "offload", ignore_errors=True)
+            yield row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("bench/scratch/peers"))
@@ -224,13 +253,9 @@ def main() -> None:
             prepare(work, name)
     if args.install:
         return
-    begin, rows = time.monotonic(), []
-    for cap in args.caps.split(","):
-        for name in names:
-            if PEERS[name].resident if cap == "none" else name != "transformers":
-                rows.append(measure(work, name, cap, args.tokens, args.seconds))
-                print(json.dumps(rows[-1]), flush=True)
-                shutil.rmtree(work / "scratch" / "offload", ignore_errors=True)
+    begin = time.monotonic()
+    with read_ahead(work, _READ_AHEAD_KIB):
+        rows = [row for cap in args.caps.split(",") for row in at_cap(work, names, cap, args)]
     show(rows)
     save(args.out, rows)
     print(f"{time.monotonic() - begin:.0f} s")
