@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chronos.cli import charts
-from chronos.cli.simulate import result_json
+from chronos.cli.simulate import draw, result_json
 from chronos.common.routing.fit import FitOptions, fit, split
 from chronos.common.routing.forecast import ForecastModel
 from chronos.common.routing.measure import measure
@@ -76,13 +76,11 @@ def table(runs: list[dict[str, Any]], where: str) -> list[str]:
 
 def chart(name: str, result: dict[str, Any], path: Path) -> None:
     """Hits by budget of one seed's pooled caches."""
-    hits: dict[str, list[tuple[float, float]]] = {}
-    for share, budget in result.items():
-        for policy, found in budget["policies"].items():
-            hits.setdefault(policy, []).append((float(share), found["hit_rate"]))
-    title = f"{name}: expert cache hits on test sequences"
-    x, y = "share of the experts in memory", "needs served from memory"
-    charts.lines(path, hits, title=title, x=x, y=y, bold=("forecast", "min"))
+    rates = {
+        float(share): {policy: found["hit_rate"] for policy, found in budget["policies"].items()}
+        for share, budget in result.items()
+    }
+    draw(path, rates, f"{name}: expert cache hits on test sequences")
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from bench import capped, checkpoint
-from bench.startup import drop_caches
 from chronos.common.budget import parse_budget
+from chronos.common.fileio import drop_page_cache
 from chronos.common.layout import open_layout
 from chronos.common.tensorfile import write_tensors
 
@@ -93,7 +93,7 @@ def tensors(
 def pack(source: Path, packed: Path) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     shutil.rmtree(packed, ignore_errors=True)
-    drop_caches(True)
+    drop_page_cache()
     command = ["-m", "chronos", "pack", str(source), "-o", str(packed), "-q"]
     report = capped.run_python(command, _GB)
     print(
@@ -110,7 +110,7 @@ def generate(packed: Path, budget: str, tokens: int) -> dict[str, Any]:
     dense = (packed / "model.safetensors").stat().st_size
     command = ["-m", "chronos", "generate", str(packed), "-p", "def main():", "--budget", budget]
     command += ["-n", str(tokens), "--temp", "1", "--seed", "1", "--json"]
-    drop_caches(True)
+    drop_page_cache()
     report = capped.run_python(command, dense + experts + _GB)
     print(
         f"generate: experts {total / 1e6:.0f} MB, budget {experts / 1e6:.0f} MB, dense "

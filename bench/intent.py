@@ -16,21 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from chronos.common.residency import LRU
 from chronos.common.routing import intent
 from chronos.common.routing.fit import split
 from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import DecayedUse, Predictor
+from chronos.common.routing.predictor import DecayedUse
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.simulate import slots_for
-
-
-def primed(make: Any, prompt_TLK: Any) -> Any:
-    predictor: Predictor = make()
-    predictor.prime(prompt_TLK)
-    return predictor.scores()
 
 
 def last_used(trace: RoutingTrace, prompt_TLK: Any) -> Any:
@@ -51,19 +43,16 @@ def main() -> None:
     args = parser.parse_args()
     trace = RoutingTrace.load(args.trace)
     parts, shape = split(trace), (trace.num_layers, trace.num_experts)
-    popular = np.bincount(
-        (parts.train.ids_TLK + np.arange(shape[0])[:, None] * shape[1]).ravel(),
-        minlength=shape[0] * shape[1],
-    )
+    popular = intent.shares(parts.train.ids_TLK, shape[1])
     rankings: dict[str, intent.Ranking] = {
         "popularity": lambda prompt: popular,
         "last used in the prompt": partial(last_used, trace),
-        "prompt's decayed use": partial(primed, partial(DecayedUse, *shape)),
+        "prompt's decayed use": partial(intent.primed, partial(DecayedUse, *shape)),
         "prompt's shares": lambda prompt: intent.shares(prompt, shape[1]),
     }
     if args.forecast:
         rankings["forecaster after the prompt"] = partial(
-            primed, ForecastModel.load(args.forecast).predictor
+            intent.primed, ForecastModel.load(args.forecast).predictor
         )
     for seed in args.seeds.split(","):
         rankings[f"intent, seed {seed}"] = intent.fit_intent(parts.train, int(seed)).use

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import capped
-from bench.startup import drop_caches
 from chronos.common.data.documents import split_documents, stdlib_documents
+from chronos.common.fileio import drop_page_cache
 from chronos.common.tokenizer import Tokenizer
 
 _NO_CAP = 1 << 50
@@ -168,7 +168,7 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
     command += ["--seconds", str(seconds), "--scratch", "scratch"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
     errors = work / f"stderr-{name}-{cap}.txt"
-    cold, load = drop_caches(True), os.getloadavg()[0]
+    cold, load = drop_page_cache(), os.getloadavg()[0]
     with errors.open("w") as stderr:
         report, lines = capped.run_lines(
             command, limit, seconds + _LOADING_S, cwd=work, env=environment, stderr=stderr

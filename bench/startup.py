@@ -18,21 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from chronos.common.fileio import measure_read_rate
+from chronos.common.fileio import drop_page_cache, measure_read_rate
 from chronos.common.layout import open_layout
 from chronos.common.routing.trace import RoutingTrace
-
-_DROP = Path("/proc/sys/vm/drop_caches")
-
-
-def drop_caches(wanted: bool) -> bool:
-    if not wanted:
-        return False
-    try:
-        _DROP.write_text("3")
-    except OSError:
-        return False
-    return True
 
 
 def first_token_s(args: argparse.Namespace, short: Path) -> float:
@@ -70,9 +58,10 @@ def measure(args: argparse.Namespace, short: Path) -> None:
     rate = measure_read_rate(layout.files[0], 4 << 20)
     first, imports, cold = [], [], False
     for _ in range(args.rounds):
-        cold = drop_caches(not args.warm)
+        cold = not args.warm and drop_page_cache()
         first.append(first_token_s(args, short))
-        drop_caches(not args.warm)
+        if not args.warm:
+            drop_page_cache()
         imports.append(import_s())
     bound = 2.0 + dense / rate
     middle = statistics.median(first)

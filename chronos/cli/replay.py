@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from chronos.cli import charts, footer, output
 from chronos.cli.app import command
 from chronos.cli.bench import BudgetsOption, RoundsOption, bench, split
 from chronos.cli.options import JsonOptions, RunOptions
+from chronos.common.fileio import drop_page_cache
 
 if TYPE_CHECKING:
     from chronos.common.config import ModelConfig
@@ -38,7 +38,6 @@ _LEGEND = (
     "closed), overlap (reads waited for). ahead: needs not resident that were prefetched; right: "
     "prefetched bytes that were used."
 )
-_DROP = Path("/proc/sys/vm/drop_caches")
 
 
 @command("replay", on=bench)
@@ -109,7 +108,7 @@ def replay(
                 warmup=0 if cold else warmup,
                 tokens=tokens,
                 runs=runs,
-                before_each=drop_page_cache if cold else lambda: None,
+                before_each=_drop_page_cache if cold else lambda: None,
                 progress=update,
             )
     if png is not None:
@@ -140,12 +139,9 @@ def print_json(trace_file: Path, config: ModelConfig, results: Results, cold: bo
     output.print_json(data)
 
 
-def drop_page_cache() -> None:
-    """Direct reads pass it by; what a file system reads beside them does not. Needs root."""
-    os.sync()
-    try:
-        _DROP.write_text("3")
-    except OSError:
+def _drop_page_cache() -> None:
+    """Direct reads pass it by; what a file system reads beside them does not."""
+    if not drop_page_cache():
         output.note("the page cache was not dropped: that needs Linux and root")
 
 

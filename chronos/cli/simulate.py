@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,11 @@ from chronos.cli.routing import describe, record, share_of, trace_json
 from chronos.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from chronos.common.routing.fit import FitOptions, Fitted
+    from chronos.common.routing.fit import FitOptions, Fitted, Parts
     from chronos.common.routing.forecast import ForecastModel
-    from chronos.common.routing.measure import Measured, Result
+    from chronos.common.routing.measure import Measured
     from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import Comparison
+    from chronos.common.simulate import Comparison, Replay
 
 _PANEL = "Routing"
 _TOP = ("forecast", "min")  # drawn bold
@@ -62,7 +63,7 @@ def simulate(
     from chronos.common.routing.forecast import ForecastModel
     from chronos.common.routing.measure import measure
     from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import slots_for
+    from chronos.common.simulate import check_slots, slots_for
 
     if png is not None:
         charts.require()
@@ -70,7 +71,7 @@ def simulate(
     shares = [(text.strip(), share_of(text)) for text in budget.split(",")]
     recorded = tested = RoutingTrace.load(trace_file)
     for _, share in shares:
-        _check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
+        check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
     model: ForecastModel | None = None
     if forecast is not None:
         model = ForecastModel.load(forecast)
@@ -78,8 +79,9 @@ def simulate(
         tested = _parts(recorded).test
     elif fit:
         try:
-            tested = _parts(recorded).test
-            model = _trained(recorded).model
+            parts = _parts(recorded)
+            tested = parts.test
+            model = _trained(parts).model
         except DataError as error:
             output.legend(f"No forecaster was trained: {error.what}.")
     sizes = [slots_for(tested, share, pooled=not per_layer) for _, share in shares]
@@ -89,7 +91,12 @@ def simulate(
         )
     results = {text: result for (text, _), result in zip(shares, measured, strict=True)}
     if png is not None:
-        draw(png, dict(zip([share for _, share in shares], results.values(), strict=True)), tested)
+        rates = {
+            share: {replay.policy: replay.hit_rate for replay in _replays(*result)}
+            for (_, share), result in zip(shares, measured, strict=True)
+        }
+        title = f"{tested.meta['model'] or 'trace'}: expert cache hits, {tested.num_tokens} tokens"
+        draw(png, rates, title)
     if out.json:
         output.print_json(
             {
@@ -124,7 +131,6 @@ def _table(text: str, caches: Comparison, measured: dict[str, Measured], record_
         name: f"{output.percent(m.recall.at_k)} / {output.percent(m.recall.at_k3)}"
         for name, m in measured.items()
     }
-    replays = [*caches.replays, *(m.replay for m in measured.values())]
     rows = [
         (
             replay.policy,
@@ -133,10 +139,14 @@ def _table(text: str, caches: Comparison, measured: dict[str, Measured], record_
             output.percent(caches.eta_policy(replay.reads_per_token)),
             right.get(replay.policy, ""),
         )
-        for replay in sorted(replays, key=lambda replay: -replay.misses)
+        for replay in sorted(_replays(caches, measured), key=lambda replay: -replay.misses)
     ]
     title = f"{text} of the experts: {slots} slots{'' if pooled else ' per layer'}"
     output.table(("policy", "hits", "read a token", "gap closed", "right"), rows, title=title)
+
+
+def _replays(caches: Comparison, measured: dict[str, Measured]) -> list[Replay]:
+    return [*caches.replays, *(m.replay for m in measured.values())]
 
 
 def result_json(
@@ -158,13 +168,12 @@ def result_json(
     }
 
 
-def draw(path: Path, results: dict[float, Result], trace: RoutingTrace) -> None:
+def draw(path: Path, rates: Mapping[float, Mapping[str, float]], title: str) -> None:
     """Hit rate by share of the experts, a line per policy and predictor."""
     hits: dict[str, list[tuple[float, float]]] = {}
-    for share, (caches, measured) in sorted(results.items()):
-        for replay in [*caches.replays, *(m.replay for m in measured.values())]:
-            hits.setdefault(replay.policy, []).append((share, replay.hit_rate))
-    title = f"{trace.meta['model'] or 'trace'}: expert cache hits, {trace.num_tokens} tokens"
+    for share, policies in sorted(rates.items()):
+        for policy, rate in policies.items():
+            hits.setdefault(policy, []).append((share, rate))
     x, y = "share of the experts in memory", "requests served from memory"
     charts.lines(path, hits, title=title, x=x, y=y, bold=_TOP)
 
@@ -214,14 +223,13 @@ def fit(
         recorded, folder = RoutingTrace.load(source), None
     else:
         recorded, folder, fingerprint = _recorded(source, run, data, max_tokens, new_tokens)
-    file = _target(to, folder)
-    fitted = _trained(recorded, FitOptions(epochs=epochs, seed=seed), fingerprint)
+    file, parts = _target(to, folder), _parts(recorded)
+    fitted = _trained(parts, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
-    preload = _train_intent(recorded, fitted.model, share, file)
-    test = _parts(recorded).test
+    test, slots = parts.test, slots_for(recorded, share)
+    preload = _train_intent(parts, fitted.model, slots, file)
     with output.progress("replaying") as update:
-        sizes = [slots_for(test, share)]
-        tested = measure(test, sizes, fitted.model, warmup=0.1, progress=update)
+        tested = measure(test, [slots], fitted.model, warmup=0.1, progress=update)
     result = result_json(*tested[0], 1)
     if out.json:
         about = {
@@ -256,16 +264,11 @@ def fit(
     output.table(columns, rows, title=title)
 
 
-def _train_intent(
-    recorded: RoutingTrace, model: ForecastModel, share: float, file: Path
-) -> dict[str, float]:
+def _train_intent(parts: Parts, model: ForecastModel, slots: int, file: Path) -> dict[str, float]:
     """Leaves intent.safetensors beside the forecaster where it wins, and removes an older one."""
     from chronos.common.routing.intent import INTENT, train_if_it_wins
-    from chronos.common.simulate import slots_for
 
-    parts = _parts(recorded)
     with output.progress("training the intent classifier"):
-        slots = slots_for(recorded, share)
         found, hits = train_if_it_wins(parts.train, parts.validation, slots, model.predictor)
     path = file.with_name(INTENT)
     path.unlink(missing_ok=True)
@@ -304,12 +307,9 @@ def _target(to: Path | None, folder: Path | None) -> Path:
     return file
 
 
-def _trained(
-    recorded: RoutingTrace, options: FitOptions | None = None, fingerprint: str = ""
-) -> Fitted:
+def _trained(parts: Parts, options: FitOptions | None = None, fingerprint: str = "") -> Fitted:
     from chronos.common.routing.fit import FitOptions, fit
 
-    parts = _parts(recorded)
     with output.progress("training") as update:
         return fit(
             parts.train,
@@ -320,7 +320,7 @@ def _trained(
         )
 
 
-def _parts(recorded: RoutingTrace) -> Any:
+def _parts(recorded: RoutingTrace) -> Parts:
     from chronos.common.routing.fit import split
 
     return split(recorded)
@@ -328,12 +328,3 @@ def _parts(recorded: RoutingTrace) -> Any:
 
 def _geometry(trace: RoutingTrace) -> tuple[int, int, int]:
     return trace.num_layers, trace.num_experts, trace.top_k
-
-
-def _check_slots(trace: RoutingTrace, slots: int) -> None:
-    if slots < trace.top_k:
-        raise UsageError(
-            f"{slots} slots cannot hold the {trace.top_k} experts of one request",
-            "",
-            "raise the budget",
-        )

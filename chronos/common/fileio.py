@@ -307,6 +307,17 @@ class OpenFiles:
         return bool(excess)
 
 
+def drop_page_cache() -> bool:
+    """Forget what the system keeps of files, flushed first; False where that is not allowed: it
+    needs Linux and root."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
 def measure_read_rate(
     path: StrPath,
     block_bytes: int = 1 << 20,

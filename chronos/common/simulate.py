@@ -105,6 +105,16 @@ def slots_for(trace: RoutingTrace, share: float, *, pooled: bool = True) -> int:
     return math.floor(share * experts + 1e-9)
 
 
+def check_slots(trace: RoutingTrace, slots: int) -> None:
+    """Raises UsageError for a cache that cannot hold one request."""
+    if slots < trace.top_k:
+        raise UsageError(
+            f"{slots} slots cannot hold the {trace.top_k} experts of one request",
+            "",
+            "raise the budget",
+        )
+
+
 def simulate(
     trace: RoutingTrace,
     slots: int,
@@ -266,11 +276,6 @@ def _streams(trace: RoutingTrace, pooled: bool, resident: Collection[Key]) -> li
 def _check(trace: RoutingTrace, slots: int, policy: str, decay: float, warmup: float) -> None:
     if policy not in ("lru", "lfu", "min", "min-admit") and not window_of(policy):
         raise UsageError(f"unknown policy {policy!r}", "", f"one of {', '.join(POLICIES)}")
-    if slots < trace.top_k:
-        raise UsageError(
-            f"{slots} slots cannot hold the {trace.top_k} experts of one request",
-            "",
-            "raise the budget",
-        )
+    check_slots(trace, slots)
     if not 0.0 < decay <= 1.0 or not 0.0 <= warmup < 1.0:
         raise UsageError(f"decay {decay} must be in (0, 1], warmup {warmup} in [0, 1)")

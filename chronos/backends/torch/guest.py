@@ -12,7 +12,6 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +41,9 @@ from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.guest import GuestConfig
 from chronos.common.layout import Layout, is_packed, open_layout, read_records
 from chronos.common.layout.manifest import read_manifest
+from chronos.common.layout.naming import layer_of
 from chronos.common.tensorfile import TensorEntry, locate_tensors, read_checkpoint
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 # Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 # Mamba 1 in Transformers goes on from its state for single tokens only.
 _FORGETFUL = frozenset({"jamba"})
@@ -266,9 +265,9 @@ def _find_experts(core: Any, config: GuestConfig, folder: Path) -> dict[int, tup
     """Name and experts module of each layer that has one."""
     modules: dict[int, tuple[str, Any]] = {}
     for name, module in core.named_modules():
-        place = _LAYER.search(name)
+        place = layer_of(name)
         if is_experts(module) and place is not None:
-            modules[int(place[1])] = (name, module)
+            modules[place[1]] = (name, module)
     if not modules:
         raise ConfigError(
             f"{config.model_type} does not hand its experts to Transformers' experts interface",

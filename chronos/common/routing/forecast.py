@@ -33,8 +33,9 @@ from chronos.common.routing.network import (
     history_input,
     sigmoid,
 )
+from chronos.common.routing.params import read_params, write_params
 from chronos.common.routing.predictor import DISCOUNT, RANK_DISCOUNT, Scores, TokenClock
-from chronos.common.tensorfile import Header, read_header, read_tensors, write_tensors
+from chronos.common.tensorfile import Header, read_header
 
 FORECAST = "forecast.safetensors"
 HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
@@ -60,11 +61,7 @@ class ForecastModel:
         """Write the side file atomically."""
         sizes = {name: str(getattr(self.geometry, name)) for name in _SIZES}
         metadata = {"format": _FORMAT, "version": _VERSION, "fingerprint": self.fingerprint}
-        tensors = [
-            (name, "F32", value.shape, np.ascontiguousarray(value).data)
-            for name, value in self.params.items()
-        ]
-        write_tensors(path, tensors, metadata | sizes)
+        write_params(path, self.params, metadata | sizes)
 
     @classmethod
     def load(cls, path: StrPath, io: FileIO | None = None) -> ForecastModel:
@@ -74,13 +71,7 @@ class ForecastModel:
         found = {name: entry.shape for name, entry in header.entries.items()}
         if found != geometry.shapes or any(e.dtype != "F32" for e in header.entries.values()):
             raise corrupt(path, "holds other tensors than a forecaster of its geometry has")
-        params = {
-            entry.name: np.frombuffer(view, np.float32).reshape(entry.shape)
-            for entry, view in read_tensors(path, io=io)
-        }
-        if not all(np.isfinite(value).all() for value in params.values()):
-            raise corrupt(path, "holds a NaN or an infinity")
-        return cls(geometry, params, header.metadata.get("fingerprint", ""))
+        return cls(geometry, read_params(path, io), header.metadata.get("fingerprint", ""))
 
     def check_fits(
         self, layers: int, experts: int, top_k: int, fingerprint: str = "", where: str = ""

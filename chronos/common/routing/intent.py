@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from numpy.typing import NDArray
 
 from chronos.common.errors import DataError
 from chronos.common.fileio import FileIO, StrPath, corrupt
-from chronos.common.routing.fit import Adam
 from chronos.common.routing.network import Floats, sigmoid
+from chronos.common.routing.params import Adam, read_params, write_params
 from chronos.common.routing.predictor import Predictor
 from chronos.common.routing.trace import RoutingTrace
-from chronos.common.tensorfile import read_header, read_tensors, write_tensors
+from chronos.common.tensorfile import read_header
 
 INTENT = "intent.safetensors"
 REPLY = 16  # tokens of a reply that training looks at
@@ -57,11 +58,7 @@ class IntentModel:
 
     def save(self, path: StrPath) -> None:
         """Write the side file atomically."""
-        tensors = [
-            (name, "F32", value.shape, np.ascontiguousarray(value).data)
-            for name, value in self.params.items()
-        ]
-        write_tensors(path, tensors, {"format": _FORMAT, "version": "1"})
+        write_params(path, self.params, {"format": _FORMAT, "version": "1"})
 
     @classmethod
     def load(cls, path: StrPath, io: FileIO | None = None) -> IntentModel:
@@ -78,13 +75,7 @@ class IntentModel:
             entry.dtype != "F32" for entry in header.entries.values()
         ):
             raise corrupt(path, "holds tensors whose shapes do not fit together")
-        params = {
-            entry.name: np.frombuffer(view, np.float32).reshape(entry.shape)
-            for entry, view in read_tensors(path, io=io)
-        }
-        if not all(np.isfinite(value).all() for value in params.values()):
-            raise corrupt(path, "holds a NaN or an infinity")
-        return cls(params)
+        return cls(read_params(path, io))
 
 
 def fit_intent(train: RoutingTrace, seed: int = 0) -> IntentModel:
@@ -163,19 +154,24 @@ def train_if_it_wins(
     """A classifier that beats a predictor primed with the prompt, or None; and the hit rates of
     both over the first tokens of validation sequences (none, where these are too short)."""
 
-    def primed(prompt_TLK: NDArray[Any]) -> NDArray[Any]:
-        fresh = predictor()
-        fresh.prime(prompt_TLK)
-        return fresh.scores()
-
     try:
         model = fit_intent(train)
-        rankings: dict[str, Ranking] = {"intent": model.use, "predictor": primed}
+        rankings: dict[str, Ranking] = {
+            "intent": model.use,
+            "predictor": partial(primed, predictor),
+        }
         rates = compare_preloads(validation, slots, rankings, first=(_JUDGED,))
     except DataError:
         return None, {}
     hits = {name: rate for name, (rate,) in rates.items()}
     return (model if hits["intent"] > hits["predictor"] else None), hits
+
+
+def primed(predictor: Callable[[], Predictor], prompt_TLK: NDArray[Any]) -> NDArray[Any]:
+    """How a fresh predictor ranks experts after a prompt."""
+    fresh = predictor()
+    fresh.prime(prompt_TLK)
+    return fresh.scores()
 
 
 # A way to rank experts before a reply: prompt [T, L, K] to scores [L, E].

@@ -1,8 +1,8 @@
 """Predictors of routing: how much each expert is going to be used, and policies made of them.
 
 A `Predictor` is told what each layer asks for, as it happens, and scores every (layer, expert). It
-may be asked at any moment of a token: `Moment` names the ones that measurements speak of. A
-`PredictorPolicy` lets one rank what a cache keeps, takes in and reads ahead.
+may be asked at any moment of a token. A `PredictorPolicy` lets one rank what a cache keeps, takes
+in and reads ahead.
 Ids and NumPy only: nothing here knows bytes, slots or a model.
 Not covered: forecasts that a model makes of itself (LookaheadRouter, next gate); a backend hands
 those to `plan` as probabilities.
@@ -13,7 +13,6 @@ Shape legend: T tokens, L layers, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,14 +27,6 @@ DISCOUNT = 0.8
 # and 0.8 close 5 %.
 RANK_DISCOUNT = 0.7
 USE_DECAY = 0.9
-
-
-class Moment(Enum):
-    """When in a token a forecast is made."""
-
-    END_OF_TOKEN = "end of token"  # all layers served
-    AFTER_BLOCK_0 = "after block 0"
-    NEXT_GATE = "next gate"  # in layer l, for layer l + 1
 
 
 class Predictor(Protocol):
