@@ -253,10 +253,10 @@ def load(
     capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
     warm_bytes, policy = 0, None
     if layout is not None:
-        slots_within(layout, capacity, config.num_experts_per_tok)
+        slots = slots_within(layout, capacity, config.num_experts_per_tok)
         warm_bytes = _warm_bytes(warm, layout, config.num_experts_per_tok)
         if capacity < layout.total_bytes:
-            policy = choose_policy(predictor, layout, config.num_experts_per_tok)
+            policy = choose_policy(predictor, layout, config.num_experts_per_tok, slots)
     elif str(warm) != "0":
         parse_budget(warm, 1)  # refused if it makes no sense
         _log.warning("a warm tier of %s is not used: no experts are streamed", warm)

@@ -9,7 +9,7 @@ Shape legend: T tokens, L layers, K top-k, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,12 +105,15 @@ def _routing(
     return written, runner.routing()
 
 
-def cut(tokenizer: Tokenizer, documents: Iterable[Document], length: int) -> Iterable[list[int]]:
-    """Token ids of each text document, at most `length`; documents of one token are left out."""
-    for document in documents:
-        ids = tokenizer.encode_prompt(document.text[: 16 * length])[:length]
-        if len(ids) > 1:
-            yield ids
+def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Iterator[list[int]]:
+    """Token ids of pieces of text documents, each of at most `length` and more than one: the
+    documents' beginnings first, then what follows further on in each."""
+    texts, stride = [document.text for document in documents], 8 * length
+    for start in range(0, max(map(len, texts), default=0), stride):
+        for text in texts:
+            ids = tokenizer.encode_prompt(text[start : start + 2 * stride])[:length]
+            if len(ids) > 1:
+                yield ids
 
 
 def locality(trace: RoutingTrace) -> dict[str, Any]:

@@ -47,15 +47,25 @@ def trace(
 
 
 def record(
-    engine: Engine, model: str, data: str, max_tokens: int, seq_len: int, new_tokens: int
+    engine: Engine,
+    model: str,
+    data: str,
+    max_tokens: int,
+    seq_len: int,
+    new_tokens: int,
+    *,
+    held_out: float | None = None,
+    from_the_end: bool = False,
 ) -> RoutingTrace:
-    """The routing of a text, with a progress bar."""
+    """The routing of a text, with a progress bar. from_the_end: the last documents first."""
     from chronos import evaluate
 
     room = engine.context - new_tokens
     if room < 1:
         raise UsageError(f"--new-tokens {new_tokens} leaves no room in {engine.context} tokens")
-    documents = evaluate.documents_of(data)
+    documents = evaluate.documents_of(data, held_out)
+    if from_the_end:
+        documents.reverse()
     sequences = evaluate.cut(tokenizer_of(engine, model), documents, min(seq_len, room))
     with output.progress("recording") as update:
         return evaluate.record(

@@ -280,7 +280,8 @@ def _train_intent(parts: Parts, model: ForecastModel, slots: int, file: Path) ->
 def _recorded(
     model: str, run: RunOptions, data: str | None, max_tokens: int, new_tokens: int
 ) -> tuple[RoutingTrace, Path, str]:
-    """Routing of a text, and of what the model writes after its beginnings."""
+    """Routing of a text, and of what the model writes after its beginnings, other ones where there
+    are enough documents. All of them: the forecaster's own split decides what is held out."""
     from chronos.common.routing.trace import join
     from chronos.models import resolve_model
 
@@ -290,9 +291,14 @@ def _recorded(
     with run.open(model) as engine:
         fingerprint = engine.layout.fingerprint if engine.layout is not None else ""
         text = max_tokens - max_tokens // 2 if new_tokens else max_tokens
-        traces = [record(engine, model, data, text, 512, 0)]
+        traces = [record(engine, model, data, text, 512, 0, held_out=0.0)]
         if new_tokens:
-            traces.append(record(engine, model, data, max_tokens // 2, 64, new_tokens))
+            written = max_tokens // 2
+            traces.append(
+                record(
+                    engine, model, data, written, 64, new_tokens, held_out=0.0, from_the_end=True
+                )
+            )
     return join(traces), folder, fingerprint
 
 

@@ -308,6 +308,22 @@ def test_a_file_that_is_not_what_it_says_is_refused(
         ForecastModel.load(path)
 
 
+@pytest.mark.parametrize("experts", [E, 300])
+def test_what_it_was_trained_on_comes_along(tmp_path: Path, experts: int) -> None:
+    geometry = Geometry(L, experts, K, hidden=8, rank=2)
+    known_TLK = random_trace(50).ids_TLK.astype(np.min_scalar_type(experts - 1))
+    model = ForecastModel(geometry, initial(geometry, 0), known_TLK=known_TLK)
+    model.save(tmp_path / "forecast.safetensors")
+    again = ForecastModel.load(tmp_path / "forecast.safetensors")
+    assert again.known_TLK is not None and np.array_equal(again.known_TLK, known_TLK)
+    assert again.params.keys() == model.params.keys()
+    known_TLK[3, 1] = experts
+    if experts < 256:
+        model.save(tmp_path / "forecast.safetensors")
+        with pytest.raises(CorruptFileError, match="remembers experts"):
+            ForecastModel.load(tmp_path / "forecast.safetensors")
+
+
 def test_a_file_cut_short_or_with_a_nan_is_refused(tmp_path: Path, learnt: Fitted) -> None:
     path = tmp_path / "forecast.safetensors"
     learnt.model.save(path)

@@ -87,3 +87,32 @@ def test_a_prompt_at_once_is_the_prompt_token_by_token() -> None:
     assert one is not None and other is not None
     assert one.likeness == other.likeness
     assert np.array_equal(one.uses_OLE, other.uses_OLE)
+
+
+def test_what_is_known_from_the_start_votes_as_what_was_met_does() -> None:
+    past_TLK, ids_TLK = routing(60, seed=1), routing(20, seed=2)
+    known = RoutingMemory(L, E, K, HORIZON, DISCOUNT, past_TLK)
+    known.prime(np.concatenate([ids_TLK, past_TLK[20:30]]))
+    vote = known.vote()
+    assert vote is not None and vote.likeness == pytest.approx(1.0)
+    best = np.argsort(-vote.uses_OLE[0], -1)[:, :K]
+    assert np.array_equal(np.sort(best), np.sort(past_TLK[30]))
+
+
+@pytest.mark.parametrize("tokens", [1, 4095, 4097])
+def test_bits_of_the_known_are_their_routing(tokens: int) -> None:
+    past_TLK = routing(tokens)
+    memory = RoutingMemory(L, E, K, HORIZON, DISCOUNT, past_TLK)
+    used_XN = np.unpackbits(memory._bits_XM, 1)[:, : tokens + 1]
+    expected = np.zeros((L, E, tokens + 1), np.uint8)
+    np.put_along_axis(expected[..., :tokens], past_TLK.transpose(1, 2, 0), 1, 1)
+    assert np.array_equal(used_XN, expected.reshape(L * E, -1))
+
+
+def test_a_sequence_does_not_go_on_after_the_last_known_token() -> None:
+    """The last known token has no successor: like it, the one before it votes, for it."""
+    past_TLK = routing(40, seed=1)
+    memory = RoutingMemory(L, E, K, HORIZON, DISCOUNT, past_TLK)
+    memory.prime(np.concatenate([routing(20, seed=2), past_TLK[-2:]]))
+    vote = memory.vote()
+    assert vote is not None and vote.likeness < 1.0

@@ -66,6 +66,10 @@ class Forecast:
     def __init__(self) -> None:
         self.chance = np.zeros((LAYERS, EXPERTS))
         self.priority = self.chance
+        self.waits: list[tuple[int, float]] = []
+
+    def note_waits(self, absent: int, stall_s: float) -> None:
+        self.waits.append((absent, stall_s))
 
     def next_uses(self) -> np.ndarray:
         return self.chance

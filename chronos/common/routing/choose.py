@@ -11,9 +11,10 @@ from pathlib import Path
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.layout import Layout
 from chronos.common.residency import LRU, Policy
-from chronos.common.routing.forecast import ForecastModel, find_forecast
+from chronos.common.routing.forecast import Forecaster, ForecastModel, find_forecast
 from chronos.common.routing.intent import INTENT, IntentModel
 from chronos.common.routing.predictor import DecayedUse, Intent, PredictorPolicy
+from chronos.common.routing.weigh import WeighedPolicy
 
 PREDICTORS = ("auto", "forecast", "lfu", "lru")
 
@@ -24,10 +25,11 @@ def check_predictor(name: str | Path) -> None:
         raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
 
 
-def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
-    """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
+def choose_policy(name: str | Path, layout: Layout, top_k: int, slots: int) -> Policy:
+    """A policy for a store of `slots`. name: one of PREDICTORS, or the path of a side file.
 
-    auto: the folder's forecaster if it has one of this model, else decayed frequency of use.
+    auto: the folder's forecaster, if it has one of this model, while that pays; else decayed
+    frequency of use.
     Raises UsageError, ShapeMismatch (a forecaster of another model) or CorruptFileError.
     """
     check_predictor(name)
@@ -43,11 +45,15 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
             "the model has no forecaster", str(layout.folder), f"chronos fit {layout.folder}"
         )
     try:
-        return _forecaster(path, layout, top_k)
+        forecaster = _forecaster(path, layout, top_k)
     except ShapeMismatch:
         if name == "auto":
             return _decayed_use(layout)
         raise
+    layers, intent = layout.moe_layers, _intent(path.parent, layout)
+    if name == "auto":
+        return WeighedPolicy(forecaster, layout.num_experts, slots, layers, intent)
+    return PredictorPolicy(forecaster, layers, intent)
 
 
 def _decayed_use(layout: Layout) -> PredictorPolicy:
@@ -56,11 +62,11 @@ def _decayed_use(layout: Layout) -> PredictorPolicy:
     return PredictorPolicy(predictor, layout.moe_layers, _intent(layout.folder, layout))
 
 
-def _forecaster(path: Path, layout: Layout, top_k: int) -> PredictorPolicy:
+def _forecaster(path: Path, layout: Layout, top_k: int) -> Forecaster:
     model = ForecastModel.load(path)
     rows = len(layout.moe_layers)
     model.check_fits(rows, layout.num_experts, top_k, layout.fingerprint, str(path))
-    return PredictorPolicy(model.predictor(), layout.moe_layers, _intent(path.parent, layout))
+    return model.predictor()
 
 
 def _intent(folder: Path, layout: Layout) -> Intent | None:

@@ -46,6 +46,7 @@ from chronos.common.schedule import learning_rate
 Progress = Callable[[int, int], None]
 _MAX_BYTES = 1 << 30  # of histories in memory; sequences beyond it are not trained on
 _AT_THE_END = 0.15  # of the samples lie at the end of a token: the moment recall is judged at
+_KNOWN_TOKENS = 1 << 16  # of training sequences that go into the side file
 _LEAST = 4 * HORIZON  # tokens that a part needs to be of any use
 _TURN = {3: 2, 8: 2, 5: 1}  # of every ten sequences: 2 for testing, 1 for validation
 
@@ -147,8 +148,14 @@ def fit(
             best = {name: value.copy() for name, value in average.items()}
         elif len(losses) - 1 - int(np.argmin(losses)) >= options.patience:
             break
-    best["blend"] = trust(ForecastModel(geometry, best), validation)
-    return Fitted(ForecastModel(geometry, best, fingerprint), losses[1:], time.monotonic() - begin)
+    model = ForecastModel(geometry, best, fingerprint, known(train))
+    best["blend"] = trust(model, validation)
+    return Fitted(model, losses[1:], time.monotonic() - begin)
+
+
+def known(train: RoutingTrace) -> NDArray[Any]:
+    """The last tokens of the training sequences, for a forecaster's memory."""
+    return train.ids_TLK[-_KNOWN_TOKENS:]
 
 
 def trust(model: ForecastModel, validation: RoutingTrace, every: int = 4) -> Floats:

@@ -39,10 +39,12 @@ from chronos.common.tensorfile import Header, read_header
 
 FORECAST = "forecast.safetensors"
 HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
-LAYERS_A_MOMENT = 4  # forecasts are renewed after so many layers: 6 times in a token of 24
+LAYERS_A_MOMENT = 4  # forecasts are renewed after so many layers,
+_MOMENTS = 6  # and at least so often in a token, or after each layer of fewer
 # Discounted uses a layer could have in turns 2 to HORIZON, as seen from turn 2.
 LATER = (1.0 - DISCOUNT ** (HORIZON - 1)) / (1.0 - DISCOUNT)
 _FORMAT, _VERSION = "chronos-forecast", "1"
+_KNOWN = "known"
 _SIZES = ("layers", "experts", "top_k", "hidden", "rank")
 
 
@@ -53,6 +55,7 @@ class ForecastModel:
     geometry: Geometry
     params: Params
     fingerprint: str = ""
+    known_TLK: NDArray[Any] | None = None  # routing it was trained on, for its memory
 
     def predictor(self) -> Forecaster:
         return Forecaster(self)
@@ -61,17 +64,26 @@ class ForecastModel:
         """Write the side file atomically."""
         sizes = {name: str(getattr(self.geometry, name)) for name in _SIZES}
         metadata = {"format": _FORMAT, "version": _VERSION, "fingerprint": self.fingerprint}
-        write_params(path, self.params, metadata | sizes)
+        known = {} if self.known_TLK is None else {_KNOWN: self.known_TLK}
+        write_params(path, known | self.params, metadata | sizes)
 
     @classmethod
     def load(cls, path: StrPath, io: FileIO | None = None) -> ForecastModel:
         """Read a side file strictly. Raises CorruptFileError naming the file and what is wrong."""
         header = read_header(path, io=io)
         geometry = _geometry(header, path)
-        found = {name: entry.shape for name, entry in header.entries.items()}
-        if found != geometry.shapes or any(e.dtype != "F32" for e in header.entries.values()):
+        found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+        wanted = {name: ("F32", shape) for name, shape in geometry.shapes.items()}
+        tokens = found[_KNOWN][1][0] if _KNOWN in found and found[_KNOWN][1] else 0
+        if tokens:
+            wanted[_KNOWN] = (_id_dtype(geometry), (tokens, geometry.layers, geometry.top_k))
+        if found != wanted:
             raise corrupt(path, "holds other tensors than a forecaster of its geometry has")
-        return cls(geometry, read_params(path, io), header.metadata.get("fingerprint", ""))
+        params = read_params(path, io)
+        known = params.pop(_KNOWN, None)
+        if known is not None and known.max() >= geometry.experts:
+            raise corrupt(path, "remembers experts that its geometry does not have")
+        return cls(geometry, params, header.metadata.get("fingerprint", ""), known)
 
     def check_fits(
         self, layers: int, experts: int, top_k: int, fingerprint: str = "", where: str = ""
@@ -88,6 +100,10 @@ class ForecastModel:
             )
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise ShapeMismatch("the forecaster was trained for other weights", where, fix)
+
+
+def _id_dtype(geometry: Geometry) -> str:
+    return "U8" if geometry.experts <= 256 else "U16"
 
 
 def _geometry(header: Header, path: StrPath) -> Geometry:
@@ -153,7 +169,7 @@ class Forecaster:
         L, E = geometry.layers, geometry.experts
         self.renews_after = renewals(L, moments)
         self._history = History(L, E, geometry.top_k)
-        self._memory = RoutingMemory(L, E, geometry.top_k, HORIZON, DISCOUNT)
+        self._memory = RoutingMemory(L, E, geometry.top_k, HORIZON, DISCOUNT, model.known_TLK)
         self._low_LR = np.zeros((L, geometry.rank), np.float32)
         self._joined_H = np.zeros(geometry.hidden, np.float32)  # low_LR through `join`
         self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
@@ -244,7 +260,7 @@ class Forecaster:
 
 def renewals(layers: int, moments: int = 0) -> set[int]:
     """Layers after which forecasts are renewed, the last one always among them."""
-    moments = min(moments or max(1, layers // LAYERS_A_MOMENT), layers)
+    moments = min(moments or max(_MOMENTS, layers // LAYERS_A_MOMENT), layers)
     return {round((i + 1) * layers / moments) - 1 for i in range(moments)}
 
 

@@ -1,33 +1,40 @@
 """Parameters of the small NumPy models of routing: kept as side files, stepped by Adam.
 
-Float32 tensors by name, in a safetensors file whose metadata says whose they are. Not known here:
+Float32 tensors by name (and ids beside them), in a safetensors file whose metadata says whose they
+are. Not known here:
 which names and shapes a model has; it checks the header before it reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chronos.common.fileio import FileIO, StrPath, corrupt
 from chronos.common.routing.network import Params
 from chronos.common.tensorfile import read_tensors, write_tensors
 
+DTYPES = {"F32": np.float32, "U8": np.uint8, "U16": np.uint16}  # by safetensors' names
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Arrays = Mapping[str, NDArray[Any]]
 
-def write_params(path: StrPath, params: Params, metadata: Mapping[str, str]) -> None:
+
+def write_params(path: StrPath, params: Arrays, metadata: Mapping[str, str]) -> None:
     """Write the side file atomically."""
     tensors = [
-        (name, "F32", value.shape, np.ascontiguousarray(value).data)
+        (name, _NAMES[value.dtype.type], value.shape, np.ascontiguousarray(value).data)
         for name, value in params.items()
     ]
     write_tensors(path, tensors, metadata)
 
 
-def read_params(path: StrPath, io: FileIO | None = None) -> Params:
-    """The tensors of a side file, all known to be F32. Raises CorruptFileError for a NaN."""
+def read_params(path: StrPath, io: FileIO | None = None) -> dict[str, NDArray[Any]]:
+    """The tensors of a side file, all known to be of DTYPES. Raises CorruptFileError for a NaN."""
     params = {
-        entry.name: np.frombuffer(view, np.float32).reshape(entry.shape)
+        entry.name: np.frombuffer(view, DTYPES[entry.dtype]).reshape(entry.shape)
         for entry, view in read_tensors(path, io=io)
     }
     if not all(np.isfinite(value).all() for value in params.values()):

@@ -104,6 +104,10 @@ class PredictorPolicy:
         if self._hope is not None:
             self._hope = self._hope * _FADING if self._hope.max() > _FORGOTTEN else None
 
+    def note_waits(self, absent: int, stall_s: float) -> None:
+        """A token found so many experts missing and waited so long for them: for policies that
+        weigh what their forecasts cost."""
+
     def begin_prompt(self) -> None:
         self._pass, self._priority = TokenClock(len(self._layers)), None
         self.forecasts = False  # what a chunk prefetches it is sure to need

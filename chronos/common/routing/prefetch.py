@@ -71,6 +71,7 @@ class Forecasts(Protocol):
     @property
     def priority(self) -> npt.NDArray[np.float64]: ...
     def next_uses(self) -> npt.NDArray[np.float64]: ...
+    def note_waits(self, absent: int, stall_s: float) -> None: ...
 
 
 class Source:
@@ -212,6 +213,8 @@ class Prefetcher:
             self._asked = {key: source for key, source in self._asked.items() if key in held}
         self._correct_used(now.prefetch_hits + now.late - before.prefetch_hits - before.late)
         self._note_wait(absent, now.stall_s - before.stall_s)
+        if self._forecasts is not None:
+            self._forecasts.note_waits(absent, now.stall_s - before.stall_s)
         reads = self._reader.stats
         link = reads.bytes_read / reads.busy_s if reads.busy_s else 0.0
         for source in self.sources.values():
