@@ -124,6 +124,18 @@ def test_a_guest_is_explained_then_packed_then_explained_again(
     assert chronos("verify", target, "--json").json["problems"] == []
 
 
+def test_what_no_library_runs_is_not_sent_on(
+    chronos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chronos.backends import libraries
+
+    monkeypatch.setattr(libraries, "_verdict", lambda *_: libraries.Verdict("not here", False))
+    source = tiny_guest(tmp_path / "src", config={"model_type": "unheard_of"})
+    data = chronos("inspect", source, "--json").json
+    assert data["runs_with"] == ["not here", "not here"] and "next" not in data
+    assert "not here" in chronos("inspect", source).out
+
+
 def test_packing_again_is_told_as_done_and_linking_saves_the_dense_part(
     chronos: Any, tmp_path: Path
 ) -> None:
