@@ -60,7 +60,7 @@ def pack(
 
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
-    folder = resolve_model(source, fetch=True)
+    folder = resolve_model(source, fetch=True, bars=output.draws())
     if calibrate and _streams_only(folder):
         report, choice = _calibrated(folder, to, calibrate, device, link)
     else:
