@@ -16,7 +16,7 @@ from chronos.common.routing.forecast import FORECAST, Forecaster, ForecastModel
 from chronos.common.routing.intent import INTENT, IntentModel
 from chronos.common.routing.network import Geometry, initial
 from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
-from chronos.testing.store_tests import EXPERTS, LAYERS, tiny_layout
+from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
 TOP_K = 2
 
