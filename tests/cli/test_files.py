@@ -49,6 +49,7 @@ def test_pack_by_a_trace_gives_its_reason_and_the_same_tokens(
     [
         (["--trace", "t.npz", "--calibrate", "stdlib"], 2, "exclude each other"),
         (["--trace", "absent.npz"], 3, "no such trace"),
+        (["--calibrate", "absent"], 3, "no such data"),
     ],
 )
 def test_pack_refuses(
@@ -57,6 +58,15 @@ def test_pack_refuses(
     done = chronos("pack", source, "-o", tmp_path / "packed", *args)
     assert done.code == code and words in done.error[0]
     assert not (tmp_path / "packed").exists()
+
+
+def test_data_that_is_not_there_is_told_before_a_guest_is_packed(
+    chronos: Any, tmp_path: Path
+) -> None:
+    source = tiny_guest(tmp_path / "src")
+    done = chronos("pack", source, "-o", tmp_path / "dst", "--calibrate", tmp_path / "absent")
+    assert done.code == 3 and "no such data" in done.error[0]
+    assert not (tmp_path / "dst").exists()
 
 
 def test_a_trace_of_another_model_is_refused(chronos: Any, source: Path, tmp_path: Path) -> None:

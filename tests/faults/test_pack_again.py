@@ -83,3 +83,14 @@ def test_the_destination_is_a_file(sharded, tmp_path):
     with pytest.raises(UsageError, match="is a file"):
         pack(sharded, tmp_path / "dst")
     assert (tmp_path / "dst").read_text() == "notes"
+
+
+def test_files_of_others_are_never_written_over(sharded, tmp_path):
+    """A folder of a project, say, named by mistake or by an empty variable."""
+    (sharded / "LICENSE").write_text("the model's")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/LICENSE").write_text("the project's")
+    with pytest.raises(UsageError, match="holds a LICENSE that was not"):
+        pack(sharded, tmp_path / "project")
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["LICENSE"]
+    assert (tmp_path / "project/LICENSE").read_text() == "the project's"

@@ -107,7 +107,7 @@ def pack(
             layout = _same_model(dst, model, clusters)
             _complete(src, dst, model, link, advance, io)
             return _already_packed(layout, model, began)
-        _refuse_foreign(dst, io)
+        _refuse_foreign(src, dst, io)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
         _place_dense(dst, model, link, advance, io)
         _copy_side_files(_side_files(src), dst, model.config, io)
@@ -220,15 +220,21 @@ def _existing_nbytes(dst: Path) -> int:
     return sum(path.stat().st_size for path in written)
 
 
-def _refuse_foreign(dst: Path, io: FileIO) -> None:
+def _refuse_foreign(src: Path, dst: Path, io: FileIO) -> None:
     """Go on in an empty folder or where an unfinished run left off, never over other files.
 
     Raises UsageError: the dense part is written first, so what has none of ours is not ours.
     """
-    ours = is_unfinished(dst, io)
-    if not ours and ((dst / "config.json").exists() or any(dst.glob("*.safetensors*"))):
+    if is_unfinished(dst, io):
+        return
+    written = ["config.json", *(path.name for path in _side_files(src))]
+    there = [dst / name for name in written if (dst / name).exists()]
+    if there or any(dst.glob("*.safetensors*")):
+        model = (dst / "config.json").exists() or not there
         raise UsageError(
-            "the destination holds a model that was not packed by Chronos",
+            "the destination holds a model that was not packed by Chronos"
+            if model
+            else f"the destination holds a {there[0].name} that was not written by Chronos",
             str(dst),
             "choose an empty or a new folder: its files would be overwritten",
         )
