@@ -17,77 +17,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench import capped, checkpoint
+from bench.shards import Shape, random_tensors, write_shards
 from chronos.common.budget import parse_budget
 from chronos.common.fileio import drop_page_cache
 from chronos.common.layout import open_layout
-from chronos.common.tensorfile import write_tensors
 
 _GEOMETRY = {"layers": 16, "experts": 64, "top_k": 4, "hidden": 1024, "expert_hidden": 768}
 _GB = 1_000_000_000
 
-Shapes = dict[str, tuple[int, ...]]
 
-
-def shards(layers: int, experts: int, hidden: int, expert_hidden: int) -> Iterator[Shapes]:
-    """Names and shapes of a Qwen3-MoE checkpoint: one shard of what is around, one a layer."""
+def shapes(
+    layers: int, experts: int, hidden: int, expert_hidden: int
+) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of a Qwen3-MoE checkpoint."""
     table = (checkpoint.VOCABULARY, hidden)
-    yield {
-        "model.embed_tokens.weight": table,
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": table,
-    }
+    yield from (("model.embed_tokens.weight", table), ("lm_head.weight", table))
+    yield "model.norm.weight", (hidden,)
     for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes: Shapes = {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            "self_attn.q_norm.weight": (64,),
-            "self_attn.k_norm.weight": (64,),
-            "self_attn.q_proj.weight": (hidden, hidden),
-            "self_attn.k_proj.weight": (hidden // 2, hidden),
-            "self_attn.v_proj.weight": (hidden // 2, hidden),
-            "self_attn.o_proj.weight": (hidden, hidden),
-            "mlp.gate.weight": (experts, hidden),
-        }
+        at = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}{name}.weight", (hidden,)
+        yield from ((f"{at}self_attn.{name}_norm.weight", (64,)) for name in "qk")
+        yield from ((f"{at}self_attn.{name}_proj.weight", (hidden, hidden)) for name in "qo")
+        yield from ((f"{at}self_attn.{name}_proj.weight", (hidden // 2, hidden)) for name in "kv")
+        yield f"{at}mlp.gate.weight", (experts, hidden)
         for expert in range(experts):
+            one = f"{at}mlp.experts.{expert}."
             for part in ("gate", "up"):
-                shapes[f"mlp.experts.{expert}.{part}_proj.weight"] = (expert_hidden, hidden)
-            shapes[f"mlp.experts.{expert}.down_proj.weight"] = (hidden, expert_hidden)
-        yield {prefix + name: shape for name, shape in shapes.items()}
+                yield f"{one}{part}_proj.weight", (expert_hidden, hidden)
+            yield f"{one}down_proj.weight", (hidden, expert_hidden)
 
 
 def write_random(folder: Path) -> None:
-    """bfloat16: ones in the norms, else pieces of one pool of normals of 0.02."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = checkpoint.config(**_GEOMETRY)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     checkpoint.save_sides(folder)
-    normals = np.random.default_rng(0).normal(0, 0.02, 4 << 20).astype(np.float32)
-    pool = (normals.view(np.uint32) >> 16).astype(np.uint16)
     sizes = {name: size for name, size in _GEOMETRY.items() if name != "top_k"}
-    where: dict[str, str] = {}
-    for number, shapes in enumerate(shards(**sizes)):
-        name = f"model-{number:05}.safetensors"
-        where |= dict.fromkeys(shapes, name)
-        write_tensors(folder / name, tensors(shapes, pool), {"format": "pt"})
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def tensors(
-    shapes: Shapes, pool: np.ndarray[Any, Any]
-) -> list[tuple[str, str, tuple[int, ...], memoryview]]:
-    ones, made = np.full(1 << 16, 0x3F80, np.uint16), []
-    for number, (name, shape) in enumerate(shapes.items()):
-        count = int(np.prod(shape))
-        start = 4099 * number % (len(pool) - count)
-        data = ones[:count] if name.endswith("norm.weight") else pool[start : start + count]
-        made.append((name, "BF16", shape, data.view(np.uint8).data))
-    return made
+    write_shards(folder, random_tensors(shapes(**sizes)), "bfloat16")
 
 
 def pack(source: Path, packed: Path) -> dict[str, Any]:

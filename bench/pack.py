@@ -22,13 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
-from chronos.common.tensorfile import tensor_nbytes, write_tensors
+from bench.shards import Shape, random_tensors, write_shards
+from chronos.common.tensorfile import tensor_nbytes
 
 LAYERS, EXPERTS, D, F = 8, 32, 1024, 768  # records of 4.7 MB in bfloat16, 1.2 GB in all
-SHARDS = 4
-Shape = tuple[int, ...]
+SHARDS = 4  # or one more: a tensor is not parted
 
 
 def tensors(style: str) -> Iterator[tuple[str, Shape]]:
@@ -52,18 +50,9 @@ def make(folder: Path, style: str) -> Path:
     """A checkpoint of random finite values; one that is there is used again."""
     if (folder / "config.json").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    items = list(tensors(style))
-    largest = max(tensor_nbytes("BF16", shape) for _, shape in items)
-    pool = np.random.default_rng(0).integers(0, 0x3F80, largest // 2, np.uint16).view(np.uint8)
-    where = {}
-    for shard in range(SHARDS):
-        name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        part = items[shard * len(items) // SHARDS : (shard + 1) * len(items) // SHARDS]
-        data = [(n, "BF16", s, pool[: tensor_nbytes("BF16", s)].data) for n, s in part]
-        write_tensors(folder / name, data, {"format": "pt"})
-        where.update(dict.fromkeys([n for n, _ in part], name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shapes = list(tensors(style))
+    nbytes = sum(tensor_nbytes("BF16", shape) for _, shape in shapes)
+    write_shards(folder, random_tensors(shapes), "bfloat16", nbytes // SHARDS)
     config = {
         "model_type": "bench", "vocab_size": 32_000, "max_position_embeddings": 4096,
         "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": 4,

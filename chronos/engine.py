@@ -25,6 +25,7 @@ from chronos.common.fileio import FileIO
 from chronos.common.files import RangedReader
 from chronos.common.guest import Geometry, GuestConfig, end_ids, read_config
 from chronos.common.layout import is_packed, open_layout
+from chronos.common.layout.folder import refuse_unfinished
 from chronos.common.layout.source import open_source
 from chronos.common.routing.choose import check_predictor, choose_policy
 from chronos.common.routing.predictor import PredictorPolicy
@@ -319,6 +320,7 @@ def _open_layout(
     folder: Path, config: ModelConfig | GuestConfig, budget: str | int, allow_missing: bool
 ) -> Layout | None:
     """The packed experts, or None where the model is to hold them itself."""
+    refuse_unfinished(folder)
     if budget == RESIDENT:
         return None
     if is_packed(folder):

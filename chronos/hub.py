@@ -7,10 +7,11 @@ Nothing is imported or asked before an id is named. Not covered: revisions other
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
-from chronos.common.errors import MissingBackendError, ResourceError, UsageError
+from chronos.common.errors import DiskFullError, MissingBackendError, ResourceError, UsageError
 from chronos.common.layout.pack import SIDE_FILES
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -24,21 +25,30 @@ def is_model_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and ".." not in text
 
 
-def snapshot(model_id: str, *, fetch: bool) -> Path:
+def snapshot(model_id: str, *, fetch: bool, bars: bool = False) -> Path:
     """The folder of a model's files in the hub's cache; with `fetch` they are brought up to date.
 
-    Without a network, or with HF_HUB_OFFLINE, what is in the cache serves. Raises UsageError where
-    nothing is there, ResourceError where the hub refuses, MissingBackendError without the library.
+    Without a network, or with HF_HUB_OFFLINE, what is in the cache serves. bars: the library may
+    draw how far it is. Raises UsageError where nothing is there or the hub knows no such id,
+    ResourceError where it refuses or the download breaks off, DiskFullError, and
+    MissingBackendError without the library.
     """
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise MissingBackendError(
             f"there is no folder {model_id!r}, and models of the hub need huggingface_hub",
             "",
             "pip install 'chronos-moe[guests]'",
         ) from None
+    if fetch and not bars:
+        disable_progress_bars()
     try:
         found = snapshot_download(
             model_id, allow_patterns=list(PATTERNS), local_files_only=not fetch
@@ -52,13 +62,30 @@ def snapshot(model_id: str, *, fetch: bool) -> Path:
             if fetch
             else f"fetch and pack it: chronos pack {model_id} -o {name}-packed",
         ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ResourceError(
+    except (HfHubHTTPError, ValueError) as error:
+        absent = type(error) is RepositoryNotFoundError  # a gated one is a subclass
+        raise (UsageError if absent else ResourceError)(
             f"the hub did not give {model_id!r}: {_first_line(error)}",
             "",
             "is it spelled so, and may you read it? (`hf auth login`)",
         ) from None
+    except Exception as error:  # of the disk, or of whichever HTTP client the library has
+        raise _broken_off(model_id, error) from error
     return Path(found)
+
+
+def _broken_off(model_id: str, error: Exception) -> ResourceError:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"no room for the files of {model_id!r}: {_first_line(error)}",
+            "",
+            "free some, or let HF_HOME name a folder on another disk",
+        )
+    return ResourceError(
+        f"the download of {model_id!r} broke off: {_first_line(error)}",
+        "",
+        "the same command again goes on with the files that are missing",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,19 +10,19 @@ DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parent / "assets" / "demo"
 
 
-def resolve_model(model: str | Path, *, fetch: bool = False) -> Path:
+def resolve_model(model: str | Path, *, fetch: bool = False, bars: bool = False) -> Path:
     """The folder MODEL stands for. A folder called `demo` beside you needs `./demo`.
 
     A folder wins over an id of the hub; with `fetch` an id's files are downloaded, otherwise they
-    must be in the hub's cache. Raises UsageError where there is no such folder or it holds no
-    config.json, and what `chronos.hub.snapshot` does.
+    must be in the hub's cache. bars: a download may be drawn. Raises UsageError where there is no
+    such folder or it holds no config.json, and what `chronos.hub.snapshot` does.
     """
     folder = _DEMO_FOLDER if str(model) == DEMO else Path(model).expanduser()
     if not folder.exists() and isinstance(model, str):
         from chronos import hub
 
         if hub.is_model_id(model):
-            folder = hub.snapshot(model, fetch=fetch)
+            folder = hub.snapshot(model, fetch=fetch, bars=bars)
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise UsageError(

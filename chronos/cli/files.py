@@ -56,11 +56,14 @@ def pack(
     printed and kept in the manifest. An interrupted run continues where it stopped.
     """
     from chronos.common.layout import open_layout
+    from chronos.evaluate import documents_of
     from chronos.models import resolve_model
 
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
-    folder = resolve_model(source, fetch=True)
+    if calibrate:  # a misspelt name is told now, and not when all is packed
+        documents_of(calibrate)
+    folder = resolve_model(source, fetch=True, bars=output.draws())
     if calibrate and _streams_only(folder):
         report, choice = _calibrated(folder, to, calibrate, device, link)
     else:

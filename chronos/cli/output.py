@@ -90,13 +90,18 @@ def table(
     console().print(grid)
 
 
+def draws() -> bool:
+    """Whether bars are drawn: neither with -q nor without a terminal."""
+    return not _state.quiet and sys.stderr.isatty()
+
+
 @contextmanager
 def progress(label: str, *, rate: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields `update(done, total)`. Nothing with -q or without a terminal.
+    """A bar on stderr; yields `update(done, total)`. Nothing where nothing `draws`.
 
     rate: what is counted are bytes; show how many a second.
     """
-    if _state.quiet or not sys.stderr.isatty():
+    if not draws():
         yield lambda done, total: None
         return
     from rich.progress import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import shutil
 from pathlib import Path
@@ -14,11 +13,6 @@ from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.files import PANEL, PathArg, path_of
 from chronos.cli.options import JsonOptions
-
-# Package, where it keeps an architecture, and what is shown; by whose records they are.
-_TRANSFORMERS = ("transformers", "models/{}/__init__.py", "Transformers on torch")
-_MLX_LM = ("mlx_lm", "models/{}.py", "MLX-LM on mlx")
-_LIBRARIES = {"transformers": (_TRANSFORMERS, _MLX_LM), "mlx": (_MLX_LM,)}
 
 
 @command("inspect", panel=PANEL)
@@ -34,14 +28,17 @@ def inspect(
 
     Reads headers only, of a folder of any kind, before packing or after.
     """
+    from chronos.backends.libraries import who_runs
     from chronos.common.layout import inspect as look
 
     place = path_of(path)
     data = look(place, budgets=[budget]) if budget else look(place)
     if place.is_dir():
         data |= _fit(place, data)
-        data["runs_with"] = _libraries(data["model_type"], data["dialect"])
-        data["next"] = _next(path, data)
+        libraries = who_runs(data["model_type"], data["dialect"])
+        data["runs_with"] = [library.text for library in libraries]
+        if any(library.may_run for library in libraries):
+            data["next"] = _next(path, data)
     if out.json:
         output.print_json(data)
         return
@@ -65,24 +62,6 @@ def _fit(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
         return fit
     room = shutil.disk_usage(folder.resolve().parent).free
     return fit | {"disk_free_bytes": room, "fits_disk": total <= room}
-
-
-def _libraries(model_type: str, dialect: str) -> list[str]:
-    """Who builds this model; one whose installed version has no such architecture says so."""
-    if dialect == "chronos":
-        return ["Chronos"]
-    return [_library(model_type, *known) for known in _LIBRARIES[dialect]]
-
-
-def _library(model_type: str, package: str, place: str, label: str) -> str:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return f"{label} (not installed: pip install 'chronos-moe[guests]')"
-    home = Path(spec.submodule_search_locations[0])
-    names = (model_type, model_type.removesuffix("_text"))
-    if any((home / place.format(name)).is_file() for name in names):
-        return label
-    return f"{label}, if it knows {model_type} under another name"
 
 
 def _next(path: str, data: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ def trace(
     ] = 0,
 ) -> None:
     """Record which experts each token of a text is routed to."""
+    if to.is_dir() or not to.parent.is_dir():  # now, and not when all is recorded
+        raise UsageError("the trace cannot be written there", str(to), "name a file in a folder")
     with run.open(model) as engine:
         recorded = record(engine, model, data, max_tokens, seq_len, new_tokens)
     recorded.save(to)

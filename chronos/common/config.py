@@ -138,7 +138,11 @@ class ModelConfig:
     @classmethod
     def from_json(cls, source: dict[str, Any] | str | Path) -> ModelConfig:
         """Read a config from its JSON object, file or model folder. Raises ConfigError."""
-        data, where = load_config(source)
+        return cls.parse(*load_config(source))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str) -> ModelConfig:
+        """The config in a JSON object that came from `where`. Raises ConfigError."""
         if data.get("model_type") != MODEL_TYPE:
             raise ConfigError(
                 f"model_type is {data.get('model_type')!r}, not {MODEL_TYPE!r}", where

@@ -110,7 +110,11 @@ class GuestConfig:
         Raises ConfigError, naming the key, for `auto_map`, a model without routed experts and
         counts that are missing or out of range.
         """
-        data, where = load_config(source)
+        return cls.parse(*load_config(source))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str) -> GuestConfig:
+        """The counts in a JSON object that came from the file `where` ("": from none)."""
         model_type = data.get("model_type")
         if not isinstance(model_type, str) or not model_type:
             raise ConfigError("config.json names no model_type", where)
@@ -121,7 +125,7 @@ class GuestConfig:
         return cls(
             model_type=model_type,
             num_shared_experts=_shared(flat, model_type),
-            dtype=_dtype(flat, source, where),
+            dtype=_dtype(flat, where),
             quantization=_quantization(flat, where),
             **counts,
         )
@@ -129,9 +133,9 @@ class GuestConfig:
 
 def read_config(folder: str | Path) -> ModelConfig | GuestConfig:
     """The config of a model folder, ours or another library's. Raises ConfigError."""
-    data, _ = load_config(folder)
+    data, where = load_config(folder)
     kind = ModelConfig if data.get("model_type") == MODEL_TYPE else GuestConfig
-    return kind.from_json(folder)
+    return kind.parse(data, where)
 
 
 def end_ids(folder: str | Path) -> frozenset[int]:
@@ -188,10 +192,10 @@ def _shared(data: dict[str, Any], model_type: str) -> int:
     return int(wide or model_type in _ALWAYS_SHARED)
 
 
-def _dtype(data: dict[str, Any], source: dict[str, Any] | str | Path, where: str) -> str:
+def _dtype(data: dict[str, Any], where: str) -> str:
     """As the file says, else as the first of the floating tensors is stored."""
     name = data.get("dtype") or data.get("torch_dtype")
-    if name is None and not isinstance(source, dict):
+    if name is None and where:
         stored = [entry.dtype for _, entry in locate_tensors(Path(where).parent).values()]
         name = next((_DTYPES[dtype] for dtype in stored if dtype in _DTYPES), None)
     name = str(name or "float32").removeprefix("torch.")

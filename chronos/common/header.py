@@ -24,6 +24,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_FOREIGN = "is it a safetensors file?"
 
 
 class TensorEntry(NamedTuple):
@@ -76,14 +77,15 @@ def read_header(
     with SmallReader(os.path.realpath(path) if follow else path, io) as file:
         length: int = struct.unpack("<Q", file.read(0, 8))[0]
         if length > max_header:
-            raise corrupt(path, f"has a header of {length} bytes; at most {max_header} are allowed")
+            what = f"has a header of {length} bytes; at most {max_header} are allowed"
+            raise corrupt(path, what, _FOREIGN)
         return parse_header(file.read(8, length), file.nbytes, path)
 
 
 def parse_header(raw: bytes, file_bytes: int, path: StrPath = "header") -> Header:
     """Check the JSON part of a header against the size of its file. Raises CorruptFileError."""
     if raw[:1] != b"{":
-        raise corrupt(path, "has a header that does not start with '{'")
+        raise corrupt(path, "has a header that does not start with '{'", _FOREIGN)
     try:
         fields = load_json(raw)
         metadata = fields.pop("__metadata__", None)
@@ -93,9 +95,13 @@ def parse_header(raw: bytes, file_bytes: int, path: StrPath = "header") -> Heade
             raise ValueError("__metadata__ must map strings to strings")
         entries = [_entry(name, value, 8 + len(raw)) for name, value in fields.items()]
         entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-        _check_cover(entries, 8 + len(raw), file_bytes)
+        end = _check_cover(entries, 8 + len(raw))
     except (ValueError, RecursionError) as error:
         raise corrupt(path, f"has a bad header: {error}") from error
+    if end != file_bytes:
+        state = "is cut short" if end > file_bytes else "goes on after its last tensor"
+        what = f"{state}: {end} bytes wanted, {file_bytes} bytes there"
+        raise corrupt(path, what, "copy or download it again")
     return Header({entry.name: entry for entry in entries}, metadata, 8 + len(raw), file_bytes)
 
 
@@ -156,14 +162,14 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_cover(entries: list[TensorEntry], position: int, file_bytes: int) -> None:
+def _check_cover(entries: list[TensorEntry], position: int) -> int:
+    """The end of the last tensor, if each begins where the one before it ends."""
     for entry in entries:
         if entry.offset != position:
             kind = "overlaps the tensor" if entry.offset < position else "leaves a hole"
             raise ValueError(f"tensor {entry.name!r} {kind} before it")
         position += entry.nbytes
-    if position != file_bytes:
-        raise ValueError(f"{position} bytes wanted, {file_bytes} bytes there")
+    return position
 
 
 def is_plain_name(name: str, suffix: str) -> bool:

@@ -88,6 +88,8 @@ def locate_tensors(folder: StrPath, io: FileIO | None = None) -> dict[str, Locat
     located: dict[str, Located] = {}
     for shard in sorted(set(shards.values())):
         real = Path(os.path.realpath(Path(folder) / shard))
+        if not real.exists():
+            raise corrupt(index, f"names {shard}, which is not there", "copy or download it too")
         for name, entry in read_header(real, io=io).entries.items():
             if shards.get(name) != shard:
                 raise corrupt(index, f"does not say that {shard} holds tensor {name!r}")

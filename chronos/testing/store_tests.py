@@ -1,173 +1,28 @@
 """StoreTests: what every backend's expert store must do. Subclass it with a `backend` fixture.
 
-`backend` needs `open_store(layout, capacity_bytes, *, top_k, miss, policy, reader)`. Reads go
-through a `GatedIO`, which holds them back, fails them or delays them, so "in flight" is a state a
-test sets up and not a matter of timing. Experts are float32 and differ in every value.
+`backend` needs `open_store(layout, capacity_bytes, *, top_k, miss, policy, reader)`. Here is what a
+store delivers, keeps, reads ahead and counts; that it survives failures is inherited
+(`store_faults`), and both stand on `store_rig`.
 Not covered: speed, and how bytes reach an accelerator.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 
-from chronos.common.errors import BudgetError, CorruptClusterError, StoreError
-from chronos.common.files import ALIGN, FileIO, RangedReader
-from chronos.common.layout.folder import Layout
-from chronos.common.layout.manifest import TENSOR_ALIGN, Manifest, Record, RecordTensor
-from chronos.common.residency import Key
-from chronos.common.weights import EXPERT_TENSORS
-
-LAYERS, EXPERTS, D, F = 3, 8, 8, 12
-_PATIENCE_S = 20  # long enough for any machine; only a broken store waits for it
+from chronos.common.errors import BudgetError, StoreError
+from chronos.testing.store_faults import StoreFaultTests
+from chronos.testing.store_rig import EXPERTS, LAYERS, Ranking, check, tiny_layout, until
 
 
-def expected(key: Key) -> tuple[np.ndarray, np.ndarray]:
-    """gate_up [2F, D] and down [D, F] of an expert: values that name their key and their place."""
-    base = 1000.0 * (key[0] * EXPERTS + key[1])
-    gate_up = base + np.arange(2 * F * D, dtype=np.float32).reshape(2 * F, D)
-    down = base + 500 + np.arange(D * F, dtype=np.float32).reshape(D, F)
-    return gate_up, down
-
-
-def tiny_layout(folder: Path, layers: int = LAYERS, experts: int = EXPERTS) -> Layout:
-    """A layout over one file of records, without the container around them."""
-    name, records, data = "records.ctsr", {}, bytearray(ALIGN)
-    for key in [(layer, expert) for layer in range(layers) for expert in range(experts)]:
-        tensors, body = [], bytearray()
-        for tensor, array in zip(EXPERT_TENSORS, expected(key), strict=True):
-            body += bytes(-len(body) % TENSOR_ALIGN)
-            tensors.append(RecordTensor(tensor, "F32", array.shape, len(body)))
-            body += array.tobytes()
-        body += bytes(-len(body) % ALIGN)
-        digest = xxhash.xxh3_128_digest(bytes(body))
-        records[key] = Record(key, name, len(data), len(body), digest, tuple(tensors))
-        data += body
-    layout = Layout(folder, Manifest("tiny", {}, {name: len(data)}, records))
-    layout.files[0].parent.mkdir(parents=True, exist_ok=True)
-    layout.files[0].write_bytes(data)
-    return layout
-
-
-class GatedIO(FileIO):
-    """Reads wait for `gate`; offsets in `broken` fail; `delay` seconds each. Keeps the order."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.broken: set[int] = set()
-        self.delay: Callable[[], float] | None = None
-        self.begun: list[int] = []  # offsets, in order of arrival at the disk
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self.begun.append(offset)
-        if not self.gate.wait(_PATIENCE_S):
-            raise OSError(errno.ETIMEDOUT, "the gate stayed shut")
-        if self.delay is not None:
-            time.sleep(self.delay())
-        if offset in self.broken:
-            raise OSError(errno.ENXIO, "broken on purpose")
-        return super().preadv(fd, buffers, offset)
-
-
-class Ranking:
-    """A forecasting policy whose ranks a test sets; `told` is what it was told."""
-
-    forecasts = True
-
-    def __init__(self) -> None:
-        self.priority = np.zeros((LAYERS, EXPERTS))
-        self.told: list[Any] = []
-
-    def observe(self, layer: int, experts: object) -> None:
-        self.told.append(layer)
-
-    def end_token(self) -> None:
-        self.told.append("token")
-
-    def begin_prompt(self) -> None:
-        self.told.append("begin")
-
-    def end_prompt(self, ids_TLK: np.ndarray) -> None:
-        self.told.append("end")
-
-
-@dataclass
-class Opened:
-    """A store under test and what surrounds it."""
-
-    store: Any
-    layout: Layout
-    io: GatedIO
-    reader: RangedReader
-
-    def take(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Acquire, check every value, and return the ids in the order they came."""
-        order = []
-        for expert, weights in self.store.acquire(layer, experts):
-            check((layer, expert), weights)
-            order.append(expert)
-        return order
-
-    def offset(self, key: Key) -> int:
-        return self.layout.records[key].offset
-
-    def settle(self) -> None:
-        """Wait until no read is under way, and no copy where the store under test has copies."""
-        until(lambda: self.reader.queue_depth() == 0)
-        getattr(self.store, "drain", lambda: None)()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must become true."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
-
-
-def check(key: Key, weights: Any) -> None:
-    assert weights is not None, f"{key} was not delivered"
-    for have, want in zip(weights, expected(key), strict=True):
-        np.testing.assert_array_equal(np.asarray(have), want, err_msg=f"bytes of {key}")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-
-
-class StoreTests:
-    """Every test opens its own store; `slots` is the budget in experts."""
-
-    @contextlib.contextmanager
-    def open(
-        self, backend: Any, folder: Path, slots: int, threads: int = 2, **options: Any
-    ) -> Iterator[Opened]:
-        layout, io = tiny_layout(folder), GatedIO()
-        with RangedReader(threads=threads, chunk_bytes=ALIGN, io=io) as reader:
-            store = self.open_store(
-                backend, layout, slots * layout.record_nbytes, reader=reader, **options
-            )
-            try:
-                yield Opened(store, layout, io, reader)
-            finally:
-                io.gate.set()
-                store.close()
-
-    def open_store(self, backend: Any, layout: Layout, capacity: int, **options: Any) -> Any:
-        return backend.open_store(layout, capacity, **options)
+class StoreTests(StoreFaultTests):
+    """All that is asked of a store; `open` and `open_store` may be overridden."""
 
     # What acquire delivers
 
@@ -442,99 +297,3 @@ class StoreTests:
             stats = o.store.stats()
             assert (stats.late, stats.misses, stats.hits, stats.fallbacks) == (1, 1, 2, 2)
             assert stats.fallback_weight == 0.25
-
-    # Faults
-
-    def test_a_failed_read_leaves_the_store_usable(self, backend: Any, tmp_path: Path) -> None:
-        with self.open(backend, tmp_path, slots=3) as o:
-            o.io.broken = {o.offset((0, 1))}
-            for _ in range(3):
-                with pytest.raises(StoreError, match="broken on purpose"):
-                    o.take(0, [0, 1, 2])
-                o.settle()
-                assert (0, 1) not in o.store.resident()
-                assert sorted(o.take(1, [0, 1, 2])) == [0, 1, 2]
-            o.io.broken = set()
-            assert sorted(o.take(0, [0, 1, 2])) == [0, 1, 2]
-
-    def test_a_failed_prefetch_is_told_only_when_needed(self, backend: Any, tmp_path: Path) -> None:
-        with self.open(backend, tmp_path, slots=3) as o:
-            o.io.broken = {o.offset((0, 1))}
-            o.store.prefetch([(0, 1)])
-            o.settle()
-            assert sorted(o.take(0, [0, 2])) == [0, 2]
-            with pytest.raises(StoreError, match="broken on purpose"):
-                o.take(0, [1])
-            o.io.broken = set()
-            assert o.take(0, [1]) == [1]
-
-    def test_a_late_prefetch_that_fails_raises(self, backend: Any, tmp_path: Path) -> None:
-        with self.open(backend, tmp_path, slots=3) as o:
-            o.io.broken = {o.offset((0, 1))}
-            o.io.gate.clear()
-            o.store.prefetch([(0, 1)])
-            items = o.store.acquire(0, [1, 2])
-            o.io.gate.set()
-            with pytest.raises(StoreError, match="broken on purpose"):
-                list(items)
-            assert sorted(o.take(1, [0, 1, 2])) == [0, 1, 2]
-
-    def test_corrupt_bytes_are_never_delivered(self, backend: Any, tmp_path: Path) -> None:
-        with self.open(backend, tmp_path, slots=3) as o:
-            record = o.layout.records[1, 3]
-            with open(o.layout.path((1, 3)), "r+b") as file:
-                file.seek(record.offset + 100)
-                file.write(b"\xff")
-            with pytest.raises(CorruptClusterError, match="expert 3"):
-                o.take(1, [3])
-            assert o.take(1, [2]) == [2]
-
-    def test_the_same_bytes_under_latency(self, backend: Any, tmp_path: Path) -> None:
-        """Prefetches from another thread, reads that end in any order, small budgets."""
-        draw, stop = random.Random(3), threading.Event()
-        with self.open(backend, tmp_path, slots=4, threads=3) as o:
-            o.io.delay = lambda: draw.random() * 0.003
-
-            def hints() -> None:
-                while not stop.wait(0.0005):
-                    o.store.prefetch([(draw.randrange(LAYERS), draw.randrange(EXPERTS))])
-
-            thread = threading.Thread(target=hints)
-            thread.start()
-            try:
-                for _ in range(60):
-                    experts = draw.sample(range(EXPERTS), draw.randrange(1, 6))
-                    assert sorted(o.take(draw.randrange(LAYERS), experts)) == sorted(experts)
-                    o.store.end_token()
-            finally:
-                stop.set()
-                thread.join()
-
-    # The end
-
-    def test_close_leaks_no_thread_and_no_file(self, backend: Any, tmp_path: Path) -> None:
-        layout = tiny_layout(tmp_path)
-        threads, files = threading.active_count(), descriptors()
-        for use in (False, True):
-            store = self.open_store(backend, layout, 4 * layout.record_nbytes)
-            if use:
-                store.prefetch([(1, expert) for expert in range(EXPERTS)])
-                assert len(list(store.acquire(0, [0, 1]))) == 2
-            store.close()
-            store.close()
-            assert (threading.active_count(), descriptors()) == (threads, files)
-            with pytest.raises(StoreError, match="closed"):
-                list(store.acquire(0, [0]))
-            assert store.prefetch([(0, 3)]) == 0
-
-    def test_close_with_reads_in_flight(self, backend: Any, tmp_path: Path) -> None:
-        with self.open(backend, tmp_path, slots=4) as o:
-            o.io.gate.clear()
-            o.store.prefetch([(1, 0), (1, 1)])
-            items = o.store.acquire(0, [0, 1])
-            until(lambda: o.io.begun != [])
-            threading.Timer(0.02, o.io.gate.set).start()
-            o.store.close()
-            assert o.reader.queue_depth() == 0
-            with pytest.raises(StoreError, match="closed"):
-                list(items)

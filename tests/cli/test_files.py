@@ -49,6 +49,7 @@ def test_pack_by_a_trace_gives_its_reason_and_the_same_tokens(
     [
         (["--trace", "t.npz", "--calibrate", "stdlib"], 2, "exclude each other"),
         (["--trace", "absent.npz"], 3, "no such trace"),
+        (["--calibrate", "absent"], 3, "no such data"),
     ],
 )
 def test_pack_refuses(
@@ -57,6 +58,15 @@ def test_pack_refuses(
     done = chronos("pack", source, "-o", tmp_path / "packed", *args)
     assert done.code == code and words in done.error[0]
     assert not (tmp_path / "packed").exists()
+
+
+def test_data_that_is_not_there_is_told_before_a_guest_is_packed(
+    chronos: Any, tmp_path: Path
+) -> None:
+    source = tiny_guest(tmp_path / "src")
+    done = chronos("pack", source, "-o", tmp_path / "dst", "--calibrate", tmp_path / "absent")
+    assert done.code == 3 and "no such data" in done.error[0]
+    assert not (tmp_path / "dst").exists()
 
 
 def test_a_trace_of_another_model_is_refused(chronos: Any, source: Path, tmp_path: Path) -> None:
@@ -122,6 +132,18 @@ def test_a_guest_is_explained_then_packed_then_explained_again(
     assert after["next"].startswith(f"chronos generate {target} --budget 25%")
     assert "12.5%" in chronos("inspect", target).out
     assert chronos("verify", target, "--json").json["problems"] == []
+
+
+def test_what_no_library_runs_is_not_sent_on(
+    chronos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chronos.backends import libraries
+
+    monkeypatch.setattr(libraries, "_verdict", lambda *_: libraries.Verdict("not here", False))
+    source = tiny_guest(tmp_path / "src", config={"model_type": "unheard_of"})
+    data = chronos("inspect", source, "--json").json
+    assert data["runs_with"] == ["not here", "not here"] and "next" not in data
+    assert "not here" in chronos("inspect", source).out
 
 
 def test_packing_again_is_told_as_done_and_linking_saves_the_dense_part(

@@ -80,6 +80,15 @@ def test_trace_and_eval(chronos: Any, guest: Path, text: Path, tmp_path: Path) -
     assert data["lookahead_recall"] == [] and 0 < data["locality"]["entropy"]
 
 
+@pytest.mark.parametrize("name", ["absent/t.npz", "."])
+def test_a_trace_that_could_not_be_saved_is_not_recorded(
+    chronos: Any, guest: Path, text: Path, tmp_path: Path, name: str
+) -> None:
+    done = chronos("trace", guest, "--data", text, "-o", tmp_path / name, "-n", 30)
+    assert done.code == 2 and "cannot be written there" in done.error[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bench_compares_with_the_resident_guest(chronos: Any, guest: Path) -> None:
     pytest.importorskip("torch", reason="a packed guest is resident on torch only")
     flags = ("--budgets", "50%", "--rounds", 1, "-n", 4, "--backend", "torch", "--json")

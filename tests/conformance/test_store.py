@@ -27,7 +27,7 @@ class TestFakeStore(StoreTests):
 def test_the_suite_notices(
     wrong: type[FakeStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chronos.testing.store_tests._PATIENCE_S", 0.5)
+    monkeypatch.setattr("chronos.testing.store_rig._PATIENCE_S", 0.5)
     test = getattr(StoreTests(), WRONG[wrong])
     with pytest.raises((Exception, pytest.fail.Exception)):
         test(FakeBackend(wrong), tmp_path)

@@ -50,6 +50,14 @@ def test_s1_truncation_is_named_with_both_sizes(healthy, part):
         list(read_tensors(healthy))
 
 
+@pytest.mark.parametrize(("more", "words"), [(-1, "is cut short"), (1, "goes on after its last")])
+def test_s1_data_of_another_length_is_no_fault_of_the_header(healthy, more, words):
+    os.truncate(healthy, healthy.stat().st_size + more)
+    with pytest.raises(CorruptClusterError, match=words) as caught:
+        read_header(healthy)
+    assert "download" in caught.value.fix and "header" not in caught.value.what
+
+
 @pytest.mark.parametrize("size", range(8))
 def test_s1_less_than_a_length_field(tmp_path, size):
     (tmp_path / "x.safetensors").write_bytes(bytes(size))

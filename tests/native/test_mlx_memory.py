@@ -24,7 +24,7 @@ from chronos.common.files import ALIGN  # noqa: E402
 from chronos.common.layout import open_layout  # noqa: E402
 from chronos.common.sampling import SamplingParams  # noqa: E402
 from chronos.engine import load  # noqa: E402
-from chronos.testing.store_tests import (  # noqa: E402
+from chronos.testing.store_rig import (  # noqa: E402
     EXPERTS,
     LAYERS,
     expected,

@@ -25,15 +25,8 @@ from chronos.common.layout import Layout
 from chronos.common.residency import Key
 from chronos.common.tier import CopyEngine
 from chronos.testing.copies import FakeCopyEngine, FakeEvent
-from chronos.testing.store_tests import (
-    EXPERTS,
-    LAYERS,
-    Opened,
-    StoreTests,
-    check,
-    expected,
-    tiny_layout,
-)
+from chronos.testing.store_rig import EXPERTS, LAYERS, Opened, check, expected, tiny_layout
+from chronos.testing.store_tests import StoreTests
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 

@@ -23,6 +23,7 @@ import transformers
 
 import chronos
 from chronos.backends import torch as backend
+from chronos.backends.libraries import who_runs
 from chronos.common.errors import (
     ConfigError,
     CorruptClusterError,
@@ -250,6 +251,11 @@ def test_experts_that_go_another_way_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{model_type} does not hand its experts"):
         chronos.load(guest(model_type).packed, backend="torch", budget="all")
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_what_inspect_says_is_what_loading_does(model_type: str) -> None:
+    assert who_runs(model_type, "transformers")[0].may_run is (model_type in RUN)
 
 
 def test_experts_that_the_library_rearranges_are_refused(

@@ -17,7 +17,7 @@ from chronos.common.routing.intent import INTENT, IntentModel
 from chronos.common.routing.network import Geometry, initial
 from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
 from chronos.common.routing.weigh import WeighedPolicy
-from chronos.testing.store_tests import EXPERTS, LAYERS, tiny_layout
+from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
 TOP_K, SLOTS = 2, 4
 

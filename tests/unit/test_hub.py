@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from chronos import hub
-from chronos.common.errors import MissingBackendError, ResourceError, UsageError
+from chronos.common.errors import DiskFullError, MissingBackendError, ResourceError, UsageError
 from chronos.common.layout import inspect, open_layout, pack
 from chronos.models import resolve_model
 from chronos.testing.tiny_guest import tiny_guest
@@ -26,11 +27,20 @@ class HfHubHTTPError(OSError):
     pass
 
 
+class RepositoryNotFoundError(HfHubHTTPError):
+    pass
+
+
+class GatedRepoError(RepositoryNotFoundError):
+    pass
+
+
 class Library:
     """What `chronos.hub` asks of huggingface_hub."""
 
     def __init__(self, answer: Any) -> None:
         self.answer, self.calls = answer, list[dict[str, Any]]()
+        self.drawn: list[bool] = []
 
     def snapshot_download(self, repo_id: str, **kwargs: Any) -> str:
         self.calls.append({"repo_id": repo_id, **kwargs})
@@ -43,11 +53,12 @@ class Library:
 def library(monkeypatch):
     def stand_in(answer: Any) -> Library:
         library = Library(answer)
-        errors = SimpleNamespace(
-            HfHubHTTPError=HfHubHTTPError, LocalEntryNotFoundError=LocalEntryNotFoundError
-        )
+        known = (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError)
+        errors = SimpleNamespace(**{error.__name__: error for error in known})
         monkeypatch.setitem(sys.modules, "huggingface_hub", library)
         monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+        utils = SimpleNamespace(disable_progress_bars=lambda: library.drawn.append(False))
+        monkeypatch.setitem(sys.modules, "huggingface_hub.utils.tqdm", utils)
         return library
 
     return stand_in
@@ -117,7 +128,11 @@ def test_a_folder_wins_over_an_id(library, tmp_path, monkeypatch):
     [
         (LocalEntryNotFoundError("no network\nmore"), UsageError, "no model of that id"),
         (HfHubHTTPError("401 Client Error\nmore"), ResourceError, "401 Client Error$"),
+        (RepositoryNotFoundError("404\nmore"), UsageError, "did not give"),
+        (GatedRepoError("403\nmore"), ResourceError, "did not give"),
         (ValueError("bad id"), ResourceError, "bad id"),
+        (EOFError("peer closed connection\nmore"), ResourceError, "broke off: peer closed conn"),
+        (OSError(errno.ENOSPC, "No space left"), DiskFullError, "no room"),
     ],
 )
 def test_refusals_are_errors_of_one_line_each(library, answer, error, words):
@@ -127,6 +142,15 @@ def test_refusals_are_errors_of_one_line_each(library, answer, error, words):
     assert re.search(words, caught.value.what) and "more" not in str(caught.value)
     with pytest.raises(error):
         resolve_model("org/tiny")
+
+
+def test_bars_are_drawn_where_they_are_wanted(library, cached):
+    found = library(cached)
+    resolve_model("org/tiny")
+    resolve_model("org/tiny", fetch=True, bars=True)
+    assert found.drawn == []
+    resolve_model("org/tiny", fetch=True)
+    assert found.drawn == [False]
 
 
 def test_without_the_library_both_readings_are_named(monkeypatch):

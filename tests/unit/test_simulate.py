@@ -24,7 +24,7 @@ from chronos.common.simulate import (
     slots_for,
 )
 from chronos.common.tier import SlotTier
-from chronos.testing.store_tests import tiny_layout
+from chronos.testing.store_rig import tiny_layout
 
 Request = tuple[int, ...]
 quick = settings(max_examples=25, deadline=None)

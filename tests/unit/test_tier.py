@@ -19,7 +19,7 @@ from chronos.common.files import Request
 from chronos.common.layout import Layout
 from chronos.common.residency import LRU, Key
 from chronos.common.tier import SlotTier, StagedTier
-from chronos.testing.store_tests import EXPERTS, LAYERS, tiny_layout
+from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
 
 class Read:

@@ -21,8 +21,7 @@ from mlx.utils import tree_unflatten
 from chronos.backends.mlx.experts import Ahead, Call, Layer, Shared, StreamedLayer
 from chronos.backends.mlx.model import Cache, Output
 from chronos.backends.mlx.skeleton import Skeleton, find_blocks, mlx_lm_utils
-from chronos.common.config import load_config
-from chronos.common.errors import ConfigError, UsageError
+from chronos.common.errors import UsageError
 from chronos.common.guest import GuestConfig
 from chronos.common.layout import is_packed
 from chronos.common.tensorfile import TensorEntry
@@ -115,12 +114,6 @@ def load_guest(
     ShapeMismatch, CorruptFileError, MissingBackendError.
     """
     config = GuestConfig.from_json(folder)
-    if "model_file" in load_config(folder)[0]:
-        raise ConfigError(
-            "config.json asks for code from the checkpoint (model_file); Chronos runs none",
-            str(folder),
-            "remove model_file if the architecture is a built-in one",
-        )
     call, skeleton = Call(), Skeleton(mlx_lm_utils(), folder, config)
     packed = is_packed(folder)
     core = skeleton.without_experts(dense) if packed else skeleton.whole()

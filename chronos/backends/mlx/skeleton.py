@@ -121,6 +121,12 @@ class Skeleton:
     def __init__(self, utils: ModuleType, folder: Path, config: GuestConfig) -> None:
         self.folder, self.config, self.legend = folder, config, Legend(native=True)
         self._utils, self._json = utils, load_config(folder)[0]
+        if "model_file" in self._json:
+            raise ConfigError(
+                "config.json asks for code from the checkpoint (model_file); Chronos runs none",
+                str(folder),
+                "remove model_file if the architecture is a built-in one",
+            )
         self._records: dict[int, Record] = {}
         self._dense: Weights = {}
 

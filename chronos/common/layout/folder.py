@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from chronos.common.config import ModelConfig
-from chronos.common.errors import CorruptClusterError, ShapeMismatch
+from chronos.common.errors import CorruptClusterError, CorruptFileError, ShapeMismatch
 from chronos.common.fileio import FileIO, StrPath, corrupt
 from chronos.common.guest import GuestConfig
 from chronos.common.layout.ctsr import Template, read_records
@@ -103,6 +103,26 @@ class Layout:
 def is_packed(folder: StrPath) -> bool:
     """Whether a folder claims to be a packed model."""
     return os.path.lexists(Path(folder) / EXPERTS / MANIFEST)
+
+
+def is_unfinished(folder: StrPath, io: FileIO | None = None) -> bool:
+    """Whether a folder has parts of a packed model and no manifest, which is written last."""
+    folder, dense = Path(folder), Path(folder) / "model.safetensors"
+    if is_packed(folder):
+        return False
+    if (folder / LINK).exists() or (folder / EXPERTS).exists():
+        return True
+    return dense.exists() and FINGERPRINT in read_header(dense, io=io).metadata
+
+
+def refuse_unfinished(folder: StrPath, io: FileIO | None = None) -> None:
+    """CorruptFileError for what a stopped `pack` left behind."""
+    if is_unfinished(folder, io):
+        raise CorruptFileError(
+            "packing into this folder was not finished",
+            str(folder),
+            f"chronos pack SRC -o {folder} goes on where it stopped",
+        )
 
 
 def open_layout(

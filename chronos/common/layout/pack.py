@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +24,17 @@ from chronos.common.files import RunLock, atomic_write, sweep_orphans
 from chronos.common.guest import GuestConfig
 from chronos.common.layout.ctsr import write_experts
 from chronos.common.layout.finite import check_finite
-from chronos.common.layout.folder import FINGERPRINT, is_packed, open_layout
+from chronos.common.layout.folder import (
+    FINGERPRINT,
+    Layout,
+    is_packed,
+    is_unfinished,
+    open_layout,
+)
 from chronos.common.layout.manifest import EXPERTS, Key
 from chronos.common.layout.source import ModelSource, open_source, pick
 from chronos.common.linked import LINK, write_link
-from chronos.common.tensorfile import build_header, read_header, read_pieces, read_tensors
+from chronos.common.tensorfile import build_header, read_pieces, read_tensors
 from chronos.common.weights import lookahead_tensors
 
 SIDE_FILES = (
@@ -85,6 +91,8 @@ def pack(
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
         raise UsageError("source and destination are the same folder", str(dst))
+    if dst.exists() and not dst.is_dir():
+        raise UsageError("the destination is a file", str(dst), "name a new or an empty folder")
     dense = 0 if link else model.dense_nbytes
     total = dense + model.expert_nbytes
 
@@ -96,16 +104,13 @@ def pack(
         sweep_orphans(dst)
         sweep_orphans(dst / EXPERTS)
         if is_packed(dst):
-            return _already_packed(dst, model, clusters, began)
-        _refuse_foreign(dst, io)
+            layout = _same_model(dst, model, clusters)
+            _complete(src, dst, model, link, advance, io)
+            return _already_packed(layout, model, began)
+        _refuse_foreign(src, dst, io)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
-        if link:
-            write_link(dst, model.dense, model.fingerprint, io)
-            (dst / DENSE).unlink(missing_ok=True)  # of an unfinished run that copied it
-        else:
-            _write_dense(dst, model, advance, io)
-            (dst / LINK).unlink(missing_ok=True)
-        _copy_side_files(src, dst, model.config, io)
+        _place_dense(dst, model, link, advance, io)
+        _copy_side_files(_side_files(src), dst, model.config, io)
         written = write_experts(
             dst,
             clusters,
@@ -167,10 +172,8 @@ def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[
     return clusters
 
 
-def _already_packed(
-    dst: Path, model: ModelSource, clusters: list[list[Key]], began: float
-) -> PackReport:
-    """The report for a finished folder of the same model and clusters; anything else is refused."""
+def _same_model(dst: Path, model: ModelSource, clusters: list[list[Key]]) -> Layout:
+    """The layout of a finished folder of the same model and clusters; others are refused."""
     layout = open_layout(dst, config=model.config)
     if layout.fingerprint != model.fingerprint or layout.clusters() != clusters:
         raise UsageError(
@@ -178,13 +181,29 @@ def _already_packed(
             str(dst),
             "remove it or choose another folder: cluster files are never changed in place",
         )
+    return layout
+
+
+def _complete(
+    src: Path, dst: Path, model: ModelSource, link: bool, advance: Callable[[int], None], io: FileIO
+) -> None:
+    """Put back what a finished folder has lost. Its own copy of the dense part is never removed:
+    other folders may be linked to it, the source too."""
+    lost = [path for path in _side_files(src) if not (dst / path.name).exists()]
+    _copy_side_files(lost, dst, model.config, io)
+    if not (dst / DENSE).exists():
+        check_free_space(dst, 0 if link else model.dense_nbytes, io)
+        _place_dense(dst, model, link, advance, io)
+
+
+def _already_packed(layout: Layout, model: ModelSource, began: float) -> PackReport:
+    dense = model.dense_nbytes if (layout.folder / DENSE).exists() else 0
     return PackReport(
-        bytes=sum(layout.manifest.files.values())
-        + (model.dense_nbytes if (dst / DENSE).exists() else 0),
+        bytes=dense + sum(layout.manifest.files.values()),
         seconds=time.perf_counter() - began,
         records=len(layout.records),
-        clusters=len(clusters),
-        reused_clusters=len(clusters),
+        clusters=len(layout.files),
+        reused_clusters=len(layout.files),
         fingerprint=layout.fingerprint,
         left_out=model.left_out,
     )
@@ -201,20 +220,36 @@ def _existing_nbytes(dst: Path) -> int:
     return sum(path.stat().st_size for path in written)
 
 
-def _refuse_foreign(dst: Path, io: FileIO) -> None:
+def _refuse_foreign(src: Path, dst: Path, io: FileIO) -> None:
     """Go on in an empty folder or where an unfinished run left off, never over other files.
 
     Raises UsageError: the dense part is written first, so what has none of ours is not ours.
     """
-    dense = dst / DENSE
-    ours = (dst / LINK).exists() or (dst / EXPERTS).exists()
-    ours = ours or (dense.exists() and FINGERPRINT in read_header(dense, io=io).metadata)
-    if not ours and ((dst / "config.json").exists() or any(dst.glob("*.safetensors*"))):
+    if is_unfinished(dst, io):
+        return
+    written = ["config.json", *(path.name for path in _side_files(src))]
+    there = [dst / name for name in written if (dst / name).exists()]
+    if there or any(dst.glob("*.safetensors*")):
+        model = (dst / "config.json").exists() or not there
         raise UsageError(
-            "the destination holds a model that was not packed by Chronos",
+            "the destination holds a model that was not packed by Chronos"
+            if model
+            else f"the destination holds a {there[0].name} that was not written by Chronos",
             str(dst),
             "choose an empty or a new folder: its files would be overwritten",
         )
+
+
+def _place_dense(
+    dst: Path, model: ModelSource, link: bool, advance: Callable[[int], None], io: FileIO
+) -> None:
+    """Copied or linked, and not both."""
+    if link:
+        write_link(dst, model.dense, model.fingerprint, io)
+        (dst / DENSE).unlink(missing_ok=True)  # of an unfinished run that copied it
+    else:
+        _write_dense(dst, model, advance, io)
+        (dst / LINK).unlink(missing_ok=True)
 
 
 def _write_dense(dst: Path, model: ModelSource, advance: Callable[[int], None], io: FileIO) -> None:
@@ -250,8 +285,10 @@ def _side_files(src: Path) -> list[Path]:
     return [src / name for name in (*licenses, *SIDE_FILES) if (src / name).exists()]
 
 
-def _copy_side_files(src: Path, dst: Path, config: ModelConfig | GuestConfig, io: FileIO) -> None:
-    for source in _side_files(src):
+def _copy_side_files(
+    files: Iterable[Path], dst: Path, config: ModelConfig | GuestConfig, io: FileIO
+) -> None:
+    for source in files:
         if source.suffix == ".safetensors":
             found = {}
             with closing(read_tensors(source, io=io)) as stream:
@@ -259,7 +296,7 @@ def _copy_side_files(src: Path, dst: Path, config: ModelConfig | GuestConfig, io
                     check_finite(data, entry.dtype, entry.name, str(source))
                     found[entry.name] = (source, entry)
             if source.name == "lookahead.safetensors" and isinstance(config, ModelConfig):
-                pick(lookahead_tensors(config), found, src)
+                pick(lookahead_tensors(config), found, source.parent)
         with SmallReader(os.path.realpath(source), io) as file:
             chunks = (
                 file.read(offset, min(_COPY, file.nbytes - offset))

@@ -20,7 +20,7 @@ from chronos.common.errors import ShapeMismatch
 from chronos.common.fileio import FileIO
 from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
-from chronos.common.layout.folder import Layout, is_packed, open_layout
+from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts
 from chronos.common.layout.manifest import Key
 from chronos.common.linked import sample_digest
@@ -84,6 +84,7 @@ def open_source(src: Path, io: FileIO) -> ModelSource:
     config = read_config(src)
     if is_packed(src):
         return _packed(src, config, io)
+    refuse_unfinished(src, io)
     located = locate_tensors(src, io)
     if isinstance(config, ModelConfig):
         return _native(src, config, located, io)

@@ -21,7 +21,7 @@ from chronos.common.fileio import FileIO, StrPath
 from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.finite import check_finite
-from chronos.common.layout.folder import Layout, is_packed, open_layout
+from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts
 from chronos.common.tensorfile import Located, locate_tensors, read_header, read_pieces
 from chronos.common.weights import (
@@ -78,6 +78,7 @@ class _Verifier:
 
     def folder(self, folder: Path) -> None:
         config = read_config(folder)
+        refuse_unfinished(folder, self.io)
         located = locate_tensors(folder, self.io)
         layout = None
         if is_packed(folder):

@@ -1,0 +1,165 @@
+"""What tests of expert stores stand on: a layout of tiny experts, and reads that a test commands.
+
+Reads go through a `GatedIO`, which holds them back, fails them or delays them, so "in flight" is a
+state a test sets up and not a matter of timing. Experts are float32 and differ in every value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from chronos.common.files import ALIGN, FileIO, RangedReader
+from chronos.common.layout.folder import Layout
+from chronos.common.layout.manifest import TENSOR_ALIGN, Manifest, Record, RecordTensor
+from chronos.common.residency import Key
+from chronos.common.weights import EXPERT_TENSORS
+
+LAYERS, EXPERTS, D, F = 3, 8, 8, 12
+_PATIENCE_S = 20  # long enough for any machine; only a broken store waits for it
+
+
+def expected(key: Key) -> tuple[np.ndarray, np.ndarray]:
+    """gate_up [2F, D] and down [D, F] of an expert: values that name their key and their place."""
+    base = 1000.0 * (key[0] * EXPERTS + key[1])
+    gate_up = base + np.arange(2 * F * D, dtype=np.float32).reshape(2 * F, D)
+    down = base + 500 + np.arange(D * F, dtype=np.float32).reshape(D, F)
+    return gate_up, down
+
+
+def tiny_layout(folder: Path, layers: int = LAYERS, experts: int = EXPERTS) -> Layout:
+    """A layout over one file of records, without the container around them."""
+    name, records, data = "records.ctsr", {}, bytearray(ALIGN)
+    for key in [(layer, expert) for layer in range(layers) for expert in range(experts)]:
+        tensors, body = [], bytearray()
+        for tensor, array in zip(EXPERT_TENSORS, expected(key), strict=True):
+            body += bytes(-len(body) % TENSOR_ALIGN)
+            tensors.append(RecordTensor(tensor, "F32", array.shape, len(body)))
+            body += array.tobytes()
+        body += bytes(-len(body) % ALIGN)
+        digest = xxhash.xxh3_128_digest(bytes(body))
+        records[key] = Record(key, name, len(data), len(body), digest, tuple(tensors))
+        data += body
+    layout = Layout(folder, Manifest("tiny", {}, {name: len(data)}, records))
+    layout.files[0].parent.mkdir(parents=True, exist_ok=True)
+    layout.files[0].write_bytes(data)
+    return layout
+
+
+class GatedIO(FileIO):
+    """Reads wait for `gate`; offsets in `broken` fail; `delay` seconds each. Keeps the order."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken: set[int] = set()
+        self.delay: Callable[[], float] | None = None
+        self.begun: list[int] = []  # offsets, in order of arrival at the disk
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.begun.append(offset)
+        if not self.gate.wait(_PATIENCE_S):
+            raise OSError(errno.ETIMEDOUT, "the gate stayed shut")
+        if self.delay is not None:
+            time.sleep(self.delay())
+        if offset in self.broken:
+            raise OSError(errno.ENXIO, "broken on purpose")
+        return super().preadv(fd, buffers, offset)
+
+
+class Ranking:
+    """A forecasting policy whose ranks a test sets; `told` is what it was told."""
+
+    forecasts = True
+
+    def __init__(self) -> None:
+        self.priority = np.zeros((LAYERS, EXPERTS))
+        self.told: list[Any] = []
+
+    def observe(self, layer: int, experts: object) -> None:
+        self.told.append(layer)
+
+    def end_token(self) -> None:
+        self.told.append("token")
+
+    def begin_prompt(self) -> None:
+        self.told.append("begin")
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        self.told.append("end")
+
+
+@dataclass
+class Opened:
+    """A store under test and what surrounds it."""
+
+    store: Any
+    layout: Layout
+    io: GatedIO
+    reader: RangedReader
+
+    def take(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Acquire, check every value, and return the ids in the order they came."""
+        order = []
+        for expert, weights in self.store.acquire(layer, experts):
+            check((layer, expert), weights)
+            order.append(expert)
+        return order
+
+    def offset(self, key: Key) -> int:
+        return self.layout.records[key].offset
+
+    def settle(self) -> None:
+        """Wait until no read is under way, and no copy where the store under test has copies."""
+        until(lambda: self.reader.queue_depth() == 0)
+        getattr(self.store, "drain", lambda: None)()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must become true."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+def check(key: Key, weights: Any) -> None:
+    assert weights is not None, f"{key} was not delivered"
+    for have, want in zip(weights, expected(key), strict=True):
+        np.testing.assert_array_equal(np.asarray(have), want, err_msg=f"bytes of {key}")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+class StoreRig:
+    """Every test opens its own store; `slots` is the budget in experts."""
+
+    @contextlib.contextmanager
+    def open(
+        self, backend: Any, folder: Path, slots: int, threads: int = 2, **options: Any
+    ) -> Iterator[Opened]:
+        layout, io = tiny_layout(folder), GatedIO()
+        with RangedReader(threads=threads, chunk_bytes=ALIGN, io=io) as reader:
+            store = self.open_store(
+                backend, layout, slots * layout.record_nbytes, reader=reader, **options
+            )
+            try:
+                yield Opened(store, layout, io, reader)
+            finally:
+                io.gate.set()
+                store.close()
+
+    def open_store(self, backend: Any, layout: Layout, capacity: int, **options: Any) -> Any:
+        return backend.open_store(layout, capacity, **options)

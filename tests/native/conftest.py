@@ -1,0 +1,40 @@
+"""Fixtures of the MLX backend's guests: each model is made once for all test files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def eager() -> Iterator[None]:
+    """Compiling on a CPU starts a C++ compiler for every activation."""
+    import mlx.core as mx
+
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guests")
+
+
+@pytest.fixture(scope="session")
+def folder(home: Path) -> Callable[[str], Path]:
+    """The unpacked folder of a model by name; its packed form lies beside it."""
+    from chronos.common.layout import pack
+    from chronos.testing.mlx_guests import packed, save
+
+    @cache
+    def make(name: str) -> Path:
+        at = home / name
+        save(name, at)
+        pack(at, packed(at))
+        return at
+
+    return make
