@@ -20,7 +20,7 @@ from chronos.common.rehearse import Oracle, Pace, rehearse
 from chronos.common.residency import Policy
 from chronos.common.routing.fit import split
 from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, TokenTable
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.simulate import slots_for
 
@@ -32,6 +32,8 @@ _WARMUP = 100
 def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[], Policy]]:
     shape = trace.num_layers, trace.num_experts
     found: dict[str, Callable[[], Policy]] = {"lfu": lambda: PredictorPolicy(DecayedUse(*shape))}
+    if trace.tokens_T is not None:
+        found["tokens"] = lambda: PredictorPolicy(TokenTable(*shape))
     if forecast is not None:
         model = ForecastModel.load(forecast)
         found["forecast"] = lambda: PredictorPolicy(model.predictor())

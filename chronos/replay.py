@@ -44,11 +44,12 @@ _UNTRAINED = "0" * 32
 _GREEDY = SamplingParams()
 Open = Callable[[str, Mapping[str, str]], AbstractContextManager[Engine]]
 # What is compared at each budget, by name: options of `engine.load`.
-OFF, FORECAST = "off", "forecast"
+OFF, FORECAST, AUTO = "off", "forecast", "auto"
 RUNS: dict[str, dict[str, str]] = {
     OFF: {"prefetch": "off", "predictor": "lfu"},
     "lfu": {"predictor": "lfu"},
     FORECAST: {"predictor": "forecast"},
+    AUTO: {"predictor": "auto"},  # the default: the forecaster while it pays
 }
 
 

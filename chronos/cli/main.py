@@ -6,6 +6,7 @@ framework at module level.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,9 @@ def _usage_error(error: Any) -> int:
 def main() -> None:
     """Console entry point."""
     options.own_process = True
+    # Forecasts are products of a few microseconds. A second BLAS thread for them would fight the
+    # framework's own, which wait for their next product by spinning.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, errors.on_sigterm)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -94,9 +94,10 @@ class RunOptions(DeviceOptions):
         str,
         typer.Option(
             help="What decides which experts are kept and read ahead: the forecaster that "
-            "`chronos fit` trained, decayed frequency (lfu) or recency (lru) of use, or the path "
-            "of a forecaster. auto: the model's forecaster if it has one, else lfu.",
-            metavar="auto|forecast|lfu|lru",
+            "`chronos fit` trained, what each token needed before (token-table), decayed frequency "
+            "(lfu) or recency (lru) of use, or the path of a forecaster. auto: the model's "
+            "forecaster, if it has one, while that pays; else token-table.",
+            metavar="auto|forecast|token-table|lfu|lru",
             rich_help_panel=_RUN,
         ),
     ] = "auto"

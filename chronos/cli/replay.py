@@ -98,7 +98,7 @@ def replay(
             with output.progress("training the forecaster") as update:
                 room.train_forecaster(folder, trace, epochs, update)
         else:
-            del runs[room.FORECAST]
+            del runs[room.FORECAST], runs[room.AUTO]
         with output.progress("replaying") as update:
             results = room.compare(
                 lambda budget, options: run.open(str(folder), budget=budget, **options),

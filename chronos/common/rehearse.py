@@ -172,6 +172,7 @@ def rehearse(
     source = prefetcher if prefetch else tier
     layer_s = pace.token_s / trace.num_layers
     expert_s = layer_s * pace.expert_share / trace.top_k
+    tokens = [0] * trace.num_tokens if trace.tokens_T is None else trace.tokens_T.tolist()
     seconds: list[float] = []
     before = tier.stats()
     for token, ids_LK in enumerate(trace.ids_TLK.tolist()):
@@ -179,7 +180,7 @@ def rehearse(
             before = tier.stats()
         begin = link.now
         if prefetch:
-            prefetcher.begin_token()
+            prefetcher.begin_token(tokens[token])
         for layer, experts in enumerate(ids_LK):
             link.pass_time(layer_s * (1.0 - pace.expert_share))
             for _ in source.acquire(layer, experts):

@@ -160,17 +160,20 @@ def forecast(folders: dict[str, Path]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("predictor", ["forecast", "token-table"])
 @pytest.mark.parametrize("prefetch", ["auto", "off"])
 @pytest.mark.parametrize("slots", [TOP_K, 5, 12, 23])
-def test_a_forecaster_decides_memory_and_not_one_bit_of_the_answer(
+def test_a_predictor_decides_memory_and_not_one_bit_of_the_answer(
     backend: Any,
     folders: dict[str, Path],
     resident: dict[str, Rollout],
     forecast: Path,
     slots: int,
     prefetch: str,
+    predictor: str,
 ) -> None:
-    options = {"prefetch": prefetch, "predictor": forecast}
+    chosen = forecast if predictor == "forecast" else predictor
+    options = {"prefetch": prefetch, "predictor": chosen}
     with open_slots(backend, folders["shuffled"], slots, **options) as engine:
         for prompt, name in ((LONG, "long"), (SHORT, "short")):
             rollout = Rollout(engine, prompt)

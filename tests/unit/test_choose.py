@@ -15,7 +15,7 @@ from chronos.common.routing.choose import choose_policy
 from chronos.common.routing.forecast import FORECAST, Forecaster, ForecastModel
 from chronos.common.routing.intent import INTENT, IntentModel
 from chronos.common.routing.network import Geometry, initial
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, TokenTable
 from chronos.common.routing.weigh import WeighedPolicy
 from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
@@ -42,7 +42,8 @@ def predictor_of(name: str | Path, layout: Layout) -> object:
 def test_by_name(layout: Layout) -> None:
     assert isinstance(choose_policy("lru", layout, TOP_K, SLOTS), LRU)
     assert type(predictor_of("lfu", layout)) is DecayedUse
-    assert type(predictor_of("auto", layout)) is DecayedUse
+    assert type(predictor_of("token-table", layout)) is TokenTable
+    assert type(predictor_of("auto", layout)) is TokenTable
     write(layout.folder / FORECAST)
     for name in ("auto", "forecast", layout.folder / FORECAST):
         assert isinstance(predictor_of(name, layout), Forecaster)
@@ -53,7 +54,7 @@ def test_by_name(layout: Layout) -> None:
 def test_auto_passes_over_a_forecaster_of_another_model(layout: Layout) -> None:
     for other in ({"layers": LAYERS + 1}, {"fingerprint": "another"}):
         path = write(layout.folder / FORECAST, **other)  # type: ignore[arg-type]
-        assert type(predictor_of("auto", layout)) is DecayedUse
+        assert type(predictor_of("auto", layout)) is TokenTable
         for name in ("forecast", path):
             with pytest.raises(ShapeMismatch, match="forecaster"):
                 choose_policy(name, layout, TOP_K, SLOTS)

@@ -108,6 +108,23 @@ def test_a_token_table_expects_what_the_same_token_needed_before() -> None:
     assert predictor.scores()[1, ids_TLK[3, 1]].min() > predictor.scores()[0].max()
 
 
+def test_a_token_table_learns_from_a_prompt_and_forgets_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chronos.common.routing.predictor._TABLE_BYTES", 4 * L * E * 3)
+    policy, ids_TLK = PredictorPolicy(TokenTable(L, E)), _ids(4)
+    assert policy.by_token and not PredictorPolicy(DecayedUse(L, E)).by_token
+    policy.learn([10, 11, 12, 13], ids_TLK)
+    policy.learn([11], ids_TLK[:1])
+    for token, rows in ((12, [2]), (13, [3]), (11, [0, 1])):
+        policy.begin_token(token)
+        for layer, row in enumerate(policy.next_uses()):
+            needed = {e for r in rows for e in ids_TLK[r, layer].tolist()}
+            assert set(np.flatnonzero(row > 0.4).tolist()) == needed
+    policy.begin_token(10)
+    assert policy.next_uses().max() == 0.0
+
+
 def test_a_prefetch_must_outrank_what_it_would_replace() -> None:
     policy = PredictorPolicy(DecayedUse(L, E))
     residency = Residency(L, E, 1, policy)

@@ -68,6 +68,14 @@ class Forecast:
         self.priority = self.chance
         self.waits: list[tuple[int, float]] = []
 
+    by_token = False
+
+    def begin_token(self, token: int) -> None:
+        raise AssertionError("not asked for")
+
+    def learn(self, tokens: Sequence[int], ids_TLK: np.ndarray) -> None:
+        pass
+
     def note_waits(self, absent: int, stall_s: float) -> None:
         self.waits.append((absent, stall_s))
 
@@ -135,7 +143,7 @@ def token(
     prefetcher: Prefetcher, routed: Sequence[Key], forecast: np.ndarray | None = None
 ) -> bool:
     """One decoded token of a second; returns whether a forecast was wanted."""
-    prefetcher.begin_token()
+    prefetcher.begin_token(0)
     wanted = prefetcher.wanted()
     for layer in range(LAYERS):
         prefetcher.acquire(layer, [e for at, e in routed if at == layer])
@@ -171,7 +179,7 @@ def test_a_deferred_forecast_is_read_when_the_next_layer_asks(
 ) -> None:
     token(prefetcher, [(0, 0)])
     store.log.clear()
-    prefetcher.begin_token()
+    prefetcher.begin_token(0)
     prefetcher.acquire(0, [1])
     prefetcher.defer(lambda: (store.log.append(("read", None)), sure_of((2, 5)))[1])
     assert len(store.log) == 1
@@ -332,7 +340,7 @@ def test_the_next_gate_asks_for_what_is_absent_within_its_share(
     token(prefetcher, [(0, 0)])
     store.held.add((1, 2))
     assert prefetcher.wanted(NEXT_GATE)
-    prefetcher.begin_token()
+    prefetcher.begin_token(0)
     prefetcher.acquire(0, [1])
     prefetcher.forecast_next(1, [2, 4, 5])
     assert store.log[-1] == ("prefetch", [(1, 4), (1, 5)])

@@ -78,7 +78,10 @@ class Runner:
             else:
                 routing = self._forward(chunk, self.store)
             if self.store is not None:
-                self.store.end_prompt(_ids_TLK(routing))
+                ids_TLK = _ids_TLK(routing)
+                self.store.end_prompt(ids_TLK)
+                if ahead is not None:
+                    ahead.prefetcher.learn(chunk, ids_TLK)
         if ahead is not None:
             ahead.prefetcher.end_prompt()
         token = self._sample(sampling)
@@ -92,7 +95,7 @@ class Runner:
             self._forward([token], self.store)
             token = self._sample(sampling)
         else:
-            ahead.prefetcher.begin_token()
+            ahead.prefetcher.begin_token(token)
             wanted = self._has_lookahead and ahead.prefetcher.wanted()
             self._forward([token], ahead, ahead.defer if wanted else None)
             token = self._sample(sampling)

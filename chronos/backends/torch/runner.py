@@ -78,7 +78,10 @@ class Runner:
             else:
                 routing = self._forward(chunk, self.store)
             if self.store is not None:
-                self.store.end_prompt(_ids_TLK(routing))
+                ids_TLK = _ids_TLK(routing)
+                self.store.end_prompt(ids_TLK)
+                if ahead is not None:
+                    ahead.learn(chunk, ids_TLK)
         if ahead is not None:
             ahead.end_prompt()
         return self._sample(sampling)
@@ -90,7 +93,7 @@ class Runner:
         if ahead is None:
             self._forward([token], self.store)
         else:
-            ahead.begin_token()
+            ahead.begin_token(token)
             wanted = self._has_lookahead and ahead.wanted()
             self._forward([token], ahead, self._forecast_token if wanted else None)
         if self.store is not None:

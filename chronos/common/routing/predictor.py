@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
+Shares = NDArray[np.float32]
 # How much a use counts for each token it lies ahead: the cache that forecasts serve turns over in
 # some eight tokens at a quarter of the experts.
 DISCOUNT = 0.8
@@ -103,6 +104,22 @@ class PredictorPolicy:
         self._priority = None
         if self._hope is not None:
             self._hope = self._hope * _FADING if self._hope.max() > _FORGOTTEN else None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it forecasts a token best when its id is known: `begin_token`."""
+        return isinstance(self.predictor, TokenTable)
+
+    def begin_token(self, token: int) -> None:
+        """The token with this id is run next, where `by_token`."""
+        if isinstance(self.predictor, TokenTable):
+            self.predictor.begin_token(token)
+            self._priority = None
+
+    def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None:
+        """Tokens of a prompt were routed like this, where `by_token`."""
+        if isinstance(self.predictor, TokenTable):
+            self.predictor.learn(tokens, ids_TLK)
 
     def note_waits(self, absent: int, stall_s: float) -> None:
         """A token found so many experts missing and waited so long for them: for policies that
@@ -207,6 +224,7 @@ class PreviousToken(DecayedUse):
         super().__init__(num_layers, num_experts, 0.25, discount)
 
 
+_TABLE_BYTES = 32 << 20  # of a token table, at most
 _PRIMED = 128  # tokens of a prompt that count: of a use before these 0.1 % is left
 
 
@@ -218,8 +236,9 @@ class TokenTable(DecayedUse):
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._table: dict[int, Scores] = {}  # token -> [L, E] share of its runs, old ones fading
-        self._now_LE = np.zeros((num_layers, num_experts))
+        self._table: dict[int, Shares] = {}  # token -> [L, E] share of its runs, old ones fading
+        self._most = max(1, _TABLE_BYTES // (4 * num_layers * num_experts))
+        self._now_LE = np.zeros((num_layers, num_experts), np.float32)
         self._token: int | None = None
         self._met = 0
 
@@ -236,9 +255,23 @@ class TokenTable(DecayedUse):
     def end_token(self) -> None:
         super().end_token()
         if self._token is not None:
-            before = self._table.get(self._token, self._now_LE)
-            self._table[self._token] = 0.5 * (before + self._now_LE)
+            self._note(self._token, self._now_LE)
         self._token, self._met = None, 0
+
+    def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None:
+        """Tokens of a prompt were routed like this."""
+        used_LE = np.zeros_like(self._now_LE)
+        for token, ids_LK in zip(tokens, ids_TLK, strict=True):
+            used_LE[:] = 0.0
+            np.put_along_axis(used_LE, ids_LK, 1.0, 1)
+            self._note(token, used_LE)
+
+    def _note(self, token: int, used_LE: Shares) -> None:
+        """The token that was run least recently makes room."""
+        before = self._table.pop(token, used_LE)
+        if len(self._table) >= self._most:
+            del self._table[next(iter(self._table))]
+        self._table[token] = np.float32(0.5) * (before + used_LE)
 
     def scores(self) -> Scores:
         further = self._discount * self._rate_LE / (1.0 - self._discount)

@@ -70,6 +70,10 @@ class Forecasts(Protocol):
 
     @property
     def priority(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def by_token(self) -> bool: ...
+    def begin_token(self, token: int) -> None: ...
+    def learn(self, tokens: Sequence[int], ids_TLK: npt.NDArray[Any]) -> None: ...
     def next_uses(self) -> npt.NDArray[np.float64]: ...
     def note_waits(self, absent: int, stall_s: float) -> None: ...
 
@@ -147,9 +151,12 @@ class Prefetcher:
 
     # What the runner tells.
 
-    def begin_token(self) -> None:
-        """One token is to be decoded."""
+    def begin_token(self, token: int) -> None:
+        """The token with this id is to be decoded."""
         self._begun = self._clock()
+        if self._forecasts is not None and self._forecasts.by_token:
+            self._forecasts.begin_token(token)
+            self._forecast_from_policy()
 
     def wanted(self, source: str = LOOKAHEAD) -> bool:
         """Whether a forecast now could lead to a read: spares making it if not."""
@@ -191,6 +198,11 @@ class Prefetcher:
         }
         self.store.prefetch(self._next_layers.pop(1, []))
 
+    def learn(self, tokens: Sequence[int], ids_TLK: npt.NDArray[Any]) -> None:
+        """A chunk of a prompt was routed like this."""
+        if self._forecasts is not None:
+            self._forecasts.learn(tokens, ids_TLK)
+
     def end_prompt(self) -> None:
         """Decode begins: what the prompt read is not held against the forecasts, and what it
         promises is read while the reply's first token is made. Tell the store first."""
@@ -226,7 +238,8 @@ class Prefetcher:
         self._calm = 0 if stirred else self._calm + 1
         self._fresh.clear()
         self._before, self._begun = now, None
-        self._forecast_from_policy()
+        if self._forecasts is not None and not self._forecasts.by_token:
+            self._forecast_from_policy()
 
     def to_json(self) -> dict[str, Any]:
         """What each source that was asked came to."""
