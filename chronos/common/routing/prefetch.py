@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from chronos.common.routing.duel import Duel
 from chronos.common.routing.plan import Floats, Key, PrefetchController, expected_use, plan
 from chronos.common.stats import StoreStats
 
@@ -108,9 +109,11 @@ class Prefetcher:
         reader: Reader,
         forecasts: Forecasts | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        duel: bool = True,
     ) -> None:
         """shape: (layers, experts). reader: the store's, asked for its rate and its backlog.
-        forecasts: the store's policy, where it forecasts. clock: seconds."""
+        forecasts: the store's policy, where it forecasts. clock: seconds. duel: now and then some
+        tokens go without, and only what makes tokens faster goes on."""
         self.store, self.shape, self.top_k = store, shape, top_k
         self.sources = {name: Source(name, record_bytes) for name in _PRICE}
         self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
@@ -126,6 +129,7 @@ class Prefetcher:
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
         self._deferred: Callable[[], Floats] | None = None
+        self._duel = Duel() if duel else None
 
     # As the model's source of experts.
 
@@ -234,6 +238,8 @@ class Prefetcher:
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
+        if self._duel is not None:
+            self._duel.end_token(seconds)
         stirred = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
         self._calm = 0 if stirred else self._calm + 1
         self._fresh.clear()
@@ -303,7 +309,10 @@ class Prefetcher:
         return np.frombuffer(held, np.bool_).reshape(self.shape)
 
     def _room(self, source: Source) -> int:
-        """Bytes the source may ask for: its allowance, without what is under way or was asked."""
+        """Bytes the source may ask for: its allowance, without what is under way or was asked; none
+        in tokens that show how long they take without."""
+        if self._duel is not None and not self._duel.on:
+            return 0
         asked = sum(other.asked for other in self.sources.values()) * self._record_bytes
         return source.controller.allowance(max(asked, self._reader.in_flight_prefetch_bytes()))
 
