@@ -43,6 +43,20 @@ def test_trace_records_every_token_once(
 
 
 @pytest.mark.needs_backend
+def test_trace_goes_on_in_a_document_whose_beginning_is_recorded(
+    chronos: Any, packed: Path, tmp_path: Path
+) -> None:
+    text, file = tmp_path / "one.txt", tmp_path / "t.npz"
+    text.write_text("".join(f"word {i} is not word {i + 1}\n" for i in range(40)))
+    data = chronos("trace", packed, "-o", file, "--data", text, "--seq-len", 16, "--json").json
+    assert data["sequences"] == -(-text.stat().st_size // (8 * 16)) > 5
+    recorded = RoutingTrace.load(file)
+    assert recorded.tokens_T is not None and np.bincount(recorded.seq_T).max() == 16
+    pieces = {recorded.tokens_T[recorded.seq_T == s].tobytes() for s in recorded.seq_T.tolist()}
+    assert len(pieces) == data["sequences"]
+
+
+@pytest.mark.needs_backend
 def test_trace_of_what_the_model_writes(
     chronos: Any, packed: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -223,7 +237,7 @@ def test_bench_replay_with_a_forecaster(chronos: Any, trace: Path, tmp_path: Pat
     flags = ("--expert-size", "200kB", "-n", 6, "--warmup", 4, "--budgets", "50%", "--work", work)
     done = chronos("bench", "replay", long, *flags, "--epochs", 1, "--png", png, "--cold", "--json")
     runs = [run["run"] for run in done.json["runs"]]
-    assert runs == [None, "off", "lfu", "forecast"] and done.json["cold"]
+    assert runs == [None, "off", "lfu", "forecast", "auto"] and done.json["cold"]
     assert png.read_bytes().startswith(b"\x89PNG")
     kept = work / "forecast.safetensors"
     stamp = kept.stat().st_mtime_ns
