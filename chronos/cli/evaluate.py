@@ -9,7 +9,7 @@ import typer
 
 from chronos.cli import output
 from chronos.cli.app import command
-from chronos.cli.options import DataOption, DeviceOptions, JsonOptions, ModelArg
+from chronos.cli.options import DataOption, DeviceOptions, HeldOutOption, JsonOptions, ModelArg
 
 if TYPE_CHECKING:
     from chronos.common.data import Document
@@ -21,15 +21,7 @@ def evaluate(
     data: DataOption,
     device: DeviceOptions,
     out: JsonOptions,
-    held_out: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            show_default="0.02 for stdlib, else all documents",
-            help="Only the documents that a recipe with this validation_share keeps from training.",
-        ),
-    ] = None,
+    held_out: HeldOutOption = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to measure on.")
     ] = 50_000,

@@ -38,6 +38,16 @@ DataOption = Annotated[
         help="A .txt, .jsonl or .jsonl.gz file or a folder; `stdlib` is Python's own sources.",
     ),
 ]
+HeldOutOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        show_default="0.02 for stdlib, else all documents",
+        help="Only the documents that a recipe with this validation_share keeps from training; "
+        "0: all.",
+    ),
+]
 
 
 @dataclass(frozen=True)

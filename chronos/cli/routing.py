@@ -10,7 +10,7 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.generate import tokenizer_of
-from chronos.cli.options import DataOption, JsonOptions, ModelArg, RunOptions
+from chronos.cli.options import DataOption, HeldOutOption, JsonOptions, ModelArg, RunOptions
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +35,13 @@ def trace(
         int,
         typer.Option(min=0, help="Record what the model writes after each prompt, not the text."),
     ] = 0,
+    held_out: HeldOutOption = None,
 ) -> None:
     """Record which experts each token of a text is routed to."""
     if to.is_dir() or not to.parent.is_dir():  # now, and not when all is recorded
         raise UsageError("the trace cannot be written there", str(to), "name a file in a folder")
     with run.open(model) as engine:
-        recorded = record(engine, model, data, max_tokens, seq_len, new_tokens)
+        recorded = record(engine, model, data, max_tokens, seq_len, new_tokens, held_out=held_out)
     recorded.save(to)
     if out.json:
         output.print_json(trace_json(recorded) | {"file": str(to)})
