@@ -13,7 +13,7 @@ import pytest
 import chronos.backends
 
 BACKENDS = Path(chronos.backends.__file__).parent
-GUESTS = {"guest.py", "experts.py", "skeleton.py"}
+GUESTS = {"guest.py", "experts.py", "skeleton.py", "capture.py", "replay.py"}
 FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from chronos.backends.torch.capture import opaque
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
 from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import NEXT_GATE, Prefetcher
@@ -202,7 +203,7 @@ def _gated(experts: nn.Module, gate: nn.Module, x_TD: Tensor) -> Tensor:
 
 def _forward(module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What "chronos" stands for in Transformers' interface."""
-    out: Tensor = module.chronos(module, x_TD, ids_TK, weights_TK)
+    out: Tensor = opaque(module.chronos, module, x_TD, ids_TK, weights_TK)
     return out
 
 
