@@ -63,7 +63,6 @@ class Recorder(TorchFunctionMode):
         self._slots = {id(ids): 0}
         self._next = 1
         self._alive: list[Any] = []  # an id means its tensor for as long as that lives
-        self._written: set[int] = set()  # storages
 
     def __enter__(self) -> Recorder:
         _here.recorder = self
@@ -92,8 +91,6 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, logits: Tensor) -> Ref:
         """What the logits are called. Raises Refused."""
-        if not self.reason and _aliased(self._alive, self._written):
-            self.reason = "a tensor is written into under two names"
         self._alive.clear()
         found = self._named(logits)
         if self.reason or not isinstance(found, Ref):
@@ -116,8 +113,8 @@ class Recorder(TorchFunctionMode):
         call_args, call_kwargs = self._named(args), self._named(kwargs)
         if "out" in kwargs or (in_place and not isinstance(call_args[0], Ref)):
             self.reason = f"{name} writes into what outlives the step"
-        if in_place:
-            self._written.add(_storage(out))
+        if in_place and _shown(self._alive, out):
+            self.reason = f"{name} writes into what has two names"
         slots = range(self._next, self._next + len(tensors))
         self._next = slots.stop
         self._slots |= {id(t): s for t, s in zip(tensors, slots, strict=True)}
@@ -149,13 +146,10 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _aliased(alive: list[Any], written: set[int]) -> bool:
-    """Whether a tensor that was written into has bytes that another one shows."""
-    names: dict[int, set[int]] = {}
-    for tensor in _tensors(alive) if written else ():
-        if _storage(tensor) in written:
-            names.setdefault(_storage(tensor), set()).add(id(tensor))
-    return any(len(found) > 1 for found in names.values())
+def _shown(alive: list[Any], written: Tensor) -> bool:
+    """Whether another tensor shows bytes of the one that was written into."""
+    storage = _storage(written)
+    return any(t is not written and _storage(t) == storage for t in _tensors(alive))
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:
