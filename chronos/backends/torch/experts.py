@@ -167,7 +167,9 @@ def can_pack(expert: Expert) -> bool:
 @cache
 def _packs(rows: int, columns: int) -> bool:
     """Tried on random numbers: a product of rows * columns with few, some and many tokens."""
-    if not (torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     random = torch.Generator().manual_seed(0)
     weight = torch.randn((rows, columns), generator=random).bfloat16()

@@ -150,7 +150,10 @@ class Steps:
             self._recordings.append((recorder.calls, recorder.finish(logits)))
             if not torch.equal(chance, torch.get_rng_state()):
                 raise Refused("the step draws numbers")
-            if len(self._recordings) == _RECORDINGS:
+            if len(self._recordings) < _RECORDINGS:
+                for call in recorder.calls:
+                    call.given = None if call.given is None else True  # not a cache per recording
+            else:
                 program = Program(self._recordings, position)
                 if not torch.equal(program.run(ids, position, given=True), logits):
                     raise Refused("the replay gives other logits")
