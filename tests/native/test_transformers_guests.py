@@ -24,6 +24,7 @@ import transformers
 import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
+from chronos.backends.torch.experts import Packed
 from chronos.common.errors import (
     ConfigError,
     CorruptClusterError,
@@ -41,6 +42,8 @@ GREEDY = SamplingParams()
 PROMPT = np.random.default_rng(0).integers(3, 64, 40).tolist()
 STEPS = 4
 ANOTHER_WAY = ("llama4_text",)  # its experts are one product over all of them
+OTHER_STATES = ("jamba", "minimax", "qwen3_next")  # caches of more than keys and values
+WRITTEN_IN_PARTS = ("deepseek_v2", "deepseek_v3")  # keys, through two views
 RUN = [name for name in ARCHITECTURES if name not in ANOTHER_WAY]
 
 
@@ -163,6 +166,36 @@ def test_bfloat16_is_computed_as_the_library_does(
     tiny = guest(model_type, torch.bfloat16)
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
         np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+
+
+@pytest.mark.parametrize("model_type", RUN)
+def test_replayed_steps_are_the_librarys_bit_for_bit(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    """Far enough to replay recorded steps, over integers of the config and in a second sequence.
+    Against the library's forward with our experts: products of prompts are tested elsewhere."""
+    tiny = guest(model_type)
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        steps = engine.runner.model.steps
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "run", lambda ids, position, forward: forward(ids))
+            expected = by_engine(engine, PROMPT[:9], 54)
+        for count in (54, 20):
+            found = by_engine(engine, PROMPT[:9], count)
+            np.testing.assert_array_equal(found, expected[: count + 1])
+        assert (steps.replayed > 15) == (model_type not in OTHER_STATES + WRITTEN_IN_PARTS)
+
+
+def test_packed_products_have_the_librarys_bits(guest: Callable[..., Guest]) -> None:
+    tiny = guest("olmoe", torch.bfloat16)
+    expected = by_library(tiny.model, PROMPT, 12)
+    with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
+        for _ in range(2):
+            np.testing.assert_array_equal(by_engine(engine, PROMPT, 12), expected)
+        assert engine.store is not None
+        key = (0, int(engine.runner.model._call.routing[0].ids_TK[0, 0]))
+        ((_, weights),) = engine.store.acquire(key[0], [key[1]])
+        assert isinstance(weights, Packed) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:

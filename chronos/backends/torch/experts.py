@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from chronos.backends.torch.capture import opaque
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
 from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import NEXT_GATE, Prefetcher
@@ -30,6 +31,7 @@ NAME = "chronos"
 PARAMETERS = (
     "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
 )  # fmt: skip
+_TOKENS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
 Replay = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -83,6 +85,7 @@ class Layer:
             if weights is None:
                 missing.append(rank[expert])
             else:
+                weights = self._packed(module, expert, weights, source)
                 y_K[rank[expert]] = expert_forward(module, x_1D, weights)
         if missing:
             shared_1D = self._stand_in(x_1D)
@@ -108,6 +111,7 @@ class Layer:
             if weights is None:
                 missing.append(expert)
             else:
+                weights = self._packed(module, expert, weights, source)
                 outputs[expert] = expert_forward(module, x_TD[rows[expert]], weights)
         if missing:
             shared_TD = self._stand_in(x_TD)
@@ -117,6 +121,16 @@ class Layer:
         y_ND = torch.cat([outputs[expert] for expert in experts])
         y_ND = y_ND * weights_TK.reshape(-1)[order_N, None]
         return y_ND[order_N.argsort()].view(T, K, -1).sum(dim=1).to(x_TD.dtype)
+
+    def _packed(self, module: Any, expert: int, weights: Any, source: Any) -> Any:
+        """An expert in the layout its products want, where it stays in memory: 0.6 ms once."""
+        if not isinstance(weights, Expert) or getattr(source, "evicts", True):
+            return weights
+        if module.is_transposed or not can_pack(weights):
+            return weights
+        packed = Packed(*(torch.ops.mkldnn._reorder_linear_weight(w, 1) for w in weights))
+        source.replace(self.layer, expert, packed)
+        return packed
 
     def _forecast(self, x_1D: Tensor, source: Any) -> None:
         """The next layer's gate on this layer's state: right more often than not, and in time for
@@ -136,8 +150,50 @@ class Layer:
         return shared_TD
 
 
-def expert_forward(module: Any, x_TD: Tensor, weights: Expert | Mapping[str, Tensor]) -> Tensor:
+class Packed(NamedTuple):
+    """An expert's two matrices as oneDNN's products read them: no copy of their tiles in each."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+def can_pack(expert: Expert) -> bool:
+    """Whether products with packed weights exist here and have the bits of the others."""
+    if expert.gate_up_FD.dtype != torch.bfloat16 or expert.gate_up_FD.device.type != "cpu":
+        return False
+    return all(_packs(*weight.shape) for weight in expert)
+
+
+@cache
+def _packs(rows: int, columns: int) -> bool:
+    """Tried on random numbers: a product of rows * columns with few, some and many tokens."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn((rows, columns), generator=random).bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    for tokens in _TOKENS_TRIED:
+        x_TD = torch.randn((tokens, columns), generator=random).bfloat16()
+        if not torch.equal(_linear(x_TD, packed), F.linear(x_TD, weight)):
+            return False
+    return True
+
+
+def _linear(x_TD: Tensor, packed: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TD, packed, None, "none", [], "")
+    return out
+
+
+def expert_forward(
+    module: Any, x_TD: Tensor, weights: Expert | Packed | Mapping[str, Tensor]
+) -> Tensor:
     """One expert on its rows: up (with the gate, where there is one), activation, down."""
+    if isinstance(weights, Packed):
+        h_TF = module._apply_gate(_linear(x_TD, weights.gate_up))
+        y_TD = _linear(h_TF, weights.down)
+        return module.post_expert_norm(y_TD) if module.has_post_expert_norm else y_TD
     if isinstance(weights, Expert) and module.is_transposed:
         weights = {"gate_up_proj": weights.gate_up_FD, "down_proj": weights.down_DF}
     if isinstance(weights, Expert):
@@ -202,7 +258,7 @@ def _gated(experts: nn.Module, gate: nn.Module, x_TD: Tensor) -> Tensor:
 
 def _forward(module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """What "chronos" stands for in Transformers' interface."""
-    out: Tensor = module.chronos(module, x_TD, ids_TK, weights_TK)
+    out: Tensor = opaque(module.chronos, module, x_TD, ids_TK, weights_TK)
     return out
 
 

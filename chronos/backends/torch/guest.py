@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from chronos.backends.torch.capture import opaque
 from chronos.backends.torch.checkpoint import from_bytes
 from chronos.backends.torch.experts import (
     NAME,
@@ -37,6 +40,7 @@ from chronos.backends.torch.experts import (
 )
 from chronos.backends.torch.model import DTYPES, Cache, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.replay import Steps, integers
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.guest import GuestConfig
 from chronos.common.layout import Layout, is_packed, open_layout, read_records
@@ -59,6 +63,8 @@ class Model:
 
     def __init__(self, config: GuestConfig, core: Any, call: Call, resident: bool) -> None:
         self.config, self.core, self.resident, self._call = config, core, resident, call
+        self.steps = Steps(integers(core.config.to_dict()))
+        self._layers = CacheLayers()
         self.device: torch.device = core.device
 
     def eval(self) -> Model:
@@ -69,7 +75,7 @@ class Model:
         class of its own makes it in its first call."""
         if not self.core._supports_default_dynamic_cache():
             return Cache([None])
-        return Cache([transformers.DynamicCache(config=self.core.config)])
+        return Cache([self._layers.watch(transformers.DynamicCache(config=self.core.config))])
 
     def __call__(
         self,
@@ -103,6 +109,19 @@ class Model:
         return Output(logits[-1] if last_only else torch.cat(logits, 1), _joined(call, pieces))
 
     def _run(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+        if cache is None:
+            return self._forward(ids_BT, None, last_only)
+        forward = partial(self._forward, cache=cache, last_only=last_only)
+        single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
+        if self._layers.enter(cache.layers[0]) and single:
+            logits = self.steps.run(ids_BT, cache.position, forward)
+        else:
+            logits = forward(ids_BT)
+        cache.position += ids_BT.shape[1]
+        return logits
+
+    def _forward(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+        """The library's own forward."""
         out = self.core(
             input_ids=ids_BT,
             past_key_values=cache.layers[0] if cache else None,
@@ -111,8 +130,33 @@ class Model:
         )
         if cache is not None:
             cache.layers[0] = out.past_key_values
-            cache.position += ids_BT.shape[1]
         return out.logits
+
+
+class CacheLayers:
+    """The layers of the cache in use, which a replayed step appends to by their index."""
+
+    def __init__(self) -> None:
+        self._layers: list[Any] = []
+
+    def watch(self, cache: Any) -> Any:
+        """Have a cache's layers updated in calls that a recording keeps whole."""
+        for index, layer in enumerate(cache.layers):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                layer.update = partial(self._update, index)
+        return cache
+
+    def enter(self, cache: Any) -> bool:
+        """Make a cache the one in use. Whether all that it keeps is keys and values."""
+        self._layers = getattr(cache, "layers", [])
+        return bool(self._layers) and all("update" in vars(layer) for layer in self._layers)
+
+    def _update(self, index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+        return opaque(self._append, index, keys, values)
+
+    def _append(self, index: int, keys: Tensor, values: Tensor) -> Any:
+        layer = self._layers[index]
+        return type(layer).update(layer, keys, values)
 
 
 def _joined(call: Call, pieces: list[Tensor]) -> list[Routing]:

@@ -9,6 +9,7 @@ What to keep and evict is `chronos.common.residency`'s business, when to wait th
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -83,6 +84,8 @@ class ExpertStore:
             self._rows = _device_rows(slots, rows.shape[1], device) if staged else rows
         if staged:
             copies = copies or _copies_for(device)
+        self.evicts = staged or slots < len(layout.records)
+        self._arena, self._stride = arena, layout.record_nbytes
         self._unlock_pages = _lock_pages(self, rows) if device.type == "cuda" else None
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
@@ -112,6 +115,13 @@ class ExpertStore:
     def record_fallback(self, weight: float) -> None:
         """Routing weight that a None of `acquire` stood for."""
         self._tier.counters.fallback_weight += weight
+
+    def replace(self, layer: int, expert: int, weights: Any) -> None:
+        """Keep an expert as `weights` and free the memory of its bytes. Where nothing `evicts`."""
+        slot = self._tier.replace((layer, expert), weights)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            memory: Any = self._arena.obj  # see `aligned_buffer`
+            memory.madvise(mmap.MADV_DONTNEED, slot * self._stride, self._stride)
 
     def end_token(self) -> None:
         """One decode step is over: histories fade, unused prefetches lose their protection."""
