@@ -254,10 +254,10 @@ def load(
     capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
     warm_bytes, policy = 0, None
     if layout is not None:
-        slots = slots_within(layout, capacity, config.num_experts_per_tok)
+        slots_within(layout, capacity, config.num_experts_per_tok)
         warm_bytes = _warm_bytes(warm, layout, config.num_experts_per_tok)
         if capacity < layout.total_bytes:
-            policy = choose_policy(predictor, layout, config.num_experts_per_tok, slots)
+            policy = choose_policy(predictor, layout, config.num_experts_per_tok)
     elif str(warm) != "0":
         parse_budget(warm, 1)  # refused if it makes no sense
         _log.warning("a warm tier of %s is not used: no experts are streamed", warm)

@@ -5,7 +5,7 @@ What a run decides (victims, prefetches, allowances) follows from its routing, i
 reader's numbers. Here the latter two follow from a `Pace`, so the same trace and pace repeat every
 decision to the last key, on any machine and however busy it is. Demand comes before prefetch and
 overtakes it after a chunk, as in `files`; the disk's rate is shared by nobody and never varies.
-Not covered: what reading costs the computation beside it, which is why nothing duels; prompts.
+Not covered: what reading costs the computation beside it, so no ways contest; prompts.
 
 Shape legend: T tokens, L layers, E experts, K top-k.
 """
@@ -168,7 +168,7 @@ def rehearse(
         reader=link,
         forecasts=policy if isinstance(policy, PredictorPolicy) else None,
         clock=lambda: link.now,
-        duel=False,
+        contest=False,
     )
     source = prefetcher if prefetch else tier
     layer_s = pace.token_s / trace.num_layers

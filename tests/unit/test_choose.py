@@ -15,11 +15,10 @@ from chronos.common.routing.choose import choose_policy
 from chronos.common.routing.forecast import FORECAST, Forecaster, ForecastModel
 from chronos.common.routing.intent import INTENT, IntentModel
 from chronos.common.routing.network import Geometry, initial
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, TokenTable
-from chronos.common.routing.weigh import WeighedPolicy
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, RestingPolicy, TokenTable
 from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
-TOP_K, SLOTS = 2, 4
+TOP_K = 2
 
 
 @pytest.fixture
@@ -34,21 +33,21 @@ def write(path: Path, layers: int = LAYERS, fingerprint: str = "") -> Path:
 
 
 def predictor_of(name: str | Path, layout: Layout) -> object:
-    policy = choose_policy(name, layout, TOP_K, SLOTS)
+    policy = choose_policy(name, layout, TOP_K)
     assert isinstance(policy, PredictorPolicy)
     return policy.predictor
 
 
 def test_by_name(layout: Layout) -> None:
-    assert isinstance(choose_policy("lru", layout, TOP_K, SLOTS), LRU)
+    assert isinstance(choose_policy("lru", layout, TOP_K), LRU)
     assert type(predictor_of("lfu", layout)) is DecayedUse
     assert type(predictor_of("token-table", layout)) is TokenTable
     assert type(predictor_of("auto", layout)) is TokenTable
     write(layout.folder / FORECAST)
     for name in ("auto", "forecast", layout.folder / FORECAST):
         assert isinstance(predictor_of(name, layout), Forecaster)
-        weighed = isinstance(choose_policy(name, layout, TOP_K, SLOTS), WeighedPolicy)
-        assert weighed == (name == "auto")
+        policy = choose_policy(name, layout, TOP_K)
+        assert isinstance(policy, RestingPolicy) == (name == "auto")
 
 
 def test_auto_passes_over_a_forecaster_of_another_model(layout: Layout) -> None:
@@ -57,25 +56,25 @@ def test_auto_passes_over_a_forecaster_of_another_model(layout: Layout) -> None:
         assert type(predictor_of("auto", layout)) is TokenTable
         for name in ("forecast", path):
             with pytest.raises(ShapeMismatch, match="forecaster"):
-                choose_policy(name, layout, TOP_K, SLOTS)
+                choose_policy(name, layout, TOP_K)
 
 
 def test_what_cannot_be_had_is_refused(layout: Layout) -> None:
     with pytest.raises(UsageError, match="no forecaster") as error:
-        choose_policy("forecast", layout, TOP_K, SLOTS)
+        choose_policy("forecast", layout, TOP_K)
     assert error.value.fix.startswith("chronos fit")
     with pytest.raises(UsageError, match="cannot be 'mru'"):
-        choose_policy("mru", layout, TOP_K, SLOTS)
+        choose_policy("mru", layout, TOP_K)
     write(layout.folder / FORECAST).write_bytes(b"damaged")
     with pytest.raises(CorruptFileError):
-        choose_policy("auto", layout, TOP_K, SLOTS)
+        choose_policy("auto", layout, TOP_K)
 
 
 def test_layers_without_experts_are_passed_over(layout: Layout) -> None:
     manifest = replace(
         layout.manifest, records={k: r for k, r in layout.records.items() if k[0] != 1}
     )
-    policy = choose_policy("lfu", replace(layout, manifest=manifest), TOP_K, SLOTS)
+    policy = choose_policy("lfu", replace(layout, manifest=manifest), TOP_K)
     policy.observe(2, [5])
     policy.observe(0, [3])
     assert policy.priority.shape == (LAYERS, EXPERTS)
@@ -85,7 +84,7 @@ def test_layers_without_experts_are_passed_over(layout: Layout) -> None:
 
 
 def test_chunks_of_a_prompt_do_not_touch_the_predictor(layout: Layout) -> None:
-    policy = choose_policy("lfu", layout, TOP_K, SLOTS)
+    policy = choose_policy("lfu", layout, TOP_K)
     assert isinstance(policy, PredictorPolicy)
     policy.observe(0, [1, 2])
     policy.end_token()
@@ -100,7 +99,7 @@ def test_chunks_of_a_prompt_do_not_touch_the_predictor(layout: Layout) -> None:
 
 
 def test_in_a_prompt_the_layer_just_served_gives_its_slots_first(layout: Layout) -> None:
-    policy = choose_policy("lfu", layout, TOP_K, SLOTS)
+    policy = choose_policy("lfu", layout, TOP_K)
     policy.observe(1, [7])
     policy.begin_prompt()
     policy.observe(0, range(EXPERTS))
@@ -139,9 +138,9 @@ def test_the_intent_beside_a_forecaster_is_used_where_it_fits(layout: Layout) ->
     prompt = np.full((3, LAYERS, 1), 6)
     for layers, expected in ((LAYERS, True), (LAYERS + 1, False)):
         IntentModel(params(layers)).save(layout.folder / INTENT)
-        policy = choose_policy("lfu", layout, TOP_K, SLOTS)
+        policy = choose_policy("lfu", layout, TOP_K)
         policy.end_prompt(prompt)
         assert bool(policy.priority[0, 1] > 0) is expected
     (layout.folder / INTENT).write_bytes(b"damaged")
     with pytest.raises(CorruptFileError):
-        choose_policy("lfu", layout, TOP_K, SLOTS)
+        choose_policy("lfu", layout, TOP_K)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.routing.contest import BLOCK
 from chronos.common.routing.plan import Key
 from chronos.common.routing.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
 from chronos.common.stats import StoreStats
@@ -66,7 +67,7 @@ class Forecast:
     def __init__(self) -> None:
         self.chance = np.zeros((LAYERS, EXPERTS))
         self.priority = self.chance
-        self.waits: list[tuple[int, float]] = []
+        self.rests: list[bool] = []
 
     by_token = False
 
@@ -76,8 +77,10 @@ class Forecast:
     def learn(self, tokens: Sequence[int], ids_TLK: np.ndarray) -> None:
         pass
 
-    def note_waits(self, absent: int, stall_s: float) -> None:
-        self.waits.append((absent, stall_s))
+    can_rest = False
+
+    def rest(self, resting: bool) -> None:
+        self.rests.append(resting)
 
     def next_uses(self) -> np.ndarray:
         return self.chance
@@ -349,6 +352,23 @@ def test_the_next_gate_asks_for_what_is_absent_within_its_share(
     assert prefetcher.to_json() == {
         NEXT_GATE: {"records": 2, "used": 1, "share_of_idle_link": 0.25}
     }
+
+
+@pytest.mark.parametrize("can_rest", [True, False])
+def test_blocks_of_tokens_go_without_prefetch_and_without_forecasts(
+    store: FakeStore, clock: Clock, can_rest: bool
+) -> None:
+    forecast = Forecast()
+    forecast.can_rest = can_rest
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    wanted = []
+    for _ in range(4 * BLOCK):
+        store.held.clear()  # so that each token misses
+        wanted.append(token(prefetcher, [(0, 1)]))
+    blocks = [any(wanted[at : at + BLOCK]) for at in range(0, 4 * BLOCK, BLOCK)]
+    assert blocks == ([True, False, False, True] if can_rest else [True, False, True, False])
+    resting = [at for at, rests in enumerate(forecast.rests) if rests]
+    assert resting == (list(range(2 * BLOCK - 1, 3 * BLOCK - 1)) if can_rest else [])
 
 
 def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:

@@ -13,8 +13,13 @@ from chronos.common.layout import Layout
 from chronos.common.residency import LRU, Policy
 from chronos.common.routing.forecast import Forecaster, ForecastModel, find_forecast
 from chronos.common.routing.intent import INTENT, IntentModel
-from chronos.common.routing.predictor import DecayedUse, Intent, PredictorPolicy, TokenTable
-from chronos.common.routing.weigh import WeighedPolicy
+from chronos.common.routing.predictor import (
+    DecayedUse,
+    Intent,
+    PredictorPolicy,
+    RestingPolicy,
+    TokenTable,
+)
 
 PREDICTORS = ("auto", "forecast", "token-table", "lfu", "lru")
 
@@ -25,8 +30,8 @@ def check_predictor(name: str | Path) -> None:
         raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
 
 
-def choose_policy(name: str | Path, layout: Layout, top_k: int, slots: int) -> Policy:
-    """A policy for a store of `slots`. name: one of PREDICTORS, or the path of a side file.
+def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
+    """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
 
     auto: the folder's forecaster, if it has one of this model, while that pays; else what each
     token needed before. That ranks as lfu does and reads ahead better: on the shipped model's text
@@ -52,9 +57,7 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int, slots: int) -> P
             return _untrained(layout)
         raise
     layers, intent = layout.moe_layers, _intent(path.parent, layout)
-    if name == "auto":
-        return WeighedPolicy(forecaster, layout.num_experts, slots, layers, intent)
-    return PredictorPolicy(forecaster, layers, intent)
+    return (RestingPolicy if name == "auto" else PredictorPolicy)(forecaster, layers, intent)
 
 
 def _untrained(layout: Layout, kind: type[DecayedUse] = TokenTable) -> PredictorPolicy:

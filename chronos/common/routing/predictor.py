@@ -12,6 +12,7 @@ Shape legend: T tokens, L layers, E experts, K top-k.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -56,6 +57,7 @@ class Predictor(Protocol):
 
 # A prompt's routing [T, L, K] to the chance [L, E] that a token of the reply needs an expert.
 Intent = Callable[[NDArray[Any]], Scores]
+_MISSED = 2048  # tokens kept for a forecaster that rests: as many as its memory holds
 _FADING, _FORGOTTEN = 0.85, 0.05  # per token: an intent speaks of the first 16 or so
 
 
@@ -121,9 +123,10 @@ class PredictorPolicy:
         if isinstance(self.predictor, TokenTable):
             self.predictor.learn(tokens, ids_TLK)
 
-    def note_waits(self, absent: int, stall_s: float) -> None:
-        """A token found so many experts missing and waited so long for them: for policies that
-        weigh what their forecasts cost."""
+    can_rest = False  # whether `rest` spares time
+
+    def rest(self, resting: bool) -> None:
+        """Whether to rank by something cheaper from the next token on, where `can_rest`."""
 
     def begin_prompt(self) -> None:
         self._pass, self._priority = TokenClock(len(self._layers)), None
@@ -150,6 +153,58 @@ class PredictorPolicy:
         wide = np.zeros((self._layers[-1] + 1, rows.shape[1]))
         wide[self._layers] = rows
         return wide
+
+
+class RestingPolicy(PredictorPolicy):
+    """Ranks by a forecaster, or while it rests, by decayed use: whichever makes tokens faster.
+
+    What tokens are routed to meanwhile is kept, and told to the forecaster when it wakes.
+    """
+
+    can_rest = True
+
+    def __init__(
+        self,
+        forecaster: Predictor,
+        layers: Sequence[int] | None = None,
+        intent: Intent | None = None,
+    ) -> None:
+        super().__init__(forecaster, layers, intent)
+        self._forecaster, self._plain = forecaster, DecayedUse(*forecaster.scores().shape)
+        self._missed: deque[list[list[int]]] = deque(maxlen=_MISSED)  # tokens of layers of experts
+        self._token: list[list[int]] = []
+
+    def rest(self, resting: bool) -> None:
+        if resting == (self.predictor is self._plain):
+            return
+        if self._missed:
+            self._forecaster.prime(np.array(self._missed, np.intp))
+            self._missed.clear()
+        self.predictor, self._priority = self._plain if resting else self._forecaster, None
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        super().observe(layer, experts)
+        if self._pass is None and self.predictor is self._plain:
+            self._token.append(list(experts))
+        elif self._pass is None:
+            self._plain.observe(self._row[layer], experts)
+
+    def end_token(self) -> None:
+        super().end_token()
+        if self.predictor is self._plain:
+            if len(self._token) == len(self._layers):
+                self._missed.append(self._token)
+            self._token = []
+        else:
+            self._plain.end_token()
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        other = self._forecaster if self.predictor is self._plain else self._plain
+        if other is self._forecaster and self._missed:
+            other.prime(np.array(self._missed, np.intp))
+            self._missed.clear()
+        other.prime(ids_TLK)
+        super().end_prompt(ids_TLK)
 
 
 class TokenClock:

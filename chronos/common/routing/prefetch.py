@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.routing.duel import Duel
+from chronos.common.routing.contest import Contest
 from chronos.common.routing.plan import Floats, Key, PrefetchController, expected_use, plan
 from chronos.common.stats import StoreStats
 
@@ -76,7 +76,8 @@ class Forecasts(Protocol):
     def begin_token(self, token: int) -> None: ...
     def learn(self, tokens: Sequence[int], ids_TLK: npt.NDArray[Any]) -> None: ...
     def next_uses(self) -> npt.NDArray[np.float64]: ...
-    def note_waits(self, absent: int, stall_s: float) -> None: ...
+    can_rest: bool
+    def rest(self, resting: bool) -> None: ...
 
 
 class Source:
@@ -109,11 +110,11 @@ class Prefetcher:
         reader: Reader,
         forecasts: Forecasts | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        duel: bool = True,
+        contest: bool = True,
     ) -> None:
         """shape: (layers, experts). reader: the store's, asked for its rate and its backlog.
-        forecasts: the store's policy, where it forecasts. clock: seconds. duel: now and then some
-        tokens go without, and only what makes tokens faster goes on."""
+        forecasts: the store's policy, where it forecasts. clock: seconds. contest: some tokens
+        go without prefetch, and without forecasts; what makes tokens fastest goes on."""
         self.store, self.shape, self.top_k = store, shape, top_k
         self.sources = {name: Source(name, record_bytes) for name in _PRICE}
         self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
@@ -129,7 +130,8 @@ class Prefetcher:
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
         self._deferred: Callable[[], Floats] | None = None
-        self._duel = Duel() if duel else None
+        ways = 3 if forecasts is not None and forecasts.can_rest else 2
+        self._contest = Contest(ways) if contest else None  # 1: no prefetch; 2: nor forecasts
 
     # As the model's source of experts.
 
@@ -229,8 +231,6 @@ class Prefetcher:
             self._asked = {key: source for key, source in self._asked.items() if key in held}
         self._correct_used(now.prefetch_hits + now.late - before.prefetch_hits - before.late)
         self._note_wait(absent, now.stall_s - before.stall_s)
-        if self._forecasts is not None:
-            self._forecasts.note_waits(absent, now.stall_s - before.stall_s)
         reads = self._reader.stats
         link = reads.bytes_read / reads.busy_s if reads.busy_s else 0.0
         for source in self.sources.values():
@@ -238,8 +238,10 @@ class Prefetcher:
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
-        if self._duel is not None:
-            self._duel.end_token(seconds)
+        if self._contest is not None:
+            self._contest.end_token(seconds)
+            if self._forecasts is not None:
+                self._forecasts.rest(self._contest.way == 2)
         stirred = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
         self._calm = 0 if stirred else self._calm + 1
         self._fresh.clear()
@@ -311,7 +313,7 @@ class Prefetcher:
     def _room(self, source: Source) -> int:
         """Bytes the source may ask for: its allowance, without what is under way or was asked; none
         in tokens that show how long they take without."""
-        if self._duel is not None and not self._duel.on:
+        if self._contest is not None and self._contest.way:
             return 0
         asked = sum(other.asked for other in self.sources.values()) * self._record_bytes
         return source.controller.allowance(max(asked, self._reader.in_flight_prefetch_bytes()))
