@@ -164,3 +164,10 @@ def test_an_error_in_a_step_leaves_no_recorder_behind() -> None:
     ):
         assert torch.equal(found, expected)
     assert steps.replayed == 9
+
+
+@pytest.mark.parametrize("period", [8, 24])
+def test_a_number_that_starts_anew_at_an_integer_of_the_config(period: int) -> None:
+    """Chunks: the first multiple alone is an edge of the position."""
+    _, steps = same_as_unrecorded(lambda x, position: x * (position % period), {period}, 100)
+    assert steps.replayed > 5

@@ -5,8 +5,10 @@ masks. So three tokens run under a recorder of torch's functions. Where the reco
 but the numbers that count with the position, what they called is a program: the same functions on
 the same arguments, hence the same bits, less what nothing uses and what never changes. Experts and
 caches are calls of the program that run as ever. A step that looks at a tensor's values, takes one
-of unknown origin or disagrees with itself stays the library's. A program ends where the position
-comes to an integer of the config: a window, a length. Not covered: prompts, batches.
+of unknown origin or disagrees with itself stays the library's. A program ends where the position,
+or a number that counts with it, comes to an integer of the config: a window, a length. Every 64th
+token is the library's again and must have called what the program calls.
+Not covered: prompts, batches.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class Program:
         for call in _kept(calls, logits):
             self._add(call, written)
         self._logits = self._place[logits.slot]
+        self._offsets = set(self._counted.values())
+        self._recorded_at = position
 
     def run(self, ids: Tensor, position: int, given: bool = False) -> Tensor:
         """The logits. given: with what opaque calls gave when they were recorded."""
@@ -86,6 +90,15 @@ class Program:
         except Refused:
             return False
         return True
+
+    def covers(self, position: int, edges: list[int]) -> bool:
+        """Whether no number that counts is past an edge that it was before: it may start anew there
+        and at every multiple."""
+        then = self._recorded_at
+        return all(
+            bisect(edges, position + offset) == bisect(edges, then + offset)
+            for offset in self._offsets
+        )
 
     def forget(self) -> None:
         """Free what was kept to check the program."""
@@ -163,8 +176,10 @@ class Steps:
     def run(self, ids: Tensor, position: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """The logits of one token at `position`."""
         gap = bisect(self._edges, position)
+        program = self._programs.get(gap)
+        if program is not None and not program.covers(position, self._edges):
+            del self._programs[gap]
         if gap in self._programs:
-            program = self._programs[gap]
             if program is None:
                 return forward(ids)
             self.replayed += 1
@@ -188,20 +203,29 @@ class Steps:
             if not torch.equal(chance, torch.get_rng_state()):
                 raise Refused("the step draws numbers")
             if len(self._recordings) < _RECORDINGS:
-                for call in recorder.calls:
-                    call.given = None if call.given is None else True  # not a cache per recording
+                _lighten(recorder.calls)
             else:
                 program = Program(self._recordings, position)
                 if not torch.equal(program.run(ids, position, given=True), logits):
                     raise Refused("the replay gives other logits")
                 program.forget()
-                self._programs[gap] = program
+                if program.covers(position - _RECORDINGS + 1, self._edges):
+                    self._programs[gap] = program
+                else:
+                    del self._recordings[0]
+                    _lighten(recorder.calls)
         except Exception as refused:  # Refused, or what no step has met so far: the logits are here
             _log.debug("tokens from %d on are the library's: %s", position, refused)
             self._programs[gap] = None
         if gap in self._programs:
             self._recordings.clear()
         return logits
+
+
+def _lighten(calls: list[Call]) -> None:
+    """Not a cache per recording."""
+    for call in calls:
+        call.given = None if call.given is None else True
 
 
 def _small(outs: Iterable[Any], args: Iterable[Any]) -> bool:
