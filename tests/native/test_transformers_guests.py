@@ -186,6 +186,23 @@ def test_replayed_steps_are_the_librarys_bit_for_bit(
         assert (steps.replayed > 15) == (model_type not in OTHER_STATES + WRITTEN_IN_PARTS)
 
 
+def test_a_sequence_that_an_error_cut_is_not_continued(
+    guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = guest("qwen2_moe")
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        runner = engine.runner
+        expected = by_engine(engine, PROMPT[:9], 12)
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.model.core, "forward", lambda **_: 1 / 0)
+            patch.setattr(runner.model.steps, "run", lambda ids, position, forward: forward(ids))
+            with pytest.raises(ZeroDivisionError):
+                runner.decode(5, GREEDY)
+        with pytest.raises(UsageError, match="middle of a step"):
+            runner.decode(5, GREEDY)
+        np.testing.assert_array_equal(by_engine(engine, PROMPT[:9], 12), expected)
+
+
 def test_packed_products_have_the_librarys_bits(guest: Callable[..., Guest]) -> None:
     tiny = guest("olmoe", torch.bfloat16)
     expected = by_library(tiny.model, PROMPT, 12)

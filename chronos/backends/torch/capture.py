@@ -22,6 +22,11 @@ _METADATA = frozenset(
     " element_size is_floating_point is_complex is_tensor get_device data_ptr"
     " _set_grad_enabled".split()  # nothing is differentiated here
 )
+# What gives its first argument back where there is nothing to do; all else has written into it.
+_CONVERSIONS = frozenset(
+    "to type type_as float half bfloat16 double long int bool contiguous flatten expand reshape"
+    " squeeze cpu cuda dropout".split()
+)
 _here = threading.local()  # a model may run in each of several threads
 
 
@@ -46,7 +51,8 @@ class Call:
     slots: range
     many: bool
     in_place: bool
-    given: Any  # by an opaque call when it was recorded; None: a function of torch
+    # Of an opaque call, when it was recorded: its arguments and what it gave. None: of torch.
+    given: Any
 
     @property
     def must_run(self) -> bool:
@@ -77,16 +83,15 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.reason:
-            self._note(func, args, kwargs or {}, out, None)
+        self._try_note(func, args, kwargs or {}, out, None)
         return out
 
     def opaque(self, function: Any, args: tuple[Any, ...]) -> Any:
         with torch._C.DisableTorchFunction():
+            seen = () if self.reason else self._copied(args)
             out = function(*args)
-            given = out.clone() if isinstance(out, Tensor) else out  # others may add to the output
-        if not self.reason:
-            self._note(function, args, {}, out, given)
+            kept = out.clone() if isinstance(out, Tensor) else out  # others may add to the output
+            self._try_note(function, args, {}, out, (seen, kept))
         return out
 
     def finish(self, logits: Tensor) -> Ref:
@@ -97,6 +102,15 @@ class Recorder(TorchFunctionMode):
             raise Refused(self.reason or "the logits come from elsewhere")
         return found
 
+    def _try_note(self, function: Any, *rest: Any) -> None:
+        """No recording is worth an error: some tensors have no memory of their own to look at."""
+        if self.reason:
+            return
+        try:
+            self._note(function, *rest)
+        except Exception as error:
+            self.reason = f"{getattr(function, '__name__', function)}: {error!r}"
+
     def _note(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, given: Any
     ) -> None:
@@ -106,12 +120,14 @@ class Recorder(TorchFunctionMode):
             if name not in _METADATA:
                 self.reason = f"{name} gives no tensor"
             return
-        in_place = given is None and _writes(name)
-        if not many and not in_place and args and out is args[0]:
-            return  # a conversion to what it was
+        same = bool(args) and out is args[0]
+        if same and given is None and name in _CONVERSIONS:
+            return
+        in_place = given is None and (same or _writes(name))
         self._alive.append((args, kwargs, out))
         call_args, call_kwargs = self._named(args), self._named(kwargs)
-        if "out" in kwargs or (in_place and not isinstance(call_args[0], Ref)):
+        outside = in_place and not (call_args and isinstance(call_args[0], Ref))
+        if outside or "out" in kwargs or (kwargs.get("inplace") and not same):
             self.reason = f"{name} writes into what outlives the step"
         if in_place and _shown(self._alive, out):
             self.reason = f"{name} writes into what has two names"
@@ -119,6 +135,12 @@ class Recorder(TorchFunctionMode):
         self._next = slots.stop
         self._slots |= {id(t): s for t, s in zip(tensors, slots, strict=True)}
         self.calls.append(Call(function, call_args, call_kwargs, slots, many, in_place, given))
+
+    def _copied(self, value: Any) -> Any:
+        """Arguments of an opaque call; a tensor that the step did not make is itself or nothing."""
+        if isinstance(value, Tensor):
+            return value.clone() if id(value) in self._slots else None
+        return mapped(self._copied, value)
 
     def _named(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -137,6 +159,7 @@ def opaque(function: Callable[..., Any], *args: Any) -> Any:
 
 def _writes(name: str) -> bool:
     """Whether a function of torch changes its first argument, by its name."""
+    name = name.partition(".")[0]  # of an overload
     if name.startswith("__i") and name.endswith("__"):
         return name not in ("__invert__", "__index__", "__int__")
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"

@@ -5,8 +5,10 @@ masks. So three tokens run under a recorder of torch's functions. Where the reco
 but the numbers that count with the position, what they called is a program: the same functions on
 the same arguments, hence the same bits, less what nothing uses and what never changes. Experts and
 caches are calls of the program that run as ever. A step that looks at a tensor's values, takes one
-of unknown origin or disagrees with itself stays the library's. A program ends where the position
-comes to an integer of the config: a window, a length. Not covered: prompts, batches.
+of unknown origin or disagrees with itself stays the library's. A program ends where the position,
+or a number that counts with it, comes to an integer of the config: a window, a length. Every 64th
+token is the library's again and must have called what the program calls.
+Not covered: prompts, batches.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from torch import Tensor
 from chronos.backends.torch.capture import Call, Recorder, Ref, Refused, flat, mapped
 
 _RECORDINGS = 3
+_CHECK_EVERY = 64  # replayed tokens
+# A constant of more bytes is computed at every token, as the library does: weights widened by each
+# router, times the programs, would outgrow the experts' budget.
+_LARGE = 1 << 16
 _log = logging.getLogger("chronos")
 
 
@@ -46,13 +52,17 @@ class Program:
         self._constants: dict[int, Any] = {}  # slots that are the same at every token
         self._counted: dict[int, int] = {}
         self._steps: list[tuple[Callable[..., Any], Any, int, int]] = []
-        self._given: dict[int, Any] = {}
+        self._given: dict[int, tuple[list[tuple[Any, Tensor]], Any]] = {}
         calls = _common([calls for calls, _ in recordings], position)
+        # Watched steps are compared with these.
+        self._template = [replace(c, given=None if c.given is None else True) for c in calls]
         logits = recordings[-1][1]
         written = {call.args[0].slot for call in calls if call.in_place}
         for call in _kept(calls, logits):
             self._add(call, written)
         self._logits = self._place[logits.slot]
+        self._offsets = set(self._counted.values())
+        self._recorded_at = position
 
     def run(self, ids: Tensor, position: int, given: bool = False) -> Tensor:
         """The logits. given: with what opaque calls gave when they were recorded."""
@@ -61,7 +71,11 @@ class Program:
         for place, offset in self._counted.items():
             values[place] = position + offset
         for i, (call, take, place, end) in enumerate(self._steps):
-            out = self._given[i] if given and i in self._given else call(*take(values))
+            if given and i in self._given:
+                seen, out = self._given[i]
+                self._compare(seen, values)
+            else:
+                out = call(*take(values))
             if end:
                 values[place:end] = out
             else:
@@ -69,9 +83,33 @@ class Program:
         logits: Tensor = values[self._logits]
         return logits
 
+    def agrees(self, calls: list[Call], position: int) -> bool:
+        """Whether a later step that was watched is what this program runs."""
+        try:
+            _common([[_at_position(call, position) for call in self._template], calls], None)
+        except Refused:
+            return False
+        return True
+
+    def covers(self, position: int, edges: list[int]) -> bool:
+        """Whether no number that counts is past an edge that it was before: it may start anew there
+        and at every multiple."""
+        then = self._recorded_at
+        return all(
+            bisect(edges, position + offset) == bisect(edges, then + offset)
+            for offset in self._offsets
+        )
+
     def forget(self) -> None:
         """Free what was kept to check the program."""
         self._given.clear()
+
+    def _compare(self, seen: list[tuple[Any, Tensor]], values: list[Any]) -> None:
+        """Whether an opaque call would get what it got. Raises Refused."""
+        for leaf, expected in seen:
+            found = values[self._at(leaf)] if isinstance(leaf, Ref) else leaf
+            if not torch.equal(found, expected):
+                raise Refused("the replay gives an opaque call something else")
 
     def _add(self, call: Call, written: set[int]) -> None:
         args, kwargs = self._resolved(call.args), self._resolved(call.kwargs)
@@ -79,13 +117,17 @@ class Program:
         if not leaves and not call.must_run and not written & set(call.slots):
             out = call.function(*args, **kwargs)
             outs = out if call.many else [out]
-            self._constants |= dict(zip(call.slots, outs, strict=True))
-            return
+            if _small(outs, flat((args, kwargs))):
+                self._constants |= dict(zip(call.slots, outs, strict=True))
+                return
         place = len(self._values)
         self._place |= {slot: place + i for i, slot in enumerate(call.slots)}
         self._values += [None] * len(call.slots)
         if call.given is not None:
-            self._given[len(self._steps)] = call.given
+            seen, out = call.given
+            pairs = zip(flat(args), flat(seen), strict=True)
+            checks = [(leaf, copy) for leaf, copy in pairs if isinstance(copy, Tensor)]
+            self._given[len(self._steps)] = checks, out
         function, wanted = self._applied(call.function, args, kwargs)
         end = place + len(call.slots) if call.many else 0
         self._steps.append((function, _taker(wanted), place, end))
@@ -134,12 +176,22 @@ class Steps:
     def run(self, ids: Tensor, position: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """The logits of one token at `position`."""
         gap = bisect(self._edges, position)
+        program = self._programs.get(gap)
+        if program is not None and not program.covers(position, self._edges):
+            del self._programs[gap]
         if gap in self._programs:
-            program = self._programs[gap]
             if program is None:
                 return forward(ids)
             self.replayed += 1
-            return program.run(ids, position)
+            if self.replayed % _CHECK_EVERY:
+                return program.run(ids, position)
+            recorder = Recorder(ids)
+            with recorder:
+                logits = forward(ids)
+            if recorder.reason or not program.agrees(recorder.calls, position):
+                _log.warning("the step at %d is no longer what was recorded", position)
+                self._programs[gap] = None
+            return logits
         if position != self._next or gap != bisect(self._edges, position - 1):
             self._recordings.clear()
         self._next = position + 1
@@ -151,15 +203,18 @@ class Steps:
             if not torch.equal(chance, torch.get_rng_state()):
                 raise Refused("the step draws numbers")
             if len(self._recordings) < _RECORDINGS:
-                for call in recorder.calls:
-                    call.given = None if call.given is None else True  # not a cache per recording
+                _lighten(recorder.calls)
             else:
                 program = Program(self._recordings, position)
                 if not torch.equal(program.run(ids, position, given=True), logits):
                     raise Refused("the replay gives other logits")
                 program.forget()
-                self._programs[gap] = program
-        except Refused as refused:
+                if program.covers(position - _RECORDINGS + 1, self._edges):
+                    self._programs[gap] = program
+                else:
+                    del self._recordings[0]
+                    _lighten(recorder.calls)
+        except Exception as refused:  # Refused, or what no step has met so far: the logits are here
             _log.debug("tokens from %d on are the library's: %s", position, refused)
             self._programs[gap] = None
         if gap in self._programs:
@@ -167,12 +222,35 @@ class Steps:
         return logits
 
 
+def _lighten(calls: list[Call]) -> None:
+    """Not a cache per recording."""
+    for call in calls:
+        call.given = None if call.given is None else True
+
+
+def _small(outs: Iterable[Any], args: Iterable[Any]) -> bool:
+    """Whether to keep what a call gave: views of what is there anyway, and little else."""
+    there = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+    tensors = [out for out in outs if isinstance(out, Tensor)]
+    return all(t.nbytes <= _LARGE or t.untyped_storage().data_ptr() in there for t in tensors)
+
+
 def _leaves(value: Any) -> list[Ref | Counted]:
     return [leaf for leaf in flat(value) if isinstance(leaf, Ref | Counted)]
 
 
-def _common(recordings: Sequence[list[Call]], position: int) -> list[Call]:
-    """The calls of the last recording, with the numbers that count told apart from constants."""
+def _at_position(call: Call, position: int) -> Call:
+    """A call of a template with its numbers as they are at a position."""
+
+    def fill(value: Any) -> Any:
+        return position + value.offset if isinstance(value, Counted) else mapped(fill, value)
+
+    return replace(call, args=fill(call.args), kwargs=fill(call.kwargs))
+
+
+def _common(recordings: Sequence[list[Call]], position: int | None) -> list[Call]:
+    """The calls of the last recording, with the numbers that count told apart from constants.
+    Without a position none may count."""
     if len({len(calls) for calls in recordings}) > 1:
         raise Refused("the steps have different lengths")
     common = []
@@ -188,7 +266,7 @@ def _common(recordings: Sequence[list[Call]], position: int) -> list[Call]:
     return common
 
 
-def _merged(values: Sequence[Any], position: int) -> Any:
+def _merged(values: Sequence[Any], position: int | None) -> Any:
     """One template of what an argument was at consecutive positions, the last one `position`."""
     last = values[-1]
     if any(type(value) is not type(last) for value in values):
@@ -206,7 +284,7 @@ def _merged(values: Sequence[Any], position: int) -> Any:
     if same:
         return last
     steps = {b - a for a, b in pairwise(values)} if type(last) is int else set()
-    if steps != {1}:
+    if position is None or steps != {1}:
         raise Refused("an argument changes from token to token")
     return Counted(last - position)
 

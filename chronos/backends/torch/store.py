@@ -121,7 +121,11 @@ class ExpertStore:
         slot = self._tier.replace((layer, expert), weights)
         if hasattr(mmap, "MADV_DONTNEED"):
             memory: Any = self._arena.obj  # see `aligned_buffer`
-            memory.madvise(mmap.MADV_DONTNEED, slot * self._stride, self._stride)
+            # Whole pages, which may be larger than a record's alignment.
+            start = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def end_token(self) -> None:
         """One decode step is over: histories fade, unused prefetches lose their protection."""
