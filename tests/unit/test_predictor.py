@@ -12,8 +12,8 @@ from chronos.common.routing.predictor import (
     DecayedUse,
     Predictor,
     PredictorPolicy,
-    RestingPolicy,
     PreviousToken,
+    RestingPolicy,
     TokenClock,
     TokenTable,
 )
