@@ -3,7 +3,7 @@
 Random weights say nothing about routing, so the trace decides it: which experts are read, kept and
 computed is what the recorded model would have asked for. The arithmetic is real, its values are
 not. At each budget the same tokens are decoded resident, with prefetch off, and with prefetch by
-several predictors, in interleaved rounds; a forecaster is trained on other sequences of the trace.
+several predictors, in turns of a few tokens; a forecaster comes from other sequences of the trace.
 Not covered: forecasts that a model makes of itself, which random weights cannot.
 """
 
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
-from chronos.common.files import atomic_write
+from chronos.common.files import atomic_write, measure_read_rate
 from chronos.common.layout import is_packed, write_experts
 from chronos.common.layout.folder import FINGERPRINT
 from chronos.common.routing.fit import FitOptions, fit, split
@@ -40,6 +40,8 @@ from chronos.meter import Meter, measure_machine
 Progress = Callable[[int, int], None]
 _HIDDEN, _VOCABULARY = 1024, 2048
 _SHIFTS = 1 << 16
+_TURN = 10  # tokens of one run before the next has its turn
+_SAMPLE_BYTES = 32 << 20
 _UNTRAINED = "0" * 32
 _GREEDY = SamplingParams()
 Open = Callable[[str, Mapping[str, str]], AbstractContextManager[Engine]]
@@ -223,6 +225,11 @@ class Replayed:
         bound_s = max(float(self.limit["t_res_s"]), self.bytes_read / self.disk_rate)
         return self.token_s / bound_s
 
+    @property
+    def turns_s(self) -> npt.NDArray[np.float64]:
+        """Seconds of each turn."""
+        return np.add.reduceat(self.seconds_T, range(0, len(self.seconds_T), _TURN))
+
     def percentile_s(self, percent: float) -> float:
         """Seconds that so many percent of the tokens stayed within."""
         return float(np.percentile(self.seconds_T, percent))
@@ -259,86 +266,120 @@ def compare(
     before_each: Callable[[], None] = lambda: None,
     progress: Progress = lambda done, total: None,
 ) -> Results:
-    """Rounds of a resident run, whose time enters the limits, and every run at every budget, the
-    order of these turning from round to round. before_each: called before a model is opened."""
-    streamed = [(budget, run) for budget in budgets for run in runs]
-    results: Results = {key: [] for key in [(RESIDENT, ""), *streamed]}
-    each = warmup + tokens
-    total, finished = each * rounds * len(results), 0
-    for number in range(rounds):
-        turn = number % len(streamed)
-        resident_s: float | None = None
-        for budget, run in [(RESIDENT, ""), *streamed[turn:], *streamed[:turn]]:
-            before_each()
-            result = replay(
-                functools.partial(open_engine, budget, runs.get(run, {})),
-                trace,
-                warmup=warmup,
-                tokens=tokens,
-                resident_token_s=resident_s,
-                progress=functools.partial(_shifted, progress, finished, total),
-            )
-            resident_s = resident_s or result.token_s
-            results[budget, run].append(result)
-            finished += each
+    """Rounds of every budget: a resident run, whose time enters the limits, and every run, all open
+    at once and taking turns of a few tokens, so that a machine that changes its pace within seconds
+    changes it for all of them. before_each: called before a model is opened.
+    """
+    if trace.num_tokens < warmup + tokens + 2:
+        raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
+    results: Results = {(RESIDENT, ""): []}
+    results |= {(budget, run): [] for budget in budgets for run in runs}
+    each = (warmup + tokens) * (1 + len(runs))
+    total, finished = each * rounds * len(budgets), 0
+    for budget in [budget for _ in range(rounds) for budget in budgets]:
+        group: dict[tuple[str, str], _Run] = {}
+        with ExitStack() as stack:
+            for key in [(RESIDENT, ""), *((budget, run) for run in runs)]:
+                before_each()
+                engine = stack.enter_context(open_engine(key[0], runs.get(key[1], {})))
+                group[key] = _Run(engine, trace)
+            told = functools.partial(_shifted, progress, finished, total)
+            rate = _in_turns(list(group.values()), warmup, tokens, told)
+            resident_s = group[RESIDENT, ""].token_s
+            for key, run in group.items():
+                results[key].append(run.result(rate, resident_s))
+        finished += each
     return results
 
 
+class _Run:
+    """One engine on the trace, and the seconds of its counted tokens."""
+
+    def __init__(self, engine: Engine, trace: RoutingTrace) -> None:
+        engine.runner.replay = ReplayedRouting(trace)
+        self.engine, self._seconds = engine, list[float]()
+        self._begin()
+
+    def _begin(self) -> None:
+        """A prompt of one token; the key/value cache starts empty."""
+        store = self.engine.store
+        self._meter, self._seconds = Meter(self.engine.runner, store, record=store is not None), []
+        self._meter.prefill([0], _GREEDY)
+
+    def decode(self, tokens: int) -> None:
+        for _ in range(tokens):
+            begin = time.perf_counter()
+            self._meter.decode(0, _GREEDY)
+            self._seconds.append(time.perf_counter() - begin)
+
+    def count(self) -> None:
+        """What was decoded so far was warm-up."""
+        self._begin()
+
+    @property
+    def token_s(self) -> float:
+        return float(np.mean(self._seconds))
+
+    def result(self, disk_rate: float | None, resident_s: float) -> Replayed:
+        engine, tokens = self.engine, len(self._seconds)
+        stats, limit = self._meter.stats() | engine.prefetch_stats(), None
+        if engine.layout is not None:
+            machine = measure_machine(
+                engine.layout, engine.config, engine.budget_bytes, engine.device
+            )
+            machine = dataclasses.replace(
+                machine, resident_token_s=resident_s, disk_rate=disk_rate or machine.disk_rate
+            )
+            limit, disk_rate = self._meter.limit(engine.config, machine), machine.disk_rate
+        return Replayed(
+            self.token_s,
+            stats["decode_bytes_read"] / tokens,
+            stats["decode_stall_s"] / tokens,
+            tuple(self._seconds),
+            stats,
+            limit,
+            disk_rate if limit else None,
+        )
+
+
+def _in_turns(
+    group: list[_Run], warmup: int, tokens: int, progress: Callable[[int, int], None]
+) -> float | None:
+    """Warm-up, then the counted tokens, a turn of each run after the other. The disk's rate for
+    records in bytes per second: the median of one sample after every counted round of turns."""
+    done, rates = 0, []
+    for counted, count in ((False, warmup), (True, tokens)):
+        for start in range(0, count, _TURN):
+            group = [*group[1:], group[0]]
+            for run in group:
+                length = min(_TURN, count - start)
+                run.decode(length)
+                done += length
+                progress(done, 0)
+            if counted and (rate := _disk_rate(group)) is not None:
+                rates.append(rate)
+        if not counted:
+            for run in group:
+                run.count()
+    return float(np.median(rates)) if rates else None
+
+
+def _disk_rate(group: list[_Run]) -> float | None:
+    layout = next((r.engine.layout for r in group if r.engine.layout is not None), None)
+    if layout is None:
+        return None
+    return measure_read_rate(layout.files[0], layout.record_nbytes, max_bytes=_SAMPLE_BYTES)
+
+
 def ratio_to_off(results: Results, budget: str, run: str) -> float | None:
-    """Speed by that of the same round's run without prefetch, the median of the rounds."""
+    """Speed by that of the run without prefetch: the median over turns of the same tokens."""
     off = results.get((budget, OFF))
     if not off:
         return None
     pairs = zip(off, results[budget, run], strict=True)
-    return float(np.median([without.token_s / own.token_s for without, own in pairs]))
+    ratios = [without.turns_s / own.turns_s for without, own in pairs]
+    return float(np.median(np.concatenate(ratios)))
 
 
 def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
     progress(before + done, total)
-
-
-def replay(
-    open_engine: Callable[[], AbstractContextManager[Engine]],
-    trace: RoutingTrace,
-    *,
-    warmup: int,
-    tokens: int,
-    resident_token_s: float | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Replayed:
-    """Run `warmup` tokens of the trace uncounted, then `tokens` counted."""
-    if trace.num_tokens < warmup + tokens + 2:
-        raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
-    with open_engine() as engine:
-        engine.runner.replay = ReplayedRouting(trace)
-        _run(engine, warmup, lambda done: progress(done, warmup + tokens))
-        meter, seconds = _run(engine, tokens, lambda done: progress(warmup + done, warmup + tokens))
-        stats, machine, limit = meter.stats() | engine.prefetch_stats(), None, None
-        if engine.layout is not None:
-            machine = dataclasses.replace(
-                measure_machine(engine.layout, engine.config, engine.budget_bytes, engine.device),
-                resident_token_s=resident_token_s,
-            )
-            limit = meter.limit(engine.config, machine)
-    return Replayed(
-        stats["decode_s"] / tokens,
-        stats["decode_bytes_read"] / tokens,
-        stats["decode_stall_s"] / tokens,
-        tuple(seconds),
-        stats,
-        limit,
-        machine.disk_rate if machine else None,
-    )
-
-
-def _run(engine: Engine, tokens: int, progress: Callable[[int], None]) -> tuple[Meter, list[float]]:
-    """One prompt token, then `tokens` decoded, and the seconds of each; the key/value cache starts
-    empty."""
-    meter, seconds = Meter(engine.runner, engine.store, record=engine.store is not None), []
-    meter.prefill([0], _GREEDY)
-    for done in range(tokens):
-        begin = time.perf_counter()
-        meter.decode(0, _GREEDY)
-        seconds.append(time.perf_counter() - begin)
-        progress(done + 1)
-    return meter, seconds

@@ -29,7 +29,8 @@ _LIMITS = (
     *("x bound", "ahead", "right"),
 )
 _LEGEND = (
-    "stall: ms a token spent waiting for reads. x off: speed by that without prefetch, same round. "
+    "stall: ms a token spent waiting for reads. x off: speed by that without prefetch, the same "
+    "tokens in turns. "
     "x bound: time by the larger of resident time and bytes read / disk rate, which complete "
     "overlap would take. "
     + footer.LEGEND
@@ -76,8 +77,9 @@ def replay(
     """Replay a real model's recorded routing on a generated model of its geometry.
 
     The trace (its test sequences, where a forecaster runs) is decoded resident, and at each budget
-    without prefetch, with decayed frequency of use (lfu) and with a forecaster. The resident run
-    needs memory for the whole generated model: experts x layers x --expert-size.
+    without prefetch, with decayed frequency of use (lfu), with a forecaster and by default (auto),
+    in turns of ten tokens. That needs memory for the whole generated model (experts x layers x
+    --expert-size) and four times the budget beside it.
     """
     from chronos import replay as room
     from chronos.common.budget import parse_budget
