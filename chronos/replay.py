@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -276,20 +277,29 @@ def compare(
     results |= {(budget, run): [] for budget in budgets for run in runs}
     each = (warmup + tokens) * (1 + len(runs))
     total, finished = each * rounds * len(budgets), 0
-    for budget in [budget for _ in range(rounds) for budget in budgets]:
-        group: dict[tuple[str, str], _Run] = {}
-        with ExitStack() as stack:
-            for key in [(RESIDENT, ""), *((budget, run) for run in runs)]:
-                before_each()
-                engine = stack.enter_context(open_engine(key[0], runs.get(key[1], {})))
-                group[key] = _Run(engine, trace)
-            told = functools.partial(_shifted, progress, finished, total)
-            rate = _in_turns(list(group.values()), warmup, tokens, told)
-            resident_s = group[RESIDENT, ""].token_s
-            for key, run in group.items():
-                results[key].append(run.result(rate, resident_s))
-        finished += each
+    with _opened(open_engine, before_each, RESIDENT, {}) as resident:  # loaded once: it is large
+        for budget in [budget for _ in range(rounds) for budget in budgets]:
+            group = {(RESIDENT, ""): _Run(resident, trace)}
+            with ExitStack() as stack:
+                for run, options in runs.items():
+                    opened = _opened(open_engine, before_each, budget, options)
+                    group[budget, run] = _Run(stack.enter_context(opened), trace)
+                told = functools.partial(_shifted, progress, finished, total)
+                rate = _in_turns(list(group.values()), warmup, tokens, told)
+                resident_s = group[RESIDENT, ""].token_s
+                for key, found in group.items():
+                    results[key].append(found.result(rate, resident_s))
+            finished += each
+            group.clear()
+            gc.collect()  # engines are in cycles, and the next ones need their memory
     return results
+
+
+def _opened(
+    open_engine: Open, before: Callable[[], None], budget: str, options: Mapping[str, str]
+) -> AbstractContextManager[Engine]:
+    before()
+    return open_engine(budget, options)
 
 
 class _Run:
