@@ -206,7 +206,7 @@ def simulate_sizes(
     for token, ids_LK in enumerate(trace.ids_TLK):
         watch(token, caches)
         for layer, needed in enumerate(ids_LK.tolist()):
-            served = serve([group[layer % count] for group in caches], layer, needed, policy)
+            served = _serve([group[layer % count] for group in caches], layer, needed, policy)
             if token >= first:
                 misses = [total + missed for total, missed in zip(misses, served, strict=True)]
         policy.end_token()
@@ -220,7 +220,7 @@ def simulate_sizes(
     ]
 
 
-def serve(caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy) -> list[int]:
+def _serve(caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy) -> list[int]:
     """One request as stores do it: pin what is there, rank, then make room for the rest. Misses of
     each cache."""
     held = [_pin(cache, layer, experts) for cache in caches]

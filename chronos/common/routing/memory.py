@@ -163,7 +163,7 @@ class RoutingMemory:
         weight_VAL = (weight_V[:, None] * known_VA)[:, :, None] * weight_AL
         flat_VALK = self._flat_NLK[place_VA] + first_AL[:, :, None]
         votes = np.bincount(flat_VALK.ravel(), weight_VAL.repeat(self._top_k), 2 * L * E)
-        # One rank of a layer's experts: its K needs of a turn weigh the same.
+        # A turn of a layer votes for K experts, so its votes are K times its weight.
         tally_OLE = votes.reshape(2, L, E)
         mass_OL1 = tally_OLE.sum(-1, keepdims=True) / self._top_k
         return np.asarray(tally_OLE / np.maximum(mass_OL1, 1e-12), np.float32)

@@ -177,9 +177,7 @@ class RestingPolicy(PredictorPolicy):
     def rest(self, resting: bool) -> None:
         if resting == (self.predictor is self._plain):
             return
-        if self._missed:
-            self._forecaster.prime(np.array(self._missed, np.intp))
-            self._missed.clear()
+        self._catch_up()
         self.predictor, self._priority = self._plain if resting else self._forecaster, None
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
@@ -199,12 +197,15 @@ class RestingPolicy(PredictorPolicy):
             self._plain.end_token()
 
     def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        self._catch_up()
         other = self._forecaster if self.predictor is self._plain else self._plain
-        if other is self._forecaster and self._missed:
-            other.prime(np.array(self._missed, np.intp))
-            self._missed.clear()
         other.prime(ids_TLK)
         super().end_prompt(ids_TLK)
+
+    def _catch_up(self) -> None:
+        if self._missed:
+            self._forecaster.prime(np.array(self._missed, np.intp))
+            self._missed.clear()
 
 
 class TokenClock:
