@@ -220,7 +220,9 @@ def simulate_sizes(
     ]
 
 
-def _serve(caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy) -> list[int]:
+def _serve(
+    caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy
+) -> list[int]:
     """One request as stores do it: pin what is there, rank, then make room for the rest. Misses of
     each cache."""
     held = [_pin(cache, layer, experts) for cache in caches]
