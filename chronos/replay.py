@@ -36,7 +36,7 @@ from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import write_tensors
 from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec, dense_tensors, expert_tensors
 from chronos.engine import RESIDENT, Engine
-from chronos.meter import Meter, measure_machine
+from chronos.meter import Machine, Meter, measure_machine
 
 Progress = Callable[[int, int], None]
 _HIDDEN, _VOCABULARY = 1024, 2048
@@ -286,9 +286,9 @@ def compare(
                     group[budget, run] = _Run(stack.enter_context(opened), trace)
                 told = functools.partial(_shifted, progress, finished, total)
                 rate = _in_turns(list(group.values()), warmup, tokens, told)
-                resident_s = group[RESIDENT, ""].token_s
+                machine = _machine(group, rate)
                 for key, found in group.items():
-                    results[key].append(found.result(rate, resident_s))
+                    results[key].append(found.result(machine))
             finished += each
             group.clear()
             gc.collect()  # engines are in cycles, and the next ones need their memory
@@ -307,13 +307,14 @@ class _Run:
 
     def __init__(self, engine: Engine, trace: RoutingTrace) -> None:
         engine.runner.replay = ReplayedRouting(trace)
-        self.engine, self._seconds = engine, list[float]()
-        self._begin()
+        self.engine = engine
+        self.begin()
 
-    def _begin(self) -> None:
-        """A prompt of one token; the key/value cache starts empty."""
+    def begin(self) -> None:
+        """A prompt of one token; the key/value cache starts empty. Counts from here."""
         store = self.engine.store
-        self._meter, self._seconds = Meter(self.engine.runner, store, record=store is not None), []
+        self._meter = Meter(self.engine.runner, store, record=store is not None)
+        self._seconds: list[float] = []
         self._meter.prefill([0], _GREEDY)
 
     def decode(self, tokens: int) -> None:
@@ -322,25 +323,16 @@ class _Run:
             self._meter.decode(0, _GREEDY)
             self._seconds.append(time.perf_counter() - begin)
 
-    def count(self) -> None:
-        """What was decoded so far was warm-up."""
-        self._begin()
-
     @property
     def token_s(self) -> float:
         return float(np.mean(self._seconds))
 
-    def result(self, disk_rate: float | None, resident_s: float) -> Replayed:
+    def result(self, machine: Machine | None) -> Replayed:
+        """machine: of the streamed runs."""
         engine, tokens = self.engine, len(self._seconds)
         stats, limit = self._meter.stats() | engine.prefetch_stats(), None
-        if engine.layout is not None:
-            machine = measure_machine(
-                engine.layout, engine.config, engine.budget_bytes, engine.device
-            )
-            machine = dataclasses.replace(
-                machine, resident_token_s=resident_s, disk_rate=disk_rate or machine.disk_rate
-            )
-            limit, disk_rate = self._meter.limit(engine.config, machine), machine.disk_rate
+        if machine is not None and engine.layout is not None:
+            limit = self._meter.limit(engine.config, machine)
         return Replayed(
             self.token_s,
             stats["decode_bytes_read"] / tokens,
@@ -348,8 +340,20 @@ class _Run:
             tuple(self._seconds),
             stats,
             limit,
-            disk_rate if limit else None,
+            machine.disk_rate if machine is not None and limit else None,
         )
+
+
+def _machine(group: Mapping[tuple[str, str], _Run], disk_rate: float | None) -> Machine | None:
+    """What bounds the streamed runs of one budget, which have one layout and as many slots."""
+    engine = next((run.engine for run in group.values() if run.engine.layout is not None), None)
+    if engine is None or engine.layout is None or disk_rate is None:
+        return None
+    return dataclasses.replace(
+        measure_machine(engine.layout, engine.config, engine.budget_bytes, engine.device),
+        resident_token_s=group[RESIDENT, ""].token_s,
+        disk_rate=disk_rate,
+    )
 
 
 def _in_turns(
@@ -370,7 +374,7 @@ def _in_turns(
                 rates.append(rate)
         if not counted:
             for run in group:
-                run.count()
+                run.begin()
     return float(np.median(rates)) if rates else None
 
 

@@ -34,8 +34,7 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
     """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
 
     auto: the folder's forecaster, if it has one of this model, while that pays; else what each
-    token needed before. That ranks as lfu does and reads ahead better: on the shipped model's text
-    a rehearsed token takes 1 to 15 % less time at every disk from 0.6 to 4.8 GB/s.
+    token needed before. That ranks as lfu does and reads ahead better (docs/prediction.md).
     Raises UsageError, ShapeMismatch (a forecaster of another model) or CorruptFileError.
     """
     check_predictor(name)

@@ -1,8 +1,7 @@
 """Parameters of the small NumPy models of routing: kept as side files, stepped by Adam.
 
 Float32 tensors by name (and ids beside them), in a safetensors file whose metadata says whose they
-are. Not known here:
-which names and shapes a model has; it checks the header before it reads.
+are. Not known here: which names and shapes a model has; it checks the header before it reads.
 """
 
 from __future__ import annotations

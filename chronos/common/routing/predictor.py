@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chronos.common.routing.memory import REMEMBERED
+
 Scores = NDArray[np.float64]
 Shares = NDArray[np.float32]
 # How much a use counts for each token it lies ahead: the cache that forecasts serve turns over in
@@ -57,7 +59,6 @@ class Predictor(Protocol):
 
 # A prompt's routing [T, L, K] to the chance [L, E] that a token of the reply needs an expert.
 Intent = Callable[[NDArray[Any]], Scores]
-_MISSED = 2048  # tokens kept for a forecaster that rests: as many as its memory holds
 _FADING, _FORGOTTEN = 0.85, 0.05  # per token: an intent speaks of the first 16 or so
 
 
@@ -171,7 +172,7 @@ class RestingPolicy(PredictorPolicy):
     ) -> None:
         super().__init__(forecaster, layers, intent)
         self._forecaster, self._plain = forecaster, DecayedUse(*forecaster.scores().shape)
-        self._missed: deque[list[list[int]]] = deque(maxlen=_MISSED)  # tokens of layers of experts
+        self._missed: deque[list[list[int]]] = deque(maxlen=REMEMBERED)  # [T][L][K]
         self._token: list[list[int]] = []
 
     def rest(self, resting: bool) -> None:
