@@ -5,7 +5,7 @@
 #   make test            the whole test suite (tests marked `cuda` need `make gpu`)
 #   make check           ruff, mypy, import contracts, generated docs up to date
 #   make absent          the unit and command line tests without MLX, without PyTorch and without either
-#   make gpu             the tests that need an NVIDIA GPU
+#   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and the list in docs/structure.md
 #
 # Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx).
@@ -43,7 +43,8 @@ absent: $(DEV_STAMP)
 	done
 
 gpu: $(DEV_STAMP)
-	$(RUN) pytest -m cuda
+	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda
+	CHRONOS_TEST_GPU=1 CHRONOS_TEST_BACKENDS=torch $(RUN) pytest tests/conformance -m "not cuda"
 
 docs: $(USE_STAMP)
 	$(RUN) chronos.cli.docs docs

@@ -207,11 +207,9 @@ class Engine:
         return "context" if self.runner.position >= self.context else ""
 
     def _limit(self, meter: Meter) -> dict[str, Any] | None:
-        assert self.layout is not None
+        assert self.layout is not None and self.store is not None
         if self._machine is None:
-            self._machine = measure_machine(
-                self.layout, self.config, self.budget_bytes, self.device
-            )
+            self._machine = measure_machine(self.layout, self.config, self.store, self.device)
         machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
         return meter.limit(self.config, machine)
 

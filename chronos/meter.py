@@ -50,16 +50,21 @@ class Machine:
     disk_rate: float
     memory_rate: float
     dense_bytes: int
+    warm_slots: int = 0  # records that host memory holds behind an accelerator's slots
+    copy_rate: float | None = None  # from there to the slots
     moe_layers: tuple[int, ...] | None = None  # the rows of a recorded routing; None: 0, 1, ...
     resident_token_s: float | None = None
 
 
-def measure_machine(layout: Layout, config: Geometry, capacity_bytes: int, device: str) -> Machine:
+def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device: str) -> Machine:
     """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
     size, on_cpu = layout.record_nbytes, device.startswith("cpu")
+    stats, records = store.stats(), len(layout.records)
     return Machine(
         record_bytes=size,
-        slots=min(capacity_bytes // size, len(layout.records)),
+        slots=min(stats.capacity_bytes // size, records),
+        warm_slots=min(stats.warm_capacity_bytes // size, records),
+        copy_rate=store.copy_rate(),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
         memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
         dense_bytes=_dense_bytes(layout, config, on_cpu),
@@ -84,7 +89,7 @@ class Meter:
         self.prompt_tokens = self.decoded = 0
         self.prefill_s = self.decode_s = 0.0
         self._start = self._middle = self._count()
-        self._resident: frozenset[tuple[int, int]] = frozenset()
+        self._resident = self._held = frozenset[tuple[int, int]]()
         runner.reset()
         runner.recording = record
 
@@ -106,7 +111,7 @@ class Meter:
         self._middle = self._count()
         if self.runner.recording and self.store:
             self.runner.routing()  # the prompt's is not asked for
-            self._resident = self.store.resident()
+            self._resident, self._held = self.store.resident(), self.store.held()
         return token
 
     def decode(self, token: int, sampling: SamplingParams) -> int:
@@ -127,6 +132,7 @@ class Meter:
             "decode_s": self.decode_s,
             "decode_tokens": self.decoded,
             "decode_bytes_read": decode.bytes_read,
+            "decode_bytes_copied": decode.bytes_copied,
             "decode_stall_s": decode.stall_s,
         } | now.minus(self._start).to_json()
 
@@ -140,11 +146,16 @@ class Meter:
         if not self.decoded or machine.slots < config.num_experts_per_tok:
             return None
         trace = recorder.trace()
-        resident = sorted(self._resident)  # least worth keeping first: some order, always the same
+        # What was there at first: least worth keeping first, in some order that is always the same.
+        resident, held = sorted(self._resident), sorted(self._held)
+        slots = machine.slots + machine.warm_slots
         reads = {
-            policy: simulate(trace, machine.slots, policy, resident=resident).reads_per_token
+            policy: simulate(trace, slots, policy, resident=held).reads_per_token
             for policy in ("min", "lru", "lfu")
         }
+        copies = 0.0
+        if machine.copy_rate:
+            copies = simulate(trace, machine.slots, "min", resident=resident).reads_per_token
         decode = self._count().minus(self._middle)
         stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
         # What this run computed in is possible: a resident run that took longer was disturbed.
@@ -163,6 +174,8 @@ class Meter:
             top_k=trace.top_k,
             kernel_s=resident_s,
             stall_s=stall_s,
+            min_copies_per_token=copies,
+            link_bytes_per_s=machine.copy_rate,
         )
         return report.to_json()
 

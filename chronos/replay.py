@@ -205,13 +205,16 @@ class Replayed:
     stats: dict[str, Any]
     limit: dict[str, Any] | None
     disk_rate: float | None
+    bytes_copied: float = 0.0  # from host memory to an accelerator's slots
+    copy_rate: float | None = None
 
     @property
     def serial_s(self) -> float | None:
-        """What the token would take if no read overlapped any computing; None if not streamed."""
+        """What the token would take if no read or copy overlapped anything; None if not
+        streamed."""
         if self.limit is None or self.disk_rate is None:
             return None
-        return float(self.limit["t_res_s"]) + self.bytes_read / self.disk_rate
+        return float(self.limit["t_res_s"]) + self.bytes_read / self.disk_rate + self._copy_s
 
     @property
     def share_of_serial(self) -> float | None:
@@ -220,11 +223,15 @@ class Replayed:
 
     @property
     def share_of_bound(self) -> float | None:
-        """Time per token by what these reads would take if they overlapped completely."""
+        """Time per token by what these reads and copies would take if all overlapped completely."""
         if self.limit is None or self.disk_rate is None:
             return None
-        bound_s = max(float(self.limit["t_res_s"]), self.bytes_read / self.disk_rate)
+        bound_s = max(float(self.limit["t_res_s"]), self.bytes_read / self.disk_rate, self._copy_s)
         return self.token_s / bound_s
+
+    @property
+    def _copy_s(self) -> float:
+        return self.bytes_copied / self.copy_rate if self.copy_rate else 0.0
 
     @property
     def turns_s(self) -> npt.NDArray[np.float64]:
@@ -244,6 +251,8 @@ class Replayed:
             "bytes_read_per_token": self.bytes_read,
             "stall_s_per_token": self.stall_s,
             "disk_bytes_per_s": self.disk_rate,
+            "bytes_copied_per_token": self.bytes_copied,
+            "copy_bytes_per_s": self.copy_rate,
             "serial_s": self.serial_s,
             "share_of_serial": self.share_of_serial,
             "share_of_bound": self.share_of_bound,
@@ -341,16 +350,18 @@ class _Run:
             stats,
             limit,
             machine.disk_rate if machine is not None and limit else None,
+            stats["decode_bytes_copied"] / tokens,
+            machine.copy_rate if machine is not None else None,
         )
 
 
 def _machine(group: Mapping[tuple[str, str], _Run], disk_rate: float | None) -> Machine | None:
     """What bounds the streamed runs of one budget, which have one layout and as many slots."""
     engine = next((run.engine for run in group.values() if run.engine.layout is not None), None)
-    if engine is None or engine.layout is None or disk_rate is None:
+    if engine is None or engine.layout is None or engine.store is None or disk_rate is None:
         return None
     return dataclasses.replace(
-        measure_machine(engine.layout, engine.config, engine.budget_bytes, engine.device),
+        measure_machine(engine.layout, engine.config, engine.store, engine.device),
         resident_token_s=group[RESIDENT, ""].token_s,
         disk_rate=disk_rate,
     )

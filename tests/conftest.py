@@ -3,6 +3,8 @@
 CHRONOS_TEST_BACKENDS=torch,mlx names the backends to test; one that is missing is then an error.
 Without it, those that are installed are tested.
 
+CHRONOS_TEST_GPU=1 shows the tests an NVIDIA GPU, which is hidden from them otherwise.
+
 `needs_backend` marks tests outside these suites that run a model. They are skipped only where
 CHRONOS_TEST_WITHOUT hides every backend (tests/absent); without a framework they fail elsewhere.
 """
@@ -35,6 +37,13 @@ def hidden() -> set[str]:
             f"CHRONOS_TEST_WITHOUT needs PYTHONPATH=tests/absent to hide {found}"
         )
     return named
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is tested here runs on the CPU, whose bits it is compared with, also where there is a
+    GPU: torch takes that by default. `make gpu` asks for it."""
+    if not os.environ.get("CHRONOS_TEST_GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 NO_BACKEND = hidden() >= set(BACKENDS.values())

@@ -66,6 +66,12 @@ class ExpertStore(Protocol):
         """The prompt is over; its tokens were routed like this, in order."""
 
     def resident(self) -> frozenset[Key]: ...
+    def held(self) -> frozenset[Key]:
+        """What needs no read: resident, or in host memory behind an accelerator's slots."""
+
+    def copy_rate(self) -> float | None:
+        """Bytes per second from host memory to the slots, measured; None where reads land there."""
+
     def stats(self) -> StoreStats: ...
     def close(self) -> None:
         """Join threads, close files. Safe to call twice."""

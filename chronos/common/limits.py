@@ -1,14 +1,16 @@
 """The physical limit of a streamed run, and how much of it was reached. Plain floats in and out.
 
     T_res  = max((D + L k S) / B_fast, T_kernels)   everything resident
-    T*     = max(T_res, R* S / B_slow)              perfect foresight, full overlap
+    T*     = max(T_res, R* S / B_slow, C* S / B_link)   perfect foresight, full overlap
     T_dem  = T_nonexpert + R* S / B_slow            perfect cache, no prediction
     eta_limit = T*/T      eta_res = T_res/T         eta_bytes = R*/R
     eta_policy = (R_ref - R) / (R_ref - R*)         eta_overlap = 1 - stall / (R S / B_slow)
 
 R is expert reads per token, prefetched ones and waste included; R* those of exact MIN with bypass
-on the same routing (`simulate`). Shares are not clipped: above 1 or below 0 says an input was
-wrong, or that prefetch waste made things worse. Lossy miss policies have no place on this axis.
+on the same routing (`simulate`). Behind an accelerator R* is that of its slots and the host memory
+behind them together, C* the copies per token of its slots alone. Shares are not clipped: above 1 or
+below 0 says an input was wrong, or that prefetch waste made things worse. Lossy miss policies have
+no place on this axis.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ def limit_report(
     nonexpert_s: float | None = None,
     ref_reads_per_token: float | None = None,
     stall_s: float | None = None,
+    min_copies_per_token: float = 0.0,
+    link_bytes_per_s: float | None = None,
 ) -> LimitReport:
     """The limit for one measured run.
 
@@ -61,14 +65,17 @@ def limit_report(
     cache included. layers: MoE layers. kernel_s: T_kernels, measured resident seconds per token
     (0: unknown, the roofline stands alone). nonexpert_s: resident seconds per token outside the
     experts (default D / B_fast). ref_reads_per_token: R_ref, the better of LRU and decayed LFU on
-    the same routing. stall_s: seconds per token spent waiting for experts.
+    the same routing. stall_s: seconds per token spent waiting for experts. min_copies_per_token,
+    link_bytes_per_s: C* and B_link, of an accelerator with memory of its own.
     Raises UsageError for a number that is negative, not finite, or a rate or time of 0.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    _check_numbers(given, positive=("token_s", "slow_bytes_per_s", "fast_bytes_per_s"))
+    rates = ("slow_bytes_per_s", "fast_bytes_per_s", "link_bytes_per_s")
+    _check_numbers(given, positive=("token_s", *rates))
     read_s = record_bytes / slow_bytes_per_s
     resident_s = max((dense_bytes + layers * top_k * record_bytes) / fast_bytes_per_s, kernel_s)
-    limit_s = max(resident_s, min_reads_per_token * read_s)
+    copy_s = record_bytes / link_bytes_per_s if link_bytes_per_s else 0.0
+    limit_s = max(resident_s, min_reads_per_token * read_s, min_copies_per_token * copy_s)
     rest_s = dense_bytes / fast_bytes_per_s if nonexpert_s is None else nonexpert_s
     return LimitReport(
         t_res_s=resident_s,

@@ -154,6 +154,10 @@ class Tier(ABC):
         with self.lock:
             return frozenset(self.residency.ready)
 
+    def held(self) -> frozenset[Key]:
+        """What needs no read, in this tier or in one behind it."""
+        return self.resident()
+
     def stats(self) -> StoreStats:
         """A copy of the counters, with the gauges as they are now."""
         with self.lock:

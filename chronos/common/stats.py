@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-_GAUGES = ("peak_expert_bytes", "capacity_bytes", "live_bytes")
+_GAUGES = ("peak_expert_bytes", "capacity_bytes", "warm_capacity_bytes", "live_bytes")
 
 
 @dataclass
@@ -25,6 +25,7 @@ class StoreStats:
     fallbacks: int = 0  # needs not ready and answered with None (miss="fallback")
     fallback_weight: float = 0.0  # routing weight those needs carried
     bytes_read: int = 0  # from disk, verified
+    bytes_copied: int = 0  # from host memory to an accelerator's slots
     bytes_prefetched: int = 0  # asked for ahead of need and not withdrawn
     bytes_late: int = 0  # of the late ones: read for, but not in time
     bytes_wasted: int = 0  # prefetched, then evicted or closed without ever being used
@@ -33,6 +34,7 @@ class StoreStats:
     tokens: int = 0
     peak_expert_bytes: int = 0  # slots being filled count like full ones
     capacity_bytes: int = 0
+    warm_capacity_bytes: int = 0  # host memory for records behind an accelerator's slots
     live_bytes: int = 0
 
     @property

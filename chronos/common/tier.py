@@ -195,7 +195,12 @@ class StagedTier(Tier):
         with self.lock:
             stats, host = super().stats(), self._host.stats()
         stats.bytes_read, stats.read_errors = host.bytes_read, host.read_errors
+        stats.warm_capacity_bytes = host.capacity_bytes
         return stats
+
+    def held(self) -> frozenset[Key]:
+        with self.lock:
+            return super().held() | self._host.held()
 
     def close(self) -> None:
         super().close()
@@ -277,6 +282,7 @@ class StagedTier(Tier):
                     demand=load.demand,
                     after=self._fences.pop(load.slot, ()),
                 )
+                self.counters.bytes_copied += load.record.nbytes
                 self._events[load.slot] = event
                 self._copying.append((event, host_slot))
             except Exception as failure:

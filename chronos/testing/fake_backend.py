@@ -92,6 +92,12 @@ class FakeStore:
     def resident(self) -> frozenset[Key]:
         return self.tier.resident()
 
+    def held(self) -> frozenset[Key]:
+        return self.resident()
+
+    def copy_rate(self) -> None:
+        """Records are computed with where they were read to."""
+
     def stats(self) -> StoreStats:
         stats = self.tier.stats()
         stats.capacity_bytes = self.capacity_bytes

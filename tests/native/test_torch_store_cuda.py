@@ -207,6 +207,34 @@ def test_warm_hits_are_misses_without_a_read(device: Device) -> None:
     assert stats.bytes_read == device.layout.total_bytes == device.reader.stats.bytes_read
     assert stats.misses - stats.warm_hits == LAYERS * EXPERTS
     assert stats.warm_hits > 0
+    assert stats.bytes_copied == device.layout.record_nbytes * stats.misses
+    assert stats.warm_capacity_bytes == device.layout.total_bytes
+
+
+def test_what_host_memory_holds_needs_no_read(tmp_path: Path) -> None:
+    with open_device(tmp_path, slots=4, warm=6) as device:
+        device.queue(1, range(EXPERTS))
+        device.verify()
+        resident, held = device.store.resident(), device.store.held()
+        assert len(resident) == 4 and len(held) >= 6 and resident < held
+        before = device.store.stats()
+        for layer, expert in held - resident:
+            device.queue(layer, [expert])
+        device.verify()
+        after = device.store.stats()
+        assert after.bytes_copied > before.bytes_copied
+        assert after.bytes_read == before.bytes_read
+
+
+def test_the_rate_of_copies_is_measured_where_there_are_some(device: Device) -> None:
+    device.queue(0, [1, 2])
+    copies = device.engine.copies
+    assert device.store.copy_rate() > 0
+    assert device.engine.copies > copies
+    device.queue(0, [1, 2, 3])  # nothing was overwritten
+    device.verify()
+    with ExpertStore(device.layout, device.layout.total_bytes) as on_cpu:
+        assert on_cpu.copy_rate() is None
 
 
 def test_an_evicted_prefetch_may_still_be_on_its_way(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def test_measured_kernels_and_rest_replace_the_roofline() -> None:
     assert report.t_demand_s == pytest.approx(0.15)
 
 
+def test_copies_to_an_accelerator_are_a_limit_of_their_own() -> None:
+    """10 reads of 10 ms are hidden behind 30 copies of 5 ms, or hide 30 of 2 ms."""
+    slow = limit_report(**RUN, min_copies_per_token=30.0, link_bytes_per_s=2e9)
+    fast = limit_report(**RUN, min_copies_per_token=30.0, link_bytes_per_s=5e9)
+    assert (slow.t_limit_s, fast.t_limit_s) == pytest.approx((0.15, 0.1))
+    assert slow.eta_limit == pytest.approx(0.6)
+
+
 def test_nothing_known_about_policy_and_overlap_is_none() -> None:
     report = limit_report(**RUN)
     assert report.eta_policy is None

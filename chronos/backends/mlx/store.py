@@ -173,6 +173,12 @@ class ExpertStore:
     def resident(self) -> frozenset[Key]:
         return self._tier.resident()
 
+    def held(self) -> frozenset[Key]:
+        return self.resident()
+
+    def copy_rate(self) -> None:
+        """Records are computed with where they were read to."""
+
     def stats(self) -> StoreStats:
         stats = self._tier.stats()
         stats.capacity_bytes = self._capacity_bytes

@@ -10,6 +10,7 @@ What to keep and evict is `chronos.common.residency`'s business, when to wait th
 from __future__ import annotations
 
 import mmap
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -45,6 +46,7 @@ DTYPES = {
 _STAGING_BYTES, _STAGING_SLOTS = 256 << 20, 8
 # A demand copy queued behind a prefetch waits for one chunk: 0.2 ms at 20 GB/s.
 _COPY_CHUNK = 4 << 20
+_RATE_BYTES = 64 << 20
 
 
 class ExpertStore:
@@ -82,8 +84,8 @@ class ExpertStore:
         with torch.inference_mode(False):  # else other threads could not copy into these
             rows = torch.frombuffer(arena, dtype=torch.uint8).view(host_slots, -1)
             self._rows = _device_rows(slots, rows.shape[1], device) if staged else rows
-        if staged:
-            copies = copies or _copies_for(device)
+        self._host_rows = rows
+        self._copies = copies = copies or _copies_for(device) if staged else None
         self.evicts = staged or slots < len(layout.records)
         self._arena, self._stride = arena, layout.record_nbytes
         self._unlock_pages = _lock_pages(self, rows) if device.type == "cuda" else None
@@ -141,6 +143,29 @@ class ExpertStore:
 
     def resident(self) -> frozenset[Key]:
         return self._tier.resident()
+
+    def held(self) -> frozenset[Key]:
+        """What needs no read: resident, or in host memory behind an accelerator's slots."""
+        return self._tier.held()
+
+    def copy_rate(self) -> float | None:
+        """Bytes per second of records from host memory to the device, a few of them timed now; None
+        on a CPU."""
+        if self._copies is None:
+            return None
+        with torch.inference_mode(False):
+            target = torch.empty_like(self._rows[0])
+        count = -(-_RATE_BYTES // self._stride)
+        for copies in (1, count):  # the first one warms up
+            begin = time.perf_counter()
+            ends = [
+                self._copies.start(
+                    self._host_rows[i % len(self._host_rows)], target, demand=False, after=()
+                )
+                for i in range(copies)
+            ]
+            ends[-1].synchronize()
+        return count * self._stride / (time.perf_counter() - begin)
 
     def stats(self) -> StoreStats:
         stats = self._tier.stats()
