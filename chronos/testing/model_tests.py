@@ -169,7 +169,7 @@ class ModelTests:
 
         model = backend.build(dataclasses.replace(CONFIG, dtype=dtype), seed=3)
         backend.save(model, tmp_path)
-        loaded = backend.load(tmp_path, device="cpu", resident=True)
+        loaded = backend.load(tmp_path, device=None, resident=True)
         ids = tokens(20)
         again, first = self.logits(backend, loaded, ids), self.logits(backend, model, ids)
         if dtype == "float32":

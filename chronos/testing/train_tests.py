@@ -185,7 +185,7 @@ class TrainTests:
         names = [name for name in self.weights(step) if "embed" in name or "lm_head" in name]
         assert names == ["model.embed_tokens.weight"]
         backend.save(step.model, tmp_path)
-        loaded = backend.load(tmp_path, device="cpu", resident=True)
+        loaded = backend.load(tmp_path, device=None, resident=True)
         ids = batch().ids_BT
         assert np.array_equal(
             backend.forward(loaded, ids).logits_BTV, backend.forward(step.model, ids).logits_BTV

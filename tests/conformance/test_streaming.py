@@ -300,7 +300,7 @@ _MEASURE = """
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     backend, small, large, budget = sys.argv[1:]
     def answer(folder):
-        with chronos.load(folder, backend=backend, budget=budget) as engine:
+        with chronos.load(folder, backend=backend, device="cpu", budget=budget) as engine:
             engine.with_limit = False
             engine.generate([1, 2, 3], max_tokens=12).result
         return peak()

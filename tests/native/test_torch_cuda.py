@@ -7,6 +7,7 @@ test_torch_store_cuda.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -113,21 +114,22 @@ def test_fallback_runs_without_a_read_in_the_way(tmp_path: Path) -> None:
     assert stats.fallbacks > 0
 
 
-def test_the_device_holds_the_dense_part_and_the_budget(packed: Path) -> None:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with load(packed, budget="all") as engine:
-        rollout(engine, PROMPT)
-        whole = torch.cuda.max_memory_allocated() - before
-        total = open_layout(packed).total_bytes
-        del engine
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with load(packed, budget="25%", warm="all") as engine:
-        rollout(engine, PROMPT)
-    quarter = torch.cuda.max_memory_allocated() - before
-    assert whole - quarter >= 0.7 * total
+def test_the_device_holds_the_dense_part_and_the_budget(tmp_path: Path) -> None:
+    geometry = {"hidden_size": 256, "num_experts": 16, "moe_intermediate_size": 320}
+    pack(tiny_model(tmp_path / "model", **geometry), tmp_path / "packed")
+    total = open_layout(tmp_path / "packed").total_bytes
+    assert total > 40e6
+
+    def peak(budget: str) -> int:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with load(tmp_path / "packed", budget=budget, warm="all") as engine:
+            rollout(engine, PROMPT)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak("25%")  # what the library allocates once is not ours
+    assert peak("all") - peak("25%") >= 0.7 * total
 
 
 @pytest.mark.parametrize(

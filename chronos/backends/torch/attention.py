@@ -21,14 +21,16 @@ from chronos.common.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (1910.07467), the mean in float32; torch has its own from 2.4 on only,
-    and Intel Macs end at 2.2."""
+    """x / rms(x) * weight (1910.07467), the mean in float32. On a GPU by torch's own kernel, one
+    launch for six; torch has it from 2.4 on only, and Intel Macs end at 2.2."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and hasattr(F, "rms_norm"):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight

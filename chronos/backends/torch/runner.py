@@ -115,7 +115,7 @@ class Runner:
         source: ExpertSource | None,
         on_lookahead: Callable[[Tensor], None] | None = None,
     ) -> list[Routing]:
-        ids_1T = torch.tensor([tokens], device=self.model.device)
+        ids_1T = self._to_device(np.array([tokens]))
         out = self.model(
             ids_1T,
             cache=self._cache,
@@ -132,8 +132,14 @@ class Runner:
     def _replayed(self, layer: int) -> tuple[Tensor, Tensor]:
         assert self.replay is not None
         ids_TK, weights_TK = self.replay(layer)
-        device = self.model.device
-        return torch.from_numpy(ids_TK).to(device), torch.from_numpy(weights_TK).to(device)
+        return self._to_device(ids_TK), self._to_device(weights_TK)
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        """To a GPU from page-locked memory: the host waits for copies from other memory."""
+        tensor = torch.from_numpy(values)
+        if self.model.device.type == "cuda":
+            return tensor.pin_memory().to(self.model.device, non_blocking=True)
+        return tensor.to(self.model.device)
 
     def _forecast_token(self, probs_TJLE: Tensor) -> None:
         assert self._prefetcher is not None
