@@ -33,6 +33,7 @@ from chronos.common.routing.trace import RoutingTrace
 from chronos.common.sampling import SamplingParams
 
 GREEDY = SamplingParams()
+LAUNCHES = "resident, without graphs"
 RUNS = {
     "prefetch off": {"prefetch": "off", "predictor": "lfu"},
     "auto": {"predictor": "auto"},
@@ -171,6 +172,8 @@ def main() -> None:
     }
     with ExitStack() as stack:
         opened = {"resident": stack.enter_context(engine.load(args.work, budget="resident"))}
+        opened[LAUNCHES] = stack.enter_context(engine.load(args.work, budget="resident"))
+        opened[LAUNCHES].runner.steps = None
         for budget in args.budgets.split(","):
             for run, options in RUNS.items():
                 opened[f"{budget}, {run}"] = stack.enter_context(

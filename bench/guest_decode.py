@@ -30,16 +30,17 @@ PROMPT = "The history of the town begins with a small settlement on the river, w
 Step = Callable[[int], int]
 
 
-def library(folder: Path, prompt: list[int], kernel: str | None) -> tuple[Step, int]:
+def library(folder: Path, prompt: list[int], kernel: str | None, device: str) -> tuple[Step, int]:
     """The library's own model: a step of decode, and the first token."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, experts_implementation=kernel
-    ).eval()
+    )
+    model = model.to(device).eval()
     cache = transformers.DynamicCache(config=model.config)
 
     def step(*ids: int) -> int:
         with torch.inference_mode():
-            out = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+            out = model(torch.tensor([ids], device=device), past_key_values=cache, logits_to_keep=1)
         return int(out.logits[0, -1].argmax())
 
     return step, step(*prompt)
@@ -64,6 +65,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("packed", type=Path)
     parser.add_argument("--budgets", default="all,50%,25%")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--warm", default="0")
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8)
     args = parser.parse_args()
@@ -74,7 +77,14 @@ def main() -> None:
         for budget in args.budgets.split(","):
             for prefetch in ("off",) if budget == "all" else ("off", "auto"):
                 engine = stack.enter_context(
-                    chronos.load(args.packed, backend="torch", budget=budget, prefetch=prefetch)
+                    chronos.load(
+                        args.packed,
+                        backend="torch",
+                        device=args.device,
+                        budget=budget,
+                        warm=args.warm,
+                        prefetch=prefetch,
+                    )
                 )
                 assert engine.store is not None
                 if budget == "all" and engine.layout is not None:
@@ -85,8 +95,8 @@ def main() -> None:
                 name = f"{budget}, prefetch {prefetch}"
                 engines[name] = engine
                 contenders[name] = (lambda t, e=engine: e.runner.decode(t, GREEDY), first)
-        contenders["transformers"] = library(args.model, prompt, None)
-        contenders["transformers eager"] = library(args.model, prompt, "eager")
+        contenders["transformers"] = library(args.model, prompt, None, args.device)
+        contenders["transformers eager"] = library(args.model, prompt, "eager", args.device)
         found = measure(contenders, args.turns, args.tokens)
         stats = {name: engine.store.stats().to_json() for name, engine in engines.items()}
         sources = {name: e._prefetcher.to_json() for name, e in engines.items() if e._prefetcher}

@@ -14,11 +14,20 @@ import chronos.backends
 
 BACKENDS = Path(chronos.backends.__file__).parent
 GUESTS = {"guest.py", "experts.py", "skeleton.py", "capture.py", "replay.py"}
-FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS)
+CUDA = {"graphs.py"}  # launches of a GPU beside the host; MLX evaluates a token at once
+FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS - CUDA)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
     "attention.RMSNorm": "mlx.nn has one in every version",
     "attention.Rotary.tables": "mx.fast.rope computes the rotation; there are no tables",
+    "attention.LatentAttention.front": "parts of a CUDA graph's step: see graphs.py",
+    "attention.LatentAttention.core": "see front",
+    "attention.LatentAttention.back": "see front",
+    "attention.WindowAttention.front": "parts of a CUDA graph's step: see graphs.py",
+    "attention.WindowAttention.core": "see front",
+    "attention.WindowAttention.back": "see front",
+    "moe.MoE.decide": "parts of a CUDA graph's step: see graphs.py",
+    "moe.MoE.mix": "see decide",
     "moe.ExpertSource.hold": "MLX is lazy: experts must stay until what uses them is evaluated",
     "moe.gathered_forward": "gather_mm over a stack; torch computes expert by expert",
     "moe.MoE.table": "torch caches views of its modules' weights; MLX has stacks",

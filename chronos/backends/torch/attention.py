@@ -159,18 +159,43 @@ class LatentAttention(nn.Module):
         mask: Tensor | None,
         cache: LatentCache | None,
     ) -> Tensor:
+        if cache is not None and x_BTD.shape[1] == 1:
+            return self.back(self.core(*self.front(x_BTD, rope), cache))
+        q_BHTd, q_BHTr, latent_BSC = self._project(x_BTD, rope)
+        if cache is not None:
+            latent_BSC = cache.append(latent_BSC)
+        return self._out(self._expanded(q_BHTd, q_BHTr, latent_BSC, mask))
+
+    # One query, in three parts: shapes in the middle one grow with the cache. W_UK is folded into
+    # the query, W_UV into the result; K and V are never rebuilt.
+
+    def front(self, x_B1D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The absorbed query [B, H, 1, z + r] and the token's entry in the cache [B, 1, z + r]."""
+        q_BHTd, q_BHTr, latent_BTC = self._project(x_B1D, rope)
+        up_k_Hdz = self.k_up_proj.weight.view(self.heads, self.head_dim, self.latent)
+        return torch.cat((q_BHTd @ up_k_Hdz, q_BHTr), dim=-1), latent_BTC
+
+    def core(self, q_BHTC: Tensor, latent_BTC: Tensor, cache: LatentCache) -> Tensor:
+        """Attention over all the cache holds, the new token with it: [B, H, 1, z]."""
+        latent_BSC = cache.append(latent_BTC)
+        scores_BHTS = q_BHTC @ latent_BSC[:, None].transpose(-1, -2) * self.scale
+        return scores_BHTS.softmax(dim=-1) @ latent_BSC[:, None, :, : self.latent]
+
+    def back(self, z_BHTz: Tensor) -> Tensor:
+        """What attention adds to the residual stream."""
+        up_v_Hdz = self.v_up_proj.weight.view(self.heads, self.head_dim, self.latent)
+        return self._out(z_BHTz @ up_v_Hdz.transpose(-1, -2))
+
+    def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x_BTD.shape
         q_BHTX = self.q_proj(x_BTD).view(B, T, self.heads, -1).transpose(1, 2)
         q_BHTd, q_BHTr = q_BHTX.split((self.head_dim, self.rope_dim), dim=-1)
-        q_BHTr = rotate(q_BHTr, rope)
         z_BTz = self.kv_norm(self.kv_down_proj(x_BTD))
         k_BTr = rotate(self.k_rope_proj(x_BTD)[:, None], rope)[:, 0]
-        latent_BSC = torch.cat((z_BTz, k_BTr), dim=-1)
-        if cache is not None:
-            latent_BSC = cache.append(latent_BSC)
-        attend = self._absorbed if cache is not None and T == 1 else self._expanded
-        y_BHTd = attend(q_BHTd, q_BHTr, latent_BSC, mask)
-        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))
+        return q_BHTd, rotate(q_BHTr, rope), torch.cat((z_BTz, k_BTr), dim=-1)
+
+    def _out(self, y_BHTd: Tensor) -> Tensor:
+        return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
 
     def _expanded(self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = latent_BSC.shape
@@ -184,15 +209,6 @@ class LatentAttention(nn.Module):
         v = F.pad(v_BHSd, (0, self.rope_dim))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return y[..., : self.head_dim]
-
-    def _absorbed(self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: None) -> Tensor:
-        """One query: W_UK folded into it, W_UV into the result; K and V are never rebuilt."""
-        up_k_Hdz = self.k_up_proj.weight.view(self.heads, self.head_dim, self.latent)
-        up_v_Hdz = self.v_up_proj.weight.view(self.heads, self.head_dim, self.latent)
-        q_BHTC = torch.cat((q_BHTd @ up_k_Hdz, q_BHTr), dim=-1)
-        scores_BHTS = q_BHTC @ latent_BSC[:, None].transpose(-1, -2) * self.scale
-        z_BHTz = scores_BHTS.softmax(dim=-1) @ latent_BSC[:, None, :, : self.latent]
-        return z_BHTz @ up_v_Hdz.transpose(-1, -2)
 
 
 class WindowAttention(nn.Module):
@@ -221,14 +237,37 @@ class WindowAttention(nn.Module):
         mask: Tensor | None,
         cache: WindowCache | None,
     ) -> Tensor:
+        q_BHTd, k_BGTd, v_BGTd = self._project(x_BTD, rope)
+        if cache is not None:
+            k_BGTd, v_BGTd = cache.append(torch.stack((k_BGTd, v_BGTd))).unbind(0)
+        return self.back(self._attend(q_BHTd, k_BGTd, v_BGTd, mask))
+
+    # One query, in three parts, as in LatentAttention.
+
+    def front(self, x_B1D: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The query [B, H, 1, d] and the token's entry in the cache [2, B, G, 1, d]."""
+        q_BHTd, k_BGTd, v_BGTd = self._project(x_B1D, rope)
+        return q_BHTd, torch.stack((k_BGTd, v_BGTd))
+
+    def core(self, q_BHTd: Tensor, kv_2BGTd: Tensor, cache: WindowCache) -> Tensor:
+        """Attention over the window, the new token with it: [B, H, 1, d]."""
+        k_BGTd, v_BGTd = cache.append(kv_2BGTd).unbind(0)
+        return self._attend(q_BHTd, k_BGTd, v_BGTd, None)
+
+    def back(self, y_BHTd: Tensor) -> Tensor:
+        """What attention adds to the residual stream."""
+        return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+
+    def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x_BTD.shape
         q_BHTd = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, -1)).transpose(1, 2)
         k_BGTd = self.k_norm(self.k_proj(x_BTD).view(B, T, self.kv_heads, -1)).transpose(1, 2)
         v_BGTd = self.v_proj(x_BTD).view(B, T, self.kv_heads, -1).transpose(1, 2)
-        q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
-        if cache is not None:
-            k_BGTd, v_BGTd = cache.append(torch.stack((k_BGTd, v_BGTd))).unbind(0)
+        return rotate(q_BHTd, rope), rotate(k_BGTd, rope), v_BGTd
+
+    def _attend(
+        self, q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, mask: Tensor | None
+    ) -> Tensor:
         group = self.heads // self.kv_heads
         k_BHTd, v_BHTd = (x.repeat_interleave(group, dim=1) for x in (k_BGTd, v_BGTd))
-        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask)
-        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, -1))
+        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask)

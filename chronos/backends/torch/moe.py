@@ -98,14 +98,25 @@ class MoE(nn.Module):
         source: ExpertSource | None = None,
     ) -> tuple[Tensor, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
+        routing = self.decide(x_TD, probs_TE)
+        if chosen is not None:
+            ids_TK, weights_TK = chosen
+            routing = Routing(ids_TK, weights_TK.to(x_TD.dtype), routing.probs_TE)
+        combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
+        return combine(x_TD, routing, source or self), routing
+
+    def decide(self, x_TD: Tensor, probs_TE: Tensor | None = None) -> Routing:
+        """The gate's choice, or that of other probabilities; weights in the dtype of x."""
         if probs_TE is None:
             probs_TE = self.gate(x_TD).float().softmax(dim=-1)
         routing = route(probs_TE, self.top_k, self.normalize)
-        if chosen is not None:
-            routing = Routing(chosen[0], chosen[1], probs_TE)
-        routing = routing._replace(weights_TK=routing.weights_TK.to(x_TD.dtype))
-        combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
-        return combine(x_TD, routing, source or self), routing
+        return routing._replace(weights_TK=routing.weights_TK.to(x_TD.dtype))
+
+    def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Expert]) -> Tensor:
+        """One token's output from its experts, in the order of its routing."""
+        shared_1D = self._shared(x_1D)
+        y_1D = weights_1K @ torch.cat([expert_forward(x_1D, expert) for expert in experts])
+        return y_1D if shared_1D is None else y_1D + shared_1D
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Expert]]:
         """The resident experts as a source."""

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chronos.backends.torch.model import Model
+from chronos.backends.torch import graphs
+from chronos.backends.torch.model import Model, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.store import ExpertStore
 from chronos.common.routing.prefetch import Prefetcher
@@ -36,7 +37,8 @@ Replay = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 class Runner:
     """Owns the key/value cache of one sequence. `recording` keeps the routing for `routing()`;
-    `replay`, where set, decides the routing instead of the gates."""
+    `replay`, where set, decides the routing instead of the gates. `steps`, where there are any, run
+    single tokens in fewer launches."""
 
     def __init__(
         self,
@@ -51,6 +53,8 @@ class Runner:
         self.replay: Replay | None = None
         self._prefetcher, self._has_lookahead = prefetcher, model.lookahead is not None
         self._record = _RoutingRecord()
+        exact = store is None or store.exact
+        self.steps = graphs.Steps(model) if graphs.usable(model, exact) else None
         self.reset()
 
     def reset(self) -> None:
@@ -91,11 +95,12 @@ class Runner:
         """Append one token and sample the next."""
         ahead = self._prefetcher if self.prefetch == "auto" else None
         if ahead is None:
-            self._forward([token], self.store)
+            self._forward([token], self.store, run=self.steps)
         else:
             ahead.begin_token(token)
             wanted = self._has_lookahead and ahead.wanted()
-            self._forward([token], ahead, self._forecast_token if wanted else None)
+            forecast = self._forecast_token if wanted else None
+            self._forward([token], ahead, forecast, run=self.steps)
         if self.store is not None:
             self.store.end_token()
         if ahead is not None:
@@ -114,9 +119,11 @@ class Runner:
         tokens: Sequence[int],
         source: ExpertSource | None,
         on_lookahead: Callable[[Tensor], None] | None = None,
+        *,
+        run: Callable[..., Output] | None = None,
     ) -> list[Routing]:
         ids_1T = self._to_device(np.array([tokens]))
-        out = self.model(
+        out = (run or self.model)(
             ids_1T,
             cache=self._cache,
             source=source,

@@ -1,0 +1,93 @@
+"""A token in stages, as CUDA graphs run it, on a CPU: the same bits as the model itself.
+
+Without capture every stage runs its function and copies what it gives to where a graph would have
+put it, so what this can get wrong (order, stale buffers, what is passed on) is wrong here too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import chronos
+from chronos.backends.torch.graphs import Stage, Steps, usable
+from chronos.common.layout import pack
+from chronos.common.sampling import SamplingParams
+from chronos.testing.tiny import CONFIG, tiny_model
+
+GREEDY = SamplingParams()
+PROMPT = [7 * i % CONFIG.vocab_size for i in range(CONFIG.sliding_window - 8)]  # then it slides
+STEPS = 24
+
+
+@pytest.fixture(scope="module", params=[1, 0], ids=["shared", "no shared"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    pack(tiny_model(folder / "model", num_shared_experts=request.param), folder / "packed")
+    return folder / "packed"
+
+
+def rollout(engine: Any, staged: bool, replay: Any = None) -> tuple[np.ndarray, Any]:
+    """Logits after the prompt and each token, and the routing, of two sequences."""
+    runner, logits = engine.runner, []
+    runner.steps = Steps(runner.model, capture=False) if staged else None
+    runner.recording, runner.replay = True, replay
+    for prompt in (PROMPT, PROMPT[:5]):
+        runner.reset()
+        token = runner.prefill(prompt, GREEDY)
+        logits.append(runner.logits())
+        for _ in range(STEPS):
+            token = runner.decode(token, GREEDY)
+            logits.append(runner.logits())
+    ids, weights = (np.concatenate(found) for found in zip(*runner.routing(), strict=True))
+    return np.stack(logits), (ids, weights)
+
+
+@pytest.mark.parametrize("budget", ["resident", "25%", "50%", "all"])
+def test_stages_give_the_models_bits(packed: Path, budget: str) -> None:
+    with chronos.load(packed, backend="torch", device="cpu", budget=budget) as engine:
+        logits, routing = rollout(engine, staged=False)
+        staged, its_routing = rollout(engine, staged=True)
+    np.testing.assert_array_equal(staged, logits)
+    np.testing.assert_array_equal(its_routing[0], routing[0])
+    np.testing.assert_array_equal(its_routing[1], routing[1])
+
+
+def test_replayed_routing_takes_the_gates_place(packed: Path) -> None:
+    def replay(layer: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.array([[layer, layer + 3]] * replay.tokens)  # type: ignore[attr-defined]
+        return ids, np.array([[0.75, 0.5]] * len(ids), np.float32)
+
+    with chronos.load(packed, backend="torch", device="cpu", budget="50%") as engine:
+        runner = engine.runner
+        found = []
+        for steps in (None, Steps(runner.model, capture=False)):
+            runner.steps, runner.replay, runner.recording = steps, replay, True
+            runner.reset()
+            replay.tokens = 3  # type: ignore[attr-defined]
+            runner.prefill([1, 2, 3], GREEDY)
+            replay.tokens = 1  # type: ignore[attr-defined]
+            runner.decode(5, GREEDY)
+            ids, _ = runner.routing()[-1]
+            assert ids[-1].tolist() == [[layer, layer + 3] for layer in range(len(ids[-1]))]
+            found.append(runner.logits())
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_stage_keeps_its_place() -> None:
+    x = torch.zeros(3)
+    stage = Stage(lambda: (x + 1, x * 2), None)
+    first, second = stage.out
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    assert stage.run()[0] is first
+    assert (first.tolist(), second.tolist()) == ([2, 3, 4], [2, 4, 6])
+
+
+def test_only_models_of_ours_on_a_gpu_are_captured(packed: Path) -> None:
+    with chronos.load(packed, backend="torch", device="cpu", budget="all") as engine:
+        assert engine.runner.steps is None
+        assert not usable(engine.runner.model, exact=True)
