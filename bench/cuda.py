@@ -7,7 +7,8 @@ Ceilings first: one large copy from page-locked memory is the link's rate, a res
 of a token. Then recorded routing (test sequences) on a generated model of its geometry, every
 record in host memory, without and with prefetch, each under torch's profiler for some tokens: how
 much of the copying ran beside kernels, how fast copies were, and how often the host waited for the
-device. Nothing is read from disk in the counted tokens. Prints one JSON line.
+device; a PNG beside each profile shows two tokens. Nothing is read from disk in the counted tokens.
+Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ RUNS = {
     "auto": {"predictor": "auto"},
     "forecast": {"predictor": "forecast"},
 }
-_TURN, _PROFILED = 10, 12
+_TURN, _PROFILED = 10, 6
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 Interval = tuple[float, float]
 
@@ -112,6 +113,7 @@ def profiled(opened: engine.Engine, out: Path) -> dict[str, Any]:
         elif event.get("cat") == "gpu_memcpy" and "DtoH" in event["name"]:
             spans["to host"].append(span)
     kernels, copies = merged(spans["kernel"]), merged(spans["to device"])
+    draw(out.with_suffix(".png"), {"kernels": kernels, "copies to the device": copies})
     waits = [e["dur"] for e in events if e["name"] in _WAITS]
     copying_us = length(copies)
     return {
@@ -124,6 +126,25 @@ def profiled(opened: engine.Engine, out: Path) -> dict[str, Any]:
         "host_waits": len(waits) / _PROFILED,
         "host_waits_ms": sum(waits) / _PROFILED / 1e3,
     }
+
+
+def draw(path: Path, lanes: dict[str, list[Interval]], tokens: int = 2) -> None:
+    """The first tokens of a profile: when kernels ran and when records were copied."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    spans = [span for lane in lanes.values() for span in lane]
+    begin = min(span[0] for span in spans)
+    end = begin + (max(span[1] for span in spans) - begin) * tokens / _PROFILED
+    figure, axes = pyplot.subplots(figsize=(12, 2), layout="constrained")
+    for place, (name, lane) in enumerate(lanes.items()):
+        shown = [((a - begin) / 1e3, (b - a) / 1e3) for a, b in lane if a < end]
+        axes.broken_barh(shown, (place + 0.1, 0.8), color=f"C{place}", label=name)
+    axes.set(xlabel="ms", yticks=[p + 0.5 for p in range(len(lanes))], yticklabels=list(lanes))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def summary(opened: engine.Engine, before: Any, seconds: list[float]) -> dict[str, Any]:
