@@ -172,13 +172,13 @@ def loss(
     return terms
 
 
-def guest_loss(
+def sequence_loss(
     forward: Callable[[npt.NDArray[Any]], Observed],
     sequences: Iterable[Sequence[int]],
     *,
     max_tokens: int,
 ) -> dict[str, float]:
-    """`loss` for models that take no packed rows: each sequence from an empty context."""
+    """`loss` without packed rows, which guests do not take: each sequence from an empty context."""
     nats, count = 0.0, 0
     for ids in sequences:
         ids_T = np.array(ids[: max_tokens - count + 1])

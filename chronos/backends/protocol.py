@@ -80,6 +80,7 @@ class ExpertStore(Protocol):
 class Runner(Protocol):
     """One sequence on one model: owns the key/value cache and the sampling on the device."""
 
+    model: Any  # the backend's own, as `Backend.forward` takes it
     prefetch: str  # "auto" or "off"
     recording: bool  # whether routing() gets what calls are routed to
     replay: Callable[[int], tuple[np.ndarray, np.ndarray]] | None  # layer -> (ids, weights) [T, K]

@@ -9,7 +9,8 @@ import typer
 
 from chronos.cli import output
 from chronos.cli.app import command
-from chronos.cli.options import DataOption, DeviceOptions, HeldOutOption, JsonOptions, ModelArg
+from chronos.cli.generate import tokenizer_of
+from chronos.cli.options import DataOption, HeldOutOption, JsonOptions, ModelArg, RunOptions
 
 if TYPE_CHECKING:
     from chronos.common.data import Document
@@ -19,46 +20,48 @@ if TYPE_CHECKING:
 def evaluate(
     model: ModelArg,
     data: DataOption,
-    device: DeviceOptions,
+    run: RunOptions,
     out: JsonOptions,
     held_out: HeldOutOption = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to measure on.")
     ] = 50_000,
     seq_len: Annotated[int, typer.Option(min=2, help="Context of each row.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; guests: 1.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows at a time; 1 for guests and within a budget.")
+    ] = 8,
     skip_bad: Annotated[int, typer.Option(min=0, help="Pass over this many bad rows.")] = 0,
 ) -> None:
-    """Measure a model on text, with all its experts in memory."""
+    """Measure a model on text; lookahead recall where all its experts are in memory."""
     from chronos import backends
     from chronos import evaluate as room
     from chronos.common.config import ModelConfig
-    from chronos.common.guest import read_config
     from chronos.common.recipe import TrainRecipe
-    from chronos.common.tokenizer import Tokenizer
-    from chronos.models import resolve_model
+    from chronos.engine import RESIDENT
 
-    folder = resolve_model(model)
-    tokenizer = Tokenizer.load(folder, read_config(folder).vocab_size)
     documents = room.documents_of(data, held_out, skip_bad)
-    backend = backends.load(device.backend)
-    loaded = backend.load(folder, device=device.device, resident=True)
-    with output.progress("routing") as update:
-        trace = room.record(
-            backend.runner(loaded, None),
-            loaded.config,
-            room.cut(tokenizer, documents, seq_len),
-            max_tokens=max_tokens,
-            model=model,
-            progress=update,
-        )
-    dataset = room.packed(tokenizer, documents, seq_len)
-    if isinstance(read_config(folder), ModelConfig):
-        step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
-        terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
-    else:
-        rows = room.cut(tokenizer, documents, seq_len)
-        terms = room.guest_loss(partial(backend.forward, loaded), rows, max_tokens=max_tokens)
+    budget = RESIDENT if run.budget == "all" else run.budget
+    # own_process leaves out parts of a framework that losses of a resident model need.
+    with run.open(model, budget=budget, own_process=False) as engine:
+        tokenizer, backend = tokenizer_of(engine, model), backends.load(engine.backend)
+        with output.progress("routing") as update:
+            trace = room.record(
+                engine.runner,
+                engine.config,
+                room.cut(tokenizer, documents, seq_len),
+                max_tokens=max_tokens,
+                model=model,
+                progress=update,
+            )
+        dataset = room.packed(tokenizer, documents, seq_len)
+        loaded = engine.runner.model
+        if engine.store is None and isinstance(engine.config, ModelConfig):
+            step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
+            terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
+        else:
+            rows = room.cut(tokenizer, documents, seq_len)
+            forward = partial(backend.forward, loaded, source=engine.store)
+            terms = room.sequence_loss(forward, rows, max_tokens=max_tokens)
     result = room.summary(terms, dataset, documents) | {"locality": room.locality(trace)}
     if out.json:
         output.print_json({"model": model, "data": data, "documents": len(documents)} | result)

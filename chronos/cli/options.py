@@ -124,7 +124,8 @@ class RunOptions(DeviceOptions):
         """The model, loaded as these flags say; raises what `chronos.load` raises."""
         from chronos.engine import load
 
-        return load(model, own_process=own_process, **(dataclasses.asdict(self) | changes))
+        options = {"own_process": own_process} | dataclasses.asdict(self)
+        return load(model, **(options | changes))
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,29 @@ def test_eval_measures_loss_recall_and_locality_beside_its_entropy(
     assert max(map(len, done.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
+@pytest.mark.needs_backend
+def test_eval_in_a_process_of_its_own_has_all_of_its_framework(packed: Path, text: Path) -> None:
+    """Start-up leaves out what generating needs none of; a loss of packed rows does."""
+    command = [sys.executable, "-m", "chronos", "eval", packed, "--data", text, "-n", "100"]
+    subprocess.run([*command, "--seq-len", "16"], check=True, capture_output=True)
+
+
+@pytest.mark.needs_backend
+def test_eval_within_a_budget_measures_the_same_model(
+    chronos: Any, packed: Path, text: Path
+) -> None:
+    """Sequence by sequence: its own rows at another budget, the packed rows of before nearly."""
+    flags = ("--data", text, "-n", 600, "--seq-len", 32, "--json")
+    whole = chronos("eval", packed, *flags).json
+    half, quarter = (chronos("eval", packed, *flags, "--budget", b).json for b in ("50%", "25%"))
+    assert half["loss"] == quarter["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    assert half["locality"] == whole["locality"]
+    assert half["lookahead_recall"] == []
+    lossy = chronos("eval", packed, *flags, "--budget", "25%", "--miss", "fallback").json
+    assert lossy["loss"] != half["loss"]
+
+
 def test_eval_of_data_that_is_not_there(chronos: Any, packed: Path, tmp_path: Path) -> None:
     done = chronos("eval", packed, "--data", tmp_path / "no.txt")
     assert done.code == 3 and "no such data" in done.error[0]

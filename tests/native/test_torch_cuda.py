@@ -105,6 +105,18 @@ def test_a_guest_gives_the_same_bits_at_every_budget(
             np.testing.assert_array_equal(rollout(engine, prompt), expected)
 
 
+@pytest.mark.parametrize("budget", ["resident", "50%"])
+def test_graphs_give_the_bits_of_single_launches(packed: Path, budget: str) -> None:
+    with load(packed, budget=budget) as engine:
+        assert engine.runner.steps is not None
+        captured = rollout(engine, PROMPT)
+        stages = engine.runner.steps._blocks[-1]
+        for stage in (stages._front, stages._middle, stages._experts):
+            assert stage._graph is not None
+        engine.runner.steps = None
+        np.testing.assert_array_equal(captured, rollout(engine, PROMPT))
+
+
 def test_fallback_runs_without_a_read_in_the_way(tmp_path: Path) -> None:
     pack(tiny_model(tmp_path / "model"), tmp_path / "packed")
     with load(tmp_path / "packed", budget="25%", miss="fallback") as engine:
