@@ -13,8 +13,10 @@ Shape legend: D hidden, K top-k, R rotated width.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,10 +61,10 @@ class Recorder:
         """Its results and the graph that makes them anew; no graph after a capture that failed."""
         if not self._works:
             return (), None
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         out: Tensors = ()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _no_collection():
             function()  # libraries set themselves up in their first call, which no graph may hold
             try:
                 # Other threads go on copying experts meanwhile.
@@ -71,11 +73,23 @@ class Recorder:
                     out = function()
                 finally:
                     graph.capture_end()
-            except RuntimeError as error:
-                _log.warning("no CUDA graph of a decode step: %s", error)
+            except RuntimeError:
+                _log.warning("a decode step is not captured: slower, all the same", exc_info=True)
                 self._works = False
         current.wait_stream(self._stream)
         return out, graph if self._works else None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Graphs of another model that the collector finds meanwhile would end the capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class BlockStages:

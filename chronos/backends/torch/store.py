@@ -155,12 +155,13 @@ class ExpertStore:
             return None
         with torch.inference_mode(False):
             target = torch.empty_like(self._rows[0])
+        after = [self._copies.mark()]  # its memory may have had another use
         count = -(-_RATE_BYTES // self._stride)
         for copies in (1, count):  # the first one warms up
             begin = time.perf_counter()
             ends = [
                 self._copies.start(
-                    self._host_rows[i % len(self._host_rows)], target, demand=False, after=()
+                    self._host_rows[i % len(self._host_rows)], target, demand=False, after=after
                 )
                 for i in range(copies)
             ]
