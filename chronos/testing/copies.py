@@ -81,9 +81,7 @@ class FakeCopyEngine:
         return done
 
     def mark(self) -> FakeEvent:
-        event = FakeEvent()
-        self._compute.put(event.set)
-        return event
+        return self._behind(self._compute)
 
     def wait(self, event: FakeEvent) -> None:
         self._compute.put(event.synchronize)
@@ -100,15 +98,18 @@ class FakeCopyEngine:
         self._compute.put(run)
 
     def synchronize(self) -> None:
-        """Wait for all computation queued so far."""
-        self.mark().synchronize()
+        """Wait for all computation queued so far; not through `mark`, which a test may break."""
+        self._behind(self._compute).synchronize()
 
     def drain(self) -> None:
         """Wait for all copies queued so far."""
         for stream in (self._demand, self._prefetch):
-            event = FakeEvent()
-            stream.put(event.set)
-            event.synchronize()
+            self._behind(stream).synchronize()
+
+    def _behind(self, stream: FakeStream) -> FakeEvent:
+        event = FakeEvent()
+        stream.put(event.set)
+        return event
 
     def close(self) -> None:
         self.gate.set()

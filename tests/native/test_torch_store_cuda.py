@@ -161,7 +161,7 @@ class ForgetsCopies(FakeCopyEngine):
 
 @pytest.mark.parametrize(
     ("engine", "copying_s", "computing_s"),
-    [(ForgetsComputation, 0.0, 0.01), (ForgetsCopies, 0.005, 0.0)],
+    [(ForgetsComputation, 0.0, 0.002), (ForgetsCopies, 0.005, 0.0)],
 )
 def test_that_test_notices_a_missing_fence(
     tmp_path: Path, engine: type[FakeCopyEngine], copying_s: float, computing_s: float
