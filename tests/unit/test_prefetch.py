@@ -22,6 +22,8 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.wait_s = 0.1
+        self.rate: float | None = None  # of copies, where there are any
+        self.warm: set[Key] = set()  # in host memory behind a device
         self.counters = StoreStats()
         self.held: set[Key] = set()
         self.unused: set[Key] = set()  # prefetched
@@ -34,7 +36,9 @@ class FakeStore:
         self.counters.prefetch_hits += len(wanted & self.held & self.unused)
         self.unused -= wanted
         self.counters.misses += len(wanted - self.held)
-        self.counters.stall_s += self.wait_s * len(wanted - self.held)
+        cold = wanted - self.held - self.warm
+        self.counters.stall_s += self.wait_s * len(cold)
+        self.counters.warm_hits += len(wanted - self.held) - len(cold)
         self.held |= wanted
         return iter([(expert, None) for expert in experts])
 
@@ -51,6 +55,9 @@ class FakeStore:
 
     def resident(self) -> frozenset[Key]:
         return frozenset(self.held)
+
+    def copy_rate(self) -> float | None:
+        return self.rate
 
     def stats(self) -> StoreStats:
         return StoreStats(**vars(self.counters))
@@ -371,6 +378,44 @@ def test_blocks_of_tokens_go_without_prefetch_and_without_forecasts(
     assert resting == (list(range(2 * BLOCK - 1, 3 * BLOCK - 1)) if can_rest else [])
 
 
+@pytest.mark.parametrize(
+    ("read", "wasted", "asked"), [(80, 0, False), (20, 0, True), (80, 60, True)]
+)
+def test_on_a_busy_link_only_the_likely_is_read_ahead(
+    store: FakeStore, clock: Clock, read: int, wasted: int, asked: bool
+) -> None:
+    """Of the hundred records a token that the link carries, `read` are; what was no use is no
+    need: it does not make the link busy."""
+    forecast = Forecast()
+    forecast.chance[1, 3] = 0.7
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    stats: Any = prefetcher._reader.stats
+    prefetcher._room = lambda source: 10 * RECORD  # type: ignore[method-assign]
+    stats.bytes_read += read * RECORD
+    stats.busy_s += read / 100
+    store.counters.bytes_wasted += wasted * RECORD
+    token(prefetcher, [(0, 0)])
+    store.held.discard((1, 3))
+    store.log.clear()
+    token(prefetcher, [(0, 0)])
+    assert (("prefetch", [(1, 3)]) in store.log) == asked
+    forecast.chance[1, 3] = 0.9
+    token(prefetcher, [(0, 0)])
+    assert ("prefetch", [(1, 3)]) in store.log
+
+
+def test_news_is_how_long_ago_a_tokens_experts_were_used(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    told = []
+    contest = prefetcher._contest
+    assert contest is not None
+    contest.end_token = lambda s, news: told.append(news)  # type: ignore[method-assign,assignment]
+    for routed in ([(0, 0), (2, 5)], [(0, 0)], [(2, 5)], [(0, 0), (0, 1)]):
+        token(prefetcher, routed)
+    assert told == [12.0, 0.0, 1.0, 7.0]  # never used: 64 tokens ago
+
+
 def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
     prefetcher = over_a_link(store, clock, forecasts=forecast)
@@ -380,3 +425,30 @@ def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) ->
         token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
     assert share(prefetcher, LOOKAHEAD) == 1.0
     assert share(prefetcher, PREDICTOR) < 0.25
+
+
+def test_a_copy_is_a_wait_of_the_device(store: FakeStore, clock: Clock) -> None:
+    """What host memory holds stalls nobody here; without the copies' time nothing would pay."""
+    store.rate = 20.0 * RECORD
+    store.warm = {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
+    prefetcher = over_a_link(store, clock)
+    prefetcher.begin_token(0)
+    list(prefetcher.acquire(0, [1, 2]))
+    clock.now += 1.0
+    prefetcher.end_token()
+    assert store.counters.stall_s == 0
+    assert prefetcher._wait_s == pytest.approx(1 / 20)
+
+
+def test_the_link_is_the_slower_of_disk_and_copies(store: FakeStore, clock: Clock) -> None:
+    """A disk of 100 records a second behind copies of 400."""
+    store.rate = 400.0 * RECORD
+    prefetcher = over_a_link(store, clock)
+    reads = prefetcher._reader.stats
+    assert prefetcher._link(reads, 0, 0) == pytest.approx(100 * RECORD)
+    for _ in range(100):  # nothing comes from the disk any more
+        rate = prefetcher._link(reads, 5, 5)
+    assert rate == pytest.approx(400 * RECORD)
+    for _ in range(100):
+        rate = prefetcher._link(reads, 4, 2)  # half of it does
+    assert rate == pytest.approx(200 * RECORD, rel=0.01)
