@@ -50,7 +50,7 @@ class Machine:
     disk_rate: float
     memory_rate: float
     dense_bytes: int
-    warm_slots: int = 0  # records that host memory holds behind an accelerator's slots
+    warm_slots: int = 0  # records in the warm tier behind an accelerator's slots
     copy_rate: float | None = None  # from there to the slots
     moe_layers: tuple[int, ...] | None = None  # the rows of a recorded routing; None: 0, 1, ...
     resident_token_s: float | None = None
@@ -147,7 +147,8 @@ class Meter:
             return None
         trace = recorder.trace()
         # What was there at first: least worth keeping first, in some order that is always the same.
-        resident, held = sorted(self._resident), sorted(self._held)
+        resident = sorted(self._resident)
+        held = sorted(self._held) if machine.warm_slots else resident  # staging is no cache
         slots = machine.slots + machine.warm_slots
         reads = {
             policy: simulate(trace, slots, policy, resident=held).reads_per_token

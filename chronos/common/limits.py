@@ -7,7 +7,7 @@
     eta_policy = (R_ref - R) / (R_ref - R*)         eta_overlap = 1 - stall / (R S / B_slow)
 
 R is expert reads per token, prefetched ones and waste included; R* those of exact MIN with bypass
-on the same routing (`simulate`). Behind an accelerator R* is that of its slots and the host memory
+on the same routing (`simulate`). Behind an accelerator R* is that of its slots and the warm tier
 behind them together, C* the copies per token of its slots alone. Shares are not clipped: above 1 or
 below 0 says an input was wrong, or that prefetch waste made things worse. Lossy miss policies have
 no place on this axis.

@@ -34,7 +34,7 @@ class StoreStats:
     tokens: int = 0
     peak_expert_bytes: int = 0  # slots being filled count like full ones
     capacity_bytes: int = 0
-    warm_capacity_bytes: int = 0  # host memory for records behind an accelerator's slots
+    warm_capacity_bytes: int = 0  # of the warm tier asked for, behind an accelerator's slots
     live_bytes: int = 0
 
     @property

@@ -195,7 +195,6 @@ class StagedTier(Tier):
         with self.lock:
             stats, host = super().stats(), self._host.stats()
         stats.bytes_read, stats.read_errors = host.bytes_read, host.read_errors
-        stats.warm_capacity_bytes = host.capacity_bytes
         return stats
 
     def held(self) -> frozenset[Key]:

@@ -78,7 +78,7 @@ class ExpertStore:
         _check_options(miss, warm_bytes, staged)
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
-        self._capacity_bytes = capacity_bytes
+        self._capacity_bytes, self._warm_bytes = capacity_bytes, warm_bytes
         host_slots = _host_slots(layout, warm_bytes, top_k) if staged else slots
         arena = aligned_buffer(host_slots * layout.record_nbytes)
         with torch.inference_mode(False):  # else other threads could not copy into these
@@ -171,6 +171,7 @@ class ExpertStore:
     def stats(self) -> StoreStats:
         stats = self._tier.stats()
         stats.capacity_bytes = self._capacity_bytes
+        stats.warm_capacity_bytes = self._warm_bytes
         return stats
 
     def close(self) -> None:
