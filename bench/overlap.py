@@ -1,11 +1,13 @@
 """How much of the reading each predictor hides, at disks of many speeds: rehearsed runs.
 
-    python -m bench.overlap T.npz [--forecast FILE] [--budget 25%] [--token-ms 45] [--tokens 600]
+    python -m bench.overlap T.npz [--forecast FILE] [--budgets 25%] [--rates 0.6,1.2,2.4,4.8] ...
 
 Ceiling: an oracle that has read the trace. The store, the policy and the prefetcher are the real
-ones, clock and disk are numbers (`common/rehearse.py`), so the figures are the same on any machine;
-what reading costs the computation beside it is not in them. Test sequences only. `x bound` is time
-per token by max(resident time, bytes read / disk rate). Prints one JSON line.
+ones, clock and disk are numbers (`common/rehearse.py`), so the figures are the same on any machine.
+What reads and forecasts cost the computation beside them is nothing, as on a GPU, unless
+--read-ms-per-mb and --predict-ms say what: then `auto`, whose ways compete, is the row to look at.
+Test sequences only. `x bound` is time per token by max(resident time, bytes read / disk rate).
+Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,17 @@ from chronos.common.rehearse import Oracle, Pace, rehearse
 from chronos.common.residency import Policy
 from chronos.common.routing.fit import split
 from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, TokenTable
+from chronos.common.routing.predictor import (
+    DecayedUse,
+    PredictorPolicy,
+    RestingPolicy,
+    TokenTable,
+)
 from chronos.common.routing.trace import RoutingTrace
 from chronos.common.simulate import slots_for
 
 _RECORD = 2_949_120
-_RATES = (0.6e9, 1.2e9, 2.4e9, 4.8e9)
-_WARMUP = 100
+_WARMUP = 130  # a contest of three ways takes 96 tokens
 
 
 def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[], Policy]]:
@@ -37,6 +45,7 @@ def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[
     if forecast is not None:
         model = ForecastModel.load(forecast)
         found["forecast"] = lambda: PredictorPolicy(model.predictor())
+        found["auto"] = lambda: RestingPolicy(model.predictor())
     found["oracle"] = lambda: PredictorPolicy(Oracle(trace))
     return found
 
@@ -44,13 +53,15 @@ def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[
 def measure(
     trace: RoutingTrace, slots: int, policy: Policy, pace: Pace, prefetch: bool
 ) -> dict[str, Any]:
-    run = rehearse(trace, slots, policy, pace, prefetch=prefetch, warmup=_WARMUP)
+    ways = isinstance(policy, RestingPolicy)
+    run = rehearse(trace, slots, policy, pace, prefetch=prefetch, contest=ways, warmup=_WARMUP)
     stats, tokens = run.stats, len(run.token_s)
     token_s, read = float(run.token_s.mean()), stats.bytes_read / tokens
     return {
         "ms": 1e3 * token_s,
         "x_bound": token_s / max(pace.token_s, read / pace.link_bytes_per_s),
         "mb": read / 1e6,
+        "stall_ms": 1e3 * stats.stall_s / tokens,
         "hits": stats.hits / stats.routed,
         "ahead": stats.prefetch_recall,
         "right": stats.prefetch_precision,
@@ -63,23 +74,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("trace", type=Path)
     parser.add_argument("--forecast", type=Path)
-    parser.add_argument("--budget", default="25%")
+    parser.add_argument("--budgets", default="25%")
+    parser.add_argument("--rates", default="0.6,1.2,2.4,4.8", help="GB/s")
     parser.add_argument("--token-ms", type=float, default=45.0)
+    parser.add_argument("--read-ms-per-mb", type=float, default=0.0)
+    parser.add_argument("--predict-ms", type=float, default=0.0)
     parser.add_argument("--tokens", type=int, default=600)
     args = parser.parse_args()
     test = split(RoutingTrace.load(args.trace)).test
     trace = test.part(0, min(test.num_tokens, args.tokens + _WARMUP))
-    slots = slots_for(trace, float(args.budget.strip("%")) / 100)
     found: dict[str, dict[str, Any]] = {}
-    for rate in _RATES:
-        pace = Pace(_RECORD, rate, args.token_ms / 1e3)
+    for budget, rate in product(args.budgets.split(","), args.rates.split(",")):
+        slots = slots_for(trace, float(budget.strip("%")) / 100)
+        pace = Pace(
+            _RECORD,
+            1e9 * float(rate),
+            args.token_ms / 1e3,
+            read_s_per_byte=args.read_ms_per_mb * 1e-9,
+            predict_s=args.predict_ms / 1e3,
+        )
         for name, make in policies(trace, args.forecast).items():
-            for prefetch in (False, True):
-                label = f"{rate / 1e9:.1f} GB/s  {name:8s} {'on' if prefetch else 'off'}"
-                row = found[label] = measure(trace, slots, make(), pace, prefetch)
+            its_pace = pace if name in ("forecast", "auto") else replace(pace, predict_s=0.0)
+            for prefetch in (False, True) if name != "auto" else (True,):
+                label = f"{budget} {rate} GB/s  {name:8s} {'on' if prefetch else 'off'}"
+                row = found[label] = measure(trace, slots, make(), its_pace, prefetch)
                 shown = (f"{key} {value:.2f}" for key, value in row.items() if value is not None)
-                print(f"{label:26s}", "  ".join(shown), flush=True)
-    print(json.dumps({"trace": args.trace.name, "slots": slots, "runs": found}))
+                print(f"{label:32s}", "  ".join(shown), flush=True)
+    print(json.dumps({"trace": args.trace.name, "runs": found}))
 
 
 if __name__ == "__main__":

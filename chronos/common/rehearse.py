@@ -5,7 +5,8 @@ What a run decides (victims, prefetches, allowances) follows from its routing, i
 reader's numbers. Here the latter two follow from a `Pace`, so the same trace and pace repeat every
 decision to the last key, on any machine and however busy it is. Demand comes before prefetch and
 overtakes it after a chunk, as in `files`; the disk's rate is shared by nobody and never varies.
-Not covered: what reading costs the computation beside it, so no ways contest; prompts.
+What reads and forecasts cost the computation are numbers too.
+Not covered: prompts.
 
 Shape legend: T tokens, L layers, E experts, K top-k.
 """
@@ -38,12 +39,18 @@ _FORESIGHT = 8  # tokens an oracle looks ahead to
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take. expert_share: part of a layer's time that its routed experts take."""
+    """How long things take. expert_share: part of a layer's time that its routed experts take.
+
+    read_s_per_byte: what a byte read while the host computes takes from it (a CPU checks and
+    copies it, a GPU does not notice). predict_s: what a token's forecasts take of the host.
+    """
 
     record_bytes: int
     link_bytes_per_s: float
     token_s: float  # with everything resident
     expert_share: float = 0.6
+    read_s_per_byte: float = 0.0
+    predict_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,10 @@ class Rehearsal:
 class Link:
     """A reader whose reads take the time their bytes take, one chunk at a time, demand first."""
 
-    def __init__(self, bytes_per_s: float) -> None:
+    def __init__(self, bytes_per_s: float, host_s_per_byte: float = 0.0) -> None:
         self.now = 0.0
         self.stats = ReaderStats()
-        self._rate = bytes_per_s
+        self._rate, self._host_s_per_byte = bytes_per_s, host_s_per_byte
         self._demand: deque[Request] = deque()
         self._prefetch: deque[Request] = deque()
         self._free_at = 0.0
@@ -95,7 +102,7 @@ class Link:
         """The host computes; the disk reads meanwhile."""
         self.now += seconds
         while (self._demand or self._prefetch) and self._free_at < self.now:
-            self._read_chunk()
+            self.now += self._read_chunk() * self._host_s_per_byte
         self._free_at = max(self._free_at, self.now)
         while self._ended and self._ended[0][0] <= self.now:
             self._tell()
@@ -107,7 +114,8 @@ class Link:
         self.now = max(self.now, self._ended[0][0])
         self._tell()
 
-    def _read_chunk(self) -> None:
+    def _read_chunk(self) -> int:
+        """Bytes read."""
         queue = self._demand or self._prefetch
         request = queue[0]
         nbytes = min(_CHUNK, request.nbytes - request._next)
@@ -120,6 +128,7 @@ class Link:
             self._prefetch_bytes -= 0 if request.demand else request.nbytes
             self._count += 1
             heapq.heappush(self._ended, (self._free_at, self._count, request))
+        return nbytes
 
     def _tell(self) -> None:
         request = heapq.heappop(self._ended)[2]
@@ -155,10 +164,12 @@ def rehearse(
     pace: Pace,
     *,
     prefetch: bool = True,
+    contest: bool = False,
     warmup: int = 0,
 ) -> Rehearsal:
-    """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so."""
-    link = Link(pace.link_bytes_per_s)
+    """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so.
+    contest: whether ways of running a token compete, as in a run."""
+    link = Link(pace.link_bytes_per_s, pace.read_s_per_byte)
     tier = _VirtualTier(_layout(trace, pace.record_bytes), slots, link, policy)
     prefetcher = Prefetcher(
         tier,
@@ -168,7 +179,7 @@ def rehearse(
         reader=link,
         forecasts=policy if isinstance(policy, PredictorPolicy) else None,
         clock=lambda: link.now,
-        contest=False,
+        contest=contest,
     )
     source = prefetcher if prefetch else tier
     layer_s = pace.token_s / trace.num_layers
@@ -186,6 +197,8 @@ def rehearse(
             link.pass_time(layer_s * (1.0 - pace.expert_share))
             for _ in source.acquire(layer, experts):
                 link.pass_time(expert_s)
+        if not (isinstance(policy, PredictorPolicy) and policy.resting):
+            link.pass_time(pace.predict_s)
         tier.end_token()
         if prefetch:
             prefetcher.end_token()

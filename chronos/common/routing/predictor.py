@@ -125,6 +125,7 @@ class PredictorPolicy:
             self.predictor.learn(tokens, ids_TLK)
 
     can_rest = False  # whether `rest` spares time
+    resting = False
 
     def rest(self, resting: bool) -> None:
         """Whether to rank by something cheaper from the next token on, where `can_rest`."""
@@ -176,21 +177,22 @@ class RestingPolicy(PredictorPolicy):
         self._token: list[list[int]] = []
 
     def rest(self, resting: bool) -> None:
-        if resting == (self.predictor is self._plain):
+        if resting == self.resting:
             return
+        self.resting = resting
         self._catch_up()
         self.predictor, self._priority = self._plain if resting else self._forecaster, None
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
         super().observe(layer, experts)
-        if self._pass is None and self.predictor is self._plain:
+        if self._pass is None and self.resting:
             self._token.append(list(experts))
         elif self._pass is None:
             self._plain.observe(self._row[layer], experts)
 
     def end_token(self) -> None:
         super().end_token()
-        if self.predictor is self._plain:
+        if self.resting:
             if len(self._token) == len(self._layers):
                 self._missed.append(self._token)
             self._token = []
@@ -199,7 +201,7 @@ class RestingPolicy(PredictorPolicy):
 
     def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
         self._catch_up()
-        other = self._forecaster if self.predictor is self._plain else self._plain
+        other = self._forecaster if self.resting else self._plain
         other.prime(ids_TLK)
         super().end_prompt(ids_TLK)
 
