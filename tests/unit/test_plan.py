@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chronos.common.routing.plan import PrefetchController, expected_use, plan
+from chronos.common.routing.plan import PAYS, LinkUse, PrefetchController, expected_use, plan
 
 RECORD = 1000
 
@@ -37,6 +37,34 @@ def test_plan_takes_the_best_absent_experts_within_the_budget() -> None:
 def test_plan_without_room_is_empty(budget: int) -> None:
     absent = np.zeros((1, 2), bool)
     assert plan(np.ones((1, 2)), absent, budget_bytes=budget, record_bytes=RECORD) == []
+
+
+def test_on_an_idle_link_what_is_as_likely_as_not_is_read_ahead() -> None:
+    use = LinkUse()
+    assert use.floor == PAYS  # before anything is known
+    use.end_token(100.0, 20.0)
+    assert use.floor == PAYS
+
+
+def test_the_busier_the_link_the_surer_a_read_ahead() -> None:
+    use = LinkUse()
+    use.end_token(100.0, 70.0)
+    assert use.floor == pytest.approx(0.7)
+    for _ in range(100):
+        use.end_token(100.0, 90.0)
+    assert use.floor == pytest.approx(0.9, abs=1e-3)
+    use.end_token(100.0, 300.0)  # a burst: the link's rate is an average
+    assert 0.9 < use.floor < 0.92
+    for _ in range(100):
+        use.end_token(100.0, 10.0)
+    assert use.floor == PAYS
+
+
+def test_a_link_without_a_rate_says_nothing() -> None:
+    use = LinkUse()
+    use.end_token(100.0, 80.0)
+    use.end_token(0.0, 0.0)
+    assert use.floor == pytest.approx(0.8)
 
 
 def drive(

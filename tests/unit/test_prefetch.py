@@ -371,6 +371,44 @@ def test_blocks_of_tokens_go_without_prefetch_and_without_forecasts(
     assert resting == (list(range(2 * BLOCK - 1, 3 * BLOCK - 1)) if can_rest else [])
 
 
+@pytest.mark.parametrize(
+    ("read", "wasted", "asked"), [(80, 0, False), (20, 0, True), (80, 60, True)]
+)
+def test_on_a_busy_link_only_the_likely_is_read_ahead(
+    store: FakeStore, clock: Clock, read: int, wasted: int, asked: bool
+) -> None:
+    """Of the hundred records a token that the link carries, `read` are; what was no use is no
+    need: it does not make the link busy."""
+    forecast = Forecast()
+    forecast.chance[1, 3] = 0.7
+    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    stats: Any = prefetcher._reader.stats
+    prefetcher._room = lambda source: 10 * RECORD  # type: ignore[method-assign]
+    stats.bytes_read += read * RECORD
+    stats.busy_s += read / 100
+    store.counters.bytes_wasted += wasted * RECORD
+    token(prefetcher, [(0, 0)])
+    store.held.discard((1, 3))
+    store.log.clear()
+    token(prefetcher, [(0, 0)])
+    assert (("prefetch", [(1, 3)]) in store.log) == asked
+    forecast.chance[1, 3] = 0.9
+    token(prefetcher, [(0, 0)])
+    assert ("prefetch", [(1, 3)]) in store.log
+
+
+def test_news_is_how_long_ago_a_tokens_experts_were_used(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    told = []
+    contest = prefetcher._contest
+    assert contest is not None
+    contest.end_token = lambda s, news: told.append(news)  # type: ignore[method-assign,assignment]
+    for routed in ([(0, 0), (2, 5)], [(0, 0)], [(2, 5)], [(0, 0), (0, 1)]):
+        token(prefetcher, routed)
+    assert told == [12.0, 0.0, 1.0, 7.0]  # never used: 64 tokens ago
+
+
 def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
     prefetcher = over_a_link(store, clock, forecasts=forecast)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from chronos.common.rehearse import Oracle, Pace, Rehearsal, rehearse
 from chronos.common.residency import LRU, Policy
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy
+from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, RestingPolicy
 from chronos.common.routing.trace import RoutingTrace, TraceRecorder
 from chronos.common.simulate import simulate, simulate_policy
 
@@ -31,7 +33,7 @@ def trace() -> RoutingTrace:
 
 
 def decayed() -> Policy:
-    return PredictorPolicy(DecayedUse(LAYERS, EXPERTS, decay=0.8))
+    return PredictorPolicy(DecayedUse(LAYERS, EXPERTS, decay=0.6))
 
 
 def run(trace: RoutingTrace, policy: Policy, pace: Pace, *, prefetch: bool = True) -> Rehearsal:
@@ -98,6 +100,48 @@ def test_a_predictor_that_is_wrong_turns_its_prefetch_off(trace: RoutingTrace) -
     on = run(trace, policies[1], BUSY)
     assert on.stats.bytes_prefetched < 0.15 * on.stats.bytes_read
     assert off.token_s.sum() / on.token_s.sum() > 0.98
+
+
+class Unsure(Oracle):
+    """Of two experts one is needed next; it gives both a chance of 0.6."""
+
+    def next_uses(self) -> np.ndarray:
+        needed = super().next_uses()
+        return 0.6 * np.maximum(needed, np.roll(needed, 1, axis=1))
+
+    def scores(self) -> np.ndarray:
+        return np.asarray(super().scores() + self.next_uses())
+
+
+def test_what_is_unsure_is_left_to_demand_where_the_disk_is_busy(trace: RoutingTrace) -> None:
+    full = replace(BUSY, link_bytes_per_s=BUSY.link_bytes_per_s / 1.8)
+    idle, busy = (run(trace, PredictorPolicy(Unsure(trace)), pace) for pace in (IDLE, full))
+    ahead = [r.stats.bytes_prefetched / r.stats.bytes_read for r in (idle, busy)]
+    assert ahead[1] < 0.6 * ahead[0]
+    off = run(trace, PredictorPolicy(Unsure(trace)), full, prefetch=False)
+    assert busy.token_s.sum() < 1.002 * off.token_s.sum()
+
+
+def test_reads_and_forecasts_take_from_the_host_what_they_are_said_to(trace: RoutingTrace) -> None:
+    free = run(trace, decayed(), IDLE, prefetch=False)
+    thinking = run(trace, decayed(), replace(IDLE, predict_s=0.004), prefetch=False)
+    assert thinking.token_s - free.token_s == pytest.approx(0.004)
+    ahead = run(trace, PredictorPolicy(Oracle(trace)), IDLE)
+    dear = run(trace, PredictorPolicy(Oracle(trace)), replace(IDLE, read_s_per_byte=1e-10))
+    cost_s = dear.token_s.sum() - ahead.token_s.sum()
+    assert 0.5 < cost_s / (1e-10 * ahead.stats.bytes_read) < 1.1
+
+
+def test_forecasts_that_cost_more_than_they_spare_rest(trace: RoutingTrace) -> None:
+    pace = replace(IDLE, predict_s=0.004)
+    off = rehearse(trace, SLOTS, decayed(), IDLE, prefetch=False, warmup=100)
+    times = {}
+    for contest in (False, True):
+        policy = RestingPolicy(DecayedUse(LAYERS, EXPERTS, decay=0.6))
+        done = rehearse(trace, SLOTS, policy, pace, contest=contest, warmup=100)
+        times[contest] = done.token_s.mean() / off.token_s.mean()
+    assert times[False] > 1.1
+    assert times[True] < 1.04
 
 
 def test_a_demand_waits_for_no_more_than_a_chunk_of_prefetches(trace: RoutingTrace) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chronos.common.routing.contest import Contest
-from chronos.common.routing.plan import Floats, Key, PrefetchController, expected_use, plan
+from chronos.common.routing.plan import Floats, Key, LinkUse, PrefetchController, expected_use, plan
 from chronos.common.stats import StoreStats
 
 PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
@@ -33,10 +33,7 @@ _PRICE = {PREDICTOR: 1.0, LOOKAHEAD: 4.0, NEXT_GATE: 4.0}
 # Tokens without a missing expert after which a source is not asked until one is missing again.
 _CALM = {PREDICTOR: 8, LOOKAHEAD: 0, NEXT_GATE: 0}
 _SMOOTHING = 0.1  # weight of the newest token in the average wait for a missing expert
-# Below this chance of use an expert is left to demand. On gpt-oss-20b at a quarter of the experts,
-# 0.3 / 0.4 / 0.5 / 0.6 find 34 / 24 / 17 / 12 % of the needs that are not resident and are right in
-# 71 / 78 / 84 / 89 % of what they read; below 0.4 bytes grow faster than waits shrink.
-_FLOOR = 0.4
+_LONG_AGO = 64  # tokens: an expert not used for so long is as new as one never used
 _PRELOAD = 0.25  # of the capacity may be asked for at a prompt's end
 _MOMENTS = 4  # plans a token from the predictor, the one at its end included
 
@@ -120,6 +117,8 @@ class Prefetcher:
         self.store, self.shape, self.top_k = store, shape, top_k
         self.sources = {name: Source(name, record_bytes) for name in _PRICE}
         self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
+        self._use = LinkUse()
+        self._read_before = reader.stats.bytes_read
         self._forecasts = forecasts
         layers = shape[0]
         self._moments = {round((i + 1) * layers / _MOMENTS) - 1 for i in range(_MOMENTS - 1)}
@@ -129,6 +128,8 @@ class Prefetcher:
         self._wait_s: float | None = None  # average wait for an expert that is not there
         self._calm = 0  # tokens since one found an expert missing or prefetched any
         self._begun: float | None = None  # when the token under way began
+        self._needed: list[int] = []  # in this token, as layer * experts + expert
+        self._used_at, self._tokens = np.full(shape[0] * shape[1], -_LONG_AGO), 0
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
         self._deferred: Callable[[], Floats] | None = None
@@ -140,6 +141,8 @@ class Prefetcher:
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The store's iterator, its reads first in line; then what this layer's turn suggests."""
         ready = self.store.acquire(layer, experts)
+        if self._begun is not None:
+            self._needed += [layer * self.shape[1] + expert for expert in experts]
         if self._asked:
             for expert in experts:
                 source = self._asked.pop((layer, expert), None)
@@ -162,6 +165,7 @@ class Prefetcher:
     def begin_token(self, token: int) -> None:
         """The token with this id is to be decoded."""
         self._begun = self._clock()
+        self._needed.clear()
         if self._forecasts is not None and self._forecasts.by_token:
             self._forecasts.begin_token(token)
             self._forecast_from_policy()
@@ -179,6 +183,7 @@ class Prefetcher:
             self._resident_LE(),
             budget_bytes=self._room(source),
             record_bytes=self._record_bytes,
+            floor=self._use.floor,
         )
         self._ask(source, chosen, begin)
 
@@ -219,7 +224,7 @@ class Prefetcher:
         self._fresh.clear()
         for source in self.sources.values():
             source.asked = source.used = 0
-        self._before = self.store.stats()
+        self._before, self._read_before = self.store.stats(), self._reader.stats.bytes_read
         self._forecast_from_policy(int(_PRELOAD * self._before.capacity_bytes))
 
     def end_token(self) -> None:
@@ -235,13 +240,16 @@ class Prefetcher:
         self._note_wait(absent, now.stall_s - before.stall_s)
         reads = self._reader.stats
         link = reads.bytes_read / reads.busy_s if reads.busy_s else 0.0
+        wasted = now.bytes_wasted - before.bytes_wasted
+        self._use.end_token(seconds * link, reads.bytes_read - self._read_before - wasted)
+        self._read_before = reads.bytes_read
         for source in self.sources.values():
             self._account(source, seconds, link, missed * self._record_bytes)
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
         if self._contest is not None:
-            self._contest.end_token(seconds)
+            self._contest.end_token(seconds, self._news())
             if self._forecasts is not None:
                 self._forecasts.rest(self._contest.way == 2)
         stirred = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
@@ -266,7 +274,7 @@ class Prefetcher:
             self._resident_LE(),
             budget_bytes=granted or self._room(source),
             record_bytes=self._record_bytes,
-            floor=_FLOOR,
+            floor=self._use.floor,
             order_LE=self._forecasts.priority,
         )
         self._ask(source, chosen, begin)
@@ -305,6 +313,13 @@ class Prefetcher:
             wait_s = stall_s / absent
             mean = wait_s if self._wait_s is None else self._wait_s
             self._wait_s = mean + _SMOOTHING * (wait_s - mean)
+
+    def _news(self) -> float:
+        """How new the token's routing is: of each expert, log2 of the tokens since its last use."""
+        ages = np.clip(self._tokens - self._used_at[self._needed], 1, _LONG_AGO)
+        self._used_at[self._needed] = self._tokens
+        self._tokens += 1
+        return float(np.log2(ages).sum())
 
     def _resident_LE(self) -> npt.NDArray[np.bool_]:
         held, experts = bytearray(self.shape[0] * self.shape[1]), self.shape[1]
