@@ -8,8 +8,10 @@ import pytest
 from chronos.common.routing.contest import BLOCK, Contest
 
 
-def play(contest: Contest, seconds: list[float], blocks: int, noise: float = 0.0) -> list[int]:
-    rng, ways = np.random.default_rng(3), []
+def play(
+    contest: Contest, seconds: list[float], blocks: int, noise: float = 0.0, seed: int = 3
+) -> list[int]:
+    rng, ways = np.random.default_rng(seed), []
     for _ in range(blocks * BLOCK):
         ways.append(contest.way)
         contest.end_token(seconds[contest.way] * (1.0 + noise * rng.standard_normal()), 0.0)
@@ -31,16 +33,29 @@ def test_the_fastest_way_goes_on(seconds: list[float], noise: float) -> None:
     assert min(shares) > 0.004  # every other way is tried again
 
 
-def test_no_difference_is_the_first_way() -> None:
+def test_no_difference_is_the_last_way() -> None:
     contest = Contest(3)
-    play(contest, [1.0, 1.0, 0.999], 6)
-    assert contest.best == 0
+    play(contest, [1.0, 1.0, 1.0], 6)
+    assert contest.best == 2
+
+
+def test_a_lead_that_chance_explains_is_no_lead() -> None:
+    def led(seconds: list[float]) -> int:
+        found = 0
+        for seed in range(100):
+            contest = Contest(2)
+            play(contest, seconds, 4, noise=0.1, seed=seed)
+            found += contest.best == 0
+        return found
+
+    assert led([1.0, 1.0]) < 30  # one standard error: 16 of 100; without one it is half of them
+    assert led([0.85, 1.0]) > 95
 
 
 def test_one_interrupted_token_does_not_decide() -> None:
     contest = Contest(2)
     for token in range(4 * BLOCK):
-        contest.end_token(50.0 if token == BLOCK - 2 else 1.0, 0.0)
+        contest.end_token(50.0 if token == BLOCK - 2 else (1.0, 1.1)[contest.way], 0.0)
     assert contest.best == 0
 
 

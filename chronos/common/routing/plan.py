@@ -86,7 +86,7 @@ class LinkUse:
     @property
     def floor(self) -> float:
         """The chance of use from which on an expert is read ahead. Never below one half, however
-        idle the link: 0.4 spared at most 0.3 % of a token there, for 5 to 12 % more bytes."""
+        idle the link: 0.4 spared at most 0.8 % of a token there, for 4 to 12 % more bytes."""
         return max(PAYS, self._busy or 0.0)
 
     def end_token(self, carried: float, needed: float) -> None:
