@@ -291,13 +291,15 @@ def compare(
             group = {(RESIDENT, ""): _Run(resident, trace)}
             with ExitStack() as stack:
                 for run, options in runs.items():
-                    opened = _opened(open_engine, before_each, budget, options)
-                    group[budget, run] = _Run(stack.enter_context(opened), trace)
+                    group[budget, run] = _Run(
+                        stack.enter_context(_opened(open_engine, before_each, budget, options)),
+                        trace,
+                    )
                 told = functools.partial(_shifted, progress, finished, total)
                 rate = _in_turns(list(group.values()), warmup, tokens, told)
                 machine = _machine(group, rate)
-                for key, found in group.items():
-                    results[key].append(found.result(machine))
+                for key in group:  # no name of a run outlives its group
+                    results[key].append(group[key].result(machine))
             finished += each
             group.clear()
             gc.collect()  # engines are in cycles, and the next ones need their memory

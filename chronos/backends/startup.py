@@ -40,16 +40,18 @@ def fast_import(backend: str, *, own_process: bool) -> Iterator[None]:
 
     `own_process` leaves out what only compilers need, which other code here would miss.
     """
-    collecting = gc.isenabled()
+    collecting, first = gc.isenabled(), backend not in sys.modules
     gc.disable()  # hundreds of thousands of new objects, none of them garbage
-    if own_process and backend not in sys.modules:
+    if own_process and first:
         for name in _DEFERRED.get(backend, ()):
             sys.modules[name] = _Deferred(name)
     try:
         yield
     finally:
-        if own_process:
-            gc.freeze()  # modules live as long as the process: no later collection walks them
+        if own_process and first:
+            # Modules live as long as the process: no later collection walks them. Not again: what a
+            # second model's import would freeze is the first model, whose memory never came back.
+            gc.freeze()
         if collecting:
             gc.enable()
 

@@ -79,3 +79,17 @@ def test_collection_goes_on_after_an_import() -> None:
     with fast_import("no-such-backend", own_process=False):
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_only_the_first_import_is_kept_from_collection() -> None:
+    """What the import of a second model froze was the first model: 5 GB a budget in a replay."""
+    before = gc.get_freeze_count()
+    with fast_import("json", own_process=True):  # there already
+        pass
+    assert gc.get_freeze_count() == before
+    try:
+        with fast_import("no-such-backend", own_process=True):
+            pass
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
