@@ -280,7 +280,8 @@ def test_eval_measures_loss_recall_and_locality_beside_its_entropy(
 def test_eval_in_a_process_of_its_own_has_all_of_its_framework(packed: Path, text: Path) -> None:
     """Start-up leaves out what generating needs none of; a loss of packed rows does."""
     command = [sys.executable, "-m", "chronos", "eval", packed, "--data", text, "-n", "100"]
-    subprocess.run([*command, "--seq-len", "16"], check=True, capture_output=True)
+    done = subprocess.run([*command, "--seq-len", "16"], check=True, capture_output=True)
+    assert b"lookahead recall" in done.stdout
 
 
 @pytest.mark.needs_backend

@@ -115,8 +115,7 @@ class MoE(nn.Module):
     def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Expert]) -> Tensor:
         """One token's output from its experts, in the order of its routing."""
         shared_1D = self._shared(x_1D)
-        y_1D = weights_1K @ torch.cat([expert_forward(x_1D, expert) for expert in experts])
-        return y_1D if shared_1D is None else y_1D + shared_1D
+        return _summed(weights_1K, [expert_forward(x_1D, e) for e in experts], shared_1D)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Expert]]:
         """The resident experts as a source."""
@@ -149,8 +148,7 @@ class MoE(nn.Module):
                 source.record_fallback(float(routing.weights_TK[0, rank[expert]]))
             else:
                 y_K[rank[expert]] = expert_forward(x_1D, weights)
-        y_1D = routing.weights_TK @ torch.cat(y_K)
-        return y_1D if shared_1D is None else y_1D + shared_1D
+        return _summed(routing.weights_TK, y_K, shared_1D)
 
     def _grouped(self, x_TD: Tensor, routing: Routing, source: ExpertSource) -> Tensor:
         """Rows sorted by expert, one product per expert, one scatter back: no gradient of the
@@ -202,6 +200,11 @@ class MoE(nn.Module):
     def record_fallback(self, weight: float) -> None:
         """Resident experts are never missing."""
         raise AssertionError("a resident expert was reported missing")
+
+
+def _summed(weights_1K: Tensor, y_K: list[Tensor], shared_1D: Tensor | None) -> Tensor:
+    y_1D = weights_1K @ torch.cat(y_K)
+    return y_1D if shared_1D is None else y_1D + shared_1D
 
 
 class LookaheadRouter(nn.Module):

@@ -237,14 +237,14 @@ class Prefetcher:
         now, before = self.store.stats(), self._before
         missed = now.misses - before.misses
         absent = missed + now.late - before.late
-        if now.bytes_wasted > before.bytes_wasted:  # evicted unused: a later need is a miss
+        wasted = now.bytes_wasted - before.bytes_wasted
+        if wasted:  # evicted unused: a later need is a miss
             held = self.store.resident() | self._fresh
             self._asked = {key: source for key, source in self._asked.items() if key in held}
         self._correct_used(now.prefetch_hits + now.late - before.prefetch_hits - before.late)
         self._note_wait(absent, now.stall_s - before.stall_s + absent * self._copy_s)
         reads = self._reader.stats
         link = self._link(reads, missed, now.warm_hits - before.warm_hits)
-        wasted = now.bytes_wasted - before.bytes_wasted
         moved = reads.bytes_read - self._read_before
         if self._copy_s:
             moved = now.bytes_copied - before.bytes_copied
