@@ -1,11 +1,12 @@
 """One token on an NVIDIA GPU, in as few launches as its routing allows.
 
 A token of 24 layers is 2,000 launches: 29 ms of a host's time around 3.3 ms of kernels (an H200).
-Of each block three stages have fixed shapes and become CUDA graphs, one launch each: up to the query and
-the cache's new entry; from attention to the gate's choice; the experts. Between them stay what
-grows with the cache, the look at the chosen ids on the host (the one wait of a layer), and the
-copies of the chosen experts to where the third graph reads them. The functions are those of a step
-without graphs, so are the bits. Where nothing can be captured a stage runs its function each time.
+Of each block three stages have fixed shapes and become CUDA graphs, one launch each: up to the
+query and the cache's new entry; from attention to the gate's choice; the experts. Between them
+stay what grows with the cache, the look at the chosen ids on the host (the one wait of a layer),
+and the copies of the chosen experts to where the third graph reads them. The functions are those
+of a step without graphs, so are the bits. Where nothing can be captured a stage runs its function
+each time.
 Not covered: prompts, fallback for experts that are not there, routing committed by the lookahead.
 
 Shape legend: D hidden, K top-k, R rotated width.
