@@ -152,8 +152,8 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> ChronosForCausalLM:
         """Read a native folder, packed or not, an id of the hub or "demo"; in evaluation mode.
 
-        dtype: of all weights; without one the experts stay as stored and, on a CPU, the dense part
-        is widened to float32, which are the logits of `chronos generate`. device_map: a device.
+        dtype: of all weights; without one experts and large matrices stay as stored and, on a CPU,
+        all is computed in float32, as `chronos generate` does. device_map: a device.
         Raises UsageError for options that do not apply, ConfigError, CorruptFileError or
         ShapeMismatch.
         """

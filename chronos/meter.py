@@ -58,7 +58,7 @@ class Machine:
 
 def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device: str) -> Machine:
     """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
-    size, on_cpu = layout.record_nbytes, device.startswith("cpu")
+    size = layout.record_nbytes
     stats, records = store.stats(), len(layout.records)
     return Machine(
         record_bytes=size,
@@ -66,18 +66,16 @@ def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device
         warm_slots=min(stats.warm_capacity_bytes // size, records),
         copy_rate=store.copy_rate(),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
-        memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
-        dense_bytes=_dense_bytes(layout, config, on_cpu),
+        memory_rate=_memory_rate() if device.startswith("cpu") else _UNKNOWN_RATE,
+        dense_bytes=_dense_bytes(layout, config),
         moe_layers=layout.moe_layers,
     )
 
 
-def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
-    """What a token reads of the dense part: a native model's in float32 on a CPU, a guest's as
-    stored."""
+def _dense_bytes(layout: Layout, config: Geometry) -> int:
+    """What a token reads of the dense part, as stored: what a CPU widens stays in its caches."""
     if isinstance(config, ModelConfig):
-        width = 4 if on_cpu else config.dtype_bytes
-        return sum(t.nbytes for t in dense_tensors(config)) // config.dtype_bytes * width
+        return sum(t.nbytes for t in dense_tensors(config))
     return sum(entry.nbytes for _, entry in locate_tensors(layout.folder).values())
 
 

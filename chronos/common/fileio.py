@@ -342,12 +342,15 @@ def measure_read_rate(
         offsets = list(range(0, size - block + 1, block)) or [0]
         random.Random(0).shuffle(offsets)
         offsets = offsets[: max(1, max_bytes // block)]
-        buffers = [aligned_buffer(block) for _ in range(threads)]
+        # One buffer in huge pages, touched before the clock runs, as a store's slots are: into
+        # fresh memory in small pages the same virtual disk gave 1.2 GB/s in place of 3.4.
+        stride = round_up(block, ALIGN)
+        memory = aligned_buffer(round_up(threads * stride, _HUGE_PAGE))
+        memory[::ALIGN] = bytes(len(memory[::ALIGN]))
 
         def read_share(number: int) -> int:
-            return sum(
-                read_some(io, fd, [buffers[number]], offset) for offset in offsets[number::threads]
-            )
+            buffer = memory[number * stride : number * stride + block]
+            return sum(read_some(io, fd, [buffer], offset) for offset in offsets[number::threads])
 
         with ThreadPoolExecutor(threads) as pool:
             began = time.perf_counter()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chronos.backends.torch.products import Linear
 from chronos.common.config import ModelConfig
 
 
@@ -141,13 +142,13 @@ class LatentAttention(nn.Module):
         z, r = config.kv_latent_dim, config.rope_dim
         self.heads, self.head_dim, self.latent, self.rope_dim = H, d, z, r
         self.scale = 1.0 / math.sqrt(d + r)
-        self.q_proj = nn.Linear(D, H * (d + r), bias=False)
-        self.kv_down_proj = nn.Linear(D, z, bias=False)
+        self.q_proj = Linear(D, H * (d + r))
+        self.kv_down_proj = Linear(D, z)
         self.kv_norm = RMSNorm(z, eps=config.rms_norm_eps)
-        self.k_rope_proj = nn.Linear(D, r, bias=False)
-        self.k_up_proj = nn.Linear(z, H * d, bias=False)
-        self.v_up_proj = nn.Linear(z, H * d, bias=False)
-        self.o_proj = nn.Linear(H * d, D, bias=False)
+        self.k_rope_proj = Linear(D, r)
+        self.k_up_proj = Linear(z, H * d)
+        self.v_up_proj = Linear(z, H * d)
+        self.o_proj = Linear(H * d, D)
 
     def new_cache(self, batch: int, like: Tensor) -> LatentCache:
         return LatentCache(batch, self.latent + self.rope_dim, like)
@@ -220,12 +221,12 @@ class WindowAttention(nn.Module):
         d, eps = config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = H, G, d
         self.window = config.sliding_window
-        self.q_proj = nn.Linear(D, H * d, bias=False)
-        self.k_proj = nn.Linear(D, G * d, bias=False)
-        self.v_proj = nn.Linear(D, G * d, bias=False)
+        self.q_proj = Linear(D, H * d)
+        self.k_proj = Linear(D, G * d)
+        self.v_proj = Linear(D, G * d)
         self.q_norm = RMSNorm(d, eps=eps)
         self.k_norm = RMSNorm(d, eps=eps)
-        self.o_proj = nn.Linear(H * d, D, bias=False)
+        self.o_proj = Linear(H * d, D)
 
     def new_cache(self, batch: int, like: Tensor) -> WindowCache:
         return WindowCache(batch, self.kv_heads, self.window, self.head_dim, like)

@@ -1,8 +1,8 @@
 """Model folders in and out of the torch backend, and nothing else: no policy, no arithmetic.
 
-Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap, no pickle). The
-dense part is widened to float32 on a CPU, where 16-bit matrix products are slow; routed experts
-keep the dtype they are stored in.
+Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap, no pickle). A CPU
+computes in float32, as 16-bit matrix products are slow there: small tensors are widened here, large
+matrices and experts keep the dtype they are stored in and are widened where they are used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from chronos.common.weights import (
 )
 
 _FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
+_LARGE = 1 << 19  # numbers; smaller ones are widened in less time than a call takes
+_ABSORBED = ("k_up_proj.weight", "v_up_proj.weight")  # used in products other than `linear`
 Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
 
 
@@ -45,12 +47,13 @@ def load_model(
     config = ModelConfig.from_json(folder)
     with torch.device("meta"):
         model = Model(config, resident)
-    wide = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
+    on_cpu = device.type == "cpu"
+    wide = torch.float32 if on_cpu else DTYPES[config.dtype]
     tensors: dict[str, Tensor] = {}
     wanted = dense_tensors(config)
     if dense is None:
         dense = read_checkpoint(folder, [s.name for s in wanted])
-    tensors |= _read(dense, wanted, device, wide)
+    tensors |= _read(dense, wanted, device, wide, keep_large=on_cpu)
     side = folder / "lookahead.safetensors"
     if side.exists():
         tensors |= _read(read_tensors(side), lookahead_tensors(config), device, wide)
@@ -73,8 +76,11 @@ def _read(
     specs: list[TensorSpec],
     device: torch.device,
     dtype: torch.dtype | None,
+    *,
+    keep_large: bool = False,
 ) -> dict[str, Tensor]:
-    """Tensors by name, each checked against its spec, moved to the device and widened."""
+    """Tensors by name, each checked against its spec, moved to the device and widened, but for
+    large ones if so asked."""
     wanted = {spec.name: spec for spec in specs}
     tensors = {}
     for entry, data in found:
@@ -87,7 +93,8 @@ def _read(
                 f"the config implies {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}"
             )
         tensor = from_bytes(data, entry.dtype, entry.shape)
-        tensors[entry.name] = tensor.to(device, dtype, copy=True)
+        kept = keep_large and tensor.numel() >= _LARGE and not entry.name.endswith(_ABSORBED)
+        tensors[entry.name] = tensor.to(device, None if kept else dtype, copy=True)
     if wanted:
         raise ShapeMismatch(f"tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")
     return tensors

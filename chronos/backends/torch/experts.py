@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.capture import opaque
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
+from chronos.backends.torch.products import onednn_linear
 from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import NEXT_GATE, Prefetcher
 
@@ -176,14 +177,9 @@ def _packs(rows: int, columns: int) -> bool:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     for tokens in _TOKENS_TRIED:
         x_TD = torch.randn((tokens, columns), generator=random).bfloat16()
-        if not torch.equal(_linear(x_TD, packed), F.linear(x_TD, weight)):
+        if not torch.equal(onednn_linear(x_TD, packed), F.linear(x_TD, weight)):
             return False
     return True
-
-
-def _linear(x_TD: Tensor, packed: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TD, packed, None, "none", [], "")
-    return out
 
 
 def expert_forward(
@@ -191,8 +187,8 @@ def expert_forward(
 ) -> Tensor:
     """One expert on its rows: up (with the gate, where there is one), activation, down."""
     if isinstance(weights, Packed):
-        h_TF = module._apply_gate(_linear(x_TD, weights.gate_up))
-        y_TD = _linear(h_TF, weights.down)
+        h_TF = module._apply_gate(onednn_linear(x_TD, weights.gate_up))
+        y_TD = onednn_linear(h_TF, weights.down)
         return module.post_expert_norm(y_TD) if module.has_post_expert_norm else y_TD
     if isinstance(weights, Expert) and module.is_transposed:
         weights = {"gate_up_proj": weights.gate_up_FD, "down_proj": weights.down_DF}

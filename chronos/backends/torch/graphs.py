@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chronos.backends.torch.model import Block, Cache, Model, Output
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
+from chronos.backends.torch.products import linear
 
 _log = logging.getLogger("chronos")
 Tensors = tuple[Tensor, ...]
@@ -158,7 +158,7 @@ class Steps:
         """capture: False computes stage by stage without graphs, for tests on a CPU."""
         config = model.config
         self._model, self._recorder = model, Recorder(model.device) if capture else None
-        like = model.model.embed_tokens.weight
+        like = model.model.norm.weight
         self._x_11D = like.new_empty((1, 1, config.hidden_size))
         self.rope: dict[str, tuple[Tensor, Tensor]] = {
             kind: (like.new_empty((1, rotary.dim)), like.new_empty((1, rotary.dim)))
@@ -197,7 +197,7 @@ class Steps:
             if layer == 0 and on_lookahead is not None:
                 on_lookahead(model.lookahead(x_11D).float().softmax(-1).flatten(0, 1))
         cache.position += 1
-        logits = F.linear(model.model.norm(x_11D), model.model.embed_tokens.weight)
+        logits = linear(model.model.norm(x_11D), model.model.embed_tokens.weight)
         ids, weights = self.ids_L1K.clone(), self.weights_L1K.clone()
         return Output(logits, [Routing(i, w, w) for i, w in zip(ids, weights, strict=True)])
 

@@ -1,8 +1,8 @@
 """The Chronos decoder of the torch backend: blocks, caches, loading and saving.
 
 A model is built with its routed experts (training, resident inference) or without (streaming); the
-arithmetic is the same. The dense part is computed in float32 on a CPU and in the stored dtype on an
-accelerator. Checkpoints go through `common.tensorfile` only: no mmap, no pickle.
+arithmetic is the same. A CPU computes in float32, an accelerator in the stored dtype.
+Checkpoints go through `common.tensorfile` only: no mmap, no pickle.
 Not covered: batched generation with padding (batches are for training).
 
 Shape legend: B batch, T new tokens, D hidden, V vocabulary, L layers, E experts, J lookahead
@@ -28,6 +28,7 @@ from chronos.backends.torch.attention import (
     causal_mask,
 )
 from chronos.backends.torch.moe import ExpertSource, LookaheadRouter, MoE, Routing
+from chronos.backends.torch.products import linear
 from chronos.common.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +108,7 @@ class Model(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def new_cache(self, batch: int = 1) -> Cache:
-        like = self.model.embed_tokens.weight
+        like = self.model.norm.weight
         return Cache([block.self_attn.new_cache(batch, like) for block in self.model.layers])
 
     def forward(
@@ -129,7 +130,7 @@ class Model(nn.Module):
         only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E] right
         after block 0. replay(layer) gives (ids, weights) [T, K] in place of the gates' choice.
         """
-        x_BTD = self.model.embed_tokens(ids_BT)
+        x_BTD = self.model.embed_tokens(ids_BT).to(self.model.norm.weight.dtype)
         geometry = self._geometry(ids_BT, cache, segments_BT, x_BTD)
         committed = self.config.routing_source == "lookahead"
         out = Output(x_BTD)
@@ -157,7 +158,7 @@ class Model(nn.Module):
         if cache is not None:
             cache.position += ids_BT.shape[1]
         x_BTD = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        out.logits = F.linear(x_BTD, self.model.embed_tokens.weight)
+        out.logits = linear(x_BTD, self.model.embed_tokens.weight)
         return out
 
     def _geometry(

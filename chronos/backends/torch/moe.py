@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
+from chronos.backends.torch.products import Linear, linear
 from chronos.common.config import ModelConfig
 
 
@@ -58,8 +59,8 @@ def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
 
 def expert_forward(x_TD: Tensor, expert: Expert) -> Tensor:
     """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-    gate_TF, up_TF = F.linear(x_TD, expert.gate_up_FD.to(x_TD.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate_TF) * up_TF, expert.down_DF.to(x_TD.dtype))
+    gate_TF, up_TF = linear(x_TD, expert.gate_up_FD).chunk(2, dim=-1)
+    return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
 
 
 class ExpertWeights(nn.Module):
@@ -68,8 +69,8 @@ class ExpertWeights(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, F_ = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Linear(D, 2 * F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.gate_up_proj = Linear(D, 2 * F_)
+        self.down_proj = Linear(F_, D)
 
     def view(self) -> Expert:
         return Expert(self.gate_up_proj.weight, self.down_proj.weight)
@@ -82,7 +83,7 @@ class MoE(nn.Module):
         super().__init__()
         self.layer, self.top_k = layer, config.num_experts_per_tok
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts)
         count = config.num_experts if resident else 0
         self.experts = nn.ModuleList(ExpertWeights(config) for _ in range(count))
         self.shared_experts = nn.ModuleList(
@@ -216,8 +217,8 @@ class LookaheadRouter(nn.Module):
         D, U = config.hidden_size, config.lookahead_hidden_size
         steps, layers, experts = self.shape
         self.norm = RMSNorm(D, eps=config.rms_norm_eps)
-        self.in_proj = nn.Linear(D, U, bias=False)
-        self.out_proj = nn.Linear(U, steps * layers * experts, bias=False)
+        self.in_proj = Linear(D, U)
+        self.out_proj = Linear(U, steps * layers * experts)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, J, L, E]; a softmax over the last axis gives the distributions Q."""

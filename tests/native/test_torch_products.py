@@ -1,0 +1,112 @@
+"""Products of the torch backend: those of `F.linear`, whichever library computes them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+from chronos.backends.torch import products  # noqa: E402
+
+SHAPES = [(1, 8, 16), (1, 512, 768), (3, 700, 400), (64, 300, 520)]  # rows, out, in
+onednn = pytest.mark.skipif(not products._has_onednn(), reason="torch has no oneDNN here")
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows,out,width", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widened_at_once", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("worth_code", [0, 1 << 40])
+def test_without_gradients(monkeypatch, rows, out, width, dtype, widened_at_once, worth_code):
+    monkeypatch.setattr(products, "_WORTH_A_CALL", 0)
+    monkeypatch.setattr(products, "_WORTH_CODE", worth_code)
+    monkeypatch.setattr(products, "_WIDENED", widened_at_once)
+    monkeypatch.setattr(products, "_scratch", products._Scratch())
+    x, weight = drawn(rows, width), drawn(out, width, seed=1).to(dtype)
+    with torch.inference_mode():
+        y = products.linear(x, weight)
+        again = products.linear(x[None, :, None], weight)
+    expected = x.double() @ weight.double().T
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(again[0, :, 0], y)
+    with torch.no_grad():  # memory taken in one mode serves the other
+        assert torch.equal(products.linear(x, weight), y)
+
+
+def test_one_number_of_each_byte_pattern_is_widened():
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    weight = torch.where(weight.float().isnan(), torch.zeros(()), weight.float()).to(weight.dtype)
+    x = torch.eye(16)
+    with torch.no_grad():
+        assert torch.equal(products.linear(x, weight), weight.float().T)
+
+
+@pytest.mark.parametrize("rows,out,width", SHAPES)
+def test_gradients(monkeypatch, rows, out, width):
+    for threshold in ("_WORTH_A_CALL", "_WORTH_CODE"):
+        monkeypatch.setattr(products, threshold, 0)
+    results = []
+    for product in (F.linear, products.linear):
+        x = drawn(rows, width).requires_grad_()
+        weight = drawn(out, width, seed=1).requires_grad_()
+        y = product(x.view(1, rows, width), weight)
+        (y * drawn(1, rows, out, seed=2)).sum().backward()
+        results.append((y.detach(), x.grad, weight.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_weight_of_16_bits_has_a_gradient_too():
+    weight = drawn(300, 520).bfloat16().requires_grad_()
+    products.linear(drawn(200, 520, seed=1), weight).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.abs().sum() > 0
+
+
+@onednn
+def test_the_size_decides_which_library_computes(monkeypatch):
+    calls = []
+    real = products.onednn_linear
+    monkeypatch.setattr(
+        products, "onednn_linear", lambda x, weight: calls.append(1) or real(x, weight)
+    )
+    with torch.no_grad():
+        products.linear(drawn(1, 64), drawn(64, 64))
+        assert not calls
+        products.linear(drawn(1, 1024), drawn(512, 1024))
+        products.linear(drawn(1, 1024), drawn(512, 1024).bfloat16())
+        assert len(calls) == 2
+    products.linear(drawn(1, 1024), drawn(512, 1024).requires_grad_())
+    assert len(calls) == 2
+    products.linear(drawn(64, 1024), drawn(512, 1024).requires_grad_()).sum().backward()
+    assert len(calls) == 4  # x wants no gradient
+
+
+def test_without_onednn_products_are_those_of_torch(monkeypatch):
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    x, weight = drawn(2, 1024), drawn(512, 1024, seed=1)
+    with torch.no_grad():
+        assert torch.equal(products.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(products.linear(x, weight), F.linear(x, weight))
+
+
+def test_threads_do_not_share_what_they_widen_into():
+    weights = [drawn(400, 800, seed=n).bfloat16() for n in range(4)]
+    x = drawn(1, 800, seed=9)
+
+    def many(weight: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [products.linear(x, weight) for _ in range(50)]
+
+    with torch.no_grad():
+        expected = [products.linear(x, weight) for weight in weights]
+    with ThreadPoolExecutor(4) as pool:
+        for found, want in zip(pool.map(many, weights), expected, strict=True):
+            assert all(torch.equal(y, want) for y in found)
