@@ -242,6 +242,9 @@ class Oracle:
     def observe(self, layer: int, experts: object) -> None:
         self._served = layer + 1
 
+    def reconsider(self) -> None:
+        pass
+
     def end_token(self) -> None:
         self._token, self._served = self._token + 1, 0
 

@@ -33,7 +33,10 @@ class Policy(Protocol):
         """[L, E], higher = keep, all below 1e300."""
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
-        """These experts of a layer are needed now."""
+        """These experts of a layer are needed now. Their reads wait for this to return."""
+
+    def reconsider(self) -> None:
+        """The reads of what was observed last have begun: time for what takes longer."""
 
     def end_token(self) -> None: ...
 
@@ -46,6 +49,9 @@ class Policy(Protocol):
 
 class Counts:
     """What is told of prompts does not change counts of uses: each layer's chunk counts as one."""
+
+    def reconsider(self) -> None:
+        pass
 
     def begin_prompt(self) -> None:
         pass

@@ -227,7 +227,9 @@ def _serve(
     each cache."""
     held = [_pin(cache, layer, experts) for cache in caches]
     policy.observe(layer, experts)
-    return [_admit(cache, layer, experts, slots) for cache, slots in zip(caches, held, strict=True)]
+    missed = [_admit(cache, layer, experts, at) for cache, at in zip(caches, held, strict=True)]
+    policy.reconsider()
+    return missed
 
 
 def _pin(cache: Residency, layer: int, experts: list[int]) -> list[int]:

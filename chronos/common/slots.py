@@ -100,6 +100,7 @@ class Tier(ABC):
                 self._seek(lease, absent, exact)
             elif len(ready) == len(self.layout.records):
                 self._try_complete()
+            self.policy.reconsider()
             return lease
 
     def prefetch(self, keys: Sequence[Key]) -> int:

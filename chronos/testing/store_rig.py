@@ -89,6 +89,9 @@ class Ranking:
     def observe(self, layer: int, experts: object) -> None:
         self.told.append(layer)
 
+    def reconsider(self) -> None:
+        pass
+
     def end_token(self) -> None:
         self.told.append("token")
 

@@ -15,7 +15,8 @@ import chronos.backends
 BACKENDS = Path(chronos.backends.__file__).parent
 GUESTS = {"guest.py", "experts.py", "skeleton.py", "capture.py", "replay.py"}
 CUDA = {"graphs.py"}  # launches of a GPU beside the host; MLX evaluates a token at once
-FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS - CUDA)
+X86 = {"products.py"}  # torch carries two libraries for products there, MLX one
+FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS - CUDA - X86)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
     "attention.RMSNorm": "mlx.nn has one in every version",

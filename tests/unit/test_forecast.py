@@ -137,6 +137,7 @@ def test_a_forecaster_answers_as_the_network_at_the_moments_it_renews(moments: i
     for ids_LK in random_trace(6).ids_TLK.tolist():
         for layer, experts in enumerate(ids_LK):
             forecaster.observe(layer, experts)
+            forecaster.reconsider()
             history.observe(layer, experts)
             inputs = np.concatenate([history.last_LE[:, None], history_input(history.share_LDE)], 1)
             kept = forward(model.params, inputs[:, None], np.array([layer]))
@@ -144,6 +145,24 @@ def test_a_forecaster_answers_as_the_network_at_the_moments_it_renews(moments: i
             if layer in renews:
                 assert np.allclose(forecaster.next_uses(), answers[:, 0], atol=1e-5)
         forecaster.end_token()
+
+
+def test_a_forecast_is_renewed_when_there_is_time_and_not_before() -> None:
+    geometry = Geometry(L, E, K, 16, 4)
+    model = ForecastModel(geometry, random_params(geometry, 0))
+    forecaster, other = Forecaster(model, L), Forecaster(model, L)
+    chance = forecaster.next_uses().copy()
+    forecaster.observe(0, [1, 2])
+    assert np.array_equal(forecaster.next_uses()[1:], chance[1:])
+    forecaster.reconsider()
+    assert not np.allclose(forecaster.next_uses()[1:], chance[1:])
+    forecaster.observe(1, [3, 4])
+    forecaster.end_token()  # at the latest
+    for layer, experts in ((0, [1, 2]), (1, [3, 4])):
+        other.observe(layer, experts)
+        other.reconsider()
+    other.end_token()
+    assert np.array_equal(forecaster.scores(), other.scores())
 
 
 def test_a_layer_that_was_served_since_the_forecast_counts_its_later_uses_only() -> None:

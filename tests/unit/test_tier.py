@@ -124,6 +124,22 @@ def test_experts_come_in_the_order_their_reads_end(bench: Bench) -> None:
     assert next(items, None) is None
 
 
+def test_a_policy_thinks_while_reads_are_on_their_way(layout: Layout) -> None:
+    """It is told of a layer's needs before victims are chosen, and has time once reads began."""
+    policy, bench = Ranking(), Bench(layout, 4)
+    bench.tier = ScriptedTier(layout, 4, bench.reader, policy)  # type: ignore[arg-type]
+    begun: dict[str, list[int]] = {"observe": [], "reconsider": []}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: begun[name].append(len(bench.reader.reads))
+
+    policy.observe, policy.reconsider = note("observe"), note("reconsider")  # type: ignore[method-assign]
+    bench.tier.acquire(0, [1, 2])
+    bench.end_all()
+    bench.tier.acquire(0, [1, 2])  # nothing to read: it is told all the same
+    assert begun == {"observe": [0, 2], "reconsider": [2, 2]}
+
+
 def test_nothing_that_is_promised_to_one_layer_is_given_to_another(bench: Bench) -> None:
     items = bench.tier.acquire(0, [0, 1])
     bench.end_all()
@@ -325,6 +341,7 @@ class Ranking:
         self.priority = np.zeros((LAYERS, EXPERTS))
 
     def observe(self, layer: int, experts: object) -> None: ...
+    def reconsider(self) -> None: ...
     def end_token(self) -> None: ...
     def begin_prompt(self) -> None: ...
     def end_prompt(self, ids_TLK: np.ndarray) -> None: ...

@@ -170,6 +170,7 @@ def trust(model: ForecastModel, validation: RoutingTrace, every: int = 4) -> Flo
     for token, ids_LK in enumerate(validation.ids_TLK[: len(samples)].tolist()):
         for layer, experts in enumerate(ids_LK):
             forecaster.observe(layer, experts)
+            forecaster.reconsider()
             if token % every == 0 and layer in forecaster.renews_after and token > 0:
                 logits_OLE, vote = forecaster.parts()
                 if vote is not None:

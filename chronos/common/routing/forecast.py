@@ -175,24 +175,30 @@ class Forecaster:
         self._alone_LX = np.zeros((L, ANSWERS * E), np.float32)
         self._clock = TokenClock(L)
         self._changed = (0, L)  # rows whose inputs are out of date
-        self._served = L - 1  # the layer served last
+        self._served = L - 1  # the layer taken in last
+        self._observed: list[tuple[int, list[int]]] = []  # and not taken in yet
         self._next_LE: Scores  # chance of use at each layer's next turn
         self._renew()
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
-        self._history.observe(layer, experts)
-        self._memory.observe(layer, experts)
+        self._observed.append((layer, list(experts)))
         self._clock.observe(layer)
-        first, last = self._changed
-        self._changed = (min(first, layer), max(last, layer + 1))
-        self._served = layer
-        if layer in self.renews_after:
-            self._renew()
-        else:
-            self._now_LE[layer] = self._later_LE[layer]
-            self._next_LE[layer] = self._later_LE[layer] / LATER
+        self._now_LE[layer] = self._later_LE[layer]
+        self._next_LE[layer] = self._later_LE[layer] / LATER
+
+    def reconsider(self) -> None:
+        for layer, experts in self._observed:
+            self._history.observe(layer, experts)
+            self._memory.observe(layer, experts)
+            first, last = self._changed
+            self._changed = (min(first, layer), max(last, layer + 1))
+            self._served = layer
+            if layer in self.renews_after:
+                self._renew()
+        self._observed.clear()
 
     def end_token(self) -> None:
+        self.reconsider()
         self._clock.end_token()
         self._memory.end_token()
         self._served = self._geometry.layers - 1
@@ -204,6 +210,7 @@ class Forecaster:
         for ids_LK in ids_TLK[-1:].tolist():
             for layer, experts in enumerate(ids_LK):
                 self.observe(layer, experts)
+                self.reconsider()
             self.end_token()
 
     def scores(self) -> Scores:

@@ -190,6 +190,7 @@ def _token_s(predictor: Predictor, trace: RoutingTrace) -> float:
         begin = time.thread_time()
         for layer, experts in enumerate(ids_LK):
             predictor.observe(layer, experts)
+            predictor.reconsider()
             predictor.scores()
         predictor.end_token()
         seconds.append(time.thread_time() - begin)

@@ -40,7 +40,11 @@ class Predictor(Protocol):
     """
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
-        """The token under way needs these experts of a layer. At most once a layer and token."""
+        """The token under way needs these experts of a layer. At most once a layer and token.
+        Reads wait for this: what takes long is left to `reconsider`."""
+
+    def reconsider(self) -> None:
+        """Take in what was observed, where `observe` has not; before the next layer's turn."""
 
     def end_token(self) -> None: ...
 
@@ -101,6 +105,11 @@ class PredictorPolicy:
     def observe(self, layer: int, experts: Collection[int]) -> None:
         (self._pass or self.predictor).observe(self._row[layer], experts)
         self._priority = None
+
+    def reconsider(self) -> None:
+        if self._pass is None:
+            self.predictor.reconsider()
+            self._priority = None
 
     def end_token(self) -> None:
         self.predictor.end_token()
@@ -261,6 +270,9 @@ class DecayedUse:
         row[list(experts)] += 1.0 - self._decay
         self._clock.observe(layer)
 
+    def reconsider(self) -> None:
+        pass
+
     def end_token(self) -> None:
         self._clock.end_token()
 
@@ -354,4 +366,5 @@ def prime(predictor: Predictor, ids_TLK: NDArray[Any]) -> None:
     for ids_LK in ids_TLK[-_PRIMED:].tolist():
         for layer, experts in enumerate(ids_LK):
             predictor.observe(layer, experts)
+            predictor.reconsider()
         predictor.end_token()
