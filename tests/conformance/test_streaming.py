@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.errors import StoreError, UsageError
 from chronos.common.files import FileIO, RangedReader
 from chronos.common.layout import Key, open_layout, pack
 from chronos.common.routing.forecast import ForecastModel
@@ -261,6 +262,37 @@ def test_a_prompt_of_several_chunks(backend: Any, tmp_path: Path) -> None:
         expected = Rollout(whole, prompt, steps=2)
     with open_slots(backend, tmp_path / "packed", TOP_K) as engine:
         Rollout(engine, prompt, steps=2).assert_same(expected)
+
+
+def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
+    backend: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have the token then and some do not: the next would be wrong."""
+    with load(folders["layer"], backend=backend.name, budget="50%", prefetch="off") as engine:
+        runner, store = engine.runner, engine.store
+        assert store is not None
+        acquire = store.acquire
+
+        def fails(layer: int, experts: Sequence[int]) -> Any:
+            if layer == LAYERS - 1:
+                raise StoreError("a disk that is gone")
+            return acquire(layer, experts)
+
+        runner.prefill(SHORT, GREEDY)
+        expected = [runner.decode(token, GREEDY) for token in (9, 8, 7)]
+        runner.reset()
+        runner.prefill(SHORT, GREEDY)
+        assert runner.decode(9, GREEDY) == expected[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "acquire", fails)
+            with pytest.raises(StoreError, match="gone"):
+                runner.decode(8, GREEDY)
+        for again in (lambda: runner.decode(8, GREEDY), lambda: runner.prefill(SHORT, GREEDY)):
+            with pytest.raises(UsageError, match="middle of a step"):
+                again()
+        runner.reset()
+        runner.prefill(SHORT, GREEDY)
+        assert [runner.decode(token, GREEDY) for token in (9, 8, 7)] == expected
 
 
 def test_sampled_tokens_do_not_depend_on_the_budget(backend: Any, folders: dict[str, Path]) -> None:

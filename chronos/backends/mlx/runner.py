@@ -20,6 +20,7 @@ import numpy as np
 from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.moe import Expert, ExpertSource, Routing
 from chronos.backends.mlx.store import ExpertStore
+from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
 
@@ -59,7 +60,7 @@ class Runner:
         """Forget the sequence; the experts stay where they are."""
         self._cache = self.model.new_cache()
         self._logits_V = mx.zeros((0,))
-        self._random = random.Random()
+        self._random, self._halfway = random.Random(), False
 
     @property
     def position(self) -> int:
@@ -119,6 +120,9 @@ class Runner:
         source: ExpertSource | None,
         on_lookahead: Callable[[mx.array], None] | None = None,
     ) -> list[Routing]:
+        if self._halfway:
+            raise UsageError("an error ended this sequence in the middle of a step", "", "reset it")
+        self._halfway = True  # until every layer has the tokens
         out = self.model(
             mx.array([tokens]),
             cache=self._cache,
@@ -127,6 +131,7 @@ class Runner:
             replay=self._replayed if self.replay else None,
             last_only=True,
         )
+        self._halfway = False
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)

@@ -111,15 +111,6 @@ class Model:
     def _run(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
         if cache is None:
             return self._forward(ids_BT, None, last_only)
-        if not cache.layers:
-            raise UsageError("an error ended this sequence in the middle of a step", "", "reset it")
-        try:
-            return self._append(ids_BT, cache, last_only)
-        except BaseException:  # some layers have the tokens and some do not
-            cache.layers = []
-            raise
-
-    def _append(self, ids_BT: Tensor, cache: Cache, last_only: bool) -> Tensor:
         forward = partial(self._forward, cache=cache, last_only=last_only)
         single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
         if self._layers.enter(cache.layers[0]) and single:

@@ -22,6 +22,7 @@ from chronos.backends.torch import graphs
 from chronos.backends.torch.model import Model, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.store import ExpertStore
+from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import Prefetcher
 from chronos.common.sampling import SamplingParams
 
@@ -62,7 +63,7 @@ class Runner:
         with torch.inference_mode():
             self._cache = self.model.new_cache()
         self._logits_V = torch.empty(0)
-        self._random = random.Random()
+        self._random, self._halfway = random.Random(), False
 
     @property
     def position(self) -> int:
@@ -122,6 +123,9 @@ class Runner:
         *,
         run: Callable[..., Output] | None = None,
     ) -> list[Routing]:
+        if self._halfway:
+            raise UsageError("an error ended this sequence in the middle of a step", "", "reset it")
+        self._halfway = True  # until every layer has the tokens
         ids_1T = self._to_device(np.array([tokens]))
         out = (run or self.model)(
             ids_1T,
@@ -131,6 +135,7 @@ class Runner:
             replay=self._replayed if self.replay else None,
             last_only=True,
         )
+        self._halfway = False
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
