@@ -22,7 +22,7 @@ from pathlib import Path
 
 import xxhash
 
-from chronos.common.fileio import ALIGN, aligned_buffer
+from chronos.common.fileio import ALIGN, touched_buffers
 from chronos.common.files import RangedReader, Request
 
 SIZES = (48 << 10, 256 << 10, 1 << 20, 3 << 20)
@@ -44,8 +44,7 @@ def plain(path: Path, size: int, at: list[int], threads: int) -> float:
     fd, todo = os.open(path, os.O_RDONLY | os.O_DIRECT), iter(at)
     lock = threading.Lock()
 
-    def work() -> None:
-        buffer = aligned_buffer(size)
+    def work(buffer: memoryview) -> None:
         while True:
             with lock:
                 place = next(todo, None)
@@ -53,7 +52,8 @@ def plain(path: Path, size: int, at: list[int], threads: int) -> float:
                 return
             os.preadv(fd, [buffer], place)
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
+    buffers = touched_buffers(threads, size)
+    workers = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
     begin = time.perf_counter()
     for worker in workers:
         worker.start()
@@ -66,7 +66,7 @@ def plain(path: Path, size: int, at: list[int], threads: int) -> float:
 
 def ours(path: Path, size: int, at: list[int], threads: int, together: int) -> tuple[float, float]:
     """Bytes per second, with as many requests under way as a store has, and CPU us a request."""
-    buffers = [aligned_buffer(size) for _ in range(_AHEAD)]
+    buffers = touched_buffers(_AHEAD, size)
     with RangedReader(threads=threads) as reader:
         pending: list[Request] = []
         begin, busy = time.perf_counter(), time.process_time()
