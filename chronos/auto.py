@@ -152,8 +152,8 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> ChronosForCausalLM:
         """Read a native folder, packed or not, an id of the hub or "demo"; in evaluation mode.
 
-        dtype: of all weights; without one experts and large matrices stay as stored and, on a CPU,
-        all is computed in float32, as `chronos generate` does. device_map: a device.
+        dtype: of all weights; without one the experts stay as stored and, on a CPU, the dense part
+        is widened to float32, in which `chronos generate` computes too. device_map: a device.
         Raises UsageError for options that do not apply, ConfigError, CorruptFileError or
         ShapeMismatch.
         """
@@ -163,7 +163,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         folder = _folder(os.fspath(pretrained_model_name_or_path), options)
         if config is None:
             config = ChronosConfig(**ModelConfig.from_json(folder).to_json())
-        weights = load_model(folder, _device(device_map), True).state_dict()
+        weights = load_model(folder, _device(device_map), True, as_stored=False).state_dict()
         with torch.device("meta"):
             model = cls(config)
         model.native = _filled(config.native(), weights, str(folder))

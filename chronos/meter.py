@@ -24,7 +24,7 @@ from chronos.common.routing.trace import TraceRecorder
 from chronos.common.simulate import simulate
 from chronos.common.stats import StoreStats
 from chronos.common.tensorfile import locate_tensors
-from chronos.common.weights import dense_tensors
+from chronos.common.weights import LARGE, dense_tensors
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import ExpertStore, Runner
@@ -67,15 +67,18 @@ def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device
         copy_rate=store.copy_rate(),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
         memory_rate=_memory_rate() if device.startswith("cpu") else _UNKNOWN_RATE,
-        dense_bytes=_dense_bytes(layout, config),
+        dense_bytes=_dense_bytes(layout, config, device.startswith("cpu")),
         moe_layers=layout.moe_layers,
     )
 
 
-def _dense_bytes(layout: Layout, config: Geometry) -> int:
-    """What a token reads of the dense part, as stored: what a CPU widens stays in its caches."""
+def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
+    """What a token reads of the dense part: as stored, but for the smaller tensors of a native
+    model, which a CPU holds in float32."""
     if isinstance(config, ModelConfig):
-        return sum(t.nbytes for t in dense_tensors(config))
+        widened = config.dtype_bytes if not on_cpu else 4
+        sizes = [t.nbytes // config.dtype_bytes for t in dense_tensors(config)]
+        return sum(n * (config.dtype_bytes if n >= LARGE else widened) for n in sizes)
     return sum(entry.nbytes for _, entry in locate_tensors(layout.folder).values())
 
 

@@ -148,7 +148,8 @@ class Backend(Protocol):
         cache: Any = ...,
         source: Any = ...,
     ) -> Observed:
-        """segments_BT: document numbers, -1 for padding. cache: from `model.new_cache()`."""
+        """segments_BT: document numbers, -1 for padding. cache: from `model.new_cache()`; worthless
+        after an error."""
 
     def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
     def runner(self, model: Any, store: Any, **options: Any) -> Runner: ...

@@ -96,11 +96,13 @@ class Tier(ABC):
             if absent:
                 self._check_known(lease, absent, exact)
             self.policy.observe(layer, wanted)
-            if absent:
-                self._seek(lease, absent, exact)
-            elif len(ready) == len(self.layout.records):
-                self._try_complete()
-            self.policy.reconsider()
+            try:
+                if absent:
+                    self._seek(lease, absent, exact)
+                elif len(ready) == len(self.layout.records):
+                    self._try_complete()
+            finally:
+                self.policy.reconsider()
             return lease
 
     def prefetch(self, keys: Sequence[Key]) -> int:

@@ -18,6 +18,9 @@ from chronos.common.config import DTYPE_BYTES, ModelConfig
 # safetensors' own dtype names.
 SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
+# Numbers in a dense matrix from which on a CPU leaves it as stored and widens it at each use, which
+# for smaller ones takes longer than reading them wide.
+LARGE = 1 << 19
 
 
 @dataclass(frozen=True)

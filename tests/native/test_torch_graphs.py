@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import chronos
+from chronos.backends.torch import checkpoint
 from chronos.backends.torch.graphs import Stage, Steps, usable
 from chronos.common.layout import pack
 from chronos.common.sampling import SamplingParams
@@ -55,6 +56,24 @@ def test_stages_give_the_models_bits(packed: Path, budget: str) -> None:
     np.testing.assert_array_equal(staged, logits)
     np.testing.assert_array_equal(its_routing[0], routing[0])
     np.testing.assert_array_equal(its_routing[1], routing[1])
+
+
+def test_dense_matrices_of_16_bits_are_widened_wherever_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tiny_model(tmp_path / "model", dtype="bfloat16"), tmp_path / "packed")
+    results = []
+    for large in (1 << 60, 1):
+        monkeypatch.setattr(checkpoint, "LARGE", large)
+        for budget in ("resident", "50%"):
+            with chronos.load(
+                tmp_path / "packed", backend="torch", device="cpu", budget=budget
+            ) as engine:
+                dtype = engine.runner.model.model.embed_tokens.weight.dtype
+                assert (dtype == torch.bfloat16) == (large == 1)
+                results += [rollout(engine, staged)[0] for staged in (False, True)]
+    for logits in results[1:]:  # below the size from which on libraries differ: the same bits
+        np.testing.assert_array_equal(logits, results[0])
 
 
 def test_replayed_routing_takes_the_gates_place(packed: Path) -> None:

@@ -63,6 +63,31 @@ def test_gradients(monkeypatch, rows, out, width):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_result_may_be_changed_in_place_and_has_no_second_derivative(monkeypatch):
+    x, weight = drawn(40, 1024).requires_grad_(), drawn(700, 1024).requires_grad_()
+    y = products.linear(x, weight)
+    y.add_(1)
+    (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=products._has_onednn())
+    if products._has_onednn():
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (dx**2).sum().backward()
+
+
+def test_without_a_wish_for_gradients_there_is_no_graph_and_the_same_bits():
+    x, weight = drawn(1, 1024), drawn(700, 1024).bfloat16()
+    with torch.inference_mode():
+        expected = products.linear(x, weight)
+    found = products.linear(x, weight)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+
+
+def test_autocast_decides_itself():
+    x, weight = drawn(40, 1024), drawn(700, 1024)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16
+
+
 def test_a_weight_of_16_bits_has_a_gradient_too():
     weight = drawn(300, 520).bfloat16().requires_grad_()
     products.linear(drawn(200, 520, seed=1), weight).sum().backward()

@@ -245,7 +245,7 @@ def test_the_model_that_ships_loads_and_a_dtype_is_kept(tmp_path: Path) -> None:
     demo = AutoModelForCausalLM.from_pretrained(resolve_model("demo"))
     experts = demo.native.model.layers[0].mlp.experts[0]
     assert experts.gate_up_proj.weight.dtype == torch.bfloat16
-    assert demo.native.model.norm.weight.dtype == torch.float32
+    assert demo.native.model.embed_tokens.weight.dtype == torch.float32
     ids = torch.arange(6, 20)[None]
     with torch.no_grad():
         wanted = demo(ids).logits

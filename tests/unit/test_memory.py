@@ -74,6 +74,18 @@ def test_a_sequence_seen_before_is_recognised_and_continued() -> None:
     assert np.array_equal(np.sort(best), np.sort(ids_TLK[20]))
 
 
+def test_a_token_that_an_error_ended_is_not_counted_twice() -> None:
+    memory = RoutingMemory(L, E, K, HORIZON, DISCOUNT)
+    memory.prime(routing(40))
+    for layer in range(L):
+        memory.observe(layer, list(range(K)))  # and no end of the token
+    for ids_LK in routing(60)[40:].tolist():
+        for layer, experts in enumerate(ids_LK):
+            memory.observe(layer, experts)
+        memory.end_token()
+    assert np.array_equal(memory._alike_N, memory._agree_LN.sum(0))
+
+
 def test_a_prompt_at_once_is_the_prompt_token_by_token() -> None:
     primed, stepped = (RoutingMemory(L, E, K, HORIZON, DISCOUNT) for _ in range(2))
     ids_TLK = routing(90)

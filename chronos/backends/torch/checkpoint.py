@@ -20,6 +20,7 @@ from chronos.common.files import atomic_write
 from chronos.common.layout import is_packed, open_layout, read_experts
 from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
 from chronos.common.weights import (
+    LARGE,
     SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,
@@ -28,7 +29,6 @@ from chronos.common.weights import (
 )
 
 _FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
-_LARGE = 1 << 19  # numbers; smaller ones are widened in less time than a call takes
 _ABSORBED = ("k_up_proj.weight", "v_up_proj.weight")  # used in products other than `linear`
 Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
 
@@ -38,9 +38,12 @@ def load_model(
     device: torch.device,
     resident: bool,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    *,
+    as_stored: bool = True,
 ) -> Model:
     """Build the model of a folder; with `resident` its routed experts too, packed or not.
 
+    as_stored: on a CPU, leave large matrices of the dense part in their dtype; else all is widened.
     Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
     `lookahead` is None.
     """
@@ -53,7 +56,7 @@ def load_model(
     wanted = dense_tensors(config)
     if dense is None:
         dense = read_checkpoint(folder, [s.name for s in wanted])
-    tensors |= _read(dense, wanted, device, wide, keep_large=on_cpu)
+    tensors |= _read(dense, wanted, device, wide, keep_large=on_cpu and as_stored)
     side = folder / "lookahead.safetensors"
     if side.exists():
         tensors |= _read(read_tensors(side), lookahead_tensors(config), device, wide)
@@ -93,7 +96,8 @@ def _read(
                 f"the config implies {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}"
             )
         tensor = from_bytes(data, entry.dtype, entry.shape)
-        kept = keep_large and tensor.numel() >= _LARGE and not entry.name.endswith(_ABSORBED)
+        large = tensor.dim() > 1 and tensor.numel() >= LARGE
+        kept = keep_large and large and not entry.name.endswith(_ABSORBED)
         tensors[entry.name] = tensor.to(device, None if kept else dtype, copy=True)
     if wanted:
         raise ShapeMismatch(f"tensor {next(iter(wanted))} is missing ({len(wanted)} in all)")

@@ -182,7 +182,7 @@ class Steps:
     ) -> Output:
         """One token: logits [1, 1, V], and the routing, whose probabilities are the weights."""
         model = self._model
-        x_11D = model.model.embed_tokens(ids_BT)
+        x_11D = model.model.embed_tokens(ids_BT).to(self._x_11D.dtype)
         self._x_11D.copy_(x_11D)
         for kind, (tables, _) in model._geometry(ids_BT, cache, None, x_11D).items():
             for kept, table in zip(self.rope[kind], tables, strict=True):

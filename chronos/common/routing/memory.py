@@ -73,7 +73,8 @@ class RoutingMemory:
     def observe(self, layer: int, experts: Collection[int]) -> None:
         chosen = list(experts)[: self._top_k]
         self._token_LK[layer, : len(chosen)] = chosen
-        self._new.append(layer)
+        if layer not in self._new:  # twice where an error ended the token before
+            self._new.append(layer)
         self._served = layer
 
     def end_token(self) -> None:
