@@ -121,15 +121,17 @@ def onednn_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 @cache
 def _has_onednn() -> bool:
-    """On x86 only: elsewhere torch has other libraries. Tried once, as the call is not public."""
+    """On x86 only: elsewhere torch has other libraries. Tried once, as the call is not public; torch
+    before 2.4 knows no device of autocast."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     x, weight = torch.ones(1, 8), torch.ones(8, 8)
     try:
+        torch.is_autocast_enabled("cpu")
         return torch.equal(onednn_linear(x, weight), F.linear(x, weight))
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 

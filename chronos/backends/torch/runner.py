@@ -38,9 +38,10 @@ Replay = Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 class Runner:
     """Owns the key/value cache of one sequence; after an error in a step it has to be reset.
-    `recording` keeps the routing for `routing()`;
-    `replay`, where set, decides the routing instead of the gates. `steps`, where there are any, run
-    single tokens in fewer launches."""
+
+    `recording` keeps the routing for `routing()`; `replay`, where set, decides the routing instead
+    of the gates. `steps`, where there are any, run single tokens in fewer launches.
+    """
 
     def __init__(
         self,
