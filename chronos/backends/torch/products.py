@@ -121,8 +121,8 @@ def onednn_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 @cache
 def _has_onednn() -> bool:
-    """On x86 only: elsewhere torch has other libraries. Tried once, as the call is not public; torch
-    before 2.4 knows no device of autocast."""
+    """On x86 only: elsewhere torch has other libraries. Tried once, as the call is not public;
+    before 2.4 torch knows no device of autocast."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
