@@ -46,6 +46,7 @@ ONLY = {
     "checkpoint.overwrite": "see checkpoint.named",
 }
 PARAMETERS = {
+    "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "store.ExpertStore.__init__": "torch takes a CopyEngine",
 }
