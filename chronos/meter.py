@@ -58,7 +58,7 @@ class Machine:
 
 def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device: str) -> Machine:
     """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
-    size = layout.record_nbytes
+    size, on_cpu = layout.record_nbytes, device.startswith("cpu")
     stats, records = store.stats(), len(layout.records)
     return Machine(
         record_bytes=size,
@@ -66,8 +66,8 @@ def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device
         warm_slots=min(stats.warm_capacity_bytes // size, records),
         copy_rate=store.copy_rate(),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
-        memory_rate=_memory_rate() if device.startswith("cpu") else _UNKNOWN_RATE,
-        dense_bytes=_dense_bytes(layout, config, device.startswith("cpu")),
+        memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
+        dense_bytes=_dense_bytes(layout, config, on_cpu),
         moe_layers=layout.moe_layers,
     )
 
@@ -76,7 +76,7 @@ def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
     """What a token reads of the dense part: as stored, but for the smaller tensors of a native
     model, which a CPU holds in float32."""
     if isinstance(config, ModelConfig):
-        widened = config.dtype_bytes if not on_cpu else 4
+        widened = 4 if on_cpu else config.dtype_bytes
         sizes = [t.nbytes // config.dtype_bytes for t in dense_tensors(config)]
         return sum(n * (config.dtype_bytes if n >= LARGE else widened) for n in sizes)
     return sum(entry.nbytes for _, entry in locate_tensors(layout.folder).values())

@@ -40,7 +40,9 @@ def test_without_gradients(monkeypatch, rows, out, width, dtype, widened_at_once
         assert torch.equal(products.linear(x, weight), y)
 
 
-def test_one_number_of_each_byte_pattern_is_widened():
+@pytest.mark.parametrize("threshold", [0, 1 << 18])  # widened into the scratch, and beside it
+def test_one_number_of_each_byte_pattern_is_widened(monkeypatch, threshold):
+    monkeypatch.setattr(products, "_WORTH_A_CALL", threshold)
     weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
     weight = torch.where(weight.float().isnan(), torch.zeros(()), weight.float()).to(weight.dtype)
     x = torch.eye(16)
