@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from chronos.common.config import ModelConfig
 from chronos.common.errors import UsageError
-from chronos.common.files import atomic_write, measure_read_rate
+from chronos.common.files import FileIO, atomic_write, measure_read_rate
 from chronos.common.layout import is_packed, write_experts
 from chronos.common.layout.folder import FINGERPRINT
 from chronos.common.routing.fit import FitOptions, fit, split
@@ -274,11 +274,13 @@ def compare(
     tokens: int,
     runs: Mapping[str, Mapping[str, str]] = RUNS,
     before_each: Callable[[], None] = lambda: None,
+    io: FileIO | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Results:
     """Rounds of every budget: a resident run, whose time enters the limits, and every run, all open
     at once and taking turns of a few tokens, so that a machine that changes its pace within seconds
-    changes it for all of them. before_each: called before a model is opened.
+    changes it for all of them. before_each: called before a model is opened. io: what the engines
+    read their experts through, for the disk's rate.
     """
     if trace.num_tokens < warmup + tokens + 2:
         raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
@@ -296,7 +298,7 @@ def compare(
                         trace,
                     )
                 told = functools.partial(_shifted, progress, finished, total)
-                rate = _in_turns(list(group.values()), warmup, tokens, told)
+                rate = _in_turns(list(group.values()), warmup, tokens, io, told)
                 machine = _machine(group, rate)
                 for key in group:  # no name of a run outlives its group
                     results[key].append(group[key].result(machine))
@@ -370,7 +372,11 @@ def _machine(group: Mapping[tuple[str, str], _Run], disk_rate: float | None) -> 
 
 
 def _in_turns(
-    group: list[_Run], warmup: int, tokens: int, progress: Callable[[int, int], None]
+    group: list[_Run],
+    warmup: int,
+    tokens: int,
+    io: FileIO | None,
+    progress: Callable[[int, int], None],
 ) -> float | None:
     """Warm-up, then the counted tokens, a turn of each run after the other. The disk's rate for
     records in bytes per second: the median of one sample after every counted round of turns."""
@@ -383,7 +389,7 @@ def _in_turns(
                 run.decode(length)
                 done += length
                 progress(done, 0)
-            if counted and (rate := _disk_rate(group)) is not None:
+            if counted and (rate := _disk_rate(group, io)) is not None:
                 rates.append(rate)
         if not counted:
             for run in group:
@@ -391,11 +397,11 @@ def _in_turns(
     return float(np.median(rates)) if rates else None
 
 
-def _disk_rate(group: list[_Run]) -> float | None:
+def _disk_rate(group: list[_Run], io: FileIO | None) -> float | None:
     layout = next((r.engine.layout for r in group if r.engine.layout is not None), None)
     if layout is None:
         return None
-    return measure_read_rate(layout.files[0], layout.record_nbytes, max_bytes=_SAMPLE_BYTES)
+    return measure_read_rate(layout.files[0], layout.record_nbytes, max_bytes=_SAMPLE_BYTES, io=io)
 
 
 def ratio_to_off(results: Results, budget: str, run: str) -> float | None:

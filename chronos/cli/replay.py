@@ -72,6 +72,14 @@ def replay(
         bool,
         typer.Option("--cold", help="Start with empty caches: nothing is warmed up uncounted."),
     ] = False,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE",
+            help="Read experts as from a disk of so many bytes a second, such as 1GB.",
+            show_default="as fast as the disk gives them",
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None,
 ) -> None:
     """Replay a real model's recorded routing on a generated model of its geometry.
@@ -79,17 +87,20 @@ def replay(
     The trace (its test sequences, where a forecaster runs) is decoded resident, and at each budget
     without prefetch, with decayed frequency of use (lfu), with a forecaster and by default (auto),
     in turns of ten tokens. That needs memory for the whole generated model (experts x layers x
-    --expert-size) and four times the budget beside it.
+    --expert-size) and four times the budget beside it. --disk shows what a slower disk would do.
     """
     from chronos import replay as room
-    from chronos.common.budget import parse_budget
+    from chronos.common.budget import parse_size
+    from chronos.common.files import FileIO, PacedIO, RangedReader
     from chronos.common.routing.fit import split as parts
     from chronos.common.routing.trace import RoutingTrace
 
     if png is not None:
         charts.require()
     trace = RoutingTrace.load(trace_file)
-    config = room.config_for(trace, parse_budget(expert_size, 1 << 62))
+    config = room.config_for(trace, parse_size(expert_size, "an expert size"))
+    rate = None if disk is None else parse_size(disk, "a disk's rate")
+    io = FileIO() if rate is None else PacedIO(rate)
     with _work_folder(work) as folder:
         with output.progress("making the model") as update:
             room.make_model(folder, config, update)
@@ -103,7 +114,9 @@ def replay(
             del runs[room.FORECAST], runs[room.AUTO]
         with output.progress("replaying") as update:
             results = room.compare(
-                lambda budget, options: run.open(str(folder), budget=budget, **options),
+                lambda budget, options: run.open(
+                    str(folder), budget=budget, reader=RangedReader(io=io), **options
+                ),
                 parts(trace).test if room.FORECAST in runs else trace,
                 split(budgets),
                 rounds=rounds,
@@ -111,12 +124,13 @@ def replay(
                 tokens=tokens,
                 runs=runs,
                 before_each=_drop_page_cache if cold else lambda: None,
+                io=io,
                 progress=update,
             )
     if png is not None:
         _draw(png, results, f"{trace_file.name} on {_geometry(config)}")
     if out.json:
-        print_json(trace_file, config, results, cold)
+        print_json(trace_file, config, results, cold=cold, disk=rate)
         return
     title = f"{trace_file.name} on {_geometry(config)}"
     output.table(_COLUMNS, [_row(results, *key) for key in results], title=title)
@@ -125,7 +139,9 @@ def replay(
     output.legend(_LEGEND)
 
 
-def print_json(trace_file: Path, config: ModelConfig, results: Results, cold: bool) -> None:
+def print_json(
+    trace_file: Path, config: ModelConfig, results: Results, *, cold: bool, disk: int | None
+) -> None:
     from chronos.replay import ratio_to_off
 
     runs = [
@@ -137,8 +153,8 @@ def print_json(trace_file: Path, config: ModelConfig, results: Results, cold: bo
         }
         for (budget, run), rounds in results.items()
     ]
-    data = {"trace": str(trace_file), "cold": cold, "config": config.to_json(), "runs": runs}
-    output.print_json(data)
+    data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
+    output.print_json(data | {"runs": runs})
 
 
 def _drop_page_cache() -> None:

@@ -59,7 +59,7 @@ def simulate(
 
     With a forecaster, only test sequences are replayed, which training never sees.
     """
-    from chronos.common.budget import parse_budget
+    from chronos.common.budget import parse_size
     from chronos.common.routing.forecast import ForecastModel
     from chronos.common.routing.measure import measure
     from chronos.common.routing.trace import RoutingTrace
@@ -67,7 +67,7 @@ def simulate(
 
     if png is not None:
         charts.require()
-    record_bytes = parse_budget(expert_size, 1 << 62)
+    record_bytes = parse_size(expert_size, "an expert size")
     shares = [(text.strip(), share_of(text)) for text in budget.split(",")]
     recorded = tested = RoutingTrace.load(trace_file)
     for _, share in shares:

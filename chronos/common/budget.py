@@ -1,4 +1,4 @@
-"""How many bytes experts may take: reading a budget, and refusing one that cannot work.
+"""How many bytes experts may take: reading a budget or size, and refusing one that cannot work.
 
 A budget is a promise, so everything is rounded down: to whole bytes, then to whole slots.
 Not covered: how much memory the machine has (`chronos.backends.probe`).
@@ -7,6 +7,7 @@ Not covered: how much memory the machine has (`chronos.backends.probe`).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,8 @@ _UNITS = {
 }  # fmt: skip
 # Bounded digits: a fraction of a million digits would take seconds to convert.
 _QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]{0,3}|%)", re.ASCII)
-_EXAMPLES = "use for example 25%, 2GiB, 500MB, a number of bytes, or all"
+_SIZES = "2GiB, 500MB, a number of bytes"
+_EXAMPLES = f"use for example 25%, {_SIZES}, or all"
 
 
 def parse_budget(text: str | int, total_bytes: int) -> int:
@@ -33,20 +35,27 @@ def parse_budget(text: str | int, total_bytes: int) -> int:
     """
     if isinstance(text, bool):
         raise UsageError(f"a budget cannot be {text!r}", "", _EXAMPLES)
-    cleaned = str(text).strip().lower()
-    if cleaned == "all":
+    if str(text).strip().lower() == "all":
         return total_bytes
+    return _parse(str(text), "a budget", _EXAMPLES, _UNITS | {"%": Fraction(total_bytes, 100)})
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes meant by `2GiB`, `500MB` or a byte count. what: names it in the UsageError."""
+    return _parse(text, what, f"use for example {_SIZES}", _UNITS)
+
+
+def _parse(text: str, what: str, examples: str, units: Mapping[str, int | Fraction]) -> int:
+    cleaned = text.strip().lower()
     match = _QUANTITY.fullmatch(cleaned)
-    if match is None or match[2] not in (*_UNITS, "%"):
-        raise UsageError(f"a budget cannot be {str(text)[:40]!r}", "", _EXAMPLES)
+    if match is None or match[2] not in units:
+        raise UsageError(f"{what} cannot be {text[:40]!r}", "", examples)
     quantity, unit = Fraction(match[1]), match[2]
     if unit == "" and quantity.denominator != 1:
-        raise UsageError(f"{cleaned} bytes is not a whole number", "", _EXAMPLES)
+        raise UsageError(f"{cleaned} bytes is not a whole number", "", examples)
     if quantity == 0 or (unit == "%" and quantity > 100):
-        raise UsageError(f"a budget cannot be {cleaned}", "", _EXAMPLES)
-    if unit == "%":
-        return int(quantity * total_bytes / 100)
-    return int(quantity * _UNITS[unit])
+        raise UsageError(f"{what} cannot be {cleaned}", "", examples)
+    return int(quantity * units[unit])
 
 
 def minimum_bytes(layout: Layout, top_k: int = 1) -> int:

@@ -27,6 +27,7 @@ from chronos.common.fileio import (
     ALIGN,
     FileIO,
     OpenFiles,
+    PacedIO,
     StrPath,
     address,
     aligned_buffer,
@@ -39,8 +40,8 @@ from chronos.common.fileio import (
 )
 
 __all__ = [
-    "ALIGN", "FileIO", "RangedReader", "ReaderStats", "Request", "RunLock", "aligned_buffer",
-    "atomic_write", "measure_read_rate", "read_exact", "sweep_orphans",
+    "ALIGN", "FileIO", "PacedIO", "RangedReader", "ReaderStats", "Request", "RunLock",
+    "aligned_buffer", "atomic_write", "measure_read_rate", "read_exact", "sweep_orphans",
 ]  # fmt: skip
 _MAX_JOINED = 16  # neighbours in one preadv; more would make the first of them wait for the last
 _log = logging.getLogger("chronos")

@@ -12,7 +12,6 @@ import errno
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -118,17 +117,6 @@ class FaultyIO(FileIO):
 
     def free_bytes(self, folder: str | os.PathLike[str]) -> int:
         return super().free_bytes(folder) if self.free is None else self.free
-
-
-def slow_disk(bytes_per_s: float, latency_s: float = 0.0) -> FaultyIO:
-    """Reads as slow as a disk of that rate: one at a time, each after `latency_s`."""
-    turn = threading.Lock()
-
-    def delay(nbytes: int) -> None:
-        with turn:
-            time.sleep(latency_s + nbytes / bytes_per_s)
-
-    return FaultyIO(delay=delay)
 
 
 Tree = dict[str, bytes]  # absolute path: content

@@ -231,6 +231,19 @@ def test_bench_replay_runs_recorded_routing(chronos: Any, trace: Path, tmp_path:
 
 
 @pytest.mark.needs_backend
+def test_bench_replay_of_a_slower_disk(chronos: Any, trace: Path, tmp_path: Path) -> None:
+    """A rate below any disk's: what is timed as the disk is the pace."""
+    flags = ("--expert-size", "200kB", "-n", 3, "--warmup", 2, "--epochs", 0, "--budgets", "50%")
+    work = ("--work", tmp_path / "model", "--disk", "20MB")
+    data = chronos("bench", "replay", trace, *flags, *work, "--json").json
+    streamed = [run["rounds"][0] for run in data["runs"] if run["run"]]
+    assert data["disk"] == 20_000_000 and len(streamed) == 2
+    assert all(run["disk_bytes_per_s"] <= data["disk"] for run in streamed)
+    off = streamed[0]
+    assert off["token_s"] * data["disk"] >= off["bytes_read_per_token"] > 0
+
+
+@pytest.mark.needs_backend
 def test_bench_replay_with_a_forecaster(chronos: Any, trace: Path, tmp_path: Path) -> None:
     """Trained on the way, kept with the model, and given as a file; on test sequences only."""
     long, work, png = tmp_path / "long.npz", tmp_path / "model", tmp_path / "chart.png"
@@ -253,6 +266,8 @@ def test_bench_replay_with_a_forecaster(chronos: Any, trace: Path, tmp_path: Pat
 
 def test_bench_replay_refuses(chronos: Any, trace: Path) -> None:
     assert "too small" in chronos("bench", "replay", trace, "--expert-size", "1kB").error[0]
+    done = chronos("bench", "replay", trace, "--disk", "1GB/s")
+    assert done.code == 2 and "a disk's rate cannot be '1GB/s'" in done.error[0]
     flags = ("bench", "replay", trace, "--expert-size", "200kB", "-n", 1000)
     done = chronos(*flags, "--epochs", 0)
     assert done.code == 2 and "fewer than were asked for" in done.error[0]

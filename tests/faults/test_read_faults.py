@@ -17,10 +17,10 @@ import xxhash
 
 from chronos.common import fileio
 from chronos.common.errors import ChronosError, CorruptClusterError, CorruptFileError, StoreError
-from chronos.common.files import ALIGN, RangedReader, Request, aligned_buffer
+from chronos.common.files import ALIGN, PacedIO, RangedReader, Request, aligned_buffer
 from chronos.common.layout import open_layout, pack, read_records, verify
 from chronos.common.tensorfile import read_tensors
-from chronos.testing.faults import FaultyIO, slow_disk
+from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny import tiny_model
 
 SMALL = {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 300}
@@ -237,13 +237,13 @@ def test_d3_a_slow_disk_changes_nothing_but_time(packed):
     layout = open_layout(packed)
     wanted = [(layout.path(key), record) for key, record in layout.records.items()]
     fast = [bytes(data) for _, data in read_records(wanted)]
-    assert [bytes(data) for _, data in read_records(wanted, slow_disk(20e6, 0.001))] == fast
+    assert [bytes(data) for _, data in read_records(wanted, PacedIO(20e6))] == fast
 
 
 def test_d3_a_demand_read_does_not_wait_for_prefetches_on_a_slow_disk(blob):
     path, _ = blob
     order: list[str] = []
-    with RangedReader(threads=2, chunk_bytes=ALIGN, io=slow_disk(2e6)) as reader:
+    with RangedReader(threads=2, chunk_bytes=ALIGN, io=PacedIO(2e6)) as reader:
         late = [
             reader.submit(
                 path, 0, aligned_buffer(20 * ALIGN), demand=False,

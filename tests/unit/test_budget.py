@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chronos.common.budget import minimum_bytes, parse_budget, slots_within
+from chronos.common.budget import minimum_bytes, parse_budget, parse_size, slots_within
 from chronos.common.errors import BudgetError, UsageError
 from chronos.common.stats import StoreStats
 
@@ -46,6 +46,13 @@ def test_a_budget_is_read(text: str | int, nbytes: int) -> None:
 def test_nonsense_is_refused_with_examples(text: Any) -> None:
     with pytest.raises(UsageError, match="for example 25%, 2GiB"):
         parse_budget(text, TOTAL)
+
+
+def test_a_size_is_no_share() -> None:
+    assert parse_size("1.5GB", "a rate") == 1_500_000_000
+    for text in ("50%", "all", "0", "fast", "1GB/s"):
+        with pytest.raises(UsageError, match="a rate cannot be .*\n.* example 2GiB, 500MB"):
+            parse_size(text, "a rate")
 
 
 def test_a_share_never_rounds_up() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import xxhash
 
+from chronos.common import fileio
 from chronos.common.errors import CorruptFileError, ResourceError, StoreError
 from chronos.common.files import (
     ALIGN,
     FileIO,
+    PacedIO,
     RangedReader,
     Request,
     RunLock,
@@ -324,3 +327,26 @@ def test_reads_queued_together_all_end_or_none_begins(blob):
     with pytest.raises(StoreError, match="closed"):
         reader.submit_many(requests())
     assert reader.queue_depth() == 0 and reader.in_flight_prefetch_bytes() == 0
+
+
+def test_paced_reads_take_their_turns(blob, monkeypatch):
+    """On a clock that sleeping moves: each read waits for its turn's end, an idle disk for none."""
+    (path, data), now = blob, 10.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(fileio, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    io, buffers = PacedIO(1000.0), [memoryview(bytearray(60)), memoryview(bytearray(40))]
+    fd = io.open(path)
+    try:
+        for end in (10.1, 10.2):
+            assert io.preadv(fd, buffers, 5) == 100
+            assert now == pytest.approx(end)
+        now = 20.0
+        assert io.preadv(fd, buffers[:1], 0) == 60
+        assert now == pytest.approx(20.06)
+    finally:
+        io.close(fd)
+    assert bytes(buffers[1]) == data[65:105]
