@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from chronos import engine, replay
-from chronos.common.budget import parse_budget
+from chronos.common.budget import parse_size
 from chronos.common.fileio import measure_read_rate
 from chronos.common.routing.fit import split
 from chronos.common.routing.trace import RoutingTrace
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--trace-out", type=Path, default=Path("cuda-trace.json"))
     args = parser.parse_args()
     trace = RoutingTrace.load(args.trace)
-    config = replay.config_for(trace, parse_budget(args.expert_size, 1 << 62))
+    config = replay.config_for(trace, parse_size(args.expert_size, "an expert size"))
     replay.make_model(args.work, config)
     replay.use_forecaster(args.work, args.forecast)
     test = split(trace).test
