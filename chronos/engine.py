@@ -225,7 +225,7 @@ def load(
     prefetch: str = "auto",
     predictor: str | Path = "auto",
     allow_missing: bool = False,
-    reader: RangedReader | None = None,
+    io: FileIO | None = None,
     own_process: bool = False,
 ) -> Engine:
     """Open a model folder, or "demo".
@@ -234,7 +234,7 @@ def load(
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
     memory behind a device's. predictor: what ranks experts to keep and to read ahead, as
     `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
-    stand in, which allow_missing needs. reader: reads the experts, and is closed with the engine.
+    stand in, which allow_missing needs. io: how the experts' files are read.
     own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
@@ -271,8 +271,8 @@ def load(
         known["stop_ids"] = end_ids(folder)
     if layout is None:
         known |= _of_experts(folder, config)
-        return Engine(module.runner(core, None), config, reader=reader, **known)
-    reader = reader or RangedReader()
+        return Engine(module.runner(core, None), config, **known)
+    reader = RangedReader(io=io)
     try:
         store = module.open_store(
             layout,

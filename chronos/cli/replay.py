@@ -91,7 +91,7 @@ def replay(
     """
     from chronos import replay as room
     from chronos.common.budget import parse_size
-    from chronos.common.files import FileIO, PacedIO, RangedReader
+    from chronos.common.files import FileIO, PacedIO
     from chronos.common.routing.fit import split as parts
     from chronos.common.routing.trace import RoutingTrace
 
@@ -114,9 +114,7 @@ def replay(
             del runs[room.FORECAST], runs[room.AUTO]
         with output.progress("replaying") as update:
             results = room.compare(
-                lambda budget, options: run.open(
-                    str(folder), budget=budget, reader=RangedReader(io=io), **options
-                ),
+                lambda budget, options: run.open(str(folder), budget=budget, io=io, **options),
                 parts(trace).test if room.FORECAST in runs else trace,
                 split(budgets),
                 rounds=rounds,

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import StoreError, UsageError
-from chronos.common.files import FileIO, RangedReader
+from chronos.common.files import FileIO
 from chronos.common.layout import Key, open_layout, pack
 from chronos.common.routing.forecast import ForecastModel
 from chronos.common.routing.network import Geometry
@@ -208,8 +208,8 @@ def test_what_a_forecaster_saw_of_a_prompt_is_its_tokens_one_by_one(
 def test_a_hundred_runs_with_experts_arriving_in_any_order(
     backend: Any, folders: dict[str, Path], resident: dict[str, Rollout]
 ) -> None:
-    reader = RangedReader(io=JitterIO(seed=1, longest_s=2e-4))
-    with open_slots(backend, folders["layer"], TOP_K + 2, reader=reader) as engine:
+    io = JitterIO(seed=1, longest_s=2e-4)
+    with open_slots(backend, folders["layer"], TOP_K + 2, io=io) as engine:
         for number in range(100):
             engine.runner.prefetch = "auto" if number % 2 else "off"
             Rollout(engine, SHORT, steps=3).assert_same(resident["brief"])
@@ -221,8 +221,7 @@ def test_prefetch_on_and_off_at_equal_budget_and_latency(
     """Check 10: the same tokens and the same needs; only when the reads are made may differ."""
     needs = {}
     for prefetch in ("auto", "off"):
-        reader = RangedReader(io=JitterIO(seed=2, longest_s=2e-3))
-        options = {"prefetch": prefetch, "reader": reader}
+        options = {"prefetch": prefetch, "io": JitterIO(seed=2, longest_s=2e-3)}
         with open_slots(backend, folders["layer"], 2 * TOP_K * LAYERS, **options) as engine:
             rollout = Rollout(engine, LONG)
         rollout.assert_same(resident["long"])
@@ -307,8 +306,7 @@ def test_sampled_tokens_do_not_depend_on_the_budget(backend: Any, folders: dict[
 def test_fallback_answers_without_waiting_and_says_how_much_it_replaced(
     backend: Any, folders: dict[str, Path]
 ) -> None:
-    reader = RangedReader(io=JitterIO(seed=3, longest_s=0.05))
-    options = {"miss": "fallback", "reader": reader}
+    options = {"miss": "fallback", "io": JitterIO(seed=3, longest_s=0.05)}
     with open_slots(backend, folders["layer"], TOP_K, **options) as engine:
         stats = engine.generate(SHORT, max_tokens=8).result.stats
     assert stats["fallbacks"] > 0

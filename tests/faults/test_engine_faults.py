@@ -16,7 +16,6 @@ import pytest
 import xxhash
 
 from chronos.common.errors import BudgetError, ChronosError, CorruptClusterError, UsageError
-from chronos.common.files import RangedReader
 from chronos.common.layout import Key, open_layout, pack
 from chronos.common.sampling import SamplingParams
 from chronos.common.tensorfile import read_header
@@ -36,9 +35,8 @@ def folder(tmp_path: Path) -> Path:
 
 def open_small(folder: Path, io: FaultyIO | None = None, **options: Any) -> Engine:
     """A quarter of the experts, so that reads go on all the time; none of them early."""
-    reader = RangedReader(io=io) if io else None
     options = {"budget": "25%", "prefetch": "off"} | options
-    engine = load(folder, backend="torch", reader=reader, **options)
+    engine = load(folder, backend="torch", io=io, **options)
     engine.stop_ids = frozenset()
     engine.with_limit = False
     return engine
