@@ -73,7 +73,12 @@ PEERS = {
         (f"{_TORCH} neurostream==0.2.1",),
         process_bytes=450_000_000,
     ),
-    "accelerate": Peer("transformers", "model", process_bytes=600_000_000),
+    "accelerate": Peer(
+        "transformers",
+        "model",
+        (f"{_TORCH} transformers==5.23.0 accelerate==1.15.0",),
+        process_bytes=600_000_000,
+    ),
     "airllm": Peer(
         "airllm",
         "model",
