@@ -137,3 +137,66 @@ def test_threads_do_not_share_what_they_widen_into():
     with ThreadPoolExecutor(4) as pool:
         for found, want in zip(pool.map(many, weights), expected, strict=True):
             assert all(torch.equal(y, want) for y in found)
+
+
+packing = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bfloat16 here",
+)
+
+
+def linear_layer(out: int, width: int, bias: bool = False) -> torch.nn.Linear:
+    layer = torch.nn.Linear(width, out, bias=bias, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(drawn(*parameter.shape, seed=seed))
+    return layer.requires_grad_(False)
+
+
+@packing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 64, 300])
+@pytest.mark.parametrize("out,width", [(64, 64), (51, 70), (1, 128), (700, 400), (1536, 512)])
+def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
+    model = torch.nn.Sequential(linear_layer(out, width, bias))
+    plain, x = model[0], drawn(1, rows, width, seed=7).bfloat16()
+    expected = plain(x)
+    products.pack_linears(model)
+    assert isinstance(model[0], products.PackedLinear)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model[0].weight, plain.weight)
+    assert sum(p.numel() for p in model.parameters()) == out * bias
+
+
+@packing
+def test_layers_that_cannot_be_packed_stay(monkeypatch):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(16, 8, dtype=torch.bfloat16)
+            self.head = torch.nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)
+            self.head.weight = self.embed.weight
+            self.wide = torch.nn.Linear(8, 16)
+            self.large = linear_layer(300, 200)
+            self.bias = linear_layer(8, 8, bias=True)
+            self.bias.bias.data = self.bias.bias.float()
+
+    monkeypatch.setattr(products, "_TRIED_AT_MOST", 50_000)
+    model = Tied()
+    products.pack_linears(model)
+    assert not any(isinstance(m, products.PackedLinear) for m in model.modules())
+
+
+@packing
+def test_nothing_is_packed_where_that_changes_a_bit(monkeypatch):
+    real = products.onednn_linear
+
+    def off_by_a_bit(x, weight, bias=None):
+        y = real(x, weight, bias)
+        return y if len(x) < 200 else y.view(torch.int16).bitwise_xor(1).view(y.dtype)
+
+    monkeypatch.setattr(products, "onednn_linear", off_by_a_bit)
+    model = torch.nn.Sequential(linear_layer(48, 80))  # a shape that no other test tries
+    products.pack_linears(model)
+    products._packs.cache_clear()
+    assert type(model[0]) is torch.nn.Linear

@@ -25,6 +25,7 @@ import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
 from chronos.backends.torch.experts import Packed
+from chronos.backends.torch.products import PackedLinear
 from chronos.common.errors import (
     ConfigError,
     CorruptClusterError,
@@ -39,6 +40,7 @@ from chronos.common.tensorfile import read_checkpoint, read_header, write_tensor
 from chronos.testing.guests import ARCHITECTURES, BASE
 
 GREEDY = SamplingParams()
+ONEDNN_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 PROMPT = np.random.default_rng(0).integers(3, 64, 40).tolist()
 STEPS = 4
 ANOTHER_WAY = ("llama4_text",)  # its experts are one product over all of them
@@ -159,13 +161,18 @@ def test_resident_guests_packed_or_not_give_the_same_bits(
             assert engine.moe_layers == open_layout(tiny.packed).moe_layers
 
 
-@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("model_type", RUN)
 def test_bfloat16_is_computed_as_the_library_does(
     model_type: str, guest: Callable[..., Guest]
 ) -> None:
     tiny = guest(model_type, torch.bfloat16)
-    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+    expected = by_library(tiny.model, PROMPT)
+    for folder, budget in ((tiny.packed, "50%"), (tiny.packed, "resident"), (tiny.source, "all")):
+        with chronos.load(folder, backend="torch", budget=budget) as engine:
+            np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+            layers = engine.runner.model.core.modules()
+            packed = any(isinstance(layer, PackedLinear) for layer in layers)
+            assert packed == ONEDNN_BF16
 
 
 @pytest.mark.parametrize("model_type", RUN)
@@ -212,7 +219,7 @@ def test_packed_products_have_the_librarys_bits(guest: Callable[..., Guest]) -> 
         assert engine.store is not None
         key = (0, int(engine.runner.model._call.routing[0].ids_TK[0, 0]))
         ((_, weights),) = engine.store.acquire(key[0], [key[1]])
-        assert isinstance(weights, Packed) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert isinstance(weights, Packed) == ONEDNN_BF16
 
 
 def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:

@@ -165,14 +165,15 @@ def _writes(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def storage(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for one whose memory only oneDNN knows."""
+    return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 
 def _shown(alive: list[Any], written: Tensor) -> bool:
     """Whether another tensor shows bytes of the one that was written into."""
-    storage = _storage(written)
-    return any(t is not written and _storage(t) == storage for t in _tensors(alive))
+    place = storage(written)
+    return any(t is not written and storage(t) == place for t in _tensors(alive))
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.capture import opaque
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
-from chronos.backends.torch.products import onednn_linear
+from chronos.backends.torch.products import onednn_linear, packed, packs
 from chronos.common.errors import UsageError
 from chronos.common.routing.prefetch import NEXT_GATE, Prefetcher
 
@@ -32,7 +32,6 @@ NAME = "chronos"
 PARAMETERS = (
     "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
 )  # fmt: skip
-_TOKENS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
 Replay = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -127,11 +126,11 @@ class Layer:
         """An expert in the layout its products want, where it stays in memory: 0.6 ms once."""
         if not isinstance(weights, Expert) or getattr(source, "evicts", True):
             return weights
-        if module.is_transposed or not can_pack(weights):
+        if module.is_transposed or not all(map(packs, weights)):
             return weights
-        packed = Packed(*(torch.ops.mkldnn._reorder_linear_weight(w, 1) for w in weights))
-        source.replace(self.layer, expert, packed)
-        return packed
+        ready = Packed(*map(packed, weights))
+        source.replace(self.layer, expert, ready)
+        return ready
 
     def _forecast(self, x_1D: Tensor, source: Any) -> None:
         """The next layer's gate on this layer's state: right more often than not, and in time for
@@ -156,30 +155,6 @@ class Packed(NamedTuple):
 
     gate_up: Tensor
     down: Tensor
-
-
-def can_pack(expert: Expert) -> bool:
-    """Whether products with packed weights exist here and have the bits of the others."""
-    if expert.gate_up_FD.dtype != torch.bfloat16 or expert.gate_up_FD.device.type != "cpu":
-        return False
-    return all(_packs(*weight.shape) for weight in expert)
-
-
-@cache
-def _packs(rows: int, columns: int) -> bool:
-    """Tried on random numbers: a product of rows * columns with few, some and many tokens."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn((rows, columns), generator=random).bfloat16()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    for tokens in _TOKENS_TRIED:
-        x_TD = torch.randn((tokens, columns), generator=random).bfloat16()
-        if not torch.equal(onednn_linear(x_TD, packed), F.linear(x_TD, weight)):
-            return False
-    return True
 
 
 def expert_forward(

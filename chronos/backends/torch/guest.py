@@ -40,6 +40,7 @@ from chronos.backends.torch.experts import (
 )
 from chronos.backends.torch.model import DTYPES, Cache, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.products import pack_linears
 from chronos.backends.torch.replay import Steps, integers
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.guest import GuestConfig
@@ -221,6 +222,9 @@ def load_guest(
         _check_records(layout, core, modules)
         if resident:
             _fill(layout, modules, DTYPES[config.dtype])
+    if device.type == "cpu":
+        options.clear()  # holds the weights too, which are freed as they are packed
+        pack_linears(core)
     call = Call()
     _connect(core, modules, call)
     core.to(device).requires_grad_(False).eval()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chronos.backends.torch.capture import Call, Recorder, Ref, Refused, flat, mapped
+from chronos.backends.torch.capture import Call, Recorder, Ref, Refused, flat, mapped, storage
 
 _RECORDINGS = 3
 _CHECK_EVERY = 64  # replayed tokens
@@ -230,9 +230,9 @@ def _lighten(calls: list[Call]) -> None:
 
 def _small(outs: Iterable[Any], args: Iterable[Any]) -> bool:
     """Whether to keep what a call gave: views of what is there anyway, and little else."""
-    there = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+    there = {storage(a) for a in args if isinstance(a, Tensor)}
     tensors = [out for out in outs if isinstance(out, Tensor)]
-    return all(t.nbytes <= _LARGE or t.untyped_storage().data_ptr() in there for t in tensors)
+    return all(t.nbytes <= _LARGE or storage(t) in there for t in tensors)
 
 
 def _leaves(value: Any) -> list[Ref | Counted]:
