@@ -155,15 +155,24 @@ def linear_layer(out: int, width: int, bias: bool = False) -> torch.nn.Linear:
 
 @packing
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, 64, 300])
+@pytest.mark.parametrize("rows", [0, 1, 5, 64, 300])
 @pytest.mark.parametrize("out,width", [(64, 64), (51, 70), (1, 128), (700, 400), (1536, 512)])
 def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
     model = torch.nn.Sequential(linear_layer(out, width, bias))
-    plain, x = model[0], drawn(1, rows, width, seed=7).bfloat16()
-    expected = plain(x)
+    plain, x = model[0], drawn(2, rows, 2, width + 3, seed=7).bfloat16()
+    whole = x[..., :width].contiguous()
+    rows_of = [whole, whole[0], whole[0, :, 0], whole[:, :, 0], whole.mT.contiguous().mT]
+    rows_of += [
+        x[..., 1 : width + 1],
+        x[0, :, :, :width].transpose(0, 1),
+        whole[:1].expand(3, -1, -1, -1),
+    ]
+    if rows:
+        rows_of += [whole[0, 0, 0], x[0, 0, 0, 3:], whole.mT.contiguous().mT[0, 0, 0]]
+    expected = [plain(x) for x in rows_of]
     products.pack_linears(model)
     assert isinstance(model[0], products.PackedLinear)
-    assert torch.equal(model(x), expected)
+    assert all(torch.equal(model(x), y) for x, y in zip(rows_of, expected, strict=True))
     assert torch.equal(model[0].weight, plain.weight)
     assert sum(p.numel() for p in model.parameters()) == out * bias
 

@@ -1,11 +1,13 @@
-"""Rows times matrices in float32, by the faster of torch's two libraries for them on a CPU.
+"""Rows times matrices on a CPU, by the faster of torch's two libraries for them.
 
-`F.linear` goes to MKL, which uses one core for one row and no AVX-512 on AMD's CPUs. oneDNN, which
-torch carries too, does both: on two cores of an EPYC one row takes 0.43 to 0.7 of the time from
-2**18 multiplications on, 512 rows 0.45, a training step's three products 0.5 to 0.6. Below that a
-call costs 10 us more. Which library runs follows from shapes, dtypes and whether gradients are
-wanted, so a model has the same bits resident and streamed.
-Not covered: 16-bit rows, for which torch asks oneDNN by itself; second derivatives.
+In float32 `F.linear` goes to MKL, which uses one core for one row and no AVX-512 on AMD's CPUs.
+oneDNN, which torch carries too, does both: on two cores of an EPYC one row takes 0.43 to 0.7 of the
+time from 2**18 multiplications on, 512 rows 0.45, a training step's three products 0.5 to 0.6.
+Below that a call costs 10 us more. Which library runs follows from shapes, dtypes and whether
+gradients are wanted, so a model has the same bits resident and streamed.
+In bfloat16 torch asks oneDNN by itself, which copies a weight's tiles in each product; the weights
+of a model that is only run may be packed once instead, where a trial finds the same bits.
+Not covered: float16 rows; second derivatives.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class PackedLinear(nn.Linear):
         return self._packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        return onednn_linear(x, self._packed, self.bias)
+        return _packed_linear(x, self._packed, self.bias)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -174,10 +176,19 @@ def _packs(rows: int, columns: int, bias: bool) -> bool:
     bias_O = torch.randn(rows, generator=random).bfloat16() if bias else None
     ready = packed(weight_OI)
     for tokens in _ROWS_TRIED:
-        x_TI = torch.randn((tokens, columns), generator=random).bfloat16()
-        if not torch.equal(onednn_linear(x_TI, ready, bias_O), F.linear(x_TI, weight_OI, bias_O)):
-            return False
+        wide_1TI = torch.randn((1, tokens, columns + 1), generator=random).bfloat16()
+        view_1TI = wide_1TI[..., :columns]
+        for x in [view_1TI[0].contiguous(), view_1TI] if bias else [view_1TI[0].contiguous()]:
+            if not torch.equal(_packed_linear(x, ready, bias_O), F.linear(x, weight_OI, bias_O)):
+                return False
     return True
+
+
+def _packed_linear(x: Tensor, packed_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`F.linear` with a packed weight: where it adds the bias to rounded products, so does this."""
+    if bias_O is None or x.dim() == 2 or x.is_contiguous():
+        return onednn_linear(x, packed_OI, bias_O)
+    return onednn_linear(x, packed_OI).add_(bias_O)
 
 
 def packed(weight_OI: Tensor) -> Tensor:
