@@ -170,6 +170,8 @@ def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
     if rows:
         rows_of += [whole[0, 0, 0], x[0, 0, 0, 3:], whole.mT.contiguous().mT[0, 0, 0]]
     expected = [plain(x) for x in rows_of]
+    if not products.packs(plain.weight, plain.bias):
+        pytest.skip("packed products have other bits on this CPU, so nothing is packed")
     products.pack_linears(model)
     assert isinstance(model[0], products.PackedLinear)
     assert all(torch.equal(model(x), y) for x, y in zip(rows_of, expected, strict=True))
