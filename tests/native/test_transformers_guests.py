@@ -24,7 +24,7 @@ import transformers
 import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
-from chronos.backends.torch.experts import Packed
+from chronos.backends.torch.experts import Packed, is_experts
 from chronos.backends.torch.products import PackedLinear, packs
 from chronos.common.errors import (
     ConfigError,
@@ -40,7 +40,6 @@ from chronos.common.tensorfile import read_checkpoint, read_header, write_tensor
 from chronos.testing.guests import ARCHITECTURES, BASE
 
 GREEDY = SamplingParams()
-ONEDNN_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 PROMPT = np.random.default_rng(0).integers(3, 64, 40).tolist()
 STEPS = 4
 ANOTHER_WAY = ("llama4_text",)  # its experts are one product over all of them
@@ -216,16 +215,23 @@ def test_a_sequence_that_an_error_cut_is_not_continued(
         np.testing.assert_array_equal(by_engine(engine, PROMPT[:9], 12), expected)
 
 
-def test_packed_products_have_the_librarys_bits(guest: Callable[..., Guest]) -> None:
-    tiny = guest("olmoe", torch.bfloat16)
+@pytest.mark.parametrize("model_type", RUN)
+def test_packed_products_have_the_librarys_bits(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    tiny = guest(model_type, torch.bfloat16)
     expected = by_library(tiny.model, PROMPT, 12)
     with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
         for _ in range(2):
             np.testing.assert_array_equal(by_engine(engine, PROMPT, 12), expected)
         assert engine.store is not None
-        key = (0, int(engine.runner.model._call.routing[0].ids_TK[0, 0]))
-        ((_, weights),) = engine.store.acquire(key[0], [key[1]])
-        assert isinstance(weights, Packed) == ONEDNN_BF16
+        used = int(engine.runner.model._call.routing[0].ids_TK[0, 0])
+        ((_, weights),) = engine.store.acquire(open_layout(tiny.packed).moe_layers[0], [used])
+        experts = next(m for m in engine.runner.model.core.modules() if is_experts(m))
+        shapes = [shape for shape in experts.chronos_shapes.values() if len(shape) > 1]
+        matrices = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+        could = all(packs(matrix, transposed=experts.is_transposed) for matrix in matrices)
+        assert isinstance(weights, Packed) == could
 
 
 def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:
