@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -272,8 +273,8 @@ def load(
     if layout is None:
         known |= _of_experts(folder, config)
         return Engine(module.runner(core, None), config, **known)
-    reader = RangedReader(io=io)
-    try:
+    with ExitStack() as undo:
+        reader = undo.enter_context(RangedReader(io=io))
         store = module.open_store(
             layout,
             capacity,
@@ -284,11 +285,10 @@ def load(
             policy=policy,
             reader=reader,
         )
-    except BaseException:
-        reader.close()
-        raise
-    prefetcher = _prefetcher(store, layout, config, reader, policy)
-    runner = module.runner(core, store, prefetcher=prefetcher)
+        undo.callback(store.close)
+        prefetcher = _prefetcher(store, layout, config, reader, policy)
+        runner = module.runner(core, store, prefetcher=prefetcher)
+        undo.pop_all()
     runner.prefetch = prefetch
     if prefetch == "auto" and capacity >= layout.total_bytes:
         store.prefetch(sorted(layout.records))  # all have room: filled in the background

@@ -156,10 +156,13 @@ def linear_layer(out: int, width: int, bias: bool = False) -> torch.nn.Linear:
 @packing
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5, 64, 300])
-@pytest.mark.parametrize("out,width", [(64, 64), (51, 70), (1, 128), (700, 400), (1536, 512)])
+@pytest.mark.parametrize("out,width", [(64, 65), (70, 101), (3, 2000), (700, 400), (1536, 512)])
 def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
     model = torch.nn.Sequential(linear_layer(out, width, bias))
     plain, x = model[0], drawn(2, rows, 2, width + 3, seed=7).bfloat16()
+    # Terms that undo each other leave a sum's rounding, which shows its order.
+    plain.weight[:, 1::2] = -plain.weight[:, : width // 2 * 2 : 2]
+    x[..., 1::2] = x[..., : (width + 3) // 2 * 2 : 2]
     whole = x[..., :width].contiguous()
     rows_of = [whole, whole[0], whole[0, :, 0], whole[:, :, 0], whole.mT.contiguous().mT]
     rows_of += [
@@ -177,6 +180,50 @@ def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
     assert all(torch.equal(model(x), y) for x, y in zip(rows_of, expected, strict=True))
     assert torch.equal(model[0].weight, plain.weight)
     assert sum(p.numel() for p in model.parameters()) == out * bias
+
+
+@packing
+def test_some_layers_are_packed_where_onednn_multiplies_bfloat16():
+    assert any(products.packs(linear_layer(n, n).weight) for n in (96, 256, 512))
+
+
+@packing
+@pytest.mark.parametrize("out,width", [(1, 2048), (1, 70_000), (64, 64), (8, 512)])
+def test_products_that_torch_computes_by_itself_stay(out, width):
+    """It sums in an order of its own there: 9 of 40,000 results of 1 x 2,048 differ."""
+    model = torch.nn.Sequential(torch.nn.Linear(width, out, dtype=torch.bfloat16))
+    products.pack_linears(model)
+    assert type(model[0]) is torch.nn.Linear
+
+
+@packing
+def test_a_trial_tells_another_order_of_a_sum(monkeypatch):
+    monkeypatch.setattr(products, "_LIBRARYS_OWN", 0)
+    assert not products._same_bits(1, 2048, False, False)
+    assert not products._same_bits(64, 64, False, False)
+    assert not products._same_bits(64, 64, False, True)
+
+
+@packing
+def test_a_packed_layer_whose_weight_is_read_is_a_plain_one():
+    layer = linear_layer(96, 128, bias=True)
+    packed, x = products.PackedLinear(layer), drawn(3, 128).bfloat16()
+    assert packed.weight is packed.weight
+    assert torch.equal(packed.weight, layer.weight)
+    assert packed._packed is None
+    assert torch.equal(packed(x), layer(x))
+
+
+@packing
+def test_a_trial_that_fails_packs_nothing(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(products, "packed", fail)
+    model = torch.nn.Sequential(linear_layer(97, 80))  # a shape that no other test tries
+    products.pack_linears(model)
+    products._packs.cache_clear()
+    assert type(model[0]) is torch.nn.Linear
 
 
 @packing
@@ -207,7 +254,7 @@ def test_nothing_is_packed_where_that_changes_a_bit(monkeypatch):
         return y if len(x) < 200 else y.view(torch.int16).bitwise_xor(1).view(y.dtype)
 
     monkeypatch.setattr(products, "onednn_linear", off_by_a_bit)
-    model = torch.nn.Sequential(linear_layer(48, 80))  # a shape that no other test tries
+    model = torch.nn.Sequential(linear_layer(96, 80))  # a shape that no other test tries
     products.pack_linears(model)
     products._packs.cache_clear()
     assert type(model[0]) is torch.nn.Linear

@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 _WORTH_A_CALL, _WORTH_CODE = 1 << 18, 1 << 24
 _WIDENED = 1 << 20  # numbers widened at once
 _ROWS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
-_TRIED_AT_MOST = 1 << 25  # numbers of a weight: 0.2 s
+# Numbers of a weight. Fewer or one row: torch multiplies by itself, in an order of its own. More:
+# trying them takes half a second and longer.
+_LIBRARYS_OWN, _TRIED_AT_MOST = 1 << 12, 1 << 25
 _NUMBERS = 65_537  # a prime: no two rows of a weight made of them begin alike
 
 
@@ -121,20 +123,31 @@ class _Linear(torch.autograd.Function):
 
 class PackedLinear(nn.Linear):
     """A layer in bfloat16 whose weight lies as oneDNN reads it: each product copies its tiles
-    otherwise, which makes 45 GB/s into 28 (one row, 2,048 x 2,048, two cores of an EPYC)."""
+    otherwise, which makes 45 GB/s into 28 (one row, 2,048 x 2,048, two cores of an EPYC). It is
+    only run: its weight is no parameter, is not saved and does not move to another device."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias, self._packed = linear.bias, packed(linear.weight.detach())
+        self.bias = linear.bias
+        self._packed: Tensor | None = packed(linear.weight.detach())
+        self._plain: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """As it was, in memory of its own."""
-        return self._packed.to_dense()
+        """As it was. A layer whose weight somebody reads is a plain one from then on: unpacking it
+        again and again (Jamba, at each token) would cost more than products gain."""
+        if self._plain is None:
+            assert self._packed is not None
+            self._plain = self._packed.to_dense()
+            self._packed = None
+        return self._plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return _packed_linear(x, self._packed, self.bias)
+        ready = self._packed
+        if ready is None:
+            return F.linear(x, self.weight, self.bias)
+        return _packed_linear(x, ready, self.bias)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -163,30 +176,42 @@ def packs(weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = Fa
     if bias_O is not None and bias_O.dtype != torch.bfloat16:
         return False
     rows, columns = weight.t().shape if transposed else weight.shape
-    return weight.numel() <= _TRIED_AT_MOST and _packs(
-        rows, columns, bias_O is not None, transposed
-    )
+    if rows == 1 or not _LIBRARYS_OWN < rows * columns <= _TRIED_AT_MOST:
+        return False
+    return _packs(rows, columns, bias_O is not None, transposed)
 
 
 @cache
 def _packs(rows: int, columns: int, bias: bool, transposed: bool) -> bool:
-    """Tried on random numbers: a product of rows * columns with few, some and many tokens."""
+    """Tried: products of rows * columns with few, some and many tokens."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    try:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported and _same_bits(rows, columns, bias, transposed)
+    except (AttributeError, RuntimeError):  # the calls are not public
         return False
+
+
+def _same_bits(rows: int, columns: int, bias: bool, transposed: bool) -> bool:
     random = torch.Generator().manual_seed(0)
     numbers = torch.randn(_NUMBERS, generator=random).bfloat16()
-    weight_OI = numbers.repeat(-(-rows * columns // _NUMBERS))[: rows * columns].view(rows, -1)
-    weight_OI = weight_OI.clone()  # at an address like that of a tensor
-    bias_O = torch.randn(rows, generator=random).bfloat16() if bias else None
+    weight_OI = torch.empty((rows, columns), dtype=torch.bfloat16)
+    for piece in weight_OI.view(-1).split(_NUMBERS):
+        piece.copy_(numbers[: len(piece)])
+    # Half of the terms of a sum undo the others: what is left is its rounding, and shows any other
+    # order. Of sums of random numbers one in 10,000 and fewer shows it.
+    one, other = torch.randperm(columns, generator=random)[: columns // 2 * 2].view(2, -1)
+    weight_OI[:, other] = -weight_OI[:, one]
+    bias_O = torch.randn(rows, generator=random).mul_(1e-6).bfloat16() if bias else None
     ready = packed(weight_OI)
-    weight_IO = weight_OI.t().contiguous()
+    plain = weight_OI.t().contiguous() if transposed else weight_OI
     for tokens in _ROWS_TRIED:
-        wide_1TI = torch.randn((1, tokens, columns + 1), generator=random).bfloat16()
-        view_1TI = wide_1TI[..., :columns]
+        x_1TI = torch.randn((1, tokens, columns + 1), generator=random).bfloat16()
+        x_1TI[..., other] = x_1TI[..., one]
+        view_1TI = x_1TI[..., :columns]
         for x in [view_1TI[0].contiguous(), view_1TI] if bias else [view_1TI[0].contiguous()]:
-            y = x @ weight_IO if transposed else F.linear(x, weight_OI, bias_O)
+            y = x @ plain if transposed else F.linear(x, plain, bias_O)
             if not torch.equal(_packed_linear(x, ready, bias_O), y):
                 return False
     return True
