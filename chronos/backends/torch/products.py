@@ -137,10 +137,10 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """As it was. A layer whose weight somebody reads is a plain one from then on: unpacking it
         again and again (Jamba, at each token) would cost more than products gain."""
-        if self._plain is None:
-            assert self._packed is not None
-            self._plain = self._packed.to_dense()
+        if (ready := self._packed) is not None:  # another thread may be here too
+            self._plain = ready.to_dense()
             self._packed = None
+        assert self._plain is not None
         return self._plain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +194,7 @@ def _packs(rows: int, columns: int, bias: bool, transposed: bool) -> bool:
 
 
 def _same_bits(rows: int, columns: int, bias: bool, transposed: bool) -> bool:
+    """Of one shape, as `_packs` asks."""
     random = torch.Generator().manual_seed(0)
     numbers = torch.randn(_NUMBERS, generator=random).bfloat16()
     weight_OI = torch.empty((rows, columns), dtype=torch.bfloat16)
