@@ -210,7 +210,7 @@ def test_a_packed_layer_whose_weight_is_read_is_a_plain_one():
     packed, x = products.PackedLinear(layer), drawn(3, 128).bfloat16()
     assert packed.weight is packed.weight
     assert torch.equal(packed.weight, layer.weight)
-    assert packed._packed is None
+    assert not packed._held.is_mkldnn
     assert torch.equal(packed(x), layer(x))
 
 
@@ -231,12 +231,12 @@ def test_layers_that_cannot_be_packed_stay(monkeypatch):
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = torch.nn.Embedding(16, 8, dtype=torch.bfloat16)
-            self.head = torch.nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)
+            self.embed = torch.nn.Embedding(96, 80, dtype=torch.bfloat16)
+            self.head = torch.nn.Linear(80, 96, bias=False, dtype=torch.bfloat16)
             self.head.weight = self.embed.weight
-            self.wide = torch.nn.Linear(8, 16)
+            self.wide = torch.nn.Linear(80, 96, bias=False)
             self.large = linear_layer(300, 200)
-            self.bias = linear_layer(8, 8, bias=True)
+            self.bias = linear_layer(96, 80, bias=True)
             self.bias.bias.data = self.bias.bias.float()
 
     monkeypatch.setattr(products, "_TRIED_AT_MOST", 50_000)

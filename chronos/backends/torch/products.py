@@ -129,25 +129,20 @@ class PackedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self._packed: Tensor | None = packed(linear.weight.detach())
-        self._plain: Tensor | None = None
+        self.bias, self._held = linear.bias, packed(linear.weight.detach())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """As it was. A layer whose weight somebody reads is a plain one from then on: unpacking it
         again and again (Jamba, at each token) would cost more than products gain."""
-        if (ready := self._packed) is not None:  # another thread may be here too
-            self._plain = ready.to_dense()
-            self._packed = None
-        assert self._plain is not None
-        return self._plain
+        if self._held.is_mkldnn:
+            self._held = self._held.to_dense()
+        return self._held
 
     def forward(self, x: Tensor) -> Tensor:
-        ready = self._packed
-        if ready is None:
-            return F.linear(x, self.weight, self.bias)
-        return _packed_linear(x, ready, self.bias)
+        held = self._held  # once: another thread may be reading the weight
+        product = _packed_linear if held.is_mkldnn else F.linear
+        return product(x, held, self.bias)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -184,7 +179,7 @@ def packs(weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = Fa
 @cache
 def _packs(rows: int, columns: int, bias: bool, transposed: bool) -> bool:
     """Tried: products of rows * columns with few, some and many tokens."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not _onednn_enabled():
         return False
     try:
         supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -238,13 +233,17 @@ def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
     return out
 
 
+def _onednn_enabled() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
 @cache
 def _has_onednn() -> bool:
     """On x86 only: elsewhere torch has other libraries. Tried once, as the call is not public;
     before 2.4 torch knows no device of autocast."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not _onednn_enabled():
         return False
     x, weight = torch.ones(1, 8), torch.ones(8, 8)
     try:
