@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from chronos import engine, replay
 from chronos.common.budget import parse_size
-from chronos.common.fileio import measure_read_rate
-from chronos.common.routing.fit import split
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.sampling import SamplingParams
+from chronos.common.disk.io import measure_read_rate
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.traces.fit import split
+from chronos.common.traces.trace import RoutingTrace
+from chronos.measure import recorded as replay
+from chronos.run import engine
 
 GREEDY = SamplingParams()
 LAUNCHES = "resident, without graphs"

@@ -17,11 +17,11 @@ from typing import Any
 
 from chronos.cli import charts
 from chronos.cli.simulate import draw, result_json
-from chronos.common.routing.fit import FitOptions, fit, split
-from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.measure import measure
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import slots_for
+from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.traces.fit import FitOptions, fit, split
+from chronos.common.traces.measure import measure
+from chronos.common.traces.simulate import slots_for
+from chronos.common.traces.trace import RoutingTrace
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
 WARMUP = 0.1

@@ -20,7 +20,7 @@ from typing import Any
 from bench import capped, checkpoint
 from bench.shards import Shape, random_tensors, write_shards
 from chronos.common.budget import parse_budget
-from chronos.common.fileio import drop_page_cache
+from chronos.common.disk.io import drop_page_cache
 from chronos.common.layout import open_layout
 
 _GEOMETRY = {"layers": 16, "experts": 64, "top_k": 4, "hidden": 1024, "expert_hidden": 768}

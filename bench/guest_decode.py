@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import chronos
-from chronos.common.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams
 
 GREEDY = SamplingParams()
 PROMPT = "The history of the town begins with a small settlement on the river, where"

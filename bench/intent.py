@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chronos.common.residency import LRU
-from chronos.common.routing import intent
-from chronos.common.routing.fit import split
-from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import DecayedUse
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import slots_for
+from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.experts.foresight.intent import shares
+from chronos.common.experts.foresight.predictor import DecayedUse
+from chronos.common.experts.residency import LRU
+from chronos.common.traces import intent
+from chronos.common.traces.fit import split
+from chronos.common.traces.simulate import slots_for
+from chronos.common.traces.trace import RoutingTrace
 
 
 def last_used(trace: RoutingTrace, prompt_TLK: Any) -> Any:
@@ -43,12 +44,12 @@ def main() -> None:
     args = parser.parse_args()
     trace = RoutingTrace.load(args.trace)
     parts, shape = split(trace), (trace.num_layers, trace.num_experts)
-    popular = intent.shares(parts.train.ids_TLK, shape[1])
+    popular = shares(parts.train.ids_TLK, shape[1])
     rankings: dict[str, intent.Ranking] = {
         "popularity": lambda prompt: popular,
         "last used in the prompt": partial(last_used, trace),
         "prompt's decayed use": partial(intent.primed, partial(DecayedUse, *shape)),
-        "prompt's shares": lambda prompt: intent.shares(prompt, shape[1]),
+        "prompt's shares": lambda prompt: shares(prompt, shape[1]),
     }
     if args.forecast:
         rankings["forecaster after the prompt"] = partial(

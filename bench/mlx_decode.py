@@ -25,8 +25,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from chronos.common.sampling import SamplingParams
-from chronos.engine import Engine, load
+from chronos.common.text.sampling import SamplingParams
+from chronos.run.engine import Engine, load
 from chronos.testing.tiny import tiny_packed
 
 GREEDY = SamplingParams()

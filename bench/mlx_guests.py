@@ -22,7 +22,7 @@ from mlx.utils import tree_map
 
 import chronos.backends.mlx as backend
 from chronos.common.layout import open_layout, pack
-from chronos.common.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams
 
 GREEDY = SamplingParams()
 IDS = [5, 80, 41, 7, 3, 9] * 8

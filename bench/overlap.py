@@ -20,18 +20,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from chronos.common.rehearse import Oracle, Pace, rehearse
-from chronos.common.residency import Policy
-from chronos.common.routing.fit import split
-from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.predictor import (
+from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
     RestingPolicy,
     TokenTable,
 )
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import slots_for
+from chronos.common.experts.residency import Policy
+from chronos.common.traces.fit import split
+from chronos.common.traces.rehearse import Oracle, Pace, rehearse
+from chronos.common.traces.simulate import slots_for
+from chronos.common.traces.trace import RoutingTrace
 
 _RECORD = 2_949_120
 _WARMUP = 130  # a contest of three ways takes 96 tokens

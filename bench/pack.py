@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.shards import Shape, random_tensors, write_shards
-from chronos.common.tensorfile import tensor_nbytes
+from chronos.common.disk.header import tensor_nbytes
 
 LAYERS, EXPERTS, D, F = 8, 32, 1024, 768  # records of 4.7 MB in bfloat16, 1.2 GB in all
 SHARDS = 4  # or one more: a tensor is not parted

@@ -23,8 +23,8 @@ Generate = Callable[[list[int], int, Tick], None]
 
 
 def chronos(args: argparse.Namespace) -> Generate:
-    from chronos import engine
-    from chronos.common.sampling import SamplingParams
+    from chronos.common.text.sampling import SamplingParams
+    from chronos.run import engine
 
     budget = args.memory or "all"
     loaded = engine.load(args.model, budget=budget, backend="torch", own_process=True)

@@ -29,8 +29,8 @@ from typing import Any
 
 from bench import capped
 from chronos.common.data.documents import split_documents, stdlib_documents
-from chronos.common.fileio import drop_page_cache
-from chronos.common.tokenizer import Tokenizer
+from chronos.common.disk.io import drop_page_cache
+from chronos.common.text.tokenizer import Tokenizer
 
 _NO_CAP = 1 << 50
 _PROMPTS, _PROMPT = 4, 64

@@ -14,10 +14,10 @@ import json
 import statistics
 import time
 
-from chronos import engine
 from chronos.backends.protocol import Runner
 from chronos.backends.torch import products
-from chronos.common.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams
+from chronos.run import engine
 
 GREEDY = SamplingParams()
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import xxhash
 
-from chronos.common.fileio import ALIGN, touched_buffers
-from chronos.common.files import RangedReader, Request
+from chronos.common.disk.io import ALIGN, touched_buffers
+from chronos.common.disk.reader import RangedReader, Request
 
 SIZES = (48 << 10, 256 << 10, 1 << 20, 3 << 20)
 _TOTAL, _AHEAD = 192 << 20, 16

@@ -15,8 +15,8 @@ import torch
 
 from chronos.backends.torch.checkpoint import to_bytes
 from chronos.backends.torch.model import DTYPES
-from chronos.common.tensorfile import write_tensors
-from chronos.common.weights import SAFETENSORS_DTYPE
+from chronos.common.disk.tensors import write_tensors
+from chronos.common.model.weights import SAFETENSORS_DTYPE
 
 # A tensor, or its shape and how to make it when its turn comes.
 Shape = tuple[int, ...]

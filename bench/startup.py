@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from chronos.common.fileio import drop_page_cache, measure_read_rate
+from chronos.common.disk.io import drop_page_cache, measure_read_rate
 from chronos.common.layout import open_layout
-from chronos.common.routing.trace import RoutingTrace
+from chronos.common.traces.trace import RoutingTrace
 
 
 def first_token_s(args: argparse.Namespace, short: Path) -> float:

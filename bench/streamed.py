@@ -11,10 +11,10 @@ import json
 import time
 from pathlib import Path
 
-from chronos import engine
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.sampling import SamplingParams
-from chronos.replay import ReplayedRouting
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.traces.trace import RoutingTrace
+from chronos.measure.recorded import ReplayedRouting
+from chronos.run import engine
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from chronos import backends
-from chronos.common.config import ModelConfig
 from chronos.common.data import Batch
-from chronos.common.recipe import TrainRecipe, load_recipe
-from chronos.common.weights import dense_tensors
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import dense_tensors
+from chronos.common.training.recipe import TrainRecipe, load_recipe
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

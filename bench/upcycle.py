@@ -25,7 +25,7 @@ import torch
 from bench.shards import Value, write_shards
 from bench.smollm import find_gguf, write_llama
 from chronos.backends.torch.checkpoint import from_bytes
-from chronos.common.tensorfile import locate_tensors, read_checkpoint
+from chronos.common.disk.tensors import locate_tensors, read_checkpoint
 
 # Mixtral's names of gate, down and up.
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

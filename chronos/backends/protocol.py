@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from chronos.common.config import ModelConfig
+    from chronos.common.disk.header import TensorEntry
+    from chronos.common.experts.stats import StoreStats
     from chronos.common.layout import Layout
-    from chronos.common.sampling import SamplingParams
-    from chronos.common.stats import StoreStats
-    from chronos.common.tensorfile import TensorEntry
+    from chronos.common.model.config import ModelConfig
+    from chronos.common.model.weights import Key
+    from chronos.common.text.sampling import SamplingParams
 
-Key = tuple[int, int]  # (absolute layer index, expert index)
 
 
 class Model(Protocol):

@@ -13,7 +13,7 @@ from chronos.cli.options import JsonOptions, ModelArg, RunOptions, SamplingOptio
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from chronos.benchmark import Bench, Runs
+    from chronos.measure.benchmark import Bench, Runs
 
 BudgetsOption = Annotated[
     str, typer.Option("--budgets", metavar="SIZES", help="Budgets to measure, with commas.")
@@ -69,9 +69,9 @@ def decode(
     ] = _PROMPT,
 ) -> None:
     """Decode at several budgets beside the fully resident model. `bench MODEL` is short for it."""
-    from chronos import benchmark
-    from chronos.common.tokenizer import Tokenizer
-    from chronos.models import resolve_model
+    from chronos.common.text.tokenizer import Tokenizer
+    from chronos.measure import benchmark
+    from chronos.run.models import resolve_model
 
     ids = Tokenizer.load(resolve_model(model)).encode_prompt(prompt)
     with output.progress("measuring") as update:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chronos.common.disk.atomic import atomic_write
 from chronos.common.errors import MissingBackendError
-from chronos.common.files import atomic_write
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 4.0, 110  # inches, dots per inch
 

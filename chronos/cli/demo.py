@@ -12,7 +12,7 @@ from chronos.cli.generate import show, tokenizer_of
 from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions
 
 if TYPE_CHECKING:
-    from chronos.engine import Engine, GenerationResult
+    from chronos.run.engine import Engine, GenerationResult
 
 _PROMPT = 'class Stack:\n    """A stack of items."""\n\n    def '
 
@@ -42,7 +42,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of both runs; another one, another text.")] = 3,
 ) -> None:
     """Answer a prompt with all experts in memory, then with a quarter of them, and compare."""
-    from chronos.common.sampling import SamplingParams
+    from chronos.common.text.sampling import SamplingParams
 
     runs = RunOptions(backend=device.backend, device=device.device)
     # Sampled: greedy text of a small model goes in circles, which would flatter the cache.

@@ -87,9 +87,9 @@ def _memory_row(memory: MemoryLimits) -> tuple[str, str]:
 
 def _disk(model: str) -> dict[str, Any]:
     """Read rate of the largest file of the model, or why it was not measured."""
+    from chronos.common.disk.io import measure_read_rate
     from chronos.common.errors import ChronosError
-    from chronos.common.files import measure_read_rate
-    from chronos.models import resolve_model
+    from chronos.run.models import resolve_model
 
     try:
         folder = resolve_model(model)

@@ -34,10 +34,10 @@ def evaluate(
 ) -> None:
     """Measure a model on text; lookahead recall where all its experts are in memory."""
     from chronos import backends
-    from chronos import evaluate as room
-    from chronos.common.config import ModelConfig
-    from chronos.common.recipe import TrainRecipe
-    from chronos.engine import RESIDENT
+    from chronos.common.model.config import ModelConfig
+    from chronos.common.training.recipe import TrainRecipe
+    from chronos.measure import evaluate as room
+    from chronos.run.engine import RESIDENT
 
     documents = room.documents_of(data, held_out, skip_bad)
     budget = RESIDENT if run.budget == "all" else run.budget

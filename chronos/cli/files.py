@@ -14,7 +14,7 @@ from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.layout import PackReport
-    from chronos.common.layout.clusters import OrderChoice
+    from chronos.common.traces.clusters import OrderChoice
 
 PANEL = "Model files"
 _CALIBRATION_TOKENS = 20_000
@@ -56,8 +56,8 @@ def pack(
     printed and kept in the manifest. An interrupted run continues where it stopped.
     """
     from chronos.common.layout import open_layout
-    from chronos.evaluate import documents_of
-    from chronos.models import resolve_model
+    from chronos.measure.evaluate import documents_of
+    from chronos.run.models import resolve_model
 
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
@@ -105,8 +105,8 @@ def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> Pac
 
 def _streams_only(folder: Path) -> bool:
     """Whether a model is to be run packed: another library would need memory for all of it."""
-    from chronos.common.guest import GuestConfig, read_config
     from chronos.common.layout import is_packed
+    from chronos.common.model.guest import GuestConfig, read_config
 
     return isinstance(read_config(folder), GuestConfig) and not is_packed(folder)
 
@@ -115,9 +115,9 @@ def _calibrated(
     folder: Path, to: Path, text: str, device: DeviceOptions, link: bool
 ) -> tuple[PackReport, OrderChoice | None]:
     """Pack by layers, run that within a quarter of the experts' memory, reorder if it pays."""
-    from chronos.common.budget import minimum_bytes
-    from chronos.common.guest import read_config
     from chronos.common.layout import open_layout, reorder
+    from chronos.common.layout.folder import minimum_bytes
+    from chronos.common.model.guest import read_config
 
     report = _pack(folder, to, None, link)
     layout, top_k = open_layout(to), read_config(to).num_experts_per_tok
@@ -134,10 +134,10 @@ def _order(
 ) -> OrderChoice | None:
     """Clusters or layer order, as a trace decides; None where there is none to ask."""
     from chronos.cli.routing import record
-    from chronos.common.fileio import FileIO
-    from chronos.common.layout.clusters import choose_order
+    from chronos.common.disk.io import FileIO
     from chronos.common.layout.source import open_source
-    from chronos.common.routing.trace import RoutingTrace
+    from chronos.common.traces.clusters import choose_order
+    from chronos.common.traces.trace import RoutingTrace
 
     if trace is not None:
         recorded = RoutingTrace.load(trace)
@@ -185,8 +185,8 @@ def verify(path: PathArg, out: JsonOptions) -> None:
 
 def path_of(text: str) -> Path:
     """A path, the shipped model by its name, or the cached files of an id of the hub."""
-    from chronos.hub import is_model_id
-    from chronos.models import DEMO, resolve_model
+    from chronos.run.hub import is_model_id
+    from chronos.run.models import DEMO, resolve_model
 
     path = Path(text)
     if text == DEMO or (is_model_id(text) and not path.exists()):

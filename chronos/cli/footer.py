@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from chronos.cli import output
 
 if TYPE_CHECKING:
-    from chronos.engine import Engine, GenerationResult
+    from chronos.run.engine import Engine, GenerationResult
 
 LEGEND = (
     "hits: needs of an expert that found it in memory. stall: time spent waiting for reads. of "

@@ -16,11 +16,11 @@ from chronos.cli import errors, footer, output
 from chronos.cli.app import command
 from chronos.cli.options import JsonOptions, ModelArg, OutputOptions, RunOptions, SamplingOptions
 from chronos.common.errors import ChronosError, UsageError
-from chronos.models import DEMO
+from chronos.run.models import DEMO
 
 if TYPE_CHECKING:
-    from chronos.common.tokenizer import Tokenizer
-    from chronos.engine import Engine, GenerationResult, Step
+    from chronos.common.text.tokenizer import Tokenizer
+    from chronos.run.engine import Engine, GenerationResult, Step
 
 _PANEL = "Run a model"
 # Far above any context; a larger prompt is refused before it is tokenized.

@@ -21,8 +21,8 @@ from typer.models import ArgumentInfo, OptionInfo
 from chronos.cli import errors, output
 
 if TYPE_CHECKING:
-    from chronos.common.sampling import SamplingParams
-    from chronos.engine import Engine
+    from chronos.common.text.sampling import SamplingParams
+    from chronos.run.engine import Engine
 
 own_process = False  # set by main(): then start-up may leave out what only compilers need
 _RUN, _SAMPLE, _OUT = "Where and how it runs", "Sampling", "Output"
@@ -122,7 +122,7 @@ class RunOptions(DeviceOptions):
 
     def open(self, model: str, **changes: Any) -> Engine:
         """The model, loaded as these flags say; raises what `chronos.load` raises."""
-        from chronos.engine import load
+        from chronos.run.engine import load
 
         options = {"own_process": own_process} | dataclasses.asdict(self)
         return load(model, **(options | changes))
@@ -167,8 +167,8 @@ class SamplingOptions:
     ] = None
 
     def params(self) -> SamplingParams:
-        """As `chronos.common.sampling.SamplingParams`; raises UsageError on a bad value."""
-        from chronos.common.sampling import SamplingParams
+        """As `chronos.common.text.sampling.SamplingParams`; raises UsageError on a bad value."""
+        from chronos.common.text.sampling import SamplingParams
 
         return SamplingParams(
             temperature=self.temp,
@@ -226,7 +226,11 @@ def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
                 name: bundle(**{f.name: values.pop(f.name) for f in dataclasses.fields(bundle)})
                 for name, bundle in bundles.items()
             }
-            output.configure(next((b for b in made.values() if isinstance(b, OutputOptions)), None))
+            flags = next((b for b in made.values() if isinstance(b, OutputOptions)), None)
+            output.configure(
+                quiet=flags is not None and flags.quiet,
+                json=isinstance(flags, JsonOptions) and flags.json,
+            )
             function(**values, **made)
 
         errors.guard(call, verbose=bool(values.get("verbose")))

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chronos.cli.options import OutputOptions
-
 
 @dataclass
 class _State:
@@ -30,9 +28,8 @@ class _State:
 _state = _State()
 
 
-def configure(options: OutputOptions | None) -> None:
-    _state.quiet = bool(options and options.quiet)
-    _state.json = bool(getattr(options, "json", False))
+def configure(*, quiet: bool = False, json: bool = False) -> None:
+    _state.quiet, _state.json = quiet, json
 
 
 def console(*, stderr: bool = False) -> Console:

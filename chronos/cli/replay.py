@@ -14,11 +14,11 @@ from chronos.cli import charts, footer, output
 from chronos.cli.app import command
 from chronos.cli.bench import BudgetsOption, RoundsOption, bench, split
 from chronos.cli.options import JsonOptions, RunOptions
-from chronos.common.fileio import drop_page_cache
+from chronos.common.disk.io import drop_page_cache
 
 if TYPE_CHECKING:
-    from chronos.common.config import ModelConfig
-    from chronos.replay import Replayed, Results
+    from chronos.common.model.config import ModelConfig
+    from chronos.measure.recorded import Replayed, Results
 
 _COLUMNS = (
     *("budget", "run", "ms/token", "p50", "p95", "p99"),
@@ -89,11 +89,11 @@ def replay(
     in turns of ten tokens. That needs memory for the whole generated model (experts x layers x
     --expert-size) and four times the budget beside it. --disk shows what a slower disk would do.
     """
-    from chronos import replay as room
     from chronos.common.budget import parse_size
-    from chronos.common.files import FileIO, PacedIO
-    from chronos.common.routing.fit import split as parts
-    from chronos.common.routing.trace import RoutingTrace
+    from chronos.common.disk.io import FileIO, PacedIO
+    from chronos.common.traces.fit import split as parts
+    from chronos.common.traces.trace import RoutingTrace
+    from chronos.measure import recorded as room
 
     if png is not None:
         charts.require()
@@ -140,7 +140,7 @@ def replay(
 def print_json(
     trace_file: Path, config: ModelConfig, results: Results, *, cold: bool, disk: int | None
 ) -> None:
-    from chronos.replay import ratio_to_off
+    from chronos.measure.recorded import ratio_to_off
 
     runs = [
         {
@@ -172,7 +172,7 @@ def _percentile_s(found: list[Replayed], percent: float) -> float:
 
 def _row(results: Results, budget: str, run: str) -> tuple[str, ...]:
     """Medians over the rounds."""
-    from chronos.replay import ratio_to_off
+    from chronos.measure.recorded import ratio_to_off
 
     found = results[budget, run]
     mean = 1e3 * (_median(r.token_s for r in found) or 0.0)

@@ -14,8 +14,8 @@ from chronos.cli.options import DataOption, HeldOutOption, JsonOptions, ModelArg
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from chronos.common.routing.trace import RoutingTrace
-    from chronos.engine import Engine
+    from chronos.common.traces.trace import RoutingTrace
+    from chronos.run.engine import Engine
 
 _PANEL = "Routing"
 
@@ -61,7 +61,7 @@ def record(
     from_the_end: bool = False,
 ) -> RoutingTrace:
     """The routing of a text, with a progress bar. from_the_end: the last documents first."""
-    from chronos import evaluate
+    from chronos.measure import evaluate
 
     room = engine.context - new_tokens
     if room < 1:

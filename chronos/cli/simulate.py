@@ -16,11 +16,11 @@ from chronos.cli.routing import describe, record, share_of, trace_json
 from chronos.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from chronos.common.routing.fit import FitOptions, Fitted, Parts
-    from chronos.common.routing.forecast import ForecastModel
-    from chronos.common.routing.measure import Measured
-    from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import Comparison, Replay
+    from chronos.common.experts.foresight.forecast import ForecastModel
+    from chronos.common.traces.fit import FitOptions, Fitted, Parts
+    from chronos.common.traces.measure import Measured
+    from chronos.common.traces.simulate import Comparison, Replay
+    from chronos.common.traces.trace import RoutingTrace
 
 _PANEL = "Routing"
 _TOP = ("forecast", "min")  # drawn bold
@@ -60,10 +60,10 @@ def simulate(
     With a forecaster, only test sequences are replayed, which training never sees.
     """
     from chronos.common.budget import parse_size
-    from chronos.common.routing.forecast import ForecastModel
-    from chronos.common.routing.measure import measure
-    from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import check_slots, slots_for
+    from chronos.common.experts.foresight.forecast import ForecastModel
+    from chronos.common.traces.measure import measure
+    from chronos.common.traces.simulate import check_slots, slots_for
+    from chronos.common.traces.trace import RoutingTrace
 
     if png is not None:
         charts.require()
@@ -153,7 +153,7 @@ def result_json(
     caches: Comparison, measured: dict[str, Measured], record_bytes: int
 ) -> dict[str, Any]:
     """One budget: caches, predictors and their recall; what the best predictor closes."""
-    from chronos.common.routing.measure import best
+    from chronos.common.traces.measure import best
 
     top = best(measured)
     data = caches.to_json()
@@ -213,10 +213,10 @@ def fit(
     ] = 128,
 ) -> None:
     """Train a forecaster of expert use, and say what it is worth on sequences it never saw."""
-    from chronos.common.routing.fit import FitOptions
-    from chronos.common.routing.measure import measure
-    from chronos.common.routing.trace import RoutingTrace
-    from chronos.common.simulate import slots_for
+    from chronos.common.traces.fit import FitOptions
+    from chronos.common.traces.measure import measure
+    from chronos.common.traces.simulate import slots_for
+    from chronos.common.traces.trace import RoutingTrace
 
     share, fingerprint = share_of(budget_tested), ""
     if source.endswith(".npz"):
@@ -266,7 +266,8 @@ def fit(
 
 def _train_intent(parts: Parts, model: ForecastModel, slots: int, file: Path) -> dict[str, float]:
     """Leaves intent.safetensors beside the forecaster where it wins, and removes an older one."""
-    from chronos.common.routing.intent import INTENT, train_if_it_wins
+    from chronos.common.experts.foresight.intent import INTENT
+    from chronos.common.traces.intent import train_if_it_wins
 
     with output.progress("training the intent classifier"):
         found, hits = train_if_it_wins(parts.train, parts.validation, slots, model.predictor)
@@ -282,8 +283,8 @@ def _recorded(
 ) -> tuple[RoutingTrace, Path, str]:
     """Routing of a text, and of what the model writes after its beginnings, other ones where there
     are enough documents. All of them: the forecaster's own split decides what is held out."""
-    from chronos.common.routing.trace import join
-    from chronos.models import resolve_model
+    from chronos.common.traces.trace import join
+    from chronos.run.models import resolve_model
 
     if data is None:
         raise UsageError("a model needs text to be recorded on", "", "give --data PATH, or a T.npz")
@@ -303,7 +304,7 @@ def _recorded(
 
 
 def _target(to: Path | None, folder: Path | None) -> Path:
-    from chronos.common.routing.forecast import FORECAST
+    from chronos.common.experts.foresight.forecast import FORECAST
 
     if to is None and folder is None:
         raise UsageError("a trace has no folder to keep a forecaster in", "", "give -o FILE")
@@ -314,7 +315,7 @@ def _target(to: Path | None, folder: Path | None) -> Path:
 
 
 def _trained(parts: Parts, options: FitOptions | None = None, fingerprint: str = "") -> Fitted:
-    from chronos.common.routing.fit import FitOptions, fit
+    from chronos.common.traces.fit import FitOptions, fit
 
     with output.progress("training") as update:
         return fit(
@@ -327,7 +328,7 @@ def _trained(parts: Parts, options: FitOptions | None = None, fingerprint: str =
 
 
 def _parts(recorded: RoutingTrace) -> Parts:
-    from chronos.common.routing.fit import split
+    from chronos.common.traces.fit import split
 
     return split(recorded)
 

@@ -15,8 +15,8 @@ from chronos.cli.app import app, command
 from chronos.cli.options import DeviceOptions, JsonOptions
 
 if TYPE_CHECKING:
-    from chronos.common.recipe import Recipe
-    from chronos.trainer import Report
+    from chronos.common.training.recipe import Recipe
+    from chronos.train.loop import Report
 
 train = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
 app.add_typer(train, name="train", rich_help_panel="Train")
@@ -56,8 +56,8 @@ def pretrain(
     Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
     """
     from chronos import backends
-    from chronos.common.recipe import load_recipe
-    from chronos.trainer import Trainer, prepare
+    from chronos.common.training.recipe import load_recipe
+    from chronos.train.loop import Trainer, prepare
 
     recipe, folder = _changed(load_recipe(config), data, skip_bad), to or Path("runs") / config.stem
     backend = backends.load(device.backend)

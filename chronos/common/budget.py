@@ -9,12 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-from chronos.common.errors import BudgetError, UsageError
-
-if TYPE_CHECKING:
-    from chronos.common.layout import Layout
+from chronos.common.errors import UsageError
 
 _UNITS = {
     "": 1, "b": 1,
@@ -56,21 +52,3 @@ def _parse(text: str, what: str, examples: str, units: Mapping[str, int | Fracti
     if quantity == 0 or (unit == "%" and quantity > 100):
         raise UsageError(f"{what} cannot be {cleaned}", "", examples)
     return int(quantity * units[unit])
-
-
-def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
-    """The least a store can run on: room for the experts one token needs in one layer."""
-    return min(top_k, max(1, len(layout.records))) * layout.record_nbytes
-
-
-def slots_within(layout: Layout, capacity_bytes: int, top_k: int = 1) -> int:
-    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum."""
-    least = minimum_bytes(layout, top_k)
-    if capacity_bytes < least:
-        raise BudgetError(
-            f"an expert budget of {capacity_bytes} bytes is too small:"
-            f" one token needs {top_k} experts of {layout.record_nbytes} bytes at once",
-            str(layout.folder),
-            f"give at least {least} bytes ({100 * least / max(1, layout.total_bytes):.1f} %)",
-        )
-    return min(capacity_bytes // max(1, layout.record_nbytes), len(layout.records))

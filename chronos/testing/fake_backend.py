@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from chronos.common.budget import slots_within
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import ChronosError, StoreError
-from chronos.common.files import RangedReader
+from chronos.common.experts.residency import LRU, Policy
+from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.tier import Load
+from chronos.common.experts.tiers import SlotTier
 from chronos.common.layout import Layout, Record
-from chronos.common.lease import Load
-from chronos.common.residency import LRU, Key, Policy
-from chronos.common.stats import StoreStats
-from chronos.common.tier import SlotTier
+from chronos.common.layout.folder import slots_within
+from chronos.common.model.weights import Key
 
 
 class Expert(NamedTuple):

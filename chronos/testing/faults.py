@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from chronos.common.files import FileIO
+from chronos.common.disk.io import FileIO
 
 WRITES = frozenset({"create", "write", "fsync", "replace"})
 READS = frozenset({"open", "preadv"})

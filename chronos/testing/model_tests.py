@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
 from chronos.common.errors import ChronosError, ShapeMismatch
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     count_parameters,
     dense_tensors,
     lookahead_tensors,

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.config import ModelConfig
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     TensorSpec,
     dense_tensors,
     expert_name,
@@ -151,7 +151,7 @@ def random_weights(config: ModelConfig, seed: int = 0, scale: float = 0.2) -> di
 
 def read_weights(folder: str | Path) -> dict[str, Array]:
     """All tensors of an unpacked model folder with one model.safetensors, as float64."""
-    from chronos.common.tensorfile import read_tensors
+    from chronos.common.disk.tensors import read_tensors
 
     found: dict[str, Array] = {}
     for name in ("model.safetensors", "lookahead.safetensors"):

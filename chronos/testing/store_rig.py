@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from chronos.common.files import ALIGN, FileIO, RangedReader
+from chronos.common.disk.io import ALIGN, FileIO
+from chronos.common.disk.reader import RangedReader
 from chronos.common.layout.folder import Layout
 from chronos.common.layout.manifest import TENSOR_ALIGN, Manifest, Record, RecordTensor
-from chronos.common.residency import Key
-from chronos.common.weights import EXPERT_TENSORS
+from chronos.common.model.weights import EXPERT_TENSORS, Key
 
 LAYERS, EXPERTS, D, F = 3, 8, 8, 12
 _PATIENCE_S = 20  # long enough for any machine; only a broken store waits for it

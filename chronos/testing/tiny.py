@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.tensors import write_tensors
 from chronos.common.layout import pack
-from chronos.common.tensorfile import write_tensors
-from chronos.common.tokenizer import Tokenizer
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,
     lookahead_tensors,
     routed_tensors,
 )
+from chronos.common.text.tokenizer import Tokenizer
 
 TEXTS = (
     "def add(left, right):\n    return left + right\n",

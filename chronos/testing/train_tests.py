@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.config import LossWeights, ModelConfig
 from chronos.common.data import Batch
-from chronos.common.recipe import TrainRecipe
-from chronos.common.tensorfile import read_tensors, write_tensors
+from chronos.common.disk.tensors import read_tensors, write_tensors
+from chronos.common.model.config import LossWeights, ModelConfig
+from chronos.common.training.recipe import TrainRecipe
 from chronos.testing.model_tests import CONFIG
 
 RECIPE = TrainRecipe(batch_size=2, seq_len=16, learning_rate=1e-2, min_learning_rate=1e-3, seed=5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chronos.testing.tiny_guest import tiny_guest
+from tests.support.tiny_guest import tiny_guest
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_data_that_is_not_there_is_told_before_a_guest_is_packed(
 def test_a_trace_of_another_model_is_refused(chronos: Any, source: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    from chronos.common.routing.trace import TraceRecorder
+    from chronos.common.traces.trace import TraceRecorder
 
     recorder = TraceRecorder(16, 1)
     recorder.append(np.zeros((4, 2, 1), np.int64))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from chronos.common.routing.trace import RoutingTrace
-from chronos.testing.guests import tiny_guest
+from chronos.common.traces.trace import RoutingTrace
+from tests.support.guests import tiny_guest
 
 pytestmark = pytest.mark.needs_backend
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from chronos.common.layout import open_layout
-from chronos.testing.tiny_guest import tiny_guest
+from tests.support.tiny_guest import tiny_guest
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("huggingface_hub") is None, reason="the hub is of the extra guests"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder, join
+from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.traces.trace import RoutingTrace, TraceRecorder, join
 
 
 @pytest.fixture

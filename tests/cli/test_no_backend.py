@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chronos.common.routing.trace import TraceRecorder
+from chronos.common.traces.trace import TraceRecorder
 
 ABSENT = Path(__file__).parents[1] / "absent"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -13,8 +13,8 @@ import pytest
 
 from chronos.common.errors import BudgetError, UsageError
 from chronos.common.layout import open_layout
-from chronos.common.sampling import SamplingParams, draw
-from chronos.engine import Engine, load
+from chronos.common.text.sampling import SamplingParams, draw
+from chronos.run.engine import Engine, load
 from chronos.testing.tiny import CONFIG, tiny_packed
 
 PROMPT = [5, 80, 41]

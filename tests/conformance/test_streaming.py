@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.disk.io import FileIO
 from chronos.common.errors import StoreError, UsageError
-from chronos.common.files import FileIO
-from chronos.common.layout import Key, open_layout, pack
-from chronos.common.routing.forecast import ForecastModel
-from chronos.common.routing.network import Geometry
-from chronos.common.sampling import SamplingParams
-from chronos.engine import Engine, load
+from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.experts.foresight.network import Geometry
+from chronos.common.layout import open_layout, pack
+from chronos.common.model.weights import Key
+from chronos.common.text.sampling import SamplingParams
+from chronos.run.engine import Engine, load
 from chronos.testing.tiny import CONFIG, tiny_model, tiny_packed
 
 LAYERS, EXPERTS, TOP_K = CONFIG.num_hidden_layers, CONFIG.num_experts, CONFIG.num_experts_per_tok

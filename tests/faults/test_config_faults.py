@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chronos.common.config import ModelConfig
 from chronos.common.errors import ConfigError
-from chronos.common.weights import count_parameters
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import count_parameters
 
 VALID = ModelConfig().to_json()
 JSON = st.recursive(

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from chronos.common.disk.atomic import RunLock
 from chronos.common.errors import ChronosError, ConfigError, ResourceError
-from chronos.common.files import RunLock
 from chronos.common.layout import is_packed, open_layout, pack, verify
 from chronos.testing.faults import JournalIO, Tree
 from chronos.testing.tiny import tiny_model
-from chronos.testing.tiny_guest import tiny_guest
+from tests.support.tiny_guest import tiny_guest
 
 SMALL = {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 300}
 # Each pack runs in a fork of one process that has everything imported: half a second saved each.
@@ -182,7 +182,7 @@ def test_c3_power_lost_at_any_moment(source, expected, tmp_path):
 
 HOLD = """
 import sys
-from chronos.common.files import RunLock
+from chronos.common.disk.atomic import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chronos.common.chat_template import ChatTemplate, TemplateError
 from chronos.common.data import (
     Document,
     ReadReport,
@@ -24,7 +23,8 @@ from chronos.common.data import (
 from chronos.common.data.lines import MAX_LINE_BYTES, numbered_lines
 from chronos.common.data.rows import RowError, parse_row
 from chronos.common.errors import DataError
-from chronos.common.tokenizer import Tokenizer
+from chronos.common.text.chat_template import ChatTemplate, TemplateError
+from chronos.common.text.tokenizer import Tokenizer
 
 GOOD = b'{"text": "fine"}'
 USER = {"role": "user", "content": "a"}

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import xxhash
 
+from chronos.common.disk.header import read_header
 from chronos.common.errors import BudgetError, ChronosError, CorruptClusterError, UsageError
-from chronos.common.layout import Key, open_layout, pack
-from chronos.common.sampling import SamplingParams
-from chronos.common.tensorfile import read_header
-from chronos.common.weights import expert_name
-from chronos.engine import Engine, load
+from chronos.common.layout import open_layout, pack
+from chronos.common.model.weights import Key, expert_name
+from chronos.common.text.sampling import SamplingParams
+from chronos.run.engine import Engine, load
 from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny import CONFIG, tiny_packed
 
@@ -148,7 +148,7 @@ def test_missing_clusters_are_an_error_unless_others_may_stand_in(
 
 _CHILD = """
     import sys
-    from chronos.engine import load
+    from chronos.run.engine import load
     from chronos.common.errors import ChronosError
     with load(sys.argv[1], backend="torch", budget="10%", prefetch="off") as engine:
         engine.stop_ids, engine.with_limit = frozenset(), False
@@ -263,7 +263,7 @@ def test_one_long_stall_ends(folder: Path, expected: list[int]) -> None:
 
 _REFUSED = """
     import sys
-    from chronos.engine import load
+    from chronos.run.engine import load
     from chronos.common.errors import BudgetError
     try:
         load(sys.argv[1], budget="1KiB")

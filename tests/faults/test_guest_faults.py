@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chronos.common.disk.header import TensorEntry, read_header, tensor_nbytes
+from chronos.common.disk.linked import LINK
+from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, ShapeMismatch
-from chronos.common.guest import GuestConfig
 from chronos.common.layout import inspect, open_layout, pack, verify
 from chronos.common.layout.guest import find_experts
-from chronos.common.linked import LINK
-from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_header, tensor_nbytes
-from chronos.testing.tiny_guest import STYLES, E, shapes, tiny_guest, write_shards
+from chronos.common.model.guest import GuestConfig
+from tests.support.tiny_guest import STYLES, E, shapes, tiny_guest, write_shards
 
 EXPERT = "model.layers.2.mlp.experts.1.up_proj.weight"
 STACK = "model.layers.1.mlp.experts.gate_up_proj"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.header import read_header
 from chronos.common.errors import (
     ChronosError,
     ConfigError,
@@ -24,8 +24,8 @@ from chronos.common.errors import (
     ShapeMismatch,
 )
 from chronos.common.layout import open_layout, pack, read_records, verify, write_experts
-from chronos.common.tensorfile import read_header
-from chronos.common.weights import expert_tensors
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import expert_tensors
 from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny import tiny_model
 

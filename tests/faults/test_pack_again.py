@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import chronos
+from chronos.common.disk.linked import LINK
 from chronos.common.errors import CorruptFileError, UsageError
 from chronos.common.layout import inspect, pack, verify
-from chronos.common.linked import LINK
-from chronos.testing.tiny_guest import tiny_guest
+from tests.support.tiny_guest import tiny_guest
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from chronos.common import fileio
+from chronos.common.disk import io as fileio
+from chronos.common.disk.io import ALIGN, PacedIO, aligned_buffer
+from chronos.common.disk.reader import RangedReader, Request
+from chronos.common.disk.tensors import read_tensors
 from chronos.common.errors import ChronosError, CorruptClusterError, CorruptFileError, StoreError
-from chronos.common.files import ALIGN, PacedIO, RangedReader, Request, aligned_buffer
 from chronos.common.layout import open_layout, pack, read_records, verify
-from chronos.common.tensorfile import read_tensors
 from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny import tiny_model
 
@@ -266,9 +267,10 @@ from pathlib import Path
 import numpy as np
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 from chronos.common.errors import ResourceError
-from chronos.common.files import RangedReader, aligned_buffer
+from chronos.common.disk.reader import RangedReader
+from chronos.common.disk.io import aligned_buffer
 from chronos.common.layout import open_layout, read_records, write_experts
-from chronos.common.weights import TensorSpec
+from chronos.common.model.weights import TensorSpec
 os.fsync = lambda fd: None
 specs = [TensorSpec("w", (4,), "float32")]
 data = lambda keys: ((key, {"w": np.full(4, key[1], "f4")}) for key in keys)

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
+from chronos.common.disk.header import parse_header, read_header
+from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import CorruptClusterError, CorruptFileError
-from chronos.common.tensorfile import parse_header, read_header, read_tensors, write_tensors
 
 QUIET = settings(
     derandomize=True,
@@ -83,7 +84,7 @@ def test_s2_nothing_is_allocated_for_them(tmp_path):
     script = """
 import resource, sys
 from chronos.common.errors import CorruptFileError
-from chronos.common.tensorfile import read_header
+from chronos.common.disk.header import read_header
 def refuse(path):
     try:
         read_header(path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import DataError
-from chronos.common.routing.trace import RoutingTrace
+from chronos.common.traces.trace import RoutingTrace
 
 META = '{"model": "m", "num_experts": 8, "top_k": 2, "phase": "generation"}'
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
 from chronos.common.data import pack_documents
 from chronos.common.errors import ConfigError, CorruptFileError, UsageError
-from chronos.common.recipe import Recipe, TrainRecipe
-from chronos.common.tokenizer import Tokenizer
-from chronos.trainer import DivergedError, Event, Trainer, checkpoints
+from chronos.common.model.config import ModelConfig
+from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.training.recipe import Recipe, TrainRecipe
+from chronos.train.loop import DivergedError, Event, Trainer, checkpoints
 
 RECIPE = Recipe(
     model=ModelConfig(hidden_size=8, vocab_size=300),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.tensors import write_tensors
 from chronos.common.errors import ChronosError, DiskFullError, ResourceError
-from chronos.common.files import RunLock, atomic_write, sweep_orphans
 from chronos.common.layout import is_packed, open_layout, pack, verify
-from chronos.common.tensorfile import write_tensors
 from chronos.testing.faults import WRITES, FaultyIO
 from chronos.testing.tiny import tiny_model
 
@@ -109,7 +109,7 @@ def test_d4_a_file_size_limit(tmp_path):
     script = """
 import resource, sys
 from chronos.common.errors import DiskFullError
-from chronos.common.files import atomic_write
+from chronos.common.disk.atomic import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     atomic_write(sys.argv[1], [bytes(60_000)] * 3)
@@ -147,7 +147,7 @@ def test_d6_a_folder_of_somebody_else(tmp_path):
         folder,
         """
 from chronos.common.errors import ResourceError
-from chronos.common.files import RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.layout import write_experts
 from pathlib import Path
 folder = Path(sys.argv[1])

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common import losses
-from chronos.common.config import LossWeights, ModelConfig
 from chronos.common.data import Batch
-from chronos.common.recipe import TrainRecipe
-from chronos.common.tensorfile import TensorEntry, read_header, read_tensors, write_tensors
-from chronos.common.weights import dense_tensors, lookahead_tensors, routed_tensors
+from chronos.common.disk.header import TensorEntry, read_header
+from chronos.common.disk.tensors import read_tensors, write_tensors
+from chronos.common.model.config import LossWeights, ModelConfig
+from chronos.common.model.weights import dense_tensors, lookahead_tensors, routed_tensors
+from chronos.common.training import losses
+from chronos.common.training.recipe import TrainRecipe
 from chronos.testing import oracle
 from chronos.testing.tolerances import assert_close
 

@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(home: Path) -> Callable[[str], Path]:
     """The unpacked folder of a model by name; its packed form lies beside it."""
     from chronos.common.layout import pack
-    from chronos.testing.mlx_guests import packed, save
+    from tests.support.mlx_guests import packed, save
 
     @cache
     def make(name: str) -> Path:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from chronos.common.guest import read_config
+from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.layout import open_layout, pack, read_records
 from chronos.common.layout.naming import expert_part
-from chronos.common.tensorfile import read_checkpoint
-from chronos.testing.guests import ARCHITECTURES, BASE
+from chronos.common.model.guest import read_config
+from tests.support.guests import ARCHITECTURES, BASE
 
 UNGATED = {
     "nemotron_h": {

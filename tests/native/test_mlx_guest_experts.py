@@ -13,10 +13,10 @@ mx = pytest.importorskip("mlx.core", reason="tests of the MLX backend")
 pytest.importorskip("mlx_lm.utils", reason="guests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
-from chronos.backends.mlx.experts import StreamedLayer  # noqa: E402
+from chronos.backends.mlx.guest.experts import StreamedLayer  # noqa: E402
+from chronos.common.experts.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
-from chronos.common.routing.prefetch import NEXT_GATE  # noqa: E402
-from chronos.testing.mlx_guests import (  # noqa: E402
+from tests.support.mlx_guests import (  # noqa: E402
     GREEDY,
     PROMPT,
     open_store,

@@ -24,7 +24,7 @@ from chronos.common.errors import (  # noqa: E402
     UsageError,
 )
 from chronos.common.layout import open_layout, pack  # noqa: E402
-from chronos.testing.mlx_guests import (  # noqa: E402
+from tests.support.mlx_guests import (  # noqa: E402
     GREEDY,
     HUB,
     QUANTISED,

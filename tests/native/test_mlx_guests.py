@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
-from chronos.engine import load  # noqa: E402
-from chronos.testing.mlx_guests import (  # noqa: E402
+from chronos.run.engine import load  # noqa: E402
+from chronos.testing.tolerances import assert_close  # noqa: E402
+from tests.support.mlx_guests import (  # noqa: E402
     BUDGETS,
     COMMON,
     HUB,
@@ -34,7 +35,6 @@ from chronos.testing.mlx_guests import (  # noqa: E402
     run,
     values,
 )
-from chronos.testing.tolerances import assert_close  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("eager")
 

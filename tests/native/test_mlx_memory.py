@@ -19,11 +19,11 @@ mx = pytest.importorskip("mlx.core", reason="tests of the MLX backend")
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.backends.mlx.store import _arena  # noqa: E402
 from chronos.backends.probe import MemoryLimits  # noqa: E402
+from chronos.common.disk.io import ALIGN  # noqa: E402
 from chronos.common.errors import BudgetError  # noqa: E402
-from chronos.common.files import ALIGN  # noqa: E402
 from chronos.common.layout import open_layout  # noqa: E402
-from chronos.common.sampling import SamplingParams  # noqa: E402
-from chronos.engine import load  # noqa: E402
+from chronos.common.text.sampling import SamplingParams  # noqa: E402
+from chronos.run.engine import load  # noqa: E402
 from chronos.testing.store_rig import (  # noqa: E402
     EXPERTS,
     LAYERS,

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chronos.common.layout.clusters import choose_order
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import compare, simulate, slots_for
+from chronos.common.traces.clusters import choose_order
+from chronos.common.traces.simulate import compare, simulate, slots_for
+from chronos.common.traces.trace import RoutingTrace
 
 FOLDER = Path(
     os.environ.get("CHRONOS_TRACES", Path(__file__).parents[2].parent / "shared" / "traces")

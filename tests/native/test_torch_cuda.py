@@ -20,9 +20,9 @@ import torch
 
 import chronos
 from chronos.backends.torch.runner import draw
-from chronos.common import sampling
 from chronos.common.layout import open_layout, pack
-from chronos.common.sampling import SamplingParams
+from chronos.common.text import sampling
+from chronos.common.text.sampling import SamplingParams
 from chronos.testing.tiny import CONFIG, tiny_model
 
 pytestmark = [
@@ -84,7 +84,7 @@ def test_a_guest_gives_the_same_bits_at_every_budget(
 ) -> None:
     """And what the library computes up to rounding, whose kernels differ on a GPU."""
     transformers = pytest.importorskip("transformers")
-    from chronos.testing.guests import ARCHITECTURES, BASE
+    from tests.support.guests import ARCHITECTURES, BASE
 
     torch.manual_seed(1)
     settings = BASE | {"initializer_range": 0.3} | ARCHITECTURES[model_type]

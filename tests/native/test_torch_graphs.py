@@ -15,9 +15,9 @@ import torch
 
 import chronos
 from chronos.backends.torch import checkpoint
-from chronos.backends.torch.graphs import Stage, Steps, usable
+from chronos.backends.torch.fast.graphs import Stage, Steps, usable
 from chronos.common.layout import pack
-from chronos.common.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams
 from chronos.testing.tiny import CONFIG, tiny_model
 
 GREEDY = SamplingParams()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chronos.backends.torch import capture
-from chronos.backends.torch.capture import opaque
-from chronos.backends.torch.replay import Steps, integers
+from chronos.backends.torch.fast import capture
+from chronos.backends.torch.fast.capture import opaque
+from chronos.backends.torch.fast.steps import Steps, integers
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 OUTSIDE = torch.zeros(8)

@@ -21,9 +21,9 @@ import torch
 
 from chronos.backends.torch.store import CudaCopies, ExpertStore
 from chronos.common.errors import UsageError
+from chronos.common.experts.tiers import CopyEngine
 from chronos.common.layout import Layout
-from chronos.common.residency import Key
-from chronos.common.tier import CopyEngine
+from chronos.common.model.weights import Key
 from chronos.testing.copies import FakeCopyEngine, FakeEvent
 from chronos.testing.store_rig import EXPERTS, LAYERS, Opened, check, expected, tiny_layout
 from chronos.testing.store_tests import StoreTests

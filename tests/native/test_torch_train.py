@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chronos.backends import torch as backend
-from chronos.common.tensorfile import read_tensors, write_tensors
+from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.testing.train_tests import RECIPE, TINY, batch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")

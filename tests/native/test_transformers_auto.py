@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import chronos
-import chronos.auto
-from chronos.auto import ChronosConfig, ChronosForCausalLM
+import chronos.interop.transformers
 from chronos.backends import torch as backend
 from chronos.backends.torch import Runner
 from chronos.cli import main
-from chronos.common.config import ModelConfig
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
-from chronos.common.sampling import SamplingParams
-from chronos.models import resolve_model
+from chronos.common.model.config import ModelConfig
+from chronos.common.text.sampling import SamplingParams
+from chronos.interop.transformers import ChronosConfig, ChronosForCausalLM
+from chronos.run.models import resolve_model
 from chronos.testing.tiny import CONFIG, TEXTS, tiny_model, tiny_packed
 
 IDS = np.random.default_rng(5).integers(6, CONFIG.vocab_size, (2, 21))
 FRESH = """
-import hashlib, sys, chronos.auto, torch
+import hashlib, sys, chronos.interop.transformers, torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(int(sys.argv[2]))  # how a product is split shows in its last bit
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -113,7 +113,7 @@ def test_a_batch_padded_on_the_left_generates_what_its_rows_do(packed: Path, mod
 def test_long_prompts_run_in_the_chunks_of_the_runner(
     packed: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chronos.auto, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(chronos.interop.transformers, "PREFILL_CHUNK", 8)
     monkeypatch.setattr(sys.modules[Runner.__module__], "PREFILL_CHUNK", 8)
     runner = backend.runner(backend.load(packed))
     runner.prefill(IDS[0].tolist(), SamplingParams())
@@ -317,6 +317,6 @@ def test_an_id_of_the_hub_is_fetched_as_transformers_would(
 
 
 def test_without_transformers_the_pip_line_is_named() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import chronos.auto"
+    code = "import sys; sys.modules['transformers'] = None; import chronos.interop.transformers"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MissingBackendError" in done.stderr and "chronos-moe[guests]" in done.stderr

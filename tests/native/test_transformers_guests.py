@@ -24,8 +24,10 @@ import transformers
 import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
-from chronos.backends.torch.experts import Packed, is_experts
+from chronos.backends.torch.guest.experts import Packed, is_experts
 from chronos.backends.torch.products import PackedLinear, packs
+from chronos.common.disk.header import read_header
+from chronos.common.disk.tensors import read_checkpoint, write_tensors
 from chronos.common.errors import (
     ConfigError,
     CorruptClusterError,
@@ -33,11 +35,10 @@ from chronos.common.errors import (
     ShapeMismatch,
     UsageError,
 )
+from chronos.common.experts.prefetch import NEXT_GATE
 from chronos.common.layout import open_layout, pack
-from chronos.common.routing.prefetch import NEXT_GATE
-from chronos.common.sampling import SamplingParams
-from chronos.common.tensorfile import read_checkpoint, read_header, write_tensors
-from chronos.testing.guests import ARCHITECTURES, BASE
+from chronos.common.text.sampling import SamplingParams
+from tests.support.guests import ARCHITECTURES, BASE
 
 GREEDY = SamplingParams()
 PROMPT = np.random.default_rng(0).integers(3, 64, 40).tolist()
@@ -336,7 +337,7 @@ def test_experts_that_the_library_rearranges_are_refused(
 ) -> None:
     from transformers.core_model_loading import Interleave, WeightConverter
 
-    from chronos.backends.torch import guest as module
+    from chronos.backends.torch.guest import model as module
 
     step = WeightConverter("mlp.experts.w13", "mlp.experts.gate_up_proj", [Interleave(dim=1)])
     monkeypatch.setattr(module, "get_model_conversion_mapping", lambda core: [step])
@@ -380,7 +381,7 @@ def test_without_transformers_the_pip_line_is_given(
     guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(backend, "guest", raising=False)
-    monkeypatch.setitem(sys.modules, "chronos.backends.torch.guest", None)
+    monkeypatch.setitem(sys.modules, "chronos.backends.torch.guest.model", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'chronos-moe\[guests\]'"):
         chronos.load(guest("mixtral").packed, backend="torch", budget="50%")
 

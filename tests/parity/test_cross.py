@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.layout import pack
-from chronos.common.recipe import TrainRecipe
-from chronos.common.sampling import SamplingParams
-from chronos.common.tensorfile import read_tensors, write_tensors
-from chronos.engine import Engine, load
-from chronos.models import resolve_model
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.training.recipe import TrainRecipe
+from chronos.run.engine import Engine, load
+from chronos.run.models import resolve_model
 from chronos.testing.model_tests import CONFIG, tokens
 from chronos.testing.tiny import tiny_packed
 from chronos.testing.tolerances import TOLERANCE, assert_close

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
 from chronos.common.layout import open_layout, pack
-from chronos.common.sampling import SamplingParams
-from chronos.common.sampling import draw as reference_draw
+from chronos.common.model.config import ModelConfig
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.sampling import draw as reference_draw
 from chronos.testing import oracle
 from chronos.testing.model_tests import CONFIG
 from chronos.testing.tolerances import assert_close

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common import losses
-from chronos.common.config import LossWeights, ModelConfig
 from chronos.common.data import Batch
-from chronos.common.recipe import TrainRecipe
+from chronos.common.model.config import LossWeights, ModelConfig
+from chronos.common.training import losses
+from chronos.common.training.recipe import TrainRecipe
 from chronos.testing import oracle
 from chronos.testing.tolerances import assert_close
 from chronos.testing.train_tests import TINY, batch

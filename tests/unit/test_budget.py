@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from chronos.common.budget import minimum_bytes, parse_budget, parse_size, slots_within
+from chronos.common.budget import parse_budget, parse_size
 from chronos.common.errors import BudgetError, UsageError
-from chronos.common.stats import StoreStats
+from chronos.common.experts.stats import StoreStats
+from chronos.common.layout.folder import minimum_bytes, slots_within
 
 TOTAL = 96 * 4096
 

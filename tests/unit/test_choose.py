@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import CorruptFileError, ShapeMismatch, UsageError
+from chronos.common.experts.foresight.choose import choose_policy
+from chronos.common.experts.foresight.forecast import FORECAST, Forecaster, ForecastModel
+from chronos.common.experts.foresight.intent import INTENT, IntentModel
+from chronos.common.experts.foresight.network import Geometry, initial
+from chronos.common.experts.foresight.predictor import (
+    DecayedUse,
+    PredictorPolicy,
+    RestingPolicy,
+    TokenTable,
+)
+from chronos.common.experts.residency import LRU
 from chronos.common.layout import Layout
-from chronos.common.residency import LRU
-from chronos.common.routing.choose import choose_policy
-from chronos.common.routing.forecast import FORECAST, Forecaster, ForecastModel
-from chronos.common.routing.intent import INTENT, IntentModel
-from chronos.common.routing.network import Geometry, initial
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, RestingPolicy, TokenTable
 from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
 TOP_K = 2

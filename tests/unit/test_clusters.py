@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chronos.common.layout.clusters import choose_order, clusters, extents, layer_order
-from chronos.common.routing.trace import RoutingTrace
+from chronos.common.traces.clusters import choose_order, clusters, extents, layer_order
+from chronos.common.traces.trace import RoutingTrace
 
 RECORD = 1000
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from chronos.common.config import LossWeights, ModelConfig
 from chronos.common.errors import ConfigError
+from chronos.common.model.config import LossWeights, ModelConfig
 
 SMALL = ModelConfig(hidden_size=64, num_hidden_layers=3, loss_weights=LossWeights(temporal=0.1))
 

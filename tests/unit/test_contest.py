@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chronos.common.routing.contest import BLOCK, Contest
+from chronos.common.experts.contest import BLOCK, Contest
 
 
 def play(

@@ -19,7 +19,7 @@ from chronos.common.data import (
     stdlib_documents,
 )
 from chronos.common.errors import DataError, UsageError
-from chronos.common.tokenizer import Tokenizer
+from chronos.common.text.tokenizer import Tokenizer
 
 EOS, PAD = 1, 0
 DOCUMENTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34], [], [40, 41]]

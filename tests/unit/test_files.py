@@ -10,20 +10,11 @@ from types import SimpleNamespace
 import pytest
 import xxhash
 
-from chronos.common import fileio
+from chronos.common.disk import io as fileio
+from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.io import ALIGN, FileIO, PacedIO, aligned_buffer, measure_read_rate
+from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import CorruptFileError, ResourceError, StoreError
-from chronos.common.files import (
-    ALIGN,
-    FileIO,
-    PacedIO,
-    RangedReader,
-    Request,
-    RunLock,
-    aligned_buffer,
-    atomic_write,
-    measure_read_rate,
-    sweep_orphans,
-)
 
 
 @pytest.fixture

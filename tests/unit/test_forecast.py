@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import CorruptFileError, DataError, ShapeMismatch
-from chronos.common.routing.fit import FitOptions, Fitted, Samples, fit, split
-from chronos.common.routing.forecast import DECAYS, Forecaster, ForecastModel, History
-from chronos.common.routing.measure import measure, predictors
-from chronos.common.routing.network import (
+from chronos.common.experts.foresight.forecast import DECAYS, Forecaster, ForecastModel, History
+from chronos.common.experts.foresight.network import (
     INPUTS,
     Geometry,
     backward,
@@ -24,10 +22,12 @@ from chronos.common.routing.network import (
     loss,
     slope,
 )
-from chronos.common.routing.predictor import PredictorPolicy
-from chronos.common.routing.recall import guesses, recall_at
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import simulate_policy, slots_for
+from chronos.common.experts.foresight.predictor import PredictorPolicy
+from chronos.common.traces.fit import FitOptions, Fitted, Samples, fit, split
+from chronos.common.traces.measure import measure, predictors
+from chronos.common.traces.simulate import simulate_policy, slots_for
+from chronos.common.traces.trace import RoutingTrace
+from chronos.common.training.recall import guesses, recall_at
 
 L, E, K = 3, 8, 2
 QUICK = FitOptions(epochs=12, batch=64, hidden=64, rank=8, rate=1e-2, drop=0.0)

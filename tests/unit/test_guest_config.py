@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.tensors import write_tensors
 from chronos.common.errors import ConfigError
-from chronos.common.guest import Geometry, GuestConfig, read_config
-from chronos.common.tensorfile import write_tensors
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import Geometry, GuestConfig, read_config
 
 BASE = {
     "model_type": "olmoe",

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chronos.common import tensorfile
+from chronos.common.disk import tensors as tensorfile
+from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch, UsageError
-from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout import inspect, open_layout, pack, read_records, reorder, verify
 from chronos.common.layout.naming import expert_part
-from chronos.common.tensorfile import read_checkpoint
+from chronos.common.model.guest import GuestConfig, read_config
 from chronos.testing.faults import FaultyIO
-from chronos.testing.tiny_guest import STYLES, D, E, F, tiny_guest
+from tests.support.tiny_guest import STYLES, D, E, F, tiny_guest
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from chronos import hub
 from chronos.common.errors import DiskFullError, MissingBackendError, ResourceError, UsageError
 from chronos.common.layout import inspect, open_layout, pack
-from chronos.models import resolve_model
-from chronos.testing.tiny_guest import tiny_guest
+from chronos.run import hub
+from chronos.run.models import resolve_model
+from tests.support.tiny_guest import tiny_guest
 
 
 class LocalEntryNotFoundError(OSError):
@@ -36,7 +36,7 @@ class GatedRepoError(RepositoryNotFoundError):
 
 
 class Library:
-    """What `chronos.hub` asks of huggingface_hub."""
+    """What `chronos.run.hub` asks of huggingface_hub."""
 
     def __init__(self, answer: Any) -> None:
         self.answer, self.calls = answer, list[dict[str, Any]]()

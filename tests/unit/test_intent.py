@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chronos.common.disk.tensors import write_tensors
 from chronos.common.errors import CorruptFileError, DataError
-from chronos.common.routing import intent
-from chronos.common.routing.intent import (
-    IntentModel,
+from chronos.common.experts.foresight.intent import INTENT, IntentModel, shares
+from chronos.common.experts.foresight.predictor import DecayedUse
+from chronos.common.traces import intent
+from chronos.common.traces.intent import (
     compare_preloads,
     fit_intent,
-    shares,
     train_if_it_wins,
 )
-from chronos.common.routing.predictor import DecayedUse
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder
-from chronos.common.tensorfile import write_tensors
+from chronos.common.traces.trace import RoutingTrace, TraceRecorder
 
 LAYERS, EXPERTS, TOP_K, TURN = 2, 12, 2, 16
 
@@ -119,7 +118,7 @@ def test_gradients_are_those_of_the_loss(trace: RoutingTrace) -> None:
 
 
 def test_the_side_file_comes_back_and_is_read_strictly(model: IntentModel, tmp_path: Path) -> None:
-    path = tmp_path / intent.INTENT
+    path = tmp_path / INTENT
     model.save(path)
     again = IntentModel.load(path)
     assert all(np.array_equal(again.params[name], value) for name, value in model.params.items())

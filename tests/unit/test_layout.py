@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.header import DTYPE_BITS, read_header
+from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ConfigError, CorruptFileError, ShapeMismatch, UsageError
 from chronos.common.layout import (
     inspect,
@@ -22,8 +23,8 @@ from chronos.common.layout import (
     write_experts,
 )
 from chronos.common.layout.finite import first_nonfinite
-from chronos.common.tensorfile import DTYPE_BITS, read_header, read_tensors, write_tensors
-from chronos.common.weights import TensorSpec, expert_name
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import TensorSpec, expert_name
 from chronos.testing.tiny import tiny_model
 
 SMALL = {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 300}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chronos.common.errors import UsageError
-from chronos.common.limits import eta_policy, limit_report
+from chronos.common.traces.limits import eta_policy, limit_report
 
 # 1 GB dense, 10 layers x 4 experts of 10 MB; memory 100 GB/s, disk 1 GB/s.
 RUN: dict[str, Any] = {

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from chronos.common import losses
+from chronos.common.training import losses
 
 SEGMENTS = np.array([[0, 0, 1, 1, -1]])
 UNIFORM = np.full((2, 1, 5, 4), 0.25)

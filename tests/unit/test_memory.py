@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chronos.common.routing import memory as room
-from chronos.common.routing.memory import RoutingMemory
+from chronos.common.experts.foresight import memory as room
+from chronos.common.experts.foresight.memory import RoutingMemory
 
 L, E, K, HORIZON, DISCOUNT = 3, 8, 2, 4, 0.5
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 from chronos.testing import oracle
 
 CONFIG = ModelConfig(

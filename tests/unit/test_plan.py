@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chronos.common.routing.plan import PAYS, LinkUse, PrefetchController, expected_use, plan
+from chronos.common.experts.plan import PAYS, LinkUse, PrefetchController, expected_use, plan
 
 RECORD = 1000
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from chronos.common.residency import Policy, Residency
-from chronos.common.routing.predictor import (
+from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     Predictor,
     PredictorPolicy,
@@ -17,6 +16,7 @@ from chronos.common.routing.predictor import (
     TokenClock,
     TokenTable,
 )
+from chronos.common.experts.residency import Policy, Residency
 
 L, E, K = 3, 8, 2
 Make = Callable[[], Predictor]
@@ -112,7 +112,7 @@ def test_a_token_table_expects_what_the_same_token_needed_before() -> None:
 def test_a_token_table_learns_from_a_prompt_and_forgets_the_oldest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chronos.common.routing.predictor._TABLE_BYTES", 4 * L * E * 3)
+    monkeypatch.setattr("chronos.common.experts.foresight.predictor._TABLE_BYTES", 4 * L * E * 3)
     policy, ids_TLK = PredictorPolicy(TokenTable(L, E)), _ids(4)
     assert policy.by_token and not PredictorPolicy(DecayedUse(L, E)).by_token
     policy.learn([10, 11, 12, 13], ids_TLK)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.routing.contest import BLOCK
-from chronos.common.routing.plan import Key
-from chronos.common.routing.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
-from chronos.common.stats import StoreStats
+from chronos.common.experts.contest import BLOCK
+from chronos.common.experts.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
+from chronos.common.experts.stats import StoreStats
+from chronos.common.model.weights import Key
 
 LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
 

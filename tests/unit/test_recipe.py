@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chronos.common.errors import ConfigError
-from chronos.common.recipe import Recipe, load_recipe
+from chronos.common.training.recipe import Recipe, load_recipe
 
 
 def written(folder: Path, text: str) -> Path:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from chronos.common.rehearse import Oracle, Pace, Rehearsal, rehearse
-from chronos.common.residency import LRU, Policy
-from chronos.common.routing.predictor import DecayedUse, PredictorPolicy, RestingPolicy
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder
-from chronos.common.simulate import simulate, simulate_policy
+from chronos.common.experts.foresight.predictor import DecayedUse, PredictorPolicy, RestingPolicy
+from chronos.common.experts.residency import LRU, Policy
+from chronos.common.traces.rehearse import Oracle, Pace, Rehearsal, rehearse
+from chronos.common.traces.simulate import simulate, simulate_policy
+from chronos.common.traces.trace import RoutingTrace, TraceRecorder
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 4, 12, 2, 260
 SLOTS, RECORD = 16, 3 << 20

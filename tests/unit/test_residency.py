@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from chronos.common.residency import LRU, DecayedLFU, Policy, Residency, State
+from chronos.common.experts.residency import LRU, DecayedLFU, Policy, Residency, State
 
 L, E = 3, 8
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import ChronosError, UsageError
-from chronos.common.sampling import SamplingParams, draw, filter_logits, probabilities
+from chronos.common.text.sampling import SamplingParams, draw, filter_logits, probabilities
 
 LOGITS = np.log([0.1, 0.4, 0.2, 0.2, 0.1])
 

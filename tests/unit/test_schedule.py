@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chronos.common.schedule import learning_rate
+from chronos.common.training.schedule import learning_rate
 
 SHAPE = {"peak": 1.0, "floor": 0.1, "warmup": 10, "total": 101}
 

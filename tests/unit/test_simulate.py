@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
-from chronos.common.files import RangedReader
-from chronos.common.residency import LRU, DecayedLFU
-from chronos.common.routing.trace import RoutingTrace
-from chronos.common.simulate import (
+from chronos.common.experts.residency import LRU, DecayedLFU
+from chronos.common.experts.tiers import SlotTier
+from chronos.common.traces.simulate import (
     POLICIES,
     compare,
     missed_keys,
@@ -23,7 +23,7 @@ from chronos.common.simulate import (
     simulate_policy,
     slots_for,
 )
-from chronos.common.tier import SlotTier
+from chronos.common.traces.trace import RoutingTrace
 from chronos.testing.store_rig import tiny_layout
 
 Request = tuple[int, ...]

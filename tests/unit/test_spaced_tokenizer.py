@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from chronos.common.chat_template import TemplateError
 from chronos.common.errors import CorruptFileError
-from chronos.common.tokenizer import StreamDecoder, Tokenizer
+from chronos.common.text.chat_template import TemplateError
+from chronos.common.text.tokenizer import StreamDecoder, Tokenizer
 
 PIECES = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello", "d", "[", "]", "日"]
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello")]

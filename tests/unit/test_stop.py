@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chronos.common.stop import StopText
+from chronos.common.text.stop import StopText
 
 
 def shown(stop: list[str], pieces: list[str]) -> tuple[str, bool]:

@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from chronos.common import tensorfile
+from chronos.common.disk import tensors as tensorfile
+from chronos.common.disk.header import DTYPE_BITS, read_header, tensor_nbytes
+from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
 from chronos.common.errors import CorruptFileError
-from chronos.common.tensorfile import (
-    DTYPE_BITS,
-    read_checkpoint,
-    read_header,
-    read_tensors,
-    tensor_nbytes,
-    write_tensors,
-)
 
 
 def sample() -> dict[str, np.ndarray]:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.disk.reader import Request
 from chronos.common.errors import StoreError
-from chronos.common.files import Request
+from chronos.common.experts.residency import LRU
+from chronos.common.experts.tiers import SlotTier, StagedTier
 from chronos.common.layout import Layout
-from chronos.common.residency import LRU, Key
-from chronos.common.tier import SlotTier, StagedTier
+from chronos.common.model.weights import Key
 from chronos.testing.store_rig import EXPERTS, LAYERS, tiny_layout
 
 

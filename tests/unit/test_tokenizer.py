@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chronos.common.chat_template import CHAT_TEMPLATE
 from chronos.common.errors import CorruptFileError, DataError
-from chronos.common.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from chronos.common.text.chat_template import CHAT_TEMPLATE
+from chronos.common.text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 TEXTS = ["def add(left, right):\n    return left + right\n", "für élan 日本 😀\n"] * 4
 USER = [{"role": "user", "content": "hi"}]

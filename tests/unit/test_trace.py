@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import DataError
-from chronos.common.routing.trace import RoutingTrace, TraceRecorder, join
+from chronos.common.traces.trace import RoutingTrace, TraceRecorder, join
 
 META = {"model": "tiny", "num_experts": 8, "top_k": 2, "phase": "generation"}
 

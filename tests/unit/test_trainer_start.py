@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from chronos.common.errors import ResourceError
-from chronos.common.recipe import DataRecipe, Recipe, TokenizerRecipe, TrainRecipe
+from chronos.common.training.recipe import DataRecipe, Recipe, TokenizerRecipe, TrainRecipe
 from chronos.testing.tiny import CONFIG, tiny_tokenizer
-from chronos.trainer import Trainer, prepare
+from chronos.train.loop import Trainer, prepare
 
 
 class NoStep:

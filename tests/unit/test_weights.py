@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from chronos.common.config import ModelConfig
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     count_parameters,
     dense_tensors,
     expert_name,

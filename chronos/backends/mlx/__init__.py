@@ -23,15 +23,15 @@ from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.runner import Runner
 from chronos.backends.protocol import Observed
 from chronos.common.errors import MissingBackendError, UsageError
-from chronos.common.guest import GuestConfig, read_config
+from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.mlx.store import ExpertStore
     from chronos.backends.mlx.train import TrainStep
-    from chronos.common.config import ModelConfig
+    from chronos.common.disk.header import TensorEntry
     from chronos.common.layout import Layout
-    from chronos.common.recipe import TrainRecipe
-    from chronos.common.tensorfile import TensorEntry
+    from chronos.common.model.config import ModelConfig
+    from chronos.common.training.recipe import TrainRecipe
 
 name = "mlx"
 
@@ -76,7 +76,7 @@ def load(
     """
     where = pick_device(device)
     if isinstance(read_config(folder), GuestConfig):
-        from chronos.backends.mlx.guest import load_guest
+        from chronos.backends.mlx.guest.model import load_guest
 
         return load_guest(folder, where, resident, dense)
     return load_model(folder, where, resident, dense)

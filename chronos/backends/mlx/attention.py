@@ -17,7 +17,7 @@ import math
 import mlx.core as mx
 from mlx import nn
 
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 Mask = mx.array | str | None  # what scaled_dot_product_attention takes
 

@@ -17,12 +17,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from chronos.backends.mlx.model import DTYPES, Model
-from chronos.common.config import ModelConfig
+from chronos.common.disk.atomic import atomic_write
+from chronos.common.disk.header import TensorEntry
+from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
 from chronos.common.errors import ShapeMismatch
-from chronos.common.files import atomic_write
 from chronos.common.layout import is_packed, open_layout, read_experts
-from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     EXPERT_TENSORS,
     SAFETENSORS_DTYPE,
     TensorSpec,

@@ -29,7 +29,7 @@ from chronos.backends.mlx.attention import (
     causal_mask,
 )
 from chronos.backends.mlx.moe import ExpertSource, LookaheadRouter, MoE, Routing
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 

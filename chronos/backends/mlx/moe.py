@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 # Below this many rows sorting them by expert costs more than the locality it gives (as in MLX-LM).
 _SORT_ROWS = 64

@@ -21,8 +21,8 @@ from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.moe import Expert, ExpertSource, Routing
 from chronos.backends.mlx.store import ExpertStore
 from chronos.common.errors import UsageError
-from chronos.common.routing.prefetch import Prefetcher
-from chronos.common.sampling import SamplingParams
+from chronos.common.experts.prefetch import Prefetcher
+from chronos.common.text.sampling import SamplingParams
 
 PREFILL_CHUNK = 512
 # Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.

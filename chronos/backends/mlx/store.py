@@ -4,8 +4,8 @@ Memory is unified, so the slots computed with are the bytes read: one array, all
 exports its buffer to the reader; stacks over it are views. Nothing is copied, nothing is allocated
 while experts come and go (bench/LOG.md has what was tried instead). MLX is lazy: who computes with
 a slot must have evaluated the result before the slot is given up, or `hold` it.
-What to keep and evict is `chronos.common.residency`'s business, when to wait that of
-`chronos.common.slots`. What a record's tensors mean is not known here: quantised ones are bytes.
+What to keep and evict is `chronos.common.experts.residency`'s business, when to wait that of
+`chronos.common.experts.tier`. What a record's tensors mean is not known here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import numpy as np
 from chronos.backends.mlx import model
 from chronos.backends.mlx.moe import Expert
 from chronos.backends.probe import memory_limits
-from chronos.common.budget import slots_within
+from chronos.common.disk.io import ALIGN
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import BudgetError, ShapeMismatch, StoreError, UsageError
-from chronos.common.files import ALIGN, RangedReader
-from chronos.common.lease import Lease
-from chronos.common.residency import DecayedLFU, Key, Policy
-from chronos.common.stats import StoreStats
-from chronos.common.tier import SlotTier
-from chronos.common.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE
+from chronos.common.experts.residency import DecayedLFU, Policy
+from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.tier import Lease
+from chronos.common.experts.tiers import SlotTier
+from chronos.common.layout.folder import slots_within
+from chronos.common.model.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE, Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record

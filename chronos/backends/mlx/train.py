@@ -29,11 +29,11 @@ from chronos.backends.mlx.checkpoint import (
     to_bytes,
 )
 from chronos.backends.mlx.model import Model, Output
-from chronos.common.config import LossWeights
 from chronos.common.data import Batch
+from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
-from chronos.common.recipe import TrainRecipe
-from chronos.common.tensorfile import TensorEntry
+from chronos.common.model.config import LossWeights
+from chronos.common.training.recipe import TrainRecipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in the model

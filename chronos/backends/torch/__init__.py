@@ -16,15 +16,15 @@ from chronos.backends.torch.model import Model
 # Here and not in `runner`: a first import later would bind the module's name over the function's.
 from chronos.backends.torch.runner import Runner
 from chronos.common.errors import MissingBackendError, UsageError
-from chronos.common.guest import GuestConfig, read_config
+from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.torch.store import ExpertStore
     from chronos.backends.torch.train import TrainStep
-    from chronos.common.config import ModelConfig
+    from chronos.common.disk.header import TensorEntry
     from chronos.common.layout import Layout
-    from chronos.common.recipe import TrainRecipe
-    from chronos.common.tensorfile import TensorEntry
+    from chronos.common.model.config import ModelConfig
+    from chronos.common.training.recipe import TrainRecipe
 
 name = "torch"
 
@@ -79,7 +79,7 @@ def load(
 def _guests() -> Any:
     """The module for models that Transformers builds; two seconds of import that others spare."""
     try:
-        from chronos.backends.torch import guest
+        from chronos.backends.torch.guest import model as guest
     except ImportError as error:
         raise MissingBackendError(
             f"this model needs Transformers 5.20 or later ({error})",

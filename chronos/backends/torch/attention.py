@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronos.backends.torch.products import Linear
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):

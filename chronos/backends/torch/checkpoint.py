@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from chronos.backends.torch.model import DTYPES, Model
-from chronos.common.config import ModelConfig
+from chronos.common.disk.atomic import atomic_write
+from chronos.common.disk.header import TensorEntry
+from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
 from chronos.common.errors import ShapeMismatch
-from chronos.common.files import atomic_write
 from chronos.common.layout import is_packed, open_layout, read_experts
-from chronos.common.tensorfile import TensorEntry, read_checkpoint, read_tensors, write_tensors
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import (
     LARGE,
     SAFETENSORS_DTYPE,
     TensorSpec,

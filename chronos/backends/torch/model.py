@@ -29,7 +29,7 @@ from chronos.backends.torch.attention import (
 )
 from chronos.backends.torch.moe import ExpertSource, LookaheadRouter, MoE, Routing
 from chronos.backends.torch.products import linear
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.products import Linear, linear
-from chronos.common.config import ModelConfig
+from chronos.common.model.config import ModelConfig
 
 
 class Expert(NamedTuple):

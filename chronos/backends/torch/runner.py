@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chronos.backends.torch import graphs
+from chronos.backends.torch.fast import graphs
 from chronos.backends.torch.model import Model, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.store import ExpertStore
 from chronos.common.errors import UsageError
-from chronos.common.routing.prefetch import Prefetcher
-from chronos.common.sampling import SamplingParams
+from chronos.common.experts.prefetch import Prefetcher
+from chronos.common.text.sampling import SamplingParams
 
 PREFILL_CHUNK = 512
 # Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.

@@ -3,8 +3,8 @@
 On a CPU the slots computed with are the bytes read: one arena, torch views into it, no copy. On an
 accelerator there are slots on the device and, in host memory, page-locked slots (the warm tier, or
 a small staging area); records are read into the latter and copied on by a `CopyEngine`.
-What to keep and evict is `chronos.common.residency`'s business, when to wait that of
-`chronos.common.slots`. Not covered: experts in quantised formats.
+What to keep and evict is `chronos.common.experts.residency`'s business, when to wait that of
+`chronos.common.experts.tier`. Not covered: experts in quantised formats.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from chronos.backends.torch.moe import Expert
-from chronos.common.budget import slots_within
+from chronos.common.disk.io import aligned_buffer
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import BudgetError, ResourceError, ShapeMismatch, UsageError
-from chronos.common.files import RangedReader, aligned_buffer
-from chronos.common.residency import DecayedLFU, Key, Policy
-from chronos.common.stats import StoreStats
-from chronos.common.tier import CopyEngine, SlotTier, StagedTier
-from chronos.common.weights import EXPERT_TENSORS
+from chronos.common.experts.residency import DecayedLFU, Policy
+from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
+from chronos.common.layout.folder import slots_within
+from chronos.common.model.weights import EXPERT_TENSORS, Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record

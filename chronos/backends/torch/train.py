@@ -19,11 +19,11 @@ from torch import Tensor
 
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.torch.model import Model, Output
-from chronos.common.config import LossWeights
 from chronos.common.data import Batch
+from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
-from chronos.common.recipe import TrainRecipe
-from chronos.common.tensorfile import TensorEntry
+from chronos.common.model.config import LossWeights
+from chronos.common.training.recipe import TrainRecipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

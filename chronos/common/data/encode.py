@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from chronos.common.data.rows import Document, Message
 from chronos.common.errors import DataError
-from chronos.common.tokenizer import Tokenizer
+from chronos.common.text.tokenizer import Tokenizer
 
 # Bounds what the tokenizer's own objects take at a time; large enough to keep all cores busy.
 _CHUNK = 256

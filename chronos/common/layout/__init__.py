@@ -7,13 +7,12 @@ which experts lie side by side. `naming` and `guest` know other libraries' check
 
 from chronos.common.layout.ctsr import read_records, write_experts
 from chronos.common.layout.folder import Layout, is_packed, open_layout, read_experts
-from chronos.common.layout.manifest import Key, Record, RecordTensor
+from chronos.common.layout.manifest import Record, RecordTensor
 from chronos.common.layout.overview import inspect
 from chronos.common.layout.pack import PackReport, pack, reorder
 from chronos.common.layout.verify import VerifyReport, verify
 
 __all__ = [
-    "Key",
     "Layout",
     "PackReport",
     "Record",

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from chronos.common.atomic import atomic_write, make_folder
+from chronos.common.disk.atomic import atomic_write, make_folder
+from chronos.common.disk.header import build_header
+from chronos.common.disk.io import ALIGN, FileIO, SmallReader, aligned_buffer, round_up
+from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import ChronosError, CorruptFileError, ShapeMismatch
-from chronos.common.fileio import ALIGN, FileIO, SmallReader, aligned_buffer, round_up
-from chronos.common.files import RangedReader, Request
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
@@ -29,15 +30,13 @@ from chronos.common.layout.manifest import (
     EXPERTS,
     MANIFEST,
     TENSOR_ALIGN,
-    Key,
     Manifest,
     Record,
     RecordTensor,
     manifest_bytes,
     tensor_key,
 )
-from chronos.common.tensorfile import build_header
-from chronos.common.weights import SAFETENSORS_DTYPE, TensorSpec
+from chronos.common.model.weights import SAFETENSORS_DTYPE, Key, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
 _LARGE = 256 << 20

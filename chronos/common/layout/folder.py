@@ -15,25 +15,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from chronos.common.config import ModelConfig
-from chronos.common.errors import CorruptClusterError, CorruptFileError, ShapeMismatch
-from chronos.common.fileio import FileIO, StrPath, corrupt
-from chronos.common.guest import GuestConfig
+from chronos.common.disk.header import TensorEntry, read_header
+from chronos.common.disk.io import FileIO, StrPath, corrupt
+from chronos.common.disk.linked import LINK, link_fingerprint
+from chronos.common.errors import BudgetError, CorruptClusterError, CorruptFileError, ShapeMismatch
 from chronos.common.layout.ctsr import Template, read_records
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
     CTSR_VERSION,
     EXPERTS,
     MANIFEST,
-    Key,
     Manifest,
     Record,
     read_manifest,
     tensor_key,
 )
-from chronos.common.linked import LINK, link_fingerprint
-from chronos.common.tensorfile import TensorEntry, read_header
-from chronos.common.weights import SAFETENSORS_DTYPE, expert_name, expert_tensors
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
+from chronos.common.model.weights import SAFETENSORS_DTYPE, Key, expert_name, expert_tensors
 
 _Spelled = tuple[str, str, tuple[int, ...]]  # a tensor's name, dtype and shape
 
@@ -264,3 +263,21 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         raise corrupt(path, "is a safetensors file, but not a cluster of experts")
     if int(version) > CTSR_VERSION:
         raise corrupt(path, f"was made by version {version} of its format; upgrade Chronos")
+
+
+def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
+    """The least a store can run on: room for the experts one token needs in one layer."""
+    return min(top_k, max(1, len(layout.records))) * layout.record_nbytes
+
+
+def slots_within(layout: Layout, capacity_bytes: int, top_k: int = 1) -> int:
+    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum."""
+    least = minimum_bytes(layout, top_k)
+    if capacity_bytes < least:
+        raise BudgetError(
+            f"an expert budget of {capacity_bytes} bytes is too small:"
+            f" one token needs {top_k} experts of {layout.record_nbytes} bytes at once",
+            str(layout.folder),
+            f"give at least {least} bytes ({100 * least / max(1, layout.total_bytes):.1f} %)",
+        )
+    return min(capacity_bytes // max(1, layout.record_nbytes), len(layout.records))

@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from chronos.common.disk.header import Located
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.guest import GuestConfig
 from chronos.common.layout.ctsr import Template, lay_out
-from chronos.common.layout.manifest import Key
 from chronos.common.layout.naming import ORDER, Part, expert_part, is_extra, layer_of
-from chronos.common.tensorfile import Located
+from chronos.common.model.guest import GuestConfig
+from chronos.common.model.weights import Key
 
 _GATE_UP = ("gate_up_proj", "gate_up_proj_bias")
 # What a record ends with, and what it must have beside it: one of these.

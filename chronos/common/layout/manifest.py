@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chronos.common.errors import ConfigError, CorruptClusterError
-from chronos.common.fileio import ALIGN, FileIO
-from chronos.common.tensorfile import (
+from chronos.common.disk.header import (
     check_name,
     is_plain_name,
     load_json,
     read_small,
     tensor_nbytes,
 )
+from chronos.common.disk.io import ALIGN, FileIO
+from chronos.common.errors import ConfigError, CorruptClusterError
+from chronos.common.model.weights import Key
 
 EXPERTS = "experts"
 MANIFEST = "cluster_manifest.json"
@@ -33,7 +34,6 @@ MAX_MANIFEST = 32 << 20
 TENSOR_ALIGN = 64  # of a tensor within its record: what vector loads and accelerators like
 _MAX_INDEX = 65_535
 
-Key = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(frozen=True, slots=True)

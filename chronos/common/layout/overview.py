@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from chronos.common.budget import parse_budget
-from chronos.common.config import ModelConfig, load_config
+from chronos.common.disk.header import read_header
+from chronos.common.disk.io import FileIO, StrPath
 from chronos.common.errors import UsageError
-from chronos.common.fileio import FileIO, StrPath
-from chronos.common.guest import GuestConfig
 from chronos.common.layout.folder import is_packed, open_layout
 from chronos.common.layout.source import ModelSource, open_source
-from chronos.common.tensorfile import read_header
+from chronos.common.model.config import ModelConfig, load_config
+from chronos.common.model.guest import GuestConfig
 
 _SHARES = ("12.5%", "25.0%", "50.0%")
 

@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.header import build_header
+from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, check_free_space
+from chronos.common.disk.linked import LINK, write_link
+from chronos.common.disk.tensors import read_pieces, read_tensors
 from chronos.common.errors import ConfigError, UsageError
-from chronos.common.fileio import ALIGN, FileIO, SmallReader, StrPath, check_free_space
-from chronos.common.files import RunLock, atomic_write, sweep_orphans
-from chronos.common.guest import GuestConfig
 from chronos.common.layout.ctsr import write_experts
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import (
@@ -31,11 +32,11 @@ from chronos.common.layout.folder import (
     is_unfinished,
     open_layout,
 )
-from chronos.common.layout.manifest import EXPERTS, Key
+from chronos.common.layout.manifest import EXPERTS
 from chronos.common.layout.source import ModelSource, open_source, pick
-from chronos.common.linked import LINK, write_link
-from chronos.common.tensorfile import build_header, read_pieces, read_tensors
-from chronos.common.weights import lookahead_tensors
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
+from chronos.common.model.weights import Key, lookahead_tensors
 
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",

@@ -15,18 +15,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.header import Located
+from chronos.common.disk.io import FileIO
+from chronos.common.disk.linked import sample_digest
+from chronos.common.disk.tensors import locate_tensors, read_pieces
 from chronos.common.errors import ShapeMismatch
-from chronos.common.fileio import FileIO
-from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts
-from chronos.common.layout.manifest import Key
-from chronos.common.linked import sample_digest
-from chronos.common.tensorfile import Located, locate_tensors, read_pieces
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig, read_config
+from chronos.common.model.weights import (
     SAFETENSORS_DTYPE,
+    Key,
     TensorSpec,
     dense_tensors,
     expert_name,

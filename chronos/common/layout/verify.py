@@ -15,16 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chronos.common.config import ModelConfig
+from chronos.common.disk.header import Located, read_header
+from chronos.common.disk.io import FileIO, StrPath
+from chronos.common.disk.tensors import locate_tensors, read_pieces
 from chronos.common.errors import ChronosError, ShapeMismatch
-from chronos.common.fileio import FileIO, StrPath
-from chronos.common.guest import GuestConfig, read_config
 from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts
-from chronos.common.tensorfile import Located, locate_tensors, read_header, read_pieces
-from chronos.common.weights import (
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig, read_config
+from chronos.common.model.weights import (
     SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,

@@ -1,0 +1,1 @@
+"""Models that MLX-LM builds, with their routed experts streamed by Chronos."""

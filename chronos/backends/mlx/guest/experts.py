@@ -1,0 +1,238 @@
+"""The routed experts of a guest's layer: what takes the place of MLX-LM's `SwitchGLU`, `SwitchMLP`.
+
+MLX-LM's blocks choose experts, call their switch with (x, ids) and weigh what it returns. Here the
+ids go to the host and the experts come from a store's slots; the products are MLX-LM's own, gathers
+over a stack by index, so each row has the bits it has there. The routing weights never reach a
+switch and are not recorded. A short input gathers once, when all its experts are there; a longer
+one expert by expert as they land.
+
+Shape legend: T tokens, D hidden, F expert hidden, E experts, S slots, K top-k, N routed pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from chronos.backends.mlx.moe import Routing
+from chronos.common.experts.prefetch import NEXT_GATE
+
+# From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
+_SORT_PAIRS = 64
+_KINDS = ("weight", "scales", "biases", "bias")
+Tensors = Mapping[str, mx.array]
+Shared = Callable[[mx.array], mx.array] | None
+# The next layer with experts, and what its own gate would choose.
+Ahead = tuple[int, Callable[[mx.array], mx.array]] | None
+
+
+@dataclass
+class Call:
+    """What one forward pass tells all layers of a guest, and what they tell it."""
+
+    source: Any = None  # a store with guest records; None: the layers hold their experts
+    replay: Callable[[int], tuple[mx.array, mx.array]] | None = None
+    last_only: bool = False
+    routing: list[Routing] = field(default_factory=list)
+    held: mx.array | None = None  # computed, not evaluated, with slots that the next layer frees
+
+
+@dataclass(frozen=True)
+class Legend:
+    """Which tensors of a record are which of MLX-LM's, and how they lie.
+
+    native: the record has MLX-LM's names. Otherwise it has those of Transformers' modules, and
+    `rows` says how gate and up share a matrix: "halves", "interleaved", or "" where there is no
+    gate; `swapped`: matrices lie [in, out].
+    """
+
+    native: bool
+    rows: str = ""
+    swapped: bool = False
+
+    def read(self, record: Tensors) -> dict[str, mx.array]:
+        """Tensors [S, ...] by MLX-LM's names. Views all: interleaved rows stay one matrix, because
+        a gather over a matrix with gaps copies the stack."""
+        if self.native:
+            return dict(record)
+        first = ("gate_up_proj",) if self.rows else ("up_proj",)
+        found = {}
+        for name in (*first, "down_proj"):
+            weight = record[name]
+            found[f"{name}.weight"] = weight.swapaxes(1, 2) if self.swapped else weight
+            if f"{name}_bias" in record:
+                found[f"{name}.bias"] = record[f"{name}_bias"]
+        if self.rows == "halves":
+            for kind in ("weight", "bias"):
+                if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
+                    found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = mx.split(both, 2, 1)
+        if not self.rows:
+            names = {"up_proj": "fc1", "down_proj": "fc2"}
+            found = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in found.items()}
+        return found
+
+    def parted(self, record: Tensors) -> dict[str, mx.array]:
+        """The same with gate and up told apart always."""
+        found = self.read(record)
+        for kind in ("weight", "bias"):
+            if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
+                found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = both[:, ::2], both[:, 1::2]
+        return found
+
+
+class Layer(nn.Module):
+    """One layer's routed experts, for a guest that holds them: records the routing, replays one."""
+
+    def __init__(self, layer: int, block: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.layer, self.block, self._call = layer, block, call
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        return self.block(x, self._routed(ids))
+
+    def _routed(self, ids: mx.array) -> mx.array:
+        """The ids to compute: the block's, or those that are replayed. Both in the block's order of
+        weights."""
+        call, K = self._call, ids.shape[-1]
+        if call.replay is not None:
+            ids = call.replay(self.layer)[0].reshape(ids.shape)
+        ids_TK = ids.reshape(-1, K)
+        unknown_T0 = mx.zeros((len(ids_TK), 0))
+        call.routing.append(Routing(ids_TK, unknown_T0, unknown_T0))
+        return ids
+
+
+class StreamedLayer(Layer):
+    """The same from a store's slots."""
+
+    def __init__(
+        self, layer: int, block: nn.Module, legend: Legend, call: Call, shared: Shared, ahead: Ahead
+    ) -> None:
+        """shared: what the layer's shared experts make of x, for fallback; None where they are not
+        known."""
+        super().__init__(layer, block, call)
+        del self.block  # its weights are stand-ins
+        self.activation, self._legend = block.activation, legend
+        self.shared = shared
+        self._ahead = ahead
+        self._gated = "gate_proj" in block
+        names = ("gate_proj", "up_proj", "down_proj") if self._gated else ("fc1", "fc2")
+        self._quantised = {n: _settings(block[n]) for n in names if "scales" in block[n]}
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        ids, source = self._routed(ids), self._call.source
+        next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
+        # The one wait of this layer, with the input in it as in the native MoE; and the last
+        # layer's output, which the input need not depend on in every architecture.
+        mx.eval(x, ids, next_ids, self._call.held)
+        x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
+        used = np.unique(ids_TK).tolist()
+        ready = source.acquire(self.layer, used)  # its reads go first
+        if next_ids is not None:
+            assert self._ahead is not None
+            source.prefetcher.forecast_next(self._ahead[0], next_ids.reshape(-1).tolist())
+        compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
+        y_NA, missing = compute(x_TD, ids_TK, source, ready)
+        self._call.held = y_NA
+        y_TKA = y_NA.reshape(*ids_TK.shape, -1)
+        if missing:
+            assert self.shared is not None
+            gone_TK = np.isin(ids_TK, missing)
+            source.record_fallback(float(gone_TK.sum()) / ids_TK.shape[1])
+            y_TKA = mx.where(mx.array(gone_TK)[..., None], self.shared(x_TD)[:, None], y_TKA)
+        return y_TKA.reshape(*ids.shape, -1).astype(y_NA.dtype)
+
+    def _guess(self, x: mx.array, source: Any) -> mx.array | None:
+        """The next layer's gate on this layer's state: right more often than not, and in time for a
+        read while this layer computes. A prefetcher takes it, where it pays."""
+        prefetcher = getattr(source, "prefetcher", None)
+        if self._ahead is None or prefetcher is None or not prefetcher.wanted(NEXT_GATE):
+            return None
+        return self._ahead[1](x)
+
+    def _at_once(
+        self, x_1D: mx.array, ids_1K: np.ndarray, source: Any, ready: Any
+    ) -> tuple[mx.array, list[int]]:
+        places = source.hold(self.layer, ready, None)
+        places_K = np.array([places[expert] or 0 for expert in ids_1K[0].tolist()])
+        x_KD = mx.broadcast_to(x_1D, (len(places_K), x_1D.shape[1]))
+        missing = [expert for expert, place in places.items() if place is None]
+        return self._experts(x_KD, places_K, source, False), missing
+
+    def _as_they_land(
+        self, x_TD: mx.array, ids_TK: np.ndarray, source: Any, ready: Any
+    ) -> tuple[mx.array, list[int]]:
+        K, missing = ids_TK.shape[1], []
+        flat_N, order, outputs = ids_TK.reshape(-1), [], []
+        for expert, place in source.places(self.layer, ready):
+            pairs = np.flatnonzero(flat_N == expert)
+            order.append(pairs)
+            if place is None:
+                missing.append(expert)
+                outputs.append(mx.zeros((len(pairs), x_TD.shape[1]), x_TD.dtype))
+                continue
+            places_N = np.full(len(pairs), place)
+            sort = len(flat_N) >= _SORT_PAIRS
+            outputs.append(self._experts(x_TD[mx.array(pairs // K)], places_N, source, sort))
+            mx.eval(outputs[-1])  # the slot may be overwritten once the next is asked for
+        return mx.concatenate(outputs)[mx.array(np.argsort(np.concatenate(order)))], missing
+
+    def _experts(self, x_ND: mx.array, places_N: np.ndarray, source: Any, sort: bool) -> mx.array:
+        """The expert at place n for row n: [N, D]."""
+        tensors = self._legend.read(source.stacks[self.layer])
+
+        def linear(name: str, x_N1A: mx.array) -> mx.array:
+            kinds = {kind: t for kind in _KINDS if (t := tensors.get(f"{name}.{kind}")) is not None}
+            return _product(x_N1A, kinds, places_N, sort, self._quantised.get(name))
+
+        x_N1D = x_ND[:, None]
+        if not self._gated:
+            return linear("fc2", self.activation(linear("fc1", x_N1D)))[:, 0]
+        if "gate_up_proj.weight" in tensors:
+            both_N1F = linear("gate_up_proj", x_N1D)
+            gate_N1F, up_N1F = both_N1F[..., ::2], both_N1F[..., 1::2]
+        else:
+            up_N1F, gate_N1F = linear("up_proj", x_N1D), linear("gate_proj", x_N1D)
+        return linear("down_proj", self.activation(up_N1F, gate_N1F))[:, 0]
+
+
+def _product(
+    x_N1A: mx.array,
+    kinds: Tensors,
+    places_N: np.ndarray,
+    sort: bool,
+    quantised: dict[str, Any] | None,
+) -> mx.array:
+    """Row n times the matrix at place n of a stack. A stack of another dtype than the rows, or that
+    this device does not gather from, is never converted: the experts at hand are."""
+    dtype = kinds["scales" if quantised else "weight"].dtype
+    widened = not quantised and dtype != mx.float32 and mx.default_device() == mx.cpu
+    if widened or dtype not in (x_N1A.dtype, mx.uint8):
+        used, places_N = np.unique(places_N, return_inverse=True)
+        kinds = {kind: stack[mx.array(used)] for kind, stack in kinds.items()}
+    at_N = mx.array(places_N.astype(np.uint32))
+    if quantised:
+        y_N1A = mx.gather_qmm(
+            x_N1A,
+            kinds["weight"],
+            kinds["scales"],
+            kinds.get("biases"),
+            rhs_indices=at_N,
+            sorted_indices=sort,
+            **quantised,
+        )
+    else:
+        wide = mx.float32 if widened else x_N1A.dtype
+        weight = kinds["weight"].astype(wide).swapaxes(-1, -2)
+        y_N1A = mx.gather_mm(x_N1A.astype(wide), weight, rhs_indices=at_N, sorted_indices=sort)
+        y_N1A = y_N1A.astype(x_N1A.dtype)
+    return y_N1A + kinds["bias"][at_N][:, None] if "bias" in kinds else y_N1A
+
+
+def _settings(block: nn.Module) -> dict[str, Any]:
+    return {"group_size": block.group_size, "bits": block.bits, "mode": block.mode}

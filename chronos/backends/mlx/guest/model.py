@@ -1,0 +1,193 @@
+"""Models that MLX-LM builds, run as the native one is: its skeleton, our experts.
+
+MLX-LM's loader builds and quantises the model (`skeleton`); every `SwitchGLU` and `SwitchMLP` in it
+gives way to a switch that takes experts from a store (`switch`). A resident guest is MLX-LM's own
+load. Attention and its caches, norms and routers stay as MLX-LM has them. Not covered: packed rows,
+training, saving, and code that a checkpoint brings along, which is refused.
+
+Shape legend: B batch, T new tokens, V vocabulary, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from chronos.backends.mlx.guest.experts import Ahead, Call, Layer, Shared, StreamedLayer
+from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_utils
+from chronos.backends.mlx.model import Cache, Output
+from chronos.common.disk.header import TensorEntry
+from chronos.common.errors import UsageError
+from chronos.common.layout import is_packed
+from chronos.common.model.guest import GuestConfig
+
+# Where a block's shared experts hang beside its switch; LLaMA 4 scales what its switch is given.
+_SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+_SCALED = frozenset({"llama4", "llama4_text"})
+
+
+class Model(nn.Module):
+    """A guest, called as the native model is. It has no forecasts of its own."""
+
+    lookahead = None
+
+    def __init__(self, config: GuestConfig, core: nn.Module, call: Call, resident: bool) -> None:
+        super().__init__()
+        self.config, self.core, self.resident, self._call = config, core, resident, call
+
+    @property
+    def device(self) -> str:
+        return str(mx.default_device().type).removeprefix("DeviceType.")
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return Cache(make_prompt_cache(self.core))
+
+    def __call__(
+        self,
+        ids_BT: mx.array,
+        *,
+        cache: Cache | None = None,
+        segments_BT: mx.array | None = None,
+        source: Any = None,
+        replay: Callable[[int], tuple[mx.array, mx.array]] | None = None,
+        last_only: bool = False,
+        **forecasts: Any,
+    ) -> Output:
+        """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
+
+        The routing is that of the layers with experts, in order, without weights. replay(layer)
+        gives ids [T, K] in place of the gates' choice; weights stay those of the gates' own. Raises
+        UsageError for segments, and for a source that falls back where the shared experts are not
+        known.
+        """
+        if segments_BT is not None:
+            raise UsageError("a guest model takes no packed rows")
+        if source is not None and not source.exact:
+            self._check_fallback()
+        call = self._call
+        call.source, call.replay, call.last_only, call.routing = source, replay, last_only, []
+        try:
+            logits = self.core(ids_BT, cache=cache.layers if cache else None)
+        finally:
+            call.source = call.replay = None
+        if cache is not None:
+            cache.position += ids_BT.shape[1]
+        return Output(logits, call.routing)
+
+    def _check_fallback(self) -> None:
+        layers = [m for m in self.core.modules() if isinstance(m, StreamedLayer)]
+        if any(layer.shared is None for layer in layers):
+            raise UsageError(
+                "miss=fallback needs the shared experts, and where this model's are is not known",
+                self.config.model_type,
+                "use miss=exact",
+            )
+
+
+class _Head(nn.Module):
+    """A head that computes the last position only where no other is wanted."""
+
+    def __init__(self, head: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.head, self._call = head, call
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        return self.head(x_BTD[:, -1:] if self._call.last_only else x_BTD)
+
+
+def load_guest(
+    folder: Path,
+    device: mx.Device,
+    resident: bool,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """The model of a folder; without `resident` of a packed one, whose experts stay on disk.
+
+    Raises ConfigError for what MLX-LM cannot build and for experts it computes otherwise,
+    ShapeMismatch, CorruptFileError, MissingBackendError.
+    """
+    config = GuestConfig.from_json(folder)
+    call, skeleton = Call(), Skeleton(mlx_lm_utils(), folder, config)
+    packed = is_packed(folder)
+    core = skeleton.without_experts(dense) if packed else skeleton.whole()
+    blocks = find_blocks(core, config)
+    if packed and resident:
+        skeleton.fill(blocks)
+    layers: list[tuple[str, Layer]] = []
+    ahead: Ahead = None
+    for layer, (path, block) in sorted(blocks.items(), reverse=True):
+        if resident or not packed:
+            layers.append((path, Layer(layer, block, call)))
+            continue
+        around = _parent(core, path)
+        plain = config.model_type not in _SCALED
+        shared = _shared(around) if plain else None
+        layers.append((path, StreamedLayer(layer, block, skeleton.legend, call, shared, ahead)))
+        choose = _chooser(around, block, config.num_experts_per_tok) if plain else None
+        ahead = None if choose is None else (layer, choose)
+    core.update_modules(tree_unflatten(layers))
+    _place_head(core, call)
+    if device == mx.cpu and not config.quantization:
+        core.set_dtype(mx.float32)  # as the native model's: it has no fast 16-bit products
+    mx.eval(core.parameters())
+    return Model(config, core, call, resident).eval()
+
+
+def _parent(module: nn.Module, path: str) -> nn.Module:
+    at: Any = module
+    for name in path.split(".")[:-1]:
+        at = at[int(name)] if isinstance(at, list) else getattr(at, name)
+    return at
+
+
+def _shared(block: nn.Module) -> Shared:
+    """What the shared experts of a block add to its output."""
+    experts = next((block[name] for name in _SHARED if block.get(name) is not None), None)
+    if experts is None:
+        return None
+    if "shared_expert_gate" in block:
+        return lambda x: mx.sigmoid(block.shared_expert_gate(x)) * experts(x)
+    return lambda x: experts(x)
+
+
+def _chooser(
+    around: nn.Module, block: nn.Module, top_k: int
+) -> Callable[[mx.array], mx.array] | None:
+    """The ids [..., K] that a block's gate would choose; None where it is called otherwise."""
+    gate = around["gate"] if "gate" in around else around.get("router")
+    first = block["fc1"] if "fc1" in block else block["gate_proj"]
+
+    def choose(x: mx.array) -> mx.array:
+        out = gate(x)
+        if isinstance(out, tuple):
+            return next(a for a in out if mx.issubdtype(a.dtype, mx.integer))
+        return mx.argpartition(-out, kth=top_k - 1, axis=-1)[..., :top_k]
+
+    try:  # lazily: only shapes are computed
+        fits = choose(mx.zeros((1, 1, first.input_dims))).shape == (1, 1, top_k)
+    except Exception:  # whatever a foreign gate says to one row of hidden states
+        return None
+    return choose if fits else None
+
+
+def _place_head(module: nn.Module, call: Call) -> None:
+    """Logits of a whole prompt, of which one row is read, would be the largest array of all."""
+    heads = [path for path, _ in module.named_modules() if path.split(".")[-1] == "lm_head"]
+    for path in heads:
+        parent = _parent(module, path)
+        parent.lm_head = _Head(parent.lm_head, call)
+    for embedding in module.modules():
+        if isinstance(embedding, nn.Embedding | nn.QuantizedEmbedding):
+            _shorten(embedding, call)
+
+
+def _shorten(embedding: nn.Module, call: Call) -> None:
+    whole = embedding.as_linear
+    embedding.as_linear = lambda x: whole(x[:, -1:] if call.last_only else x)

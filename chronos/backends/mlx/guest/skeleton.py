@@ -1,0 +1,348 @@
+"""A guest's model object without its routed experts, and how its records spell them.
+
+MLX-LM's own loader builds and quantises the model; dense tensors come from the strict reader, and
+experts are stand-ins that are never evaluated. A model's `sanitize` works on a checkpoint as a
+whole and knows it by the names of its experts, so it is run with small numbered experts among the
+dense tensors: what becomes of the numbers says how a record's matrices lie, and a spelling that
+`sanitize` does not know is noticed. Not covered: blocks that compute their experts otherwise.
+
+Shape legend: E experts, F expert hidden, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from chronos.backends.mlx.guest.experts import Legend
+from chronos.backends.mlx.store import DTYPES
+from chronos.common.disk.header import TensorEntry
+from chronos.common.disk.tensors import locate_tensors, read_checkpoint, write_tensors
+from chronos.common.errors import (
+    ChronosError,
+    ConfigError,
+    MissingBackendError,
+    ShapeMismatch,
+)
+from chronos.common.layout import open_layout, read_records
+from chronos.common.layout.manifest import RecordTensor, read_manifest
+from chronos.common.model.config import load_config
+from chronos.common.model.guest import GuestConfig
+
+_LAYER = re.compile(r"(.*?)\b((?:layers|blocks|h)\.(\d+))\.(.+)")
+# MLX-LM reads gpt-oss as it was released, in MXFP4; as Transformers saves it, its `sanitize` loses
+# the experts.
+_KNOWN = {"gpt_oss": Legend(native=False, rows="interleaved", swapped=True)}
+# How checkpoints spell experts: one by one (gate, up, down), or stacked (gate and up, down); and
+# what they call the block where MLX-LM calls it otherwise.
+_ONE_BY_ONE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_STACKED = (
+    ("experts.gate_up_proj", "experts.down_proj"),
+    ("gate_up_proj", "down_proj"),
+    ("input_linear.weight", "output_linear.weight"),
+)
+_BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
+_DENSE_DTYPES = DTYPES | {
+    "BOOL": mx.bool_,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "U16": mx.uint16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+    "F8_E4M3": mx.uint8,  # as MLX reads it, which `sanitize` methods know
+}
+# An expert in numbers, to be found again: gate rows, up rows [2F, D]; down [D, F]. F = 2, D = 3.
+_GATE_UP = np.arange(12, dtype=np.float32).reshape(4, 3)
+_DOWN = 100 + np.arange(6, dtype=np.float32).reshape(3, 2)
+_EXPERT = (_GATE_UP[:2], _GATE_UP[2:], _DOWN)
+
+Weights = dict[str, mx.array]
+Record = tuple[RecordTensor, ...]
+Blocks = dict[int, tuple[str, nn.Module]]  # by layer: a switch and its path
+
+
+def mlx_lm_utils() -> ModuleType:
+    try:
+        import mlx_lm.utils as utils
+    except ImportError as error:
+        raise MissingBackendError(
+            f"a model of another library needs MLX-LM ({error})",
+            "",
+            "pip install 'chronos-moe[guests]'",
+        ) from error
+    return utils
+
+
+def find_blocks(module: nn.Module, config: GuestConfig) -> Blocks:
+    """Each layer's switch. Raises ConfigError where there is none, or one of another kind."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+    parts = {
+        SwitchGLU: {"gate_proj", "up_proj", "down_proj", "activation"},
+        SwitchMLP: {"fc1", "fc2", "activation"},
+    }
+    blocks: Blocks = {}
+    for path, block in module.named_modules():
+        if isinstance(block, SwitchGLU | SwitchMLP):
+            layer = _LAYER.fullmatch(path)
+            if type(block) not in parts or block.children().keys() - parts[type(block)]:
+                raise _unsupported(config, f"computes its experts with more than a switch ({path})")
+            if any("global_scale" in b for b in block.children().values()):
+                raise _unsupported(config, "has a scale for each expert (nvfp4)")
+            if layer is None or int(layer[3]) in blocks:
+                raise _unsupported(config, f"has an expert block of no layer of its own ({path})")
+            blocks[int(layer[3])] = path, block
+    if not blocks:
+        raise _unsupported(config, "computes its experts without SwitchGLU")
+    return dict(sorted(blocks.items()))
+
+
+def _unsupported(config: GuestConfig, why: str) -> ConfigError:
+    return ConfigError(
+        f"the MLX backend does not run {config.model_type}: MLX-LM's model {why}",
+        "",
+        "the torch backend may: --backend torch",
+    )
+
+
+class Skeleton:
+    """The model of a folder, all lazy. `legend` is known once `without_experts` was called."""
+
+    def __init__(self, utils: ModuleType, folder: Path, config: GuestConfig) -> None:
+        self.folder, self.config, self.legend = folder, config, Legend(native=True)
+        self._utils, self._json = utils, load_config(folder)[0]
+        if "model_file" in self._json:
+            raise ConfigError(
+                "config.json asks for code from the checkpoint (model_file); Chronos runs none",
+                str(folder),
+                "remove model_file if the architecture is a built-in one",
+            )
+        self._records: dict[int, Record] = {}
+        self._dense: Weights = {}
+
+    def whole(self) -> nn.Module:
+        """With its experts, as MLX-LM loads an unpacked folder. Raises CorruptFileError first."""
+        locate_tensors(self.folder)
+        return self._load(self.folder, model_config=_as_mlx_lm_reads(self._json))
+
+    def without_experts(self, dense: Iterable[tuple[TensorEntry, memoryview]] | None) -> nn.Module:
+        """With stand-ins for the experts of a packed folder. dense: its dense tensors, where they
+        are being read already."""
+        for (layer, _), record in read_manifest(self.folder).records.items():
+            self._records[layer] = record.tensors
+        if dense is None:
+            dense = read_checkpoint(self.folder, list(locate_tensors(self.folder)))
+        self._dense = {entry.name: _array(entry, data) for entry, data in dense}
+        with TemporaryDirectory() as name:  # MLX-LM's loader is shown no weights but an empty file
+            folder = Path(name)
+            write_tensors(folder / "model.safetensors", [])
+            config = json.dumps(self._json | _as_mlx_lm_reads(self._json))
+            (folder / "config.json").write_text(config)
+            return self._load(folder, get_model_classes=self._classes)
+
+    def fill(self, blocks: Blocks) -> None:
+        """Read the experts of a packed folder in place of their stand-ins."""
+        layout = open_layout(self.folder, config=self.config)
+        stacks = {
+            layer: {
+                t.name: mx.zeros((_count(block), *t.shape), DTYPES[t.dtype])
+                for t in self._records[layer]
+            }
+            for layer, (_, block) in blocks.items()
+        }
+        records = [(layout.path(key), record) for key, record in layout.records.items()]
+        for record, data in read_records(records):
+            layer, expert = record.key
+            for name, view in record.views(data).items():
+                stack = memoryview(stacks[layer][name]).cast("B")
+                stack[expert * len(view) : (expert + 1) * len(view)] = view
+        for layer, (_, block) in blocks.items():
+            block.update(tree_unflatten(list(self.legend.parted(stacks[layer]).items())))
+
+    def _load(self, folder: Path, **options: Any) -> nn.Module:
+        try:
+            return self._utils.load_model(folder, lazy=True, **options)[0]
+        except ChronosError:
+            raise
+        except Exception as error:  # anything a hostile or unknown config.json can cause
+            raise ConfigError(
+                f"MLX-LM cannot build this model: {' '.join(str(error).split())[:300]}",
+                str(self.folder),
+                "--backend torch may; so may MLX once the model is packed"
+                if folder == self.folder
+                else "--backend torch may",
+            ) from error
+
+    def _classes(self, config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
+        """For MLX-LM's loader: a model whose `sanitize` gives our tensors, not the file's."""
+        kind, arguments = self._utils._get_classes(config)
+
+        def build(args: Any) -> nn.Module:
+            module = kind(args)
+            sanitize = getattr(module, "sanitize", lambda weights: weights)
+
+            def ours(_: Weights) -> Weights:
+                del module.sanitize
+                return self._sanitized(sanitize, find_blocks(module, self.config))
+
+            module.sanitize = ours  # of this object alone
+            return module
+
+        return build, arguments
+
+    def _sanitized(self, sanitize: Callable[[Weights], Weights], blocks: Blocks) -> Weights:
+        """The dense tensors as the model wants them, with stand-ins of the experts' shapes."""
+        if odd := sorted(blocks.keys() ^ self._records.keys()):
+            where = "config.json" if odd[0] in blocks else "the packed folder"
+            raise ShapeMismatch(f"layer {odd[0]} has experts in {where} only", str(self.folder))
+        if any("." in tensor.name for record in self._records.values() for tensor in record):
+            return sanitize(self._dense | self._stand_ins(blocks))  # MLX-LM's names already
+        wanted = {f"{path}.{name}": a for path, b in blocks.values() for name, a in _flat(b)}
+        if self.config.model_type in _KNOWN:
+            self.legend = _KNOWN[self.config.model_type]
+            self._check_shapes(blocks)
+            return sanitize(dict(self._dense)) | wanted
+        for legend, numbered in self._spellings(blocks):
+            try:
+                found = sanitize(self._dense | numbered)
+            except (KeyError, ValueError):  # another spelling was looked for
+                continue
+            if wanted.keys() <= found.keys() and (known := _read_rows(found, blocks, legend)):
+                self.legend = known
+                self._check_shapes(blocks)
+                return found | wanted
+        raise _unsupported(self.config, "reads no experts from this checkpoint")
+
+    def _stand_ins(self, blocks: Blocks) -> Weights:
+        return {
+            f"{path}.{tensor.name}": mx.zeros((_count(block), *tensor.shape), DTYPES[tensor.dtype])
+            for layer, (path, block) in blocks.items()
+            for tensor in self._records[layer]
+        }
+
+    def _spellings(self, blocks: Blocks) -> Iterator[tuple[Legend, Weights]]:
+        """Numbered experts under the names that checkpoints use, the usual ones first."""
+        towers = {m[1]: None for name in self._dense if (m := _LAYER.fullmatch(name))}
+        parents = {layer: _LAYER.fullmatch(path) for layer, (path, _) in blocks.items()}
+        own = {m[4].rpartition(".")[0] for m in parents.values()}
+        biased = any(t.name.endswith("_bias") for r in self._records.values() for t in r)
+        for tower in towers:
+            for block in dict.fromkeys([*own, *_BLOCKS]):
+                at = {layer: f"{tower}{m[2]}.{block}" for layer, m in parents.items()}
+                counts = [(at[layer], _count(b)) for layer, (_, b) in blocks.items()]
+                gated = any("gate_proj" in b for _, b in blocks.values())
+                for names in _ONE_BY_ONE:
+                    numbers = dict(zip(names, _EXPERT, strict=True))
+                    if not gated:
+                        del numbers[names[0]]
+                    yield Legend(False), _one_by_one(numbers, counts, biased)
+                for names in _STACKED:
+                    for swapped in (False, True):
+                        yield (
+                            Legend(False, swapped=swapped),
+                            _stacked(names, counts, swapped, biased),
+                        )
+
+    def _check_shapes(self, blocks: Blocks) -> None:
+        """A record, read as the legend says, against the block."""
+        for layer, (path, block) in blocks.items():
+            record = {t.name: mx.zeros((1, *t.shape)) for t in self._records[layer]}
+            found = {name: tuple(a.shape[1:]) for name, a in self.legend.parted(record).items()}
+            wanted = {name: tuple(array.shape[1:]) for name, array in _flat(block)}
+            if found != wanted:
+                raise ShapeMismatch(
+                    f"the experts of layer {layer} are {found}; MLX-LM's {path} wants {wanted}",
+                    str(self.folder),
+                )
+
+
+def _as_mlx_lm_reads(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys that Transformers 5 writes in a way of its own, as MLX-LM reads them. It would refuse a
+    file without them, or take a default."""
+    keys: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        keys = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        scaled = rope.get("rope_type", "default") != "default"
+        keys["rope_scaling"] = rope | {"type": rope["rope_type"]} if scaled else None
+    if "num_local_experts" in config:
+        keys["num_experts"] = config["num_local_experts"]
+    return {key: value for key, value in keys.items() if key not in config}
+
+
+def _array(entry: TensorEntry, data: memoryview) -> mx.array:
+    """A copy of a dense tensor."""
+    if entry.dtype not in _DENSE_DTYPES:
+        raise ShapeMismatch(f"{entry.name} is {entry.dtype}, which MLX does not have")
+    if 0 in entry.shape:
+        return mx.zeros(entry.shape, _DENSE_DTYPES[entry.dtype])
+    # In its own shape: MLX counts a dimension in 31 bits, which bytes in a row may not fit in.
+    rows = np.frombuffer(data, np.uint8).reshape(*entry.shape[:-1], -1)
+    return mx.array(rows).view(_DENSE_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def _flat(block: nn.Module) -> list[tuple[str, mx.array]]:
+    """A switch's parameters by name, without its activation's."""
+    return [item for item in tree_flatten(block.parameters()) if not item[0].startswith("act")]
+
+
+def _count(block: nn.Module) -> int:
+    return (block.fc1 if "fc1" in block else block.gate_proj).weight.shape[0]
+
+
+def _one_by_one(
+    numbers: Mapping[str, np.ndarray], counts: list[tuple[str, int]], biased: bool
+) -> Weights:
+    one = {f"{name}.weight": mx.array(matrix) for name, matrix in numbers.items()}
+    if biased:
+        one |= {f"{name}.bias": mx.array(matrix[:, 0]) for name, matrix in numbers.items()}
+    return {
+        f"{block}.experts.{expert}.{name}": array
+        for block, count in counts
+        for expert in range(count)
+        for name, array in one.items()
+    }
+
+
+def _stacked(
+    names: Sequence[str], counts: list[tuple[str, int]], swapped: bool, biased: bool
+) -> Weights:
+    weights = {}
+    for block, count in counts:
+        for name, matrix in zip(names, (_GATE_UP, _DOWN), strict=True):
+            one = mx.array(matrix.T if swapped else matrix)
+            weights[f"{block}.{name}"] = mx.broadcast_to(one, (count, *one.shape))
+            if biased:
+                bias = mx.array(matrix[:, 0])
+                weights[f"{block}.{name}_bias"] = mx.broadcast_to(bias, (count, *bias.shape))
+    return weights
+
+
+def _read_rows(found: Weights, blocks: Blocks, legend: Legend) -> Legend | None:
+    """What became of the numbers; None where they do not lie in any way known here."""
+    path, block = next(iter(blocks.values()))
+    first, *rest = [np.array(found[f"{path}.{name}.weight"][0]) for name in _projections(block)]
+    if not np.array_equal(rest[-1], _DOWN):
+        return None
+    if len(rest) == 1:  # no gate: the checkpoint has none either, what stood for it is left over
+        return legend if np.array_equal(first, _GATE_UP[2:]) else None
+    rows = {"halves": (_GATE_UP[:2], _GATE_UP[2:]), "interleaved": (_GATE_UP[::2], _GATE_UP[1::2])}
+    for name, parts in rows.items():
+        if all(np.array_equal(a, b) for a, b in zip((first, rest[0]), parts, strict=True)):
+            return replace(legend, rows=name)
+    return None
+
+
+def _projections(block: nn.Module) -> tuple[str, ...]:
+    return ("fc1", "fc2") if "fc1" in block else ("gate_proj", "up_proj", "down_proj")

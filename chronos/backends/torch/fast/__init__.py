@@ -1,0 +1,1 @@
+"""The same bits in less time: products, recorded steps and CUDA graphs."""

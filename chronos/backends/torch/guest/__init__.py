@@ -1,0 +1,1 @@
+"""Models that Transformers builds, with their routed experts streamed by Chronos."""

@@ -1,0 +1,395 @@
+"""Models that Transformers builds, run as the native one is: its decoder, our experts.
+
+The library builds the model on the meta device and loads what is not a routed expert through its
+own renames, from bytes our strict reader gave; routed experts never become parameters. Attention,
+caches, norms and routers stay the library's; its experts interface calls `experts`. A resident
+guest holds its experts as parameters and computes them with the library's own kernel. Everything
+runs in the checkpoint's dtype, so the tokens are the library's. Nothing is fetched, no code of a
+checkpoint runs. Not covered: training, saving, packed rows, checkpoints quantised by the library.
+
+Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from chronos.backends.torch.checkpoint import from_bytes
+from chronos.backends.torch.fast.capture import opaque
+from chronos.backends.torch.fast.steps import Steps, integers
+from chronos.backends.torch.guest.experts import (
+    NAME,
+    Call,
+    Layer,
+    chooser_of,
+    is_experts,
+    parameters,
+    shared_of,
+)
+from chronos.backends.torch.model import DTYPES, Cache, Output
+from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.products import pack_linears
+from chronos.common.disk.header import TensorEntry
+from chronos.common.disk.tensors import locate_tensors, read_checkpoint
+from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.layout import Layout, is_packed, open_layout, read_records
+from chronos.common.layout.manifest import read_manifest
+from chronos.common.layout.naming import layer_of
+from chronos.common.model.guest import GuestConfig
+
+# Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
+# Mamba 1 in Transformers goes on from its state for single tokens only.
+_FORGETFUL = frozenset({"jamba"})
+_ALIGN = 64  # of everything torch allocates
+_SAME_BYTES = {"MergeModulelist", "Concatenate"}
+Shapes = dict[str, tuple[int, ...]]  # of one expert, by tensor name
+
+
+class Model:
+    """A guest, called as the native model is. It has no forecasts of its own."""
+
+    lookahead = None
+
+    def __init__(self, config: GuestConfig, core: Any, call: Call, resident: bool) -> None:
+        self.config, self.core, self.resident, self._call = config, core, resident, call
+        self.steps = Steps(integers(core.config.to_dict()))
+        self._layers = CacheLayers()
+        self.device: torch.device = core.device
+
+    def eval(self) -> Model:
+        return self
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        """The library's own cache: it knows sliding windows and recurrent states. A model with a
+        class of its own makes it in its first call."""
+        if not self.core._supports_default_dynamic_cache():
+            return Cache([None])
+        return Cache([self._layers.watch(transformers.DynamicCache(config=self.core.config))])
+
+    def __call__(
+        self,
+        ids_BT: Tensor,
+        *,
+        cache: Cache | None = None,
+        segments_BT: Tensor | None = None,
+        source: ExpertSource | None = None,
+        replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+        last_only: bool = False,
+        **forecasts: Any,
+    ) -> Output:
+        """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
+
+        The routing is that of the layers with experts, in order; its probabilities are the weights.
+        replay(layer) gives (ids, weights) [T, K] in place of the gates' choice.
+        """
+        if segments_BT is not None:
+            raise UsageError("a guest model takes no packed rows")
+        call = self._call
+        call.source, call.replay, call.routing = source, replay, []
+        pieces = [ids_BT]
+        if cache is not None and cache.position and self.config.model_type in _FORGETFUL:
+            pieces = list(ids_BT.split(1, dim=1))
+        try:
+            logits = [self._run(piece, cache, last_only) for piece in pieces]
+        finally:
+            call.source = call.replay = None
+        if len(pieces) == 1:
+            return Output(logits[0], call.routing)
+        return Output(logits[-1] if last_only else torch.cat(logits, 1), _joined(call, pieces))
+
+    def _run(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+        if cache is None:
+            return self._forward(ids_BT, None, last_only)
+        forward = partial(self._forward, cache=cache, last_only=last_only)
+        single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
+        if self._layers.enter(cache.layers[0]) and single:
+            logits = self.steps.run(ids_BT, cache.position, forward)
+        else:
+            logits = forward(ids_BT)
+        cache.position += ids_BT.shape[1]
+        return logits
+
+    def _forward(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+        """The library's own forward."""
+        out = self.core(
+            input_ids=ids_BT,
+            past_key_values=cache.layers[0] if cache else None,
+            use_cache=cache is not None,
+            logits_to_keep=1 if last_only else 0,
+        )
+        if cache is not None:
+            cache.layers[0] = out.past_key_values
+        return out.logits
+
+
+class CacheLayers:
+    """The layers of the cache in use, which a replayed step appends to by their index."""
+
+    def __init__(self) -> None:
+        self._layers: list[Any] = []
+
+    def watch(self, cache: Any) -> Any:
+        """Have a cache's layers updated in calls that a recording keeps whole."""
+        for index, layer in enumerate(cache.layers):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                layer.update = partial(self._update, index)
+        return cache
+
+    def enter(self, cache: Any) -> bool:
+        """Make a cache the one in use. Whether all that it keeps is keys and values."""
+        self._layers = getattr(cache, "layers", [])
+        return bool(self._layers) and all("update" in vars(layer) for layer in self._layers)
+
+    def _update(self, index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+        return opaque(self._append, index, keys, values)
+
+    def _append(self, index: int, keys: Tensor, values: Tensor) -> Any:
+        layer = self._layers[index]
+        return type(layer).update(layer, keys, values)
+
+
+def _joined(call: Call, pieces: list[Tensor]) -> list[Routing]:
+    """The routing of tokens that ran one after the other, layer by layer."""
+    layers = len(call.routing) // len(pieces)
+    return [
+        Routing(*map(torch.cat, zip(*call.routing[layer::layers], strict=True)))
+        for layer in range(layers)
+    ]
+
+
+def load_guest(
+    folder: Path,
+    device: torch.device,
+    resident: bool,
+    dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """The model of a folder; without `resident` of a packed one, whose experts stay on disk.
+
+    Raises ConfigError for what Transformers cannot build and for experts it computes otherwise,
+    ShapeMismatch, CorruptFileError.
+    """
+    config = GuestConfig.from_json(folder)
+    _check_runnable(config, folder)
+    layout = _layout(folder, config, resident) if is_packed(folder) else None
+    with _quiet():
+        settings = _build(
+            lambda: transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ),
+            config,
+            folder,
+        )
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+        if kind is None:
+            raise ConfigError(f"{config.model_type} is no model that writes text", str(folder))
+        if layout is None:
+            locate_tensors(folder)  # a truncated file is an error here and a signal under mmap
+            options: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+        else:
+            found = read_checkpoint(folder) if dense is None else dense
+            kind = _without_experts(kind)
+            options = {"pretrained_model_name_or_path": None, "state_dict": _tensors(found)}
+        core, report = _build(
+            lambda: kind.from_pretrained(
+                **options,
+                config=settings,
+                dtype=DTYPES[config.dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            ),
+            config,
+            folder,
+        )
+    modules = _find_experts(core, config, folder)
+    if missing := sorted(report["missing_keys"]):
+        raise ShapeMismatch(f"tensor {missing[0]} is missing ({len(missing)} in all)", str(folder))
+    if layout is None:
+        _align(core)
+    else:
+        _check_records(layout, core, modules)
+        if resident:
+            _fill(layout, modules, DTYPES[config.dtype])
+    if device.type == "cpu":
+        options.clear()  # holds the weights too, which are freed as they are packed
+        pack_linears(core)
+    call = Call()
+    _connect(core, modules, call)
+    core.to(device).requires_grad_(False).eval()
+    return Model(config, core, call, resident)
+
+
+def _layout(folder: Path, config: GuestConfig, resident: bool) -> Layout:
+    """Where the experts are. To be streamed, whoever opens the store has checked the files."""
+    return open_layout(folder, config=config) if resident else Layout(folder, read_manifest(folder))
+
+
+def _check_runnable(config: GuestConfig, folder: Path) -> None:
+    if config.quantization == "mlx":
+        raise ConfigError(
+            "the checkpoint is quantised by MLX-LM, which PyTorch cannot compute with",
+            str(folder),
+            "use --backend mlx",
+        )
+    if config.quantization:
+        raise ConfigError(
+            f"the checkpoint is quantised ({config.quantization}), which Chronos does not run",
+            str(folder),
+            "use a bfloat16 checkpoint of the model",
+        )
+
+
+def _build(step: Callable[[], Any], config: GuestConfig, folder: Path) -> Any:
+    """The library's answer; whatever it raises over a config, in our words."""
+    try:
+        return step()
+    except Exception as error:  # anything a hostile or unknown config.json can cause
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"Transformers {transformers.__version__} cannot build {config.model_type}: "
+            f"{reason[0][:200]}",
+            str(folder),
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and warnings of the library's loader: errors are raised here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _without_experts(kind: Any) -> Any:
+    """A model class whose experts modules hold no parameters, only the shapes of an expert.
+
+    The library looks its renames up by the class's name and module, so those stay.
+    """
+
+    def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, config, *args, **options)
+        for module in filter(is_experts, self.modules()):
+            held = parameters(module)
+            module.chronos_shapes = {name: tuple(p.shape[1:]) for name, p in held.items()}
+            for name in held:
+                del module._parameters[name]
+            module._is_hf_initialized = True  # nothing to initialise
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def _tensors(found: Iterable[tuple[TensorEntry, memoryview]]) -> dict[str, Tensor]:
+    """The dense part. Copied: what was read lies wherever the file had it, products want 64."""
+    return {e.name: from_bytes(data, e.dtype, e.shape).clone() for e, data in found}
+
+
+def _align(core: Any) -> None:
+    """Copy what the library left in its files' pages: at odd addresses products differ in the last
+    bit, and a page of a file that was cut short ends the process."""
+    for tensor in (*core.parameters(), *core.buffers()):
+        if tensor.data_ptr() % _ALIGN:
+            tensor.data = tensor.data.clone()
+
+
+def _find_experts(core: Any, config: GuestConfig, folder: Path) -> dict[int, tuple[str, Any]]:
+    """Name and experts module of each layer that has one."""
+    modules: dict[int, tuple[str, Any]] = {}
+    for name, module in core.named_modules():
+        place = layer_of(name)
+        if is_experts(module) and place is not None:
+            modules[place[1]] = (name, module)
+    if not modules:
+        raise ConfigError(
+            f"{config.model_type} does not hand its experts to Transformers' experts interface",
+            str(folder),
+            "Chronos cannot run this architecture on PyTorch",
+        )
+    return modules
+
+
+def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, Any]]) -> None:
+    """Compare the records with the experts the model computes with."""
+    for step in get_model_conversion_mapping(core):
+        targets = [target.rpartition(".")[2] for target in step.target_patterns]
+        steps = {type(operation).__name__ for operation in getattr(step, "operations", ())}
+        if steps - _SAME_BYTES and any("experts" in t for t in step.target_patterns):
+            raise ConfigError(
+                f"Transformers rearranges {targets[0]} of this architecture ({', '.join(steps)})",
+                str(layout.folder),
+                "Chronos cannot run this architecture on PyTorch",
+            )
+    if odd := sorted(modules.keys() ^ set(layout.moe_layers)):
+        raise ShapeMismatch(
+            f"layer {odd[0]} has experts in the model or on disk, not in both",
+            str(layout.folder),
+        )
+    for layer, (_, module) in modules.items():
+        record = layout.records[layer, 0]  # all of a layer are alike
+        shapes: Shapes = {tensor.name: tensor.shape for tensor in record.tensors}
+        if shapes != module.chronos_shapes:
+            raise ShapeMismatch(
+                f"{record.label}: {shapes} found, the model wants {module.chronos_shapes}",
+                record.file,
+            )
+
+
+def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.dtype) -> None:
+    """Read the experts into parameters [E, ...] of the model itself."""
+    stacks = {
+        layer: {
+            name: torch.empty((layout.num_experts, *shape), dtype=dtype)
+            for name, shape in module.chronos_shapes.items()
+        }
+        for layer, (_, module) in modules.items()
+    }
+    for record, data in read_records([(layout.path(k), r) for k, r in layout.records.items()]):
+        layer, expert = record.key
+        views = record.views(data)
+        for tensor in record.tensors:
+            stacks[layer][tensor.name][expert] = from_bytes(
+                views[tensor.name], tensor.dtype, tensor.shape
+            )
+    for layer, (_, module) in modules.items():
+        for name, stack in stacks[layer].items():
+            module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
+
+
+def _connect(core: Any, modules: Mapping[int, tuple[str, Any]], call: Call) -> None:
+    """Send every experts module to its `Layer`."""
+    kernel = core.get_correct_experts_implementation(None)  # the library's choice for this device
+    like_1D = core.get_input_embeddings().weight.new_zeros(1, _width(core))
+    ahead = None
+    for layer, (name, module) in sorted(modules.items(), reverse=True):
+        parent, _, _ = name.rpartition(".")
+        block, around = (core.get_submodule(p) for p in (parent, parent.rpartition(".")[0]))
+        own = ALL_EXPERTS_FUNCTIONS.get(
+            kernel, type(module).forward.__wrapped__
+        )  # "eager": its own
+        shared = shared_of((block, around))
+        module.chronos = Layer(layer, call, shared, own, ahead)
+        module.config._experts_implementation = NAME
+        choose = chooser_of(block, like_1D)
+        ahead = None if choose is None else (layer, choose)
+
+
+def _width(core: Any) -> int:
+    return int(core.config.get_text_config(decoder=True).hidden_size)

@@ -1,0 +1,1 @@
+"""Bytes: files read, written and checked. Knows no expert and no model."""

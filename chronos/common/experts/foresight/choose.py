@@ -1,0 +1,81 @@
+"""Which policy ranks a store's experts: the one asked for by name, or what the model folder offers.
+
+Every slot of a store has the size of the largest record, so what a policy says per expert it says
+per byte. Not covered: how a forecaster comes into a folder (`chronos fit`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.experts.foresight.forecast import Forecaster, ForecastModel, find_forecast
+from chronos.common.experts.foresight.intent import INTENT, IntentModel
+from chronos.common.experts.foresight.predictor import (
+    DecayedUse,
+    Intent,
+    PredictorPolicy,
+    RestingPolicy,
+    TokenTable,
+)
+from chronos.common.experts.residency import LRU, Policy
+from chronos.common.layout import Layout
+
+PREDICTORS = ("auto", "forecast", "token-table", "lfu", "lru")
+
+
+def check_predictor(name: str | Path) -> None:
+    """Raises UsageError for what names no predictor."""
+    if str(name) not in PREDICTORS and Path(name).suffix != ".safetensors":
+        raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
+
+
+def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
+    """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
+
+    auto: the folder's forecaster, if it has one of this model, while that pays; else what each
+    token needed before. That ranks as lfu does and reads ahead better (docs/prediction.md).
+    Raises UsageError, ShapeMismatch (a forecaster of another model) or CorruptFileError.
+    """
+    check_predictor(name)
+    if name == "lru":
+        return LRU(layout.num_layers, layout.num_experts)
+    if name in ("lfu", "token-table"):
+        return _untrained(layout, DecayedUse if name == "lfu" else TokenTable)
+    path = find_forecast(layout.folder) if name in ("auto", "forecast") else Path(name)
+    if path is None and name == "auto":
+        return _untrained(layout)
+    if path is None:
+        raise UsageError(
+            "the model has no forecaster", str(layout.folder), f"chronos fit {layout.folder}"
+        )
+    try:
+        forecaster = _forecaster(path, layout, top_k)
+    except ShapeMismatch:
+        if name == "auto":
+            return _untrained(layout)
+        raise
+    layers, intent = layout.moe_layers, _intent(path.parent, layout)
+    return (RestingPolicy if name == "auto" else PredictorPolicy)(forecaster, layers, intent)
+
+
+def _untrained(layout: Layout, kind: type[DecayedUse] = TokenTable) -> PredictorPolicy:
+    predictor = kind(len(layout.moe_layers), layout.num_experts)
+    return PredictorPolicy(predictor, layout.moe_layers, _intent(layout.folder, layout))
+
+
+def _forecaster(path: Path, layout: Layout, top_k: int) -> Forecaster:
+    model = ForecastModel.load(path)
+    rows = len(layout.moe_layers)
+    model.check_fits(rows, layout.num_experts, top_k, layout.fingerprint, str(path))
+    return model.predictor()
+
+
+def _intent(folder: Path, layout: Layout) -> Intent | None:
+    """The folder's intent classifier, which `chronos fit` leaves only where it wins."""
+    path = folder / INTENT
+    if not path.is_file():
+        return None
+    model = IntentModel.load(path)
+    fits = model.shape == (len(layout.moe_layers), layout.num_experts)
+    return model.use if fits else None

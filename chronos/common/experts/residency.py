@@ -1,0 +1,269 @@
+"""Which expert sits in which slot, what is evicted next, and what must not be.
+
+A `Residency` is bookkeeping only: no tensors, no files, no locks (its owner holds one). A slot is
+EMPTY, LOADING (claimed, bytes on their way) or READY; READY slots may be pinned. Slots are pooled
+over all layers. A `Policy` ranks keys; the lowest-ranked READY slot nobody holds is the victim.
+Prefetches are guests: for a few tokens they are protected, but no more than half of the slots at a
+time can be taken from other experts that way, and a demand may always take them back.
+Sources: least recently used; frequency with exponential decay (LRFU, Lee et al. 2001).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chronos.common.model.weights import Key
+
+# On two real traces at a quarter of the experts, 0.90 to 0.96 hit within 0.5 % of the best.
+LFU_DECAY = 0.95
+_PROTECTED = 1e300  # above every priority, below infinity
+
+
+class Policy(Protocol):
+    """Ranks every (layer, expert). Called at each need, under the lock of the tier it serves."""
+
+    forecasts: bool  # true: it ranks absent keys too, and a prefetch must outrank its victim
+
+    @property
+    def priority(self) -> NDArray[np.float64]:
+        """[L, E], higher = keep, all below 1e300."""
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        """These experts of a layer are needed now. Their reads wait for this to return."""
+
+    def reconsider(self) -> None:
+        """The reads of what was observed last have begun: time for what takes longer."""
+
+    def end_token(self) -> None: ...
+
+    def begin_prompt(self) -> None:
+        """Until `end_prompt`, `observe` gets what whole chunks of tokens need of a layer."""
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        """What each token of the prompt was routed to, in order."""
+
+
+class Counts:
+    """What is told of prompts does not change counts of uses: each layer's chunk counts as one."""
+
+    def reconsider(self) -> None:
+        pass
+
+    def begin_prompt(self) -> None:
+        pass
+
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
+        pass
+
+
+class LRU(Counts):
+    """Least recently used."""
+
+    forecasts = False
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.priority = np.zeros((num_layers, num_experts))
+        self._rows = list(self.priority)  # views: indexing a row costs half of indexing the matrix
+        self._now = 0.0
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        self._now += 1.0
+        self._rows[layer][list(experts)] = self._now
+
+    def end_token(self) -> None:
+        pass
+
+
+class DecayedLFU(Counts):
+    """Number of uses, each fading by `decay` per token.
+
+    Uses are noted at once and added up when the ranking is asked for: a NumPy update costs 4 us,
+    and a layer that misses nothing asks for no ranking.
+    """
+
+    forecasts = False
+
+    def __init__(self, num_layers: int, num_experts: int, decay: float = LFU_DECAY) -> None:
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"decay must be in (0, 1], not {decay}")
+        self._uses = np.zeros((num_layers, num_experts))
+        self._decay = decay
+        self._noted: list[int] = []  # indices into the raveled uses
+
+    @property
+    def priority(self) -> NDArray[np.float64]:
+        if self._noted:
+            np.add.at(self._uses.ravel(), self._noted, 1.0)
+            self._noted.clear()
+        return self._uses
+
+    def observe(self, layer: int, experts: Collection[int]) -> None:
+        first = layer * self._uses.shape[1]
+        self._noted += [first + expert for expert in experts]
+
+    def end_token(self) -> None:
+        uses = self.priority
+        uses *= self._decay
+
+
+class State(Enum):
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+
+
+class Admission(NamedTuple):
+    """A slot now LOADING; what it held before, and whether that was prefetched and never used."""
+
+    slot: int
+    evicted: Key | None
+    wasted: bool
+
+
+class Residency:
+    """Slots, their keys and their pins. Not thread-safe."""
+
+    def __init__(
+        self, num_layers: int, num_experts: int, slots: int, policy: Policy, patience: int = 2
+    ) -> None:
+        """patience: end_token() calls for which a prefetch is protected."""
+        assert slots > 0
+        self.slots, self.policy = slots, policy
+        self.ready: dict[Key, int] = {}  # read by the owner's fast path; written here only
+        self.unused: set[int] = set()  # slots prefetched and not needed yet
+        self.peak = 0
+        self._shape = (num_layers, num_experts)
+        self._loading: dict[Key, int] = {}
+        self._keys: list[Key | None] = [None] * slots
+        self._flat = np.zeros(slots, np.intp)  # slot -> index of its key into the raveled priority
+        self._pins: dict[int, int] = {}
+        self._empty = list(range(slots))[::-1]
+        self._protected: dict[int, int] = {}  # slot -> token its protection ends at
+        self._patience, self._token = patience, 0
+
+    @property
+    def live(self) -> int:
+        """Slots LOADING or READY."""
+        return self.slots - len(self._empty)
+
+    def lookup(self, key: Key) -> int | None:
+        """The slot that holds `key` or is being filled with it."""
+        slot = self.ready.get(key)
+        return self._loading.get(key) if slot is None else slot
+
+    def key(self, slot: int) -> Key | None:
+        """What the slot holds or is being filled with."""
+        return self._keys[slot]
+
+    def state(self, slot: int) -> State:
+        key = self._keys[slot]
+        if key is None:
+            return State.EMPTY
+        return State.READY if key in self.ready else State.LOADING
+
+    def admit(self, key: Key, *, demand: bool) -> Admission | None:
+        """Claim a slot for an absent key, evicting if need be.
+
+        None: every slot is pinned or loading; or the key is a prefetch and would displace another
+        protected one, exceed the prefetches' half, or not outrank its victim under a forecasting
+        policy.
+        """
+        assert self.lookup(key) is None, f"{key} is admitted twice"
+        assert all(0 <= i < size for i, size in zip(key, self._shape, strict=True)), key
+        if self._empty:
+            slot, evicted = self._empty.pop(), None
+        else:
+            victim = self._victim(key, demand)
+            if victim is None:
+                return None
+            slot, evicted = victim, self._keys[victim]
+            assert evicted is not None
+            del self.ready[evicted]
+        wasted = slot in self.unused
+        self.touch(slot)
+        self._keys[slot] = key
+        self._flat[slot] = key[0] * self._shape[1] + key[1]
+        self._loading[key] = slot
+        if not demand:
+            self.unused.add(slot)
+            self.protect(slot)
+        self.peak = max(self.peak, self.live)
+        return Admission(slot, evicted, wasted)
+
+    def mark_ready(self, slot: int) -> None:
+        key = self._keys[slot]
+        assert key is not None
+        del self._loading[key]
+        self.ready[key] = slot
+
+    def mark_failed(self, slot: int) -> None:
+        """LOADING back to EMPTY; whoever pinned the slot loses the pin."""
+        key = self._keys[slot]
+        assert key is not None
+        del self._loading[key]
+        self.touch(slot)
+        self._pins.pop(slot, None)
+        self._keys[slot] = None
+        self._empty.append(slot)
+
+    def pin(self, slot: int) -> None:
+        """Hold a slot for use: it is not evicted before as many `unpin`, and no longer unused."""
+        pins = self._pins
+        pins[slot] = pins.get(slot, 0) + 1
+        if slot in self.unused:
+            self.touch(slot)
+
+    def touch(self, slot: int) -> None:
+        """Its key was needed: not unused any more, and in need of no protection."""
+        self.unused.discard(slot)
+        self._protected.pop(slot, None)
+
+    def unpin(self, slot: int) -> None:
+        count = self._pins[slot] - 1
+        if count:
+            self._pins[slot] = count
+        else:
+            del self._pins[slot]
+
+    def pinned(self, slot: int) -> bool:
+        return slot in self._pins
+
+    def protect(self, slot: int) -> None:
+        """Its key is expected to be needed soon: spare it for `patience` tokens if possible."""
+        self._protected[slot] = self._token + self._patience
+
+    def end_token(self) -> None:
+        """Protections run out. Whoever owns the policy tells it."""
+        self._token += 1
+        if self._protected:
+            kept = {s: until for s, until in self._protected.items() if until > self._token}
+            self._protected = kept
+
+    def _victim(self, key: Key, demand: bool) -> int | None:
+        if not demand and 2 * len(self.unused & self._protected.keys()) >= self.slots:
+            return None
+        priority = self.policy.priority
+        score = priority.ravel()[self._flat]
+        _put(score, self._protected, _PROTECTED)
+        _put(score, self._loading.values(), np.inf)
+        _put(score, self._pins, np.inf)
+        slot = int(score.argmin())
+        lowest = float(score[slot])
+        if lowest == np.inf:
+            return None
+        if not demand:
+            bar = priority[key] if self.policy.forecasts else _PROTECTED
+            if lowest >= bar:
+                return None
+        return slot
+
+
+def _put(score: NDArray[np.float64], slots: Iterable[int], value: float) -> None:
+    chosen = list(slots)
+    if chosen:
+        score[chosen] = value

@@ -1,0 +1,1 @@
+"""The laboratory: recorded routing, and what caches and forecasters are worth on it."""

@@ -1,0 +1,1 @@
+"""Training without a framework: recipes, schedules, and losses as NumPy formulas."""

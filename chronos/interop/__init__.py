@@ -1,0 +1,1 @@
+"""Chronos inside other libraries."""

@@ -1,0 +1,212 @@
+"""What a model does on text: its routing as a trace, its loss, how well its lookahead is right.
+
+Given a backend's model or runner; tokens in, plain numbers out. Locality is always reported with
+the entropy it may have been bought with. Not covered: task quality.
+
+Shape legend: T tokens, L layers, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chronos.common.data import (
+    Document,
+    PackedDataset,
+    encode_documents,
+    pack_documents,
+    read_documents,
+    split_documents,
+    stdlib_documents,
+)
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.traces.trace import RoutingTrace, TraceRecorder
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import Observed, Runner
+    from chronos.common.model.guest import Geometry
+    from chronos.common.text.tokenizer import Tokenizer
+
+STDLIB = "stdlib"
+STDLIB_HELD_OUT = 0.02  # the share that recipes/demo.toml keeps from training
+Progress = Callable[[int, int], None]
+
+
+def documents_of(data: str, held_out: float | None = None, skip_bad: int = 0) -> list[Document]:
+    """Documents of a path or of `stdlib`; with `held_out`, those a recipe with that
+    validation_share does not train on (for stdlib, STDLIB_HELD_OUT unless 0 is asked for)."""
+    if data == STDLIB:
+        documents = stdlib_documents()
+        held_out = STDLIB_HELD_OUT if held_out is None else held_out
+    else:
+        documents = list(read_documents(data, skip_bad))
+    return split_documents(documents, held_out)[1] if held_out else documents
+
+
+def record(
+    runner: Runner,
+    config: Geometry,
+    sequences: Iterable[Sequence[int]],
+    *,
+    max_tokens: int,
+    new_tokens: int = 0,
+    model: str = "",
+    layers: Sequence[int] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> RoutingTrace:
+    """Routing of the sequences, each from an empty context, up to `max_tokens` tokens in all.
+
+    layers: those with experts, where others have none.
+
+    With `new_tokens` every sequence is a prompt, and only what the model writes after it, greedily,
+    is recorded.
+    """
+    phase = "generation" if new_tokens else "prefill"
+    recorder = TraceRecorder(
+        config.num_experts, config.num_experts_per_tok, model=model, phase=phase, layers=layers
+    )
+    runner.recording = True
+    done = 0
+    for ids in sequences:
+        if done >= max_tokens:
+            break
+        runner.reset()
+        recorder.new_sequence()
+        ids = list(ids) if new_tokens else list(ids)[: max_tokens - done]
+        count = min(new_tokens, max_tokens - done)
+        tokens, parts = _routing(runner, ids, count)
+        for ids_TLK, weights_TLK in parts:
+            recorder.append(ids_TLK, weights_TLK, tokens[: len(ids_TLK)])
+            tokens = tokens[len(ids_TLK) :]
+            done += len(ids_TLK)
+        progress(done, max_tokens)
+    return recorder.trace()
+
+
+def _routing(
+    runner: Runner, ids: list[int], new_tokens: int
+) -> tuple[list[int], Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]]:
+    """The tokens that were run, and the routing of them in parts."""
+    greedy = SamplingParams()
+    runner.routing()
+    token = runner.prefill(ids, greedy)
+    if not new_tokens:
+        return ids, runner.routing()
+    runner.routing()
+    written = []
+    for _ in range(new_tokens):
+        written.append(token)
+        token = runner.decode(token, greedy)
+    return written, runner.routing()
+
+
+def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Iterator[list[int]]:
+    """Token ids of pieces of text documents, each of at most `length` and more than one: the
+    documents' beginnings first, then what follows further on in each."""
+    texts, stride = [document.text for document in documents], 8 * length
+    for start in range(0, max(map(len, texts), default=0), stride):
+        for text in texts:
+            ids = tokenizer.encode_prompt(text[start : start + 2 * stride])[:length]
+            if len(ids) > 1:
+                yield ids
+
+
+def locality(trace: RoutingTrace) -> dict[str, Any]:
+    """How much of a token's routing repeats the token before, and how evenly experts are used.
+
+    `repeat` is the share of picks the previous token of the sequence made too, in the same layer;
+    `repeat_by_chance` what independent picks of the same frequencies would reach. Entropy is that
+    of each layer's picks, in nats; effective experts are its exponential, averaged over layers.
+    """
+    ids_TLK, seq_T = trace.ids_TLK, trace.seq_T
+    share_LE = _shares(trace)
+    follows = seq_T[1:] == seq_T[:-1]
+    again = (ids_TLK[1:, :, :, None] == ids_TLK[:-1, :, None, :]).any(-1)[follows]
+    entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-12))).sum(-1)
+    chance = np.minimum(1.0, trace.top_k * share_LE)
+    return {
+        "tokens": trace.num_tokens,
+        "repeat": float(again.mean()) if again.size else None,
+        "repeat_by_chance": float((share_LE * chance).sum(-1).mean()),
+        "entropy": float(entropy_L.mean()),
+        "entropy_max": math.log(trace.num_experts),
+        "effective_experts": float(np.exp(entropy_L).mean()),
+        "largest_share": float(share_LE.max()),
+    }
+
+
+def _shares(trace: RoutingTrace) -> npt.NDArray[np.float64]:
+    """[L, E]: each expert's share of its layer's picks."""
+    counts = [
+        np.bincount(trace.ids_TLK[:, layer].ravel(), minlength=trace.num_experts)
+        for layer in range(trace.num_layers)
+    ]
+    return np.array(counts) / (trace.num_tokens * trace.top_k)
+
+
+def packed(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int) -> PackedDataset:
+    """The documents as rows to evaluate on."""
+    encoded = encode_documents(tokenizer, documents)
+    return pack_documents(
+        encoded.ids,
+        seq_len=seq_len,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        trained=encoded.trained,
+    )
+
+
+def loss(
+    step: Any, dataset: PackedDataset, *, batch_size: int, max_tokens: int
+) -> dict[str, float]:
+    """Mean terms of `TrainStep.evaluate` over at most `max_tokens` tokens, in whole batches."""
+    batch_size = min(batch_size, len(dataset))
+    rows = max(batch_size, min(len(dataset), max_tokens // dataset.seq_len))
+    batches = [dataset.batch(i, batch_size) for i in range(rows // batch_size)]
+    terms: dict[str, float] = step.evaluate(batches)
+    return terms
+
+
+def sequence_loss(
+    forward: Callable[[npt.NDArray[Any]], Observed],
+    sequences: Iterable[Sequence[int]],
+    *,
+    max_tokens: int,
+) -> dict[str, float]:
+    """`loss` without packed rows, which guests do not take: each sequence from an empty context."""
+    nats, count = 0.0, 0
+    for ids in sequences:
+        ids_T = np.array(ids[: max_tokens - count + 1])
+        if len(ids_T) < 2:
+            break
+        logits_TV = forward(ids_T[None]).logits_BTV[0, :-1]
+        top_T = logits_TV.max(-1)
+        mass_T = np.exp(logits_TV - top_T[:, None]).sum(-1, dtype=np.float64)
+        right_T = logits_TV[np.arange(len(logits_TV)), ids_T[1:]]
+        nats += float((np.log(mass_T) + top_T - right_T).sum())
+        count += len(logits_TV)
+    return {"ce": nats / count}
+
+
+def summary(
+    terms: dict[str, float], dataset: PackedDataset, documents: Sequence[Document]
+) -> dict[str, Any]:
+    """Loss in nats, perplexity, bits per byte of text, and lookahead recall by tokens ahead.
+
+    Bytes per token are those of the whole data; rows without text (chats) make them an estimate.
+    """
+    nbytes = sum(len(d.text.encode("utf-8", "surrogatepass")) for d in documents)
+    recall = [terms[f"recall_{j}"] for j in range(len(terms)) if f"recall_{j}" in terms]
+    nats = terms["ce"]
+    return {
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "bits_per_byte": nats / math.log(2) * dataset.tokens / nbytes if nbytes else None,
+        "lookahead_recall": recall,
+        "terms": terms,
+    }

@@ -1,0 +1,1 @@
+"""Answering: a model, opened, takes prompts and gives tokens, text and numbers."""

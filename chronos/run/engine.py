@@ -1,0 +1,365 @@
+"""Generation on one model: stop rules, limits and numbers. Token ids in, token ids out.
+
+`load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result.
+The engine imports no framework: it is given a runner and a store, or asks `chronos.backends` for
+them in `load`. One generation runs at a time; starting the next one ends the one before.
+Not covered: several sequences at once, keeping the key/value cache between prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from chronos import backends
+from chronos.backends.startup import ReadAhead, fast_import
+from chronos.common.budget import parse_budget
+from chronos.common.disk.io import FileIO
+from chronos.common.disk.reader import RangedReader
+from chronos.common.disk.tensors import read_checkpoint
+from chronos.common.errors import UsageError
+from chronos.common.experts.foresight.choose import check_predictor, choose_policy
+from chronos.common.experts.foresight.predictor import PredictorPolicy
+from chronos.common.experts.prefetch import Prefetcher
+from chronos.common.layout import is_packed, open_layout
+from chronos.common.layout.folder import refuse_unfinished, slots_within
+from chronos.common.layout.source import open_source
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import Geometry, GuestConfig, end_ids, read_config
+from chronos.common.model.weights import dense_tensors
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.tokenizer import Tokenizer
+from chronos.run.generation import Generation, GenerationResult, Step, Text
+from chronos.run.meter import Machine, Meter, measure_machine
+from chronos.run.models import resolve_model
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.common.experts.residency import Policy
+    from chronos.common.layout import Layout
+
+__all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
+_log = logging.getLogger("chronos")
+GREEDY = SamplingParams()
+RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
+_NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
+
+
+class Engine:
+    """One model, ready to generate. `store` is None where the model holds its own experts.
+
+    `with_limit` adds the share of the physical limit to the stats of streamed generations.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: Geometry,
+        *,
+        store: ExpertStore | None = None,
+        layout: Layout | None = None,
+        reader: RangedReader | None = None,
+        prefetcher: Prefetcher | None = None,
+        tokenizer: Tokenizer | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        expert_bytes: int = 0,
+        moe_layers: tuple[int, ...] | None = None,
+        backend: str = "",
+        device: str = "",
+    ) -> None:
+        """reader: the store's; the engine closes both. stop_ids: end a reply, beside the
+        tokenizer's own. expert_bytes, moe_layers: where there is no layout. prefetcher: the
+        runner's, for its numbers."""
+        self.runner, self.config, self.store, self.layout = runner, config, store, layout
+        self.tokenizer, self.backend, self.device = tokenizer, backend, device
+        self.context = config.max_position_embeddings
+        self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
+        self.with_limit = store is not None
+        self.resident_token_s: float | None = None  # for the limit, where it was measured
+        self.moe_layers = moe_layers if layout is None else layout.moe_layers
+        self._reader, self._expert_bytes = reader, expert_bytes
+        self._prefetcher = prefetcher
+        self._machine: Machine | None = None
+        self._running: Generation | None = None
+
+    @property
+    def expert_bytes_total(self) -> int:
+        """Bytes of all routed experts as stored."""
+        return self._expert_bytes if self.layout is None else self.layout.total_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes the routed experts may take in fast memory."""
+        return self.store.stats().capacity_bytes if self.store else self.expert_bytes_total
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams = GREEDY,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        cancel: threading.Event | None = None,
+    ) -> Generation:
+        """Stream up to `max_tokens` tokens after `prompt`.
+
+        Raises UsageError at once for a prompt that is empty, foreign or longer than the context.
+        A read that fails for good raises while iterating; the engine stays usable. A prompt may
+        fill the context: one token is still sampled from it, then finish_reason is "context".
+        """
+        self._check(prompt, max_tokens, stop)
+        if self._running is not None:
+            self._running.close()
+        self._running = Generation(self._steps(list(prompt), sampling, max_tokens, stop, cancel))
+        return self._running
+
+    def close(self) -> None:
+        """End the running generation, stop the readers, free the slots. Safe to call twice."""
+        if self._running is not None:
+            self._running.close()
+        if self.store is not None:
+            self.store.close()
+        if self._reader is not None:
+            self._reader.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def prefetch_stats(self) -> dict[str, Any]:
+        """What each source of forecasts came to since the model was opened, as JSON."""
+        return {} if self._prefetcher is None else {"prefetch": self._prefetcher.to_json()}
+
+    def _check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty", "", "give at least one token")
+        if len(prompt) > self.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.context}",
+                "",
+                "shorten the prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise UsageError(
+                f"the prompt has token ids from {min(prompt)} to {max(prompt)}, "
+                f"the vocabulary ids from 0 to {self.config.vocab_size - 1}",
+                "",
+                "encode the prompt with the model's own tokenizer",
+            )
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}", "", "ask for at least one token")
+        if not all(stop):
+            raise UsageError("a stop string is empty")
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model has none")
+
+    def _steps(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        stop: Sequence[str],
+        cancel: threading.Event | None,
+    ) -> Generator[Step, None, GenerationResult]:
+        record = self.store is not None and self.with_limit
+        meter, text = Meter(self.runner, self.store, record=record), Text(self.tokenizer, stop)
+        tokens: list[int] = []
+        cancelled = cancel.is_set if cancel else lambda: False
+        token = meter.prefill(prompt, sampling, cancelled)
+        reason = ""
+        while not reason:
+            if token is None or token < 0 or token in self.stop_ids:
+                reason = "cancelled" if token is None else "error" if token < 0 else "stop"
+                break
+            tokens.append(token)
+            piece = text.push(token)
+            reason = self._ending(text, len(tokens) == max_tokens)
+            yield Step(token, piece + text.flush() if reason else piece)
+            if not reason:
+                token = None if cancelled() else meter.decode(token, sampling)
+        if tail := text.flush():
+            yield Step(None, tail)
+        stats = meter.stats()
+        stats |= self.prefetch_stats()
+        if record:
+            stats["limit"] = self._limit(meter)
+        error = _NOT_FINITE.format(self.runner.position) if reason == "error" else ""
+        return GenerationResult(len(prompt), tokens, text.shown, reason, stats, error)
+
+    def _ending(self, text: Text, is_last: bool) -> str:
+        """Why the generation ends with the token just taken, or ""."""
+        if text.stopped:
+            return "stop"
+        if is_last:
+            return "length"
+        return "context" if self.runner.position >= self.context else ""
+
+    def _limit(self, meter: Meter) -> dict[str, Any] | None:
+        assert self.layout is not None and self.store is not None
+        if self._machine is None:
+            self._machine = measure_machine(self.layout, self.config, self.store, self.device)
+        machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
+        return meter.limit(self.config, machine)
+
+
+def load(
+    model: str | Path,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    budget: str | int = "all",
+    warm: str | int = 0,
+    miss: str = "exact",
+    prefetch: str = "auto",
+    predictor: str | Path = "auto",
+    allow_missing: bool = False,
+    io: FileIO | None = None,
+    own_process: bool = False,
+) -> Engine:
+    """Open a model folder, or "demo".
+
+    budget: what routed experts may take, as "25%", "2GiB", bytes or "all"; "resident" loads them
+    into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
+    memory behind a device's. predictor: what ranks experts to keep and to read ahead, as
+    `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
+    stand in, which allow_missing needs. io: how the experts' files are read.
+    own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
+    Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
+    framework is imported; then MissingBackendError.
+    """
+    _check_choice("miss", miss, ("exact", "fallback"))
+    _check_choice("prefetch", prefetch, ("auto", "off"))
+    check_predictor(predictor)
+    if allow_missing and miss != "fallback":
+        raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
+    folder = resolve_model(model)
+    config = read_config(folder)
+    if miss == "fallback" and config.num_shared_experts == 0:
+        raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
+    layout = _open_layout(folder, config, budget, allow_missing)
+    capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
+    warm_bytes, policy = 0, None
+    if layout is not None:
+        slots_within(layout, capacity, config.num_experts_per_tok)
+        warm_bytes = _warm_bytes(warm, layout, config.num_experts_per_tok)
+        if capacity < layout.total_bytes:
+            policy = choose_policy(predictor, layout, config.num_experts_per_tok)
+    elif str(warm) != "0":
+        parse_budget(warm, 1)  # refused if it makes no sense
+        _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
+    name = backends.select(backend)
+    with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
+        with fast_import(name, own_process=own_process):
+            module = backends.load(name)
+        core = module.load(folder, device=device, resident=layout is None, dense=dense)
+    known: dict[str, Any] = {"backend": name, "device": str(core.device)}
+    if (folder / "tokenizer.json").exists():
+        known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
+    if isinstance(config, GuestConfig):
+        known["stop_ids"] = end_ids(folder)
+    if layout is None:
+        known |= _of_experts(folder, config)
+        return Engine(module.runner(core, None), config, **known)
+    with ExitStack() as undo:
+        reader = undo.enter_context(RangedReader(io=io))
+        store = module.open_store(
+            layout,
+            capacity,
+            top_k=config.num_experts_per_tok,
+            device=core.device,
+            miss=miss,
+            warm_bytes=warm_bytes,
+            policy=policy,
+            reader=reader,
+        )
+        undo.callback(store.close)
+        prefetcher = _prefetcher(store, layout, config, reader, policy)
+        runner = module.runner(core, store, prefetcher=prefetcher)
+        undo.pop_all()
+    runner.prefetch = prefetch
+    if prefetch == "auto" and capacity >= layout.total_bytes:
+        store.prefetch(sorted(layout.records))  # all have room: filled in the background
+    return Engine(
+        runner, config, store=store, layout=layout, reader=reader, prefetcher=prefetcher, **known
+    )
+
+
+def _dense_names(folder: Path, config: ModelConfig | GuestConfig) -> list[str] | None:
+    """Tensors to read while the framework is imported, None for all. A guest that is not packed is
+    read by its own library."""
+    if isinstance(config, ModelConfig):
+        return [spec.name for spec in dense_tensors(config)]
+    return None if is_packed(folder) else []
+
+
+def _of_experts(folder: Path, config: ModelConfig | GuestConfig) -> dict[str, Any]:
+    """What a layout would say: bytes of all routed experts, and the layers that have some."""
+    if isinstance(config, ModelConfig):
+        nbytes = config.num_routed_experts * config.expert_parameters * config.dtype_bytes
+        return {"expert_bytes": nbytes}
+    source = open_source(folder, FileIO())
+    return {"expert_bytes": source.expert_nbytes, "moe_layers": tuple(source.templates)}
+
+
+def _open_layout(
+    folder: Path, config: ModelConfig | GuestConfig, budget: str | int, allow_missing: bool
+) -> Layout | None:
+    """The packed experts, or None where the model is to hold them itself."""
+    refuse_unfinished(folder)
+    if budget == RESIDENT:
+        return None
+    if is_packed(folder):
+        return open_layout(folder, config=config, allow_missing=allow_missing)
+    if str(budget).strip().lower() == "all":
+        return None
+    raise UsageError(
+        f"a budget of {budget} needs a packed model folder",
+        str(folder),
+        f"pack it: chronos pack {folder} -o {folder}-packed",
+    )
+
+
+def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
+    """Bytes of the warm tier, 0 for none; refused here if they could not work."""
+    nbytes = 0 if str(warm) == "0" else parse_budget(warm, layout.total_bytes)
+    if nbytes:
+        slots_within(layout, nbytes, top_k)
+    return nbytes
+
+
+def _prefetcher(
+    store: ExpertStore,
+    layout: Layout,
+    config: Geometry,
+    reader: RangedReader,
+    policy: Policy | None,
+) -> Prefetcher | None:
+    """None where every expert has room and forecasts have no use."""
+    if policy is None:
+        return None
+    return Prefetcher(
+        store,
+        shape=(layout.num_layers, layout.num_experts),
+        top_k=config.num_experts_per_tok,
+        record_bytes=layout.record_nbytes,
+        reader=reader,
+        forecasts=policy if isinstance(policy, PredictorPolicy) else None,
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} cannot be {value!r}", "", f"use {' or '.join(choices)}")

@@ -1,0 +1,103 @@
+"""What a generation yields: steps with text that is final, and a result at the end.
+
+Knows tokens and text, no model. Text is final when no later token can change it: characters are
+whole, and nothing that may begin a stop string is shown before it is known not to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chronos.common.errors import UsageError
+from chronos.common.text.stop import StopText
+from chronos.common.text.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token and the text that is final with it.
+
+    `text` is empty while a character or a possible stop string is incomplete. `token` is None in a
+    closing step that only releases text held back. The texts of all steps join to the result's.
+    """
+
+    token: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a generation came to.
+
+    `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
+    is stop, length, context, cancelled or error, and `error` says why in the last case.
+    """
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    stats: dict[str, Any]
+    error: str = ""
+
+
+class Generation(Iterator[Step]):
+    """Steps as they are made; `result` afterwards (asked for earlier, it runs to the end)."""
+
+    def __init__(self, steps: Generator[Step, None, GenerationResult]) -> None:
+        self._steps = steps
+        self._result: GenerationResult | None = None
+
+    def __next__(self) -> Step:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self._result = end.value or self._result
+            raise StopIteration from None
+
+    @property
+    def result(self) -> GenerationResult:
+        """Raises what the generation raises, UsageError if it was closed before its end."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise UsageError("the generation was closed before its end")
+        return self._result
+
+    def close(self) -> None:
+        self._steps.close()
+
+
+class Text:
+    """Tokens to text that is final: whole characters, no stop string and no beginning of one."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._known = tokenizer.vocab_size if tokenizer else 0  # a model may have spare ids above
+        self._stop = StopText(stop)
+        self._pieces: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.found
+
+    @property
+    def shown(self) -> str:
+        return "".join(self._pieces)
+
+    def push(self, token: int) -> str:
+        if self._decoder is None or token >= self._known:
+            return ""
+        return self._show(self._stop.push(self._decoder.push(token)))
+
+    def flush(self) -> str:
+        """What was held back, once no more tokens come; nothing after a stop string."""
+        if self._decoder is None or self.stopped:
+            return ""
+        return self._show(self._stop.push(self._decoder.flush()) + self._stop.flush())
+
+    def _show(self, piece: str) -> str:
+        self._pieces.append(piece)
+        return piece

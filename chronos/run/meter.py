@@ -1,0 +1,201 @@
+"""The numbers of one generation: seconds, expert traffic, and the share of the physical limit.
+
+A `Meter` times the model, without what the caller does between two tokens, and reads the store's
+counters at the ends of prompt and reply. The limit is that of the decode phase, on the routing that
+was executed, from the experts resident when it began. Where no resident run was measured, decode
+time without its stalls stands for one: reads slow the compute beside them, so it errs on the high
+side. Not covered: printing; the key/value cache's bytes, small beside the weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chronos.common.disk.io import measure_read_rate
+from chronos.common.disk.tensors import locate_tensors
+from chronos.common.experts.stats import StoreStats
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import LARGE, dense_tensors
+from chronos.common.traces.limits import limit_report
+from chronos.common.traces.simulate import simulate
+from chronos.common.traces.trace import TraceRecorder
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.common.layout import Layout
+    from chronos.common.model.guest import Geometry
+    from chronos.common.text.sampling import SamplingParams
+
+_RATE_SAMPLE_BYTES = 64 << 20
+_PIECE = 512  # tokens of a prompt between two looks at `cancelled`: the runners' own chunks
+# An accelerator's memory rate is not measured: its roofline stands aside for the kernel time.
+_UNKNOWN_RATE = 1e18
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a streamed run: bytes, and rates in bytes per second.
+
+    resident_token_s: seconds per token with all experts in the model, where that was measured.
+    """
+
+    record_bytes: int
+    slots: int
+    disk_rate: float
+    memory_rate: float
+    dense_bytes: int
+    warm_slots: int = 0  # records in the warm tier behind an accelerator's slots
+    copy_rate: float | None = None  # from there to the slots
+    moe_layers: tuple[int, ...] | None = None  # the rows of a recorded routing; None: 0, 1, ...
+    resident_token_s: float | None = None
+
+
+def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device: str) -> Machine:
+    """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
+    size, on_cpu = layout.record_nbytes, device.startswith("cpu")
+    stats, records = store.stats(), len(layout.records)
+    return Machine(
+        record_bytes=size,
+        slots=min(stats.capacity_bytes // size, records),
+        warm_slots=min(stats.warm_capacity_bytes // size, records),
+        copy_rate=store.copy_rate(),
+        disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
+        memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
+        dense_bytes=_dense_bytes(layout, config, on_cpu),
+        moe_layers=layout.moe_layers,
+    )
+
+
+def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
+    """What a token reads of the dense part: as stored, but for the smaller tensors of a native
+    model, which a CPU holds in float32."""
+    if isinstance(config, ModelConfig):
+        widened = 4 if on_cpu else config.dtype_bytes
+        sizes = [t.nbytes // config.dtype_bytes for t in dense_tensors(config)]
+        return sum(n * (config.dtype_bytes if n >= LARGE else widened) for n in sizes)
+    return sum(entry.nbytes for _, entry in locate_tensors(layout.folder).values())
+
+
+class Meter:
+    """Runs the model and counts, from its creation on. With `record`, `limit` can be asked for."""
+
+    def __init__(self, runner: Runner, store: ExpertStore | None, *, record: bool) -> None:
+        self.runner, self.store = runner, store
+        self.prompt_tokens = self.decoded = 0
+        self.prefill_s = self.decode_s = 0.0
+        self._start = self._middle = self._count()
+        self._resident = self._held = frozenset[tuple[int, int]]()
+        runner.reset()
+        runner.recording = record
+
+    def prefill(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> int | None:
+        """The first token, or None where it was cancelled: a long prompt is given in pieces."""
+        begin, token = time.perf_counter(), None
+        for start in range(0, len(prompt), _PIECE):
+            if cancelled():
+                token = None
+                break
+            token = self.runner.prefill(prompt[start : start + _PIECE], sampling)
+        self.prefill_s = time.perf_counter() - begin
+        self.prompt_tokens = len(prompt)
+        self._middle = self._count()
+        if self.runner.recording and self.store:
+            self.runner.routing()  # the prompt's is not asked for
+            self._resident, self._held = self.store.resident(), self.store.held()
+        return token
+
+    def decode(self, token: int, sampling: SamplingParams) -> int:
+        begin = time.perf_counter()
+        token = self.runner.decode(token, sampling)
+        self.decode_s += time.perf_counter() - begin
+        self.decoded += 1
+        return token
+
+    def stats(self) -> dict[str, Any]:
+        """The numbers of spec section 5; those named decode_* leave the prompt out."""
+        now = self._count()
+        decode = now.minus(self._middle)
+        return {
+            "ttft_s": self.prefill_s,
+            "prefill_tps": _per_second(self.prompt_tokens, self.prefill_s),
+            "decode_tps": _per_second(self.decoded, self.decode_s),
+            "decode_s": self.decode_s,
+            "decode_tokens": self.decoded,
+            "decode_bytes_read": decode.bytes_read,
+            "decode_bytes_copied": decode.bytes_copied,
+            "decode_stall_s": decode.stall_s,
+        } | now.minus(self._start).to_json()
+
+    def limit(self, config: Geometry, machine: Machine) -> dict[str, Any] | None:
+        """The limit of the decoded tokens and the shares of it; None if there are none."""
+        recorder = TraceRecorder(
+            config.num_experts, config.num_experts_per_tok, layers=machine.moe_layers
+        )
+        for ids_TLK, _ in self.runner.routing():
+            recorder.append(ids_TLK)
+        if not self.decoded or machine.slots < config.num_experts_per_tok:
+            return None
+        trace = recorder.trace()
+        # What was there at first: least worth keeping first, in some order that is always the same.
+        resident = sorted(self._resident)
+        held = sorted(self._held) if machine.warm_slots else resident  # staging is no cache
+        slots = machine.slots + machine.warm_slots
+        reads = {
+            policy: simulate(trace, slots, policy, resident=held).reads_per_token
+            for policy in ("min", "lru", "lfu")
+        }
+        copies = 0.0
+        if machine.copy_rate:
+            copies = simulate(trace, machine.slots, "min", resident=resident).reads_per_token
+        decode = self._count().minus(self._middle)
+        stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
+        # What this run computed in is possible: a resident run that took longer was disturbed.
+        busy_s = max(0.0, token_s - stall_s)
+        resident_s = min(busy_s, machine.resident_token_s or busy_s)
+        report = limit_report(
+            token_s=token_s,
+            reads_per_token=decode.bytes_read / machine.record_bytes / self.decoded,
+            min_reads_per_token=reads["min"],
+            ref_reads_per_token=min(reads["lru"], reads["lfu"]),
+            record_bytes=machine.record_bytes,
+            slow_bytes_per_s=machine.disk_rate,
+            fast_bytes_per_s=machine.memory_rate,
+            dense_bytes=machine.dense_bytes,
+            layers=trace.num_layers,
+            top_k=trace.top_k,
+            kernel_s=resident_s,
+            stall_s=stall_s,
+            min_copies_per_token=copies,
+            link_bytes_per_s=machine.copy_rate,
+        )
+        return report.to_json()
+
+    def _count(self) -> StoreStats:
+        return self.store.stats() if self.store else StoreStats()
+
+
+@cache
+def _memory_rate(nbytes: int = 32 << 20) -> float:
+    """Bytes per second one core moves, read and written; the best of three copies."""
+    source, target = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * nbytes / best
+
+
+def _per_second(count: int, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
