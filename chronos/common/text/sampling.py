@@ -8,6 +8,7 @@ Not covered: penalties, grammars.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,22 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass of a model does for one sequence.
+
+    seq: names the sequence. tokens: what is appended to it, a piece of a prompt or the token drawn
+    last. last: the prompt ends with this piece, or it is a single token after one: sample the next.
+    mask: bool [V], which tokens may be drawn; None for all.
+    """
+
+    seq: int
+    tokens: Sequence[int]
+    sampling: SamplingParams
+    last: bool = True
+    mask: npt.NDArray[np.bool_] | None = None
 
 
 def filter_logits(logits_V: npt.ArrayLike, params: SamplingParams) -> npt.NDArray[np.float64]:
