@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import chronos
 import chronos.common.text.tokenizer
-from bench.smollm import find_gguf, unpermute, write_llama
-from bench.upcycle import upcycle
+from bench.lib.smollm import find_gguf, unpermute, write_llama
+from bench.runs.upcycle import upcycle
 from chronos.cli import main
 from chronos.common.layout import pack
 from chronos.testing.tiny import TEXTS, tiny_tokenizer

@@ -2,8 +2,8 @@
 
 Memory is unified, so the slots computed with are the bytes read: one array, allocated once, that
 exports its buffer to the reader; stacks over it are views. Nothing is copied, nothing is allocated
-while experts come and go (bench/LOG.md has what was tried instead). MLX is lazy: who computes with
-a slot must have evaluated the result before the slot is given up, or `hold` it.
+while experts come and go (what was tried instead: bench/log/mlx.md). MLX is lazy: who computes
+with a slot must have evaluated the result before the slot is given up, or `hold` it.
 What to keep and evict is `chronos.common.experts.residency`'s business, when to wait that of
 `chronos.common.experts.tier`. What a record's tensors mean is not known here.
 """

@@ -75,7 +75,7 @@ class LinkUse:
 
     Rehearsed on two traces, 12.5 to 50 % of the experts, b from 0.2 to 0.97: the fixed floor that
     made tokens fastest lay at b with small budgets and below it with large ones, where what is
-    wrong for this token is still there for a later one (bench/LOG.md).
+    wrong for this token is still there for a later one (bench/log/prefetch.md).
     """
 
     _SMOOTHING = 0.1  # weight of the newest token

@@ -1,8 +1,8 @@
 """Training an intent classifier on a trace, and what a preload by it is worth.
 
 `compare_preloads` sets it beside what is free: popularity, the prompt's own routing, a primed
-predictor. The answer depends on the model (bench/LOG.md), so `train_if_it_wins` keeps one only
-where it wins.
+predictor. The answer depends on the model (bench/log/intent.md), so `train_if_it_wins` keeps one
+only where it wins.
 
 Shape legend: B samples, L layers, E experts, R rank, N = L * E.
 """

@@ -5,7 +5,7 @@ prompt, and a low-rank map over all of them. It is trained with binary cross-ent
 sequences cut in two at random places, a prompt and the reply's first tokens, and kept as the side
 file intent.safetensors. Its use is to preload before the first token; `compare_preloads` says what
 that is worth beside what is free: popularity, the prompt's own routing, a primed predictor. The
-answer depends on the model (bench/LOG.md), so `train_if_it_wins` keeps one only where it wins.
+answer depends on the model (bench/log/intent.md): `train_if_it_wins` keeps one only where it wins.
 Not covered: token ids of the prompt, whose routing says what they would.
 
 Shape legend: B samples, L layers, E experts, R rank, N = L * E.

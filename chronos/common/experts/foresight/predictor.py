@@ -247,7 +247,7 @@ class DecayedUse:
 
     Each layer has a clock of its own (its counts fade when it is asked, so within a token all are
     equally fresh), and a layer whose turn is further ahead counts less. Both matter where layers
-    share slots: bench/LOG.md has the figures. LRFU: Lee et al. 2001.
+    share slots: bench/log/forecasts.md has the figures. LRFU: Lee et al. 2001.
     """
 
     def __init__(

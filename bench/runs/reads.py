@@ -6,7 +6,7 @@ of a layer together (--together 1: one by one, as no store does). Sequential pla
 layer packed side by side, scattered ones those of decoding. Interleaved, compared pair by pair.
 Linux.
 
-    python -m bench.reads FILE_OF_A_GIGABYTE [--rounds 7]
+    python -m bench.runs.reads FILE_OF_A_GIGABYTE [--rounds 7]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Keys and values are kept in float32 and fused attention is off: both round to 16
 Runs in a Python of its own, so that its native library meets none of ours:
 
     python -m venv V && V/bin/pip install xllamacpp
-    V/bin/python bench/llama_tokens.py MODEL.gguf --tokens 48 < prompts.json
+    V/bin/python bench/lib/llama_tokens.py MODEL.gguf --tokens 48 < prompts.json
 """
 
 from __future__ import annotations

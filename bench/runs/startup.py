@@ -4,7 +4,7 @@ Ceiling: the dense bytes at the disk's rate, and two seconds for Python, the fra
 the first pass. Beside it: what the framework's import alone takes, in a process of its own, in the
 same minute. The page cache is dropped before each run where that is allowed (root on Linux).
 
-    python -m bench.startup bench/scratch/replay --trace T.npz [--budget 25%] [--rounds 5]
+    python -m bench.runs.startup bench/scratch/replay --trace T.npz [--budget 25%] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chronos.common.traces.trace import RoutingTrace
 
 
 def first_token_s(args: argparse.Namespace, short: Path) -> float:
-    command = [sys.executable, "-m", "bench.streamed", str(args.folder), "--tokens", "1"]
+    command = [sys.executable, "-m", "bench.lib.streamed", str(args.folder), "--tokens", "1"]
     command += ["--trace", str(short), "--budget", args.budget]
     begin = time.time()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

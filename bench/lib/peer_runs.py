@@ -1,6 +1,6 @@
-"""One run of one runtime, in the interpreter of its own environment: what bench.peers starts.
+"""One run of one runtime, in the interpreter of its own environment: what bench.runs.peers starts.
 
-    VENV/bin/python bench/peer_runs.py NAME --model PATH --prompts P.json --memory BYTES ...
+    VENV/bin/python bench/lib/peer_runs.py NAME --model PATH --prompts P.json --memory BYTES ...
 
 Prints a JSON line per prompt, so that a run cut short still counts. Every runtime samples at
 temperature 1 from the same prompts; a token is timed when the runtime hands it out. The function

@@ -9,7 +9,7 @@ The read itself is the same for all and left out: bytes come from a host buffer,
 Ceiling: copying a record once (measured here, warm); the arena needs no copy after the read, so it
 is shown with the one that stands for the read. Allocation is from MLX's own counters.
 
-    python -m bench.mlx_store [--slots 16] [--record-kib 576] [--loads 200]
+    python -m bench.runs.mlx_store [--slots 16] [--record-kib 576] [--loads 200]
 """
 
 from __future__ import annotations

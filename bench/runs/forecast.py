@@ -1,4 +1,6 @@
-"""What forecasts are worth as ranks: `python -m bench.forecast TRACE --seeds 0,1,2 [-o R.json]`.
+"""What forecasts are worth as ranks of what to keep.
+
+    python -m bench.runs.forecast TRACE --seeds 0,1,2 [-o R.json]
 
 Trains a forecaster per seed on the training sequences of a trace and replays the test sequences
 against caches and predictors at four budgets: one pool of slots over all layers, as the stores have

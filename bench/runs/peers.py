@@ -6,10 +6,10 @@ the checkpoint's size; "none" is the resident comparison. A runtime is told to k
 as the cap leaves beside its own process. Files are read ahead by 128 KiB, Linux's default: with the
 8 MiB that a cloud's machine may have, memory-mapped experts thrash. Ceiling of a streamed run:
 bytes read per token / the disk's rate. Linux as root.
-`python -m bench.make_moe bench/scratch/peers` makes the checkpoint.
+`python -m bench.runs.make_moe bench/scratch/peers` makes the checkpoint.
 
-    python -m bench.peers [--work bench/scratch/peers] --install
-    python -m bench.peers [--peers chronos,llamacpp,...] [--caps none,75,55,40] [--seconds 20]
+    python -m bench.runs.peers [--work bench/scratch/peers] --install
+    python -m bench.runs.peers [--peers chronos,llamacpp,...] [--caps none,75,55,40] [--seconds 20]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import capped
+from bench.lib import capped
 from chronos.common.data.documents import split_documents, stdlib_documents
 from chronos.common.disk.io import drop_page_cache
 from chronos.common.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ _PROMPTS, _PROMPT = 4, 64
 _READ_AHEAD_KIB = 128
 _LOADING_S = 60.0  # and the token under way at the end of a run
 _TORCH = "torch==2.13.0"
-_SCRIPT = str(Path(__file__).with_name("peer_runs.py").resolve())
+_SCRIPT = str(Path(__file__).resolve().parents[1] / "lib" / "peer_runs.py")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How much of the reading each predictor hides, at disks of many speeds: rehearsed runs.
 
-    python -m bench.overlap T.npz [--forecast FILE] [--budgets 25%] [--rates 0.6,1.2,2.4,4.8] ...
+    python -m bench.runs.overlap T.npz [--forecast FILE] [--budgets 25%] [--rates 0.6,1.2] ...
 
 Ceiling: an oracle that has read the trace. The store, the policy and the prefetcher are the real
 ones, clock and disk are numbers (`common/rehearse.py`), so the figures are the same on any machine.

@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bench.shards import write_shards
+from bench.lib.shards import write_shards
 
 _NAMES = {
     "attn_norm": "input_layernorm",

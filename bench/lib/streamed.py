@@ -1,7 +1,7 @@
-"""One streamed run of replayed routing in a process of its own; what bench.memory and bench.startup
-start. Prints one JSON line.
+"""One streamed run of replayed routing in a process of its own; what
+`bench.runs.memory` and `bench.runs.startup` start. Prints one JSON line.
 
-    python -m bench.streamed FOLDER --trace T.npz --budget 25% --tokens 48
+    python -m bench.lib.streamed FOLDER --trace T.npz --budget 25% --tokens 48
 """
 
 from __future__ import annotations

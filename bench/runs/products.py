@@ -4,7 +4,7 @@ Ceiling: the weights a token reads / the memory's rate. What is compared is the 
 widen 16-bit weights, `F.linear` into fresh memory as it was before. x86 CPUs; elsewhere both are
 the same.
 
-    python -m bench.products MODEL [--budget resident] [--turns 12] [--tokens 8]
+    python -m bench.runs.products MODEL [--budget resident] [--turns 12] [--tokens 8]
 """
 
 from __future__ import annotations

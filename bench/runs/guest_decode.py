@@ -5,7 +5,7 @@ it runs its eager experts. Turns of a few tokens alternate between all contender
 slows each alike, and the median of the turns' ratios counts. Weights and the experts of budget
 `all` are in memory before the first turn; smaller budgets read from disk past the file cache.
 
-    python -m bench.guest_decode MODEL PACKED [--budgets all,50%,25%] [--turns 12] [--tokens 8]
+    python -m bench.runs.guest_decode MODEL PACKED [--budgets all,50%,25%] [--turns 12] [--tokens 8]
 """
 
 from __future__ import annotations

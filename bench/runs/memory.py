@@ -4,7 +4,7 @@ The promise: dense weights + expert budget + 600 MB. The cap is set to exactly t
 that needs more is killed. Linux as root. Make the model first, for example with
 `chronos bench replay T.npz --work bench/scratch/replay`.
 
-    python -m bench.memory bench/scratch/replay --trace T.npz [--budget 25%] [--tokens 96]
+    python -m bench.runs.memory bench/scratch/replay --trace T.npz [--budget 25%] [--tokens 96]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import capped
+from bench.lib import capped
 from chronos.common.budget import parse_budget
 from chronos.common.layout import open_layout
 
@@ -31,7 +31,7 @@ def main() -> None:
     budget = parse_budget(args.budget, total)
     dense = (args.folder / "model.safetensors").stat().st_size
     cap = dense + budget + _HEADROOM
-    command = ["-m", "bench.streamed", str(args.folder), "--trace", str(args.trace)]
+    command = ["-m", "bench.lib.streamed", str(args.folder), "--trace", str(args.trace)]
     command += ["--budget", args.budget, "--tokens", str(args.tokens)]
     report = capped.run_python(command, cap)
     print(

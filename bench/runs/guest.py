@@ -3,9 +3,9 @@
 A random Qwen3-MoE of 16 layers x 64 experts of 4.7 MB is written once. Promises: packing peaks
 under 1 GB; generating at a quarter of the experts peaks under dense + budget + 1 GB. The caps are
 set to exactly that, page cache included, so a process that needs more is killed; caches are cold.
-How fast packing is: bench.pack. Linux as root.
+How fast packing is: bench.runs.pack. Linux as root.
 
-    python -m bench.guest [--work bench/scratch/guest] [--budget 25%] [--tokens 64]
+    python -m bench.runs.guest [--work bench/scratch/guest] [--budget 25%] [--tokens 64]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import capped, checkpoint
-from bench.shards import Shape, random_tensors, write_shards
+from bench.lib import capped, checkpoint
+from bench.lib.shards import Shape, random_tensors, write_shards
 from chronos.common.budget import parse_budget
 from chronos.common.disk.io import drop_page_cache
 from chronos.common.layout import open_layout

@@ -6,7 +6,7 @@ like Qwen3-MoE (experts one by one, in shards) and gpt-oss (experts stacked). Th
 from the page cache before each run, and target folders are removed after it; runs are interleaved.
 Packing also searches for NaN and hashes every record. Linux.
 
-    python -m bench.pack [--work bench/scratch/pack] [--rounds 5]
+    python -m bench.runs.pack [--work bench/scratch/pack] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.shards import Shape, random_tensors, write_shards
+from bench.lib.shards import Shape, random_tensors, write_shards
 from chronos.common.disk.header import tensor_nbytes
 
 LAYERS, EXPERTS, D, F = 8, 32, 1024, 768  # records of 4.7 MB in bfloat16, 1.2 GB in all

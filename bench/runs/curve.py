@@ -1,6 +1,6 @@
 """The loss curve and router health of a training run, as a table and a picture.
 
-    python -m bench.curve runs/demo/metrics.jsonl --png docs/demo-model.png
+    python -m bench.runs.curve runs/demo/metrics.jsonl --png docs/demo-model.png
 
 The picture needs matplotlib, which Chronos itself does not.
 """

@@ -6,7 +6,7 @@ Ceilings, stated before measuring: a resident token needs 1 wait (the sampled id
 the same tokens in interleaved blocks; ratios are taken block by block. All experts are there before
 timing starts. Not covered: Metal, where none of this has been measured.
 
-    python -m bench.mlx_decode [--model FOLDER] [--blocks 9] [--tokens 40] [--dtype float32]
+    python -m bench.runs.mlx_decode [--model FOLDER] [--blocks 9] [--tokens 40] [--dtype float32]
 """
 
 from __future__ import annotations

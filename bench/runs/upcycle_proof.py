@@ -1,8 +1,8 @@
 """What the upcycled SmolLM2 proves, step by step; ends in one JSON line.
 
-    python -m bench.upcycle bench/scratch/smol --gguf WHEEL
+    python -m bench.runs.upcycle bench/scratch/smol --gguf WHEEL
     python -m venv V && V/bin/pip install xllamacpp
-    python -m bench.upcycle_proof bench/scratch/smol --llama V/bin/python --tokens 60
+    python -m bench.runs.upcycle_proof bench/scratch/smol --llama V/bin/python --tokens 60
 
 1. The dense model is right: llama.cpp, from the same GGUF with its blocks widened to float32,
    writes the same text as Transformers' Llama.
@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chronos
-from bench.smollm import write_llama, write_wide_gguf
+from bench.lib.smollm import write_llama, write_wide_gguf
 from chronos.common.layout import is_packed, pack
 
 QUESTIONS = (
@@ -64,7 +64,7 @@ def against_llama_cpp(work: Path, python: Path, count: int) -> dict[str, Any]:
         write_llama(source, work / "dense32", "float32")
     ids = prompts(work / "dense32")
     done = subprocess.run(
-        [python, "bench/llama_tokens.py", wide, "--tokens", str(count)],
+        [python, "bench/lib/llama_tokens.py", wide, "--tokens", str(count)],
         input=json.dumps(ids), capture_output=True, text=True, check=True,
     )  # fmt: skip
     theirs = json.loads(done.stdout)

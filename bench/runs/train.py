@@ -4,7 +4,7 @@ Ceiling: 6 * active parameters floating-point operations per token / the machine
 matrix rate, measured here on products of the shape the experts have. Runs are interleaved (MoE,
 dense, MoE, ...) and compared pair by pair. Nothing is read from disk.
 
-    python -m bench.train [--rounds 5] [--recipe recipes/demo.toml]
+    python -m bench.runs.train [--rounds 5] [--recipe recipes/demo.toml]
 """
 
 from __future__ import annotations

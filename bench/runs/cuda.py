@@ -1,6 +1,6 @@
 """An NVIDIA GPU with its experts in host memory: the link's rate, what hides behind the computing.
 
-    python -m bench.cuda T.npz --forecast FILE --work DIR [--expert-size 3MB] [--budget 25%]
+    python -m bench.runs.cuda T.npz --forecast FILE --work DIR [--expert-size 3MB] [--budget 25%]
                          [--trace-out FILE]
 
 Ceilings first: one large copy from page-locked memory is the link's rate, a resident run the time

@@ -1,6 +1,6 @@
 """Run a command under a memory cap that counts its page cache too, and read its peak.
 
-    python -m bench.capped 1500000000 -- python -m chronos generate demo -p "def "
+    python -m bench.lib.capped 1500000000 -- python -m chronos generate demo -p "def "
 
 Linux as root: memory cgroup v1 (`memory.limit_in_bytes`) or v2 (`memory.max`).
 """

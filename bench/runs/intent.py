@@ -1,6 +1,6 @@
 """What a preload before the first token is worth, by what chooses it.
 
-    python -m bench.intent T.npz [--forecast FILE] [--budget 25%] [--seeds 0,1,2]
+    python -m bench.runs.intent T.npz [--forecast FILE] [--budget 25%] [--seeds 0,1,2]
 
 Ceiling: every need a hit. Each test sequence is cut into a prompt and a
 reply; the cache holds what a ranking puts first, and the hits of the reply's first 1, 4 and 16

@@ -1,0 +1,1 @@
+"""What several benchmarks share, and the programs they start in a process of their own."""

@@ -1,0 +1,1 @@
+"""The benchmarks, one command each: `python -m bench.runs.NAME`."""
