@@ -6,7 +6,7 @@
 #   make check           ruff, mypy, import contracts, generated docs up to date
 #   make absent          the unit and command line tests without MLX, without PyTorch and without either
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
-#   make docs            writes docs/cli.md and the list in docs/structure.md
+#   make docs            writes docs/cli.md and docs/modules.md
 #
 # Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx).
 
