@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from chronos.common.text.sampling import SamplingParams
 
 
-
 class Model(Protocol):
     """The backend's own model object; only config and device are read on this side."""
 

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from chronos.common.errors import UsageError
 from chronos.common.model.config import ModelConfig
 
 # Below this many rows sorting them by expert costs more than the locality it gives (as in MLX-LM).
@@ -107,6 +108,21 @@ def gathered_forward(x_TD: mx.array, stack: Expert, places_TK: mx.array) -> mx.a
     return y_ND.reshape(T, K, -1)
 
 
+def refuse_gradients(*inputs: mx.array | None) -> None:
+    """Starts the evaluation of what a layer needs from the host; raises UsageError where a gradient
+    is being recorded through experts of a store: its products would be differentiated with slots
+    that hold other experts by then."""
+    try:
+        mx.async_eval(*inputs)  # unlike `mx.eval` it takes nothing that is being transformed
+    except ValueError as error:
+        raise UsageError(
+            "gradients through streamed experts would be wrong: their memory is used again before "
+            "the backward pass",
+            "",
+            "load the model with all its experts (resident=True), or run it outside of mx.grad",
+        ) from error
+
+
 class ExpertWeights(nn.Module):
     """The parameters of `count` resident experts as two stacks; on disk each expert has its own."""
 
@@ -148,8 +164,10 @@ class MoE(nn.Module):
         if chosen is not None:
             routing = Routing(chosen[0], chosen[1], probs_TE)
         routing = routing._replace(weights_TK=routing.weights_TK.astype(x_TD.dtype))
-        if self.training or (len(x_TD) == 1 and source is None):
+        if source is None and (self.training or len(x_TD) == 1):
             return self._gathered(x_TD, routing), routing
+        if source is not None:
+            refuse_gradients(x_TD, routing.ids_TK, routing.weights_TK)
         # The one wait of this layer: the host must know the ids to find the experts. The input is
         # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer
         # before, whose experts may lose their places now.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.products import Linear, linear
+from chronos.common.errors import UsageError
 from chronos.common.model.config import ModelConfig
 
 
@@ -63,6 +64,18 @@ def expert_forward(x_TD: Tensor, expert: Expert) -> Tensor:
     return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
 
 
+def refuse_gradients(*inputs: Tensor) -> None:
+    """Raises UsageError where a gradient is being recorded through experts of a store: a backward
+    pass would read slots that hold other experts by then."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise UsageError(
+            "gradients through streamed experts would be wrong: their memory is used again before "
+            "the backward pass",
+            "",
+            "load the model with all its experts (resident=True), or run it under torch.no_grad()",
+        )
+
+
 class ExpertWeights(nn.Module):
     """The parameters of one resident expert, under the names they have on disk."""
 
@@ -103,6 +116,8 @@ class MoE(nn.Module):
         if chosen is not None:
             ids_TK, weights_TK = chosen
             routing = Routing(ids_TK, weights_TK.to(x_TD.dtype), routing.probs_TE)
+        if source is not None:
+            refuse_gradients(x_TD, routing.weights_TK)
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
         return combine(x_TD, routing, source or self), routing
 

@@ -35,7 +35,6 @@ TENSOR_ALIGN = 64  # of a tensor within its record: what vector loads and accele
 _MAX_INDEX = 65_535
 
 
-
 @dataclass(frozen=True, slots=True)
 class RecordTensor:
     """One tensor of an expert; `offset` counts from the start of its record."""

@@ -134,4 +134,3 @@ def compare_preloads(
     if not all(found.values()):
         raise DataError("no sequence of the trace is long enough for a prompt and a reply")
     return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}
-

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from chronos.backends.mlx.moe import Routing
+from chronos.backends.mlx.moe import Routing, refuse_gradients
 from chronos.common.experts.prefetch import NEXT_GATE
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
@@ -129,6 +129,7 @@ class StreamedLayer(Layer):
         next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
         # The one wait of this layer, with the input in it as in the native MoE; and the last
         # layer's output, which the input need not depend on in every architecture.
+        refuse_gradients(x, ids, next_ids, self._call.held)
         mx.eval(x, ids, next_ids, self._call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.fast.capture import opaque
-from chronos.backends.torch.moe import Expert, ExpertSource, Routing
+from chronos.backends.torch.moe import Expert, ExpertSource, Routing, refuse_gradients
 from chronos.backends.torch.products import onednn_linear, packed, packs
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import NEXT_GATE, Prefetcher
@@ -68,6 +68,7 @@ class Layer:
         call.routing.append(Routing(ids_TK, weights_TK, weights_TK))
         if call.source is None:
             return self._kernel(module, x_TD, ids_TK, weights_TK)
+        refuse_gradients(x_TD, weights_TK)
         combine = self._one_token if len(x_TD) == 1 else self._grouped
         return combine(module, x_TD, ids_TK, weights_TK, call.source)
 
