@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,9 +170,11 @@ def rehearse(
     prefetch: bool = True,
     contest: bool = False,
     warmup: int = 0,
+    alter: Callable[[Prefetcher], None] = lambda prefetcher: None,
 ) -> Rehearsal:
     """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so.
-    contest: whether ways of running a token compete, as in a run."""
+    contest: whether ways of running a token compete, as in a run. alter: changes the prefetcher
+    before the first token, to rehearse without a part of it."""
     link = Link(pace.link_bytes_per_s, pace.read_s_per_byte)
     tier = _VirtualTier(_layout(trace, pace.record_bytes), slots, link, policy)
     prefetcher = Prefetcher(
@@ -185,6 +187,7 @@ def rehearse(
         clock=lambda: link.now,
         contest=contest,
     )
+    alter(prefetcher)
     source = prefetcher if prefetch else tier
     layer_s = pace.token_s / trace.num_layers
     expert_s = layer_s * pace.expert_share / trace.top_k
