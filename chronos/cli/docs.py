@@ -39,6 +39,16 @@ one line each for what happened, where, and how to fix it; `-v` adds the traceba
 | 4 | not enough memory, disk, files or threads |
 | 5 | a backend or an optional package is missing |
 | 130, 143 | ended by SIGINT, SIGTERM |
+
+## Environment
+
+`CHRONOS_<FLAG>` stands for a flag; the table of each command names them. One variable has no flag:
+
+`CHRONOS_PLAIN=1` helps to find what causes a wrong token. Steps then run as their model is written,
+more slowly: no CUDA graphs, no recorded steps, no packed weights, no products by oneDNN. Graphs,
+recorded steps and packed weights keep every bit, so the tokens stay the same. oneDNN's float32
+products (native models on x86) round in another order than torch's, so there logits may differ in
+their last bits. `chronos doctor` shows whether it is set.
 """
 
 

@@ -13,6 +13,7 @@ import chronos
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.options import JsonOptions
+from chronos.common.tuning import PLAIN, plain
 
 if TYPE_CHECKING:
     from chronos.backends.probe import Finding, MemoryLimits
@@ -55,15 +56,18 @@ def _system() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "plain": plain(),
     }
 
 
 def _system_rows() -> list[tuple[str, str]]:
     system = _system()
+    fast = f"off: {PLAIN} is set" if system["plain"] else f"on; {PLAIN}=1 turns them off"
     return [
         ("chronos", system["chronos"]),
         ("python", system["python"]),
         ("platform", f"{system['platform']}, {system['cores']} cores"),
+        ("fast steps", fast),
     ]
 
 

@@ -323,9 +323,20 @@ def test_doctor_says_what_it_found(chronos: Any, packed: Path, chosen: str) -> N
     data = chronos("doctor", packed, "--json").json
     assert {found["name"] for found in data["backends"]} == {"torch", "mlx"}
     assert data["chosen"] == chosen and data["memory"]["limit"] > 0
-    assert data["disk"]["bytes_per_s"] > 0
+    assert data["disk"]["bytes_per_s"] > 0 and data["plain"] is False
     done = chronos("doctor", packed)
     assert all(word in done.out for word in ("backend torch", "backend mlx", "memory", "disk"))
+
+
+def test_doctor_shows_what_the_environment_turns_off(
+    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "on; CHRONOS_PLAIN=1 turns them off" in chronos("doctor", packed).out
+    monkeypatch.setenv("CHRONOS_PLAIN", "1")
+    assert "off: CHRONOS_PLAIN is set" in chronos("doctor", packed).out
+    assert chronos("doctor", packed, "--json").json["plain"] is True
+    monkeypatch.setenv("CHRONOS_PLAIN", "perhaps")
+    assert chronos("doctor", packed).code == 2
 
 
 def test_doctor_goes_on_without_a_model(chronos: Any, tmp_path: Path) -> None:

@@ -110,3 +110,12 @@ def test_only_models_of_ours_on_a_gpu_are_captured(packed: Path) -> None:
     with chronos.load(packed, backend="torch", device="cpu", budget="all") as engine:
         assert engine.runner.steps is None
         assert not usable(engine.runner.model, exact=True)
+
+
+def test_none_is_captured_in_a_plain_run(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with chronos.load(packed, backend="torch", device="cpu", budget="all") as engine:
+        model = engine.runner.model
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        assert usable(model, exact=True)
+        monkeypatch.setenv("CHRONOS_PLAIN", "1")
+        assert not usable(model, exact=True)

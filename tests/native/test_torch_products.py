@@ -214,6 +214,23 @@ def test_a_packed_layer_whose_weight_is_read_is_a_plain_one():
     assert torch.equal(packed(x), layer(x))
 
 
+@onednn
+def test_a_plain_run_has_torchs_own_products(monkeypatch):
+    monkeypatch.setenv("CHRONOS_PLAIN", "1")
+    monkeypatch.setattr(products, "onednn_linear", None)  # whoever calls it fails
+    caches = products._has_onednn, products._packs
+    for cached in caches:
+        cached.cache_clear()
+    x, weight = drawn(1, 1024), drawn(1024, 1024, seed=1)
+    model = torch.nn.Sequential(linear_layer(96, 80))
+    products.pack_linears(model)
+    with torch.no_grad():
+        same = torch.equal(products.linear(x, weight), F.linear(x, weight))
+    for cached in caches:
+        cached.cache_clear()
+    assert same and type(model[0]) is torch.nn.Linear
+
+
 @packing
 def test_a_trial_that_fails_packs_nothing(monkeypatch):
     def fail(*_):

@@ -24,6 +24,7 @@ import transformers
 import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
+from chronos.backends.torch import products
 from chronos.backends.torch.guest.experts import Packed, is_experts
 from chronos.backends.torch.products import PackedLinear, packs
 from chronos.common.disk.header import read_header
@@ -201,6 +202,26 @@ def test_replayed_steps_are_the_librarys_bit_for_bit(
             found = by_engine(engine, PROMPT[:9], count)
             np.testing.assert_array_equal(found, expected[: count + 1])
         assert (steps.replayed > 15) == (model_type not in OTHER_STATES + WRITTEN_IN_PARTS)
+
+
+def test_a_plain_run_records_and_packs_nothing_and_has_the_same_bits(
+    guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, caches = guest("qwen3_moe", torch.bfloat16), (products._packs, products._has_onednn)
+    found = []
+    for word in ("0", "1"):
+        monkeypatch.setenv("CHRONOS_PLAIN", word)
+        for cached in caches:
+            cached.cache_clear()
+        with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
+            found.append(by_engine(engine, PROMPT[:9], 12))
+            model = engine.runner.model
+        plain = [not isinstance(m, PackedLinear) for m in model.core.modules()]
+        assert model.steps is None or word == "0" and model.steps.replayed > 0
+        assert all(plain) or word == "0"
+    for cached in caches:
+        cached.cache_clear()
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_sequence_that_an_error_cut_is_not_continued(

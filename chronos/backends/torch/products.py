@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chronos.common.tuning import plain
+
 # Multiplications from which on oneDNN is worth its call, for one row, and the code that it makes
 # for each new number of rows, in 0.4 ms.
 _WORTH_A_CALL, _WORTH_CODE = 1 << 18, 1 << 24
@@ -234,6 +236,9 @@ def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
 
 
 def _onednn_enabled() -> bool:
+    """CHRONOS_PLAIN counts as of the first product of a process."""
+    if plain():
+        return False
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 

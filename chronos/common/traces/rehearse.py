@@ -6,7 +6,7 @@ reader's numbers. Here the latter two follow from a `Pace`, so the same trace an
 decision to the last key, on any machine and however busy it is. Demand comes before prefetch and
 overtakes it after a chunk, as in `files`; the disk's rate is shared by nobody and never varies.
 What reads and forecasts cost the computation are numbers too.
-Not covered: prompts.
+Not covered: how long a prompt takes.
 
 Shape legend: T tokens, L layers, E experts, K top-k.
 """
@@ -170,11 +170,13 @@ def rehearse(
     prefetch: bool = True,
     contest: bool = False,
     warmup: int = 0,
+    prompt: int = 0,
     alter: Callable[[Prefetcher], None] = lambda prefetcher: None,
 ) -> Rehearsal:
     """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so.
-    contest: whether ways of running a token compete, as in a run. alter: changes the prefetcher
-    before the first token, to rehearse without a part of it."""
+    contest: whether ways of running a token compete, as in a run. prompt: so many tokens at the
+    beginning are one, and not counted either. alter: changes the prefetcher before the first token,
+    to rehearse without a part of it."""
     link = Link(pace.link_bytes_per_s, pace.read_s_per_byte)
     tier = _VirtualTier(_layout(trace, pace.record_bytes), slots, link, policy)
     prefetcher = Prefetcher(
@@ -194,8 +196,10 @@ def rehearse(
     tokens = [0] * trace.num_tokens if trace.tokens_T is None else trace.tokens_T.tolist()
     seconds: list[float] = []
     before = tier.stats()
-    for token, ids_LK in enumerate(trace.ids_TLK.tolist()):
-        if token == warmup:
+    if prompt:
+        _read_prompt(trace.part(0, prompt), tier, prefetcher if prefetch else None)
+    for token, ids_LK in enumerate(trace.ids_TLK[prompt:].tolist(), start=prompt):
+        if token == prompt + warmup:
             before = tier.stats()
         begin = link.now
         if prefetch:
@@ -213,6 +217,19 @@ def rehearse(
     return Rehearsal(
         np.array(seconds[warmup:]), tier.stats().minus(before), tier.decisions, prefetcher.to_json()
     )
+
+
+def _read_prompt(prompt: RoutingTrace, tier: _VirtualTier, prefetcher: Prefetcher | None) -> None:
+    """In one piece, layer by layer; only its reads take time."""
+    tier.begin_prompt()
+    for layer in range(prompt.num_layers):
+        for _ in tier.acquire(layer, np.unique(prompt.ids_TLK[:, layer]).tolist()):
+            pass
+    tier.end_prompt(prompt.ids_TLK)
+    if prefetcher is not None:
+        tokens = [0] * prompt.num_tokens if prompt.tokens_T is None else prompt.tokens_T.tolist()
+        prefetcher.learn(tokens, prompt.ids_TLK)
+        prefetcher.end_prompt()
 
 
 def _layout(trace: RoutingTrace, record_bytes: int) -> Layout:

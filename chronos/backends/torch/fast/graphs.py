@@ -26,6 +26,7 @@ from torch import Tensor
 from chronos.backends.torch.model import Block, Cache, Model, Output
 from chronos.backends.torch.moe import Expert, ExpertSource, Routing
 from chronos.backends.torch.products import linear
+from chronos.common.tuning import plain
 
 _log = logging.getLogger("chronos")
 Tensors = tuple[Tensor, ...]
@@ -214,6 +215,6 @@ class Steps:
 
 def usable(model: Any, exact: bool) -> bool:
     """Whether steps of a model can be captured, and what they leave out is not asked for."""
-    if not isinstance(model, Model) or model.device.type != "cuda":
+    if plain() or not isinstance(model, Model) or model.device.type != "cuda":
         return False
     return exact and model.config.routing_source != "lookahead"

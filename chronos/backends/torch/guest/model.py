@@ -49,6 +49,7 @@ from chronos.common.layout import Layout, is_packed, open_layout, read_records
 from chronos.common.layout.manifest import read_manifest
 from chronos.common.layout.naming import layer_of
 from chronos.common.model.guest import GuestConfig
+from chronos.common.tuning import plain
 
 # Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 # Mamba 1 in Transformers goes on from its state for single tokens only.
@@ -65,7 +66,7 @@ class Model:
 
     def __init__(self, config: GuestConfig, core: Any, call: Call, resident: bool) -> None:
         self.config, self.core, self.resident, self._call = config, core, resident, call
-        self.steps = Steps(integers(core.config.to_dict()))
+        self.steps = None if plain() else Steps(integers(core.config.to_dict()))
         self._layers = CacheLayers()
         self.device: torch.device = core.device
 
@@ -115,7 +116,7 @@ class Model:
             return self._forward(ids_BT, None, last_only)
         forward = partial(self._forward, cache=cache, last_only=last_only)
         single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
-        if self._layers.enter(cache.layers[0]) and single:
+        if self._layers.enter(cache.layers[0]) and single and self.steps is not None:
             logits = self.steps.run(ids_BT, cache.position, forward)
         else:
             logits = forward(ids_BT)
