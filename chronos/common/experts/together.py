@@ -1,0 +1,196 @@
+"""Several forward passes in one pass over the layers: reads are shared, arithmetic is not.
+
+Each forward runs unchanged, as a greenlet with a source of its own. When all have asked for the
+experts of a layer, their union is acquired once, and each expert goes to every forward that needs
+it before the next is asked for. So what a forward computes is what it computes alone, bit for bit,
+and an expert is read once however many sequences need it, with fewer slots than the union too.
+All forwards take turns in the caller's thread. Knows no framework, no cache and no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import copy_context
+from typing import Any, Protocol
+
+from greenlet import greenlet
+
+
+class Source(Protocol):
+    """Where experts come from; see `chronos.backends.protocol.ExpertStore`."""
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
+
+
+Forward = Callable[[Any], Any]
+
+
+def together(source: Source, forwards: Sequence[Forward], room: int | None = None) -> list[Any]:
+    """Call each of `forwards` with a source to acquire experts from; what they return, in order.
+
+    A forward that raises an Exception has that as its outcome, and so has one whose experts could
+    not be had; the others go on. Anything else that is raised (KeyboardInterrupt) ends all.
+
+    room: experts that can be held at once, where forwards compute with what they took until they
+    ask again (MLX: `hold`). Forwards that need more than that between them then take turns.
+    """
+    lanes = [_Lane(source, forward) for forward in forwards]
+    try:
+        for lane in lanes:
+            lane.switch()
+        while asking := [lane for lane in lanes if lane.asked is not None]:
+            layer = min(lane.layer for lane in asking)  # the others wait to be caught up with
+            for group in _groups([lane for lane in asking if lane.layer == layer], room):
+                _serve(source, layer, group, held=room is not None)
+    finally:
+        for lane in lanes:
+            lane.close()
+    return [lane.outcome for lane in lanes]
+
+
+class _Lane:
+    """One forward: it runs until it asks for experts or waits for the next one of them."""
+
+    def __init__(self, source: Source, forward: Forward) -> None:
+        self.source, self._forward = source, forward
+        self.layer = -1
+        self.asked: list[int] | None = None  # `acquire` was called and has not returned
+        self.pending: set[int] = set()  # asked for, not taken yet
+        self.taken = 0  # experts of this layer
+        self.replaced: Any = None  # by the forward, for those after it
+        self.outcome: Any = None
+        self._greenlet = greenlet(self._run)
+        self._greenlet.gr_context = copy_context()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self._forward(_Seen(self))
+        except Exception as error:
+            self.outcome = error
+        self.asked, self.pending = None, set()
+
+    # Called by the forward.
+
+    def ask(self, layer: int, experts: Sequence[int]) -> None:
+        self.layer, self.asked, self.pending, self.taken = layer, list(experts), set(), 0
+        self._wait()
+
+    def experts(self) -> Iterator[tuple[int, Any]]:
+        while self.pending:
+            item = self._wait()
+            if item is None:
+                return
+            yield item
+
+    def _wait(self) -> Any:
+        return self._greenlet.parent.switch()
+
+    # Called by whoever serves it.
+
+    @property
+    def wanted(self) -> Iterable[int]:
+        return self.pending if self.asked is None else self.asked
+
+    def begin(self) -> None:
+        """`acquire` returns: reads have begun, and there may be something else to compute."""
+        if self.asked is not None:
+            self.pending, self.asked = set(self.asked), None
+            self.switch()
+
+    def take(self, expert: int, view: Any) -> Any:
+        """Hand over an expert if it is needed here; what the next lane is to get."""
+        if expert not in self.pending:
+            return view
+        self.pending.remove(expert)
+        self.taken += 1
+        self.replaced = view
+        self.switch((expert, view))
+        return self.replaced
+
+    def end(self) -> None:
+        """There are no more experts than those taken."""
+        if self.pending:
+            self.pending.clear()
+            self.switch(None)
+
+    def fail(self, error: Exception) -> None:
+        self.asked, self.pending = None, set()
+        self._greenlet.throw(error)
+
+    def switch(self, *item: Any) -> None:
+        self._greenlet.switch(*item)
+
+    def close(self) -> None:
+        """Leave a forward that has not ended, through its own `finally`."""
+        if self._greenlet:
+            self._greenlet.throw()
+
+
+class _Seen:
+    """The source as a forward sees it: its own way to experts, everything else as it is."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        self._lane.ask(layer, experts)
+        return self._lane.experts()
+
+    def replace(self, layer: int, expert: int, view: Any) -> None:
+        """What the expert was lies there no longer: the lanes that come next get `view`."""
+        self._lane.source.replace(layer, expert, view)  # type: ignore[attr-defined]
+        self._lane.replaced = view
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lane.source, name)
+
+
+def _serve(source: Source, layer: int, lanes: Sequence[_Lane], held: bool) -> None:
+    """Give lanes that wait at a layer what they asked for."""
+    begun = False
+    try:
+        ready = iter(source.acquire(layer, list(dict.fromkeys(_wanted(lanes)))))
+        begun = True
+        for lane in lanes:
+            lane.begin()
+        for expert, view in ready:
+            for lane in lanes:
+                view = lane.take(expert, view)
+    except Exception as error:  # the source's: those of a forward are its outcome
+        _part(source, layer, [x for x in lanes if x.pending or not begun], held, error)
+        return
+    for lane in lanes:
+        lane.end()
+
+
+def _part(source: Source, layer: int, lanes: Sequence[_Lane], held: bool, error: Exception) -> None:
+    """An expert cannot be had: serve each alone, so that only those that need it fail. What one
+    holds is its own until the next acquire only, so one that holds some fails too."""
+    for lane in lanes:
+        if len(lanes) == 1 or (held and lane.taken):
+            lane.fail(error)
+    for lane in lanes:
+        if lane.asked is not None or lane.pending:
+            _serve(source, layer, [lane], held)
+
+
+def _wanted(lanes: Iterable[_Lane]) -> Iterator[int]:
+    for lane in lanes:
+        yield from lane.wanted
+
+
+def _groups(lanes: Sequence[_Lane], room: int | None) -> list[list[_Lane]]:
+    """Lanes that are served at once: all, or as many as there is room for what they need."""
+    if room is None:
+        return [list(lanes)]
+    groups: list[list[_Lane]] = []
+    union: set[int] = set()
+    for lane in lanes:
+        joined = union | set(lane.wanted)
+        if groups and len(joined) <= room:
+            groups[-1].append(lane)
+            union = joined
+        else:
+            groups.append([lane])
+            union = set(lane.wanted)
+    return groups
