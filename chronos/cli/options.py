@@ -157,6 +157,26 @@ class SamplingOptions:
         int | None,
         typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLE),
     ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, show_default="the model's own",
+            help="Above 1 holds back tokens of the prompt and the answer.",
+            rich_help_panel=_SAMPLE,
+        ),
+    ] = None  # fmt: skip
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            min=-2.0, max=2.0, help="Off each token the answer has.", rich_help_panel=_SAMPLE
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            min=-2.0, max=2.0, help="The same, for every time it came.", rich_help_panel=_SAMPLE
+        ),
+    ] = 0.0
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,6 +196,9 @@ class SamplingOptions:
             top_p=self.top_p,
             min_p=self.min_p,
             seed=self.seed,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
         )
 
 

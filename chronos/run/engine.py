@@ -33,6 +33,7 @@ from chronos.common.layout.source import open_source
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import Geometry, GuestConfig, end_ids, read_config
 from chronos.common.model.weights import dense_tensors
+from chronos.common.text.generation_config import ReplyDefaults, read_defaults
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.run.generation import Generation, GenerationResult, Step, Text
@@ -48,6 +49,7 @@ __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load
 _log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
+_NO_DEFAULTS = ReplyDefaults()
 _NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
 
 
@@ -68,18 +70,20 @@ class Engine:
         prefetcher: Prefetcher | None = None,
         tokenizer: Tokenizer | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        defaults: ReplyDefaults = _NO_DEFAULTS,
         expert_bytes: int = 0,
         moe_layers: tuple[int, ...] | None = None,
         backend: str = "",
         device: str = "",
     ) -> None:
         """reader: the store's; the engine closes both. stop_ids: end a reply, beside the
-        tokenizer's own. expert_bytes, moe_layers: where there is no layout. prefetcher: the
-        runner's, for its numbers."""
+        tokenizer's own. defaults: what the model asks of every reply. expert_bytes, moe_layers:
+        where there is no layout. prefetcher: the runner's, for its numbers."""
         self.runner, self.config, self.store, self.layout = runner, config, store, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.context = config.max_position_embeddings
         self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
+        self.defaults = defaults
         self.with_limit = store is not None
         self.resident_token_s: float | None = None  # for the limit, where it was measured
         self.moe_layers = moe_layers if layout is None else layout.moe_layers
@@ -116,6 +120,7 @@ class Engine:
         self._check(prompt, max_tokens, stop)
         if self._running is not None:
             self._running.close()
+        sampling = self.defaults.fill(sampling)
         self._running = Generation(self._steps(list(prompt), sampling, max_tokens, stop, cancel))
         return self._running
 
@@ -270,6 +275,7 @@ def load(
         known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
     if isinstance(config, GuestConfig):
         known["stop_ids"] = end_ids(folder)
+        known["defaults"] = _defaults(folder)
     if layout is None:
         known |= _of_experts(folder, config)
         return Engine(module.runner(core, None), config, **known)
@@ -295,6 +301,15 @@ def load(
     return Engine(
         runner, config, store=store, layout=layout, reader=reader, prefetcher=prefetcher, **known
     )
+
+
+def _defaults(folder: Path) -> ReplyDefaults:
+    """The model's own penalties and rules; says once which others have no effect."""
+    defaults = read_defaults(folder)
+    if defaults.ignored:
+        names = ", ".join(defaults.ignored)
+        _log.warning("generation_config.json: %s has no effect here", names)
+    return defaults
 
 
 def _dense_names(folder: Path, config: ModelConfig | GuestConfig) -> list[str] | None:

@@ -13,7 +13,8 @@ import pytest
 
 from chronos.common.errors import BudgetError, UsageError
 from chronos.common.layout import open_layout
-from chronos.common.text.sampling import SamplingParams, draw
+from chronos.common.text.generation_config import ReplyDefaults
+from chronos.common.text.sampling import Rules, SamplingParams, adjust_logits, draw
 from chronos.run.engine import Engine, load
 from chronos.testing.tiny import CONFIG, tiny_packed
 
@@ -90,6 +91,35 @@ def test_the_end_token_ends_the_reply_and_is_not_part_of_it(engine: Engine) -> N
         engine.stop_ids = frozenset()
     assert result.tokens == tokens[: tokens.index(last)]
     assert result.finish_reason == "stop"
+
+
+def test_penalties_choose_by_the_ids_so_far(engine: Engine) -> None:
+    """Token by token as the formula in NumPy says, of the prompt and of what was written."""
+    params = SamplingParams(repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2)
+    found = engine.generate(PROMPT, params, max_tokens=24).result.tokens
+    assert found != greedy(engine)
+    runner, expected = engine.runner, []
+    runner.reset()
+    runner.prefill(PROMPT, SamplingParams())
+    for _ in found:
+        logits = adjust_logits(runner.logits(), PROMPT + expected, len(PROMPT), params)
+        expected.append(int(logits.argmax()))
+        runner.decode(expected[-1], SamplingParams())
+    assert found == expected
+
+
+def test_the_models_own_penalties_and_rules_are_taken(engine: Engine) -> None:
+    plain = greedy(engine)
+    engine.defaults = ReplyDefaults(1.5, Rules(suppress=(plain[0],)))
+    try:
+        own, asked = greedy(engine), engine.generate(
+            PROMPT, SamplingParams(repetition_penalty=1.0), max_tokens=24
+        ).result.tokens  # fmt: skip
+    finally:
+        engine.defaults = ReplyDefaults()
+    params = SamplingParams(repetition_penalty=1.5, rules=Rules(suppress=(plain[0],)))
+    assert own == engine.generate(PROMPT, params, max_tokens=24).result.tokens
+    assert plain[0] not in own + asked and own != asked
 
 
 @pytest.mark.parametrize(("length", "made"), [(CONTEXT - 2, 3), (CONTEXT - 1, 2), (CONTEXT, 1)])

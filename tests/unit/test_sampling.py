@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import ChronosError, UsageError
-from chronos.common.text.sampling import SamplingParams, draw, filter_logits, probabilities
+from chronos.common.text.sampling import (
+    Rules,
+    SamplingParams,
+    adjust_logits,
+    draw,
+    filter_logits,
+    probabilities,
+)
 
 LOGITS = np.log([0.1, 0.4, 0.2, 0.2, 0.1])
 
@@ -70,6 +77,46 @@ def test_masked_logits_are_allowed() -> None:
     assert draw([-math.inf, 0.0], SamplingParams(temperature=1.0), 0.0) == 1
 
 
+def adjusted(ids: list[int], prompt: int, **params) -> list[float]:
+    return adjust_logits([2.0, -2.0, 4.0, 0.0], ids, prompt, SamplingParams(**params)).tolist()
+
+
+def test_penalties_by_the_ids_so_far() -> None:
+    # Repetition: once for every id of prompt and answer; a negative logit is made more so.
+    assert adjusted([0, 0, 1], 2, repetition_penalty=2.0) == [1.0, -4.0, 4.0, 0.0]
+    # Presence and frequency: of the answer only, the one once and the other for every time.
+    assert adjusted([0, 2, 3, 2], 1, presence_penalty=0.5) == [2.0, -2.0, 3.5, -0.5]
+    assert adjusted([0, 2, 3, 2], 1, frequency_penalty=0.5) == [2.0, -2.0, 3.0, -0.5]
+    # An id that has no logit (a spare row of the embedding) is passed over.
+    assert adjusted([9, 0], 0, repetition_penalty=2.0, presence_penalty=1.0)[0] == 0.0
+
+
+def ruled_out(ids: list[int], prompt: int, **rules) -> list[int]:
+    values = adjusted(ids, prompt, rules=Rules(**rules))
+    return [token for token, value in enumerate(values) if value == -math.inf]
+
+
+def test_rules_by_the_ids_so_far() -> None:
+    assert ruled_out([1], 1, suppress=(3, 99)) == [3]
+    assert ruled_out([1], 1, begin_suppress=(0,)) == [0]
+    assert ruled_out([1, 1], 1, begin_suppress=(0,)) == []
+    assert ruled_out([1, 2], 0, bad_words=((2, 3), (1, 1), (0,), (0, 1, 2, 2))) == [0, 3]
+    assert ruled_out([1, 2, 3, 1, 2], 3, no_repeat_ngram=3) == [3]
+    assert ruled_out([1, 2], 1, no_repeat_ngram=3) == []
+    assert ruled_out([1, 2], 1, no_repeat_ngram=1) == [1, 2]
+    assert ruled_out([1, 2], 1, min_length=3, end=(2,)) == [2]
+    assert ruled_out([1, 2], 1, min_length=2, end=(2,)) == []
+    assert ruled_out([1, 2], 1, min_new_tokens=2, end=(2,)) == [2]
+    assert ruled_out([1, 2, 2], 1, min_new_tokens=2, end=(2,)) == []
+
+
+def test_nothing_is_adjusted_by_default() -> None:
+    assert not SamplingParams().adjusts
+    assert not SamplingParams(repetition_penalty=1.0).adjusts
+    assert SamplingParams(repetition_penalty=1.1).adjusts
+    assert SamplingParams(rules=Rules(suppress=(1,))).adjusts
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -87,6 +134,10 @@ def test_masked_logits_are_allowed() -> None:
         ("seed", -1),
         ("seed", 2**64),
         ("seed", 0.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
     ],
 )
 def test_bad_values_are_named(name: str, value: object) -> None:

@@ -22,7 +22,7 @@ from chronos.backends.mlx.moe import Expert, ExpertSource, Routing
 from chronos.backends.mlx.store import ExpertStore
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import Prefetcher
-from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams, adjust_logits
 
 PREFILL_CHUNK = 512
 # Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
@@ -64,6 +64,8 @@ class Runner:
         self._cache = self.model.new_cache()
         self._logits_V = mx.zeros((0,))
         self._random, self._halfway = random.Random(), False
+        self._ids: list[int] = []
+        self._prompt_tokens = 0
 
     @property
     def position(self) -> int:
@@ -88,6 +90,7 @@ class Runner:
                     ahead.prefetcher.learn(chunk, ids_TLK)
         if ahead is not None:
             ahead.prefetcher.end_prompt()
+        self._prompt_tokens = len(self._ids)
         token = self._sample(sampling)
         mx.clear_cache()  # buffers of the prompt's activations, which no single token can reuse
         return token
@@ -135,6 +138,7 @@ class Runner:
             last_only=True,
         )
         self._halfway = False
+        self._ids += tokens
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
@@ -157,7 +161,8 @@ class Runner:
     def _sample(self, sampling: SamplingParams) -> int:
         """The next token, or -1 where the logits hold a NaN or an infinity."""
         uniform = 0.0 if sampling.greedy else self._random.random()
-        token = draw(self._logits_V, sampling, uniform).astype(mx.int32)
+        logits_V = adjust(self._logits_V, self._ids, self._prompt_tokens, sampling)
+        token = draw(logits_V, sampling, uniform).astype(mx.int32)
         token = mx.where(mx.isfinite(self._logits_V).all(), token, -1)
         mx.eval(token, self._logits_V)
         return int(token.item())
@@ -190,6 +195,16 @@ class _Ahead:
         if forecast is not None:
             self.prefetcher.forecast(np.array(forecast[0]))
         return ready
+
+
+def adjust(
+    logits_V: mx.array, ids: Sequence[int], prompt_tokens: int, params: SamplingParams
+) -> mx.array:
+    """`common.sampling.adjust_logits`, by way of the host; the logits as they are without any."""
+    if not params.adjusts:
+        return logits_V
+    host_V = np.array(logits_V.astype(mx.float32))
+    return mx.array(adjust_logits(host_V, ids, prompt_tokens, params))
 
 
 def draw(logits_V: mx.array, params: SamplingParams, uniform: float) -> mx.array:

@@ -24,7 +24,7 @@ from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.store import ExpertStore
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import Prefetcher
-from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams, adjust_logits
 
 PREFILL_CHUNK = 512
 # Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
@@ -66,6 +66,8 @@ class Runner:
             self._cache = self.model.new_cache()
         self._logits_V = torch.empty(0)
         self._random, self._halfway = random.Random(), False
+        self._ids: list[int] = []
+        self._prompt_tokens = 0
 
     @property
     def position(self) -> int:
@@ -91,6 +93,7 @@ class Runner:
                     ahead.learn(chunk, ids_TLK)
         if ahead is not None:
             ahead.end_prompt()
+        self._prompt_tokens = len(self._ids)
         return self._sample(sampling)
 
     @torch.inference_mode()
@@ -138,6 +141,7 @@ class Runner:
             last_only=True,
         )
         self._halfway = False
+        self._ids += tokens
         self._logits_V = out.logits[0, -1]
         if self.recording:
             self._record.add(out.routing)
@@ -174,8 +178,19 @@ class Runner:
 
     def _sample(self, sampling: SamplingParams) -> int:
         uniform = 0.0 if sampling.greedy else self._random.random()
-        token = draw(self._logits_V, sampling, uniform)
+        logits_V = adjust(self._logits_V, self._ids, self._prompt_tokens, sampling)
+        token = draw(logits_V, sampling, uniform)
         return int(torch.where(self._logits_V.isfinite().all(), token, -1))
+
+
+def adjust(
+    logits_V: Tensor, ids: Sequence[int], prompt_tokens: int, params: SamplingParams
+) -> Tensor:
+    """`common.sampling.adjust_logits`, by way of the host; the logits as they are without any."""
+    if not params.adjusts:
+        return logits_V
+    host_V = adjust_logits(logits_V.float().cpu().numpy(), ids, prompt_tokens, params)
+    return torch.from_numpy(host_V).to(logits_V.device)
 
 
 def draw(logits_V: Tensor, params: SamplingParams, uniform: float) -> Tensor:

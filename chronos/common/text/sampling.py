@@ -1,15 +1,17 @@
 """How the next token is chosen: the parameters, and their meaning written down in NumPy.
 
-Backends filter on their own device; this is what they are compared with. Order: temperature,
-top-k, top-p of what is left, min-p. Equal logits count as ordered by id, lower first.
-Not covered: penalties, grammars.
+Order: penalties and rules by the ids so far, temperature, top-k, top-p of what is left, min-p.
+`adjust_logits` is what both backends call for the first part; the rest they do on their own device
+and are compared with `filter_logits`. Equal logits count as ordered by id, lower first.
+Not covered: grammars.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,33 @@ from chronos.common.errors import ChronosError, UsageError
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Which tokens may not follow the ids so far, as `generate()` of Transformers rules them out.
+
+    suppress: never. begin_suppress: not as the first token. bad_words: not the last id of one of
+    these after the others. no_repeat_ngram: no run of so many ids twice. min_length: of these ids
+    (prompt included) and min_new_tokens: no token of `end` before. 0 and () are off.
+    """
+
+    suppress: tuple[int, ...] = ()
+    begin_suppress: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram: int = 0
+    min_length: int = 0
+    min_new_tokens: int = 0
+    end: tuple[int, ...] = ()
+
+
+NO_RULES = Rules()
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. A seed repeats the draws.
 
+    repetition_penalty is Transformers' (of every id so far; None: as the model's own
+    generation_config.json says, else 1, which is off). presence_penalty and frequency_penalty are
+    OpenAI's, of the tokens after the prompt. rules: the model's own where none are given.
     Raises UsageError naming the value that is out of range.
     """
 
@@ -29,6 +55,10 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    rules: Rules = NO_RULES
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -37,22 +67,38 @@ class SamplingParams:
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
             ("seed", 0, (1 << 64) - 1),
+            ("repetition_penalty", 0.0, 100.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            if name == "seed" and value is None:
+            if name in ("seed", "repetition_penalty") and value is None:
                 continue
-            whole = isinstance(low, int)
-            kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-            # NaN fails the comparison as well.
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                what = "a whole number" if whole else "a number"
-                raise UsageError(f"{name} must be {what} from {low} to {high}, not {value!r}")
+            _check_range(name, value, low, high)
         if self.top_p == 0:
             raise UsageError("top_p must be above 0; temperature 0 is greedy")
+        if self.repetition_penalty == 0:
+            raise UsageError("repetition_penalty must be above 0; 1 is off")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the ids so far change the logits at all."""
+        penalised = self.presence_penalty or self.frequency_penalty
+        repetition = self.repetition_penalty not in (None, 1)
+        return bool(penalised or repetition or self.rules != NO_RULES)
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    whole = isinstance(low, int)
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    # NaN fails the comparison as well.
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        raise UsageError(f"{name} must be {what} from {low} to {high}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +115,51 @@ class Work:
     sampling: SamplingParams
     last: bool = True
     mask: npt.NDArray[np.bool_] | None = None
+
+
+def adjust_logits(
+    logits_V: npt.ArrayLike, ids: Sequence[int], prompt_tokens: int, params: SamplingParams
+) -> npt.NDArray[np.float32]:
+    """Logits after penalties and rules. [V] -> [V], float32, as Transformers computes them.
+
+    ids: prompt and answer so far, of which the first `prompt_tokens` are the prompt. Ids that the
+    logits do not cover are passed over. Every token may end up at -inf.
+    """
+    logits = np.array(logits_V, np.float32)
+    known = np.array(ids, np.int64)
+    known = known[known < len(logits)]
+    if params.repetition_penalty is not None:
+        seen, penalty = np.unique(known), np.float32(params.repetition_penalty)
+        logits[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        answer = np.array(ids[prompt_tokens:], np.int64)
+        counts = np.bincount(answer[answer < len(logits)], minlength=len(logits))
+        costs = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        logits -= costs.astype(np.float32)
+    forbidden = np.fromiter(_forbidden(ids, prompt_tokens, params.rules), np.int64)
+    logits[forbidden[forbidden < len(logits)]] = -np.inf
+    return logits
+
+
+def _forbidden(ids: Sequence[int], prompt_tokens: int, rules: Rules) -> Iterator[int]:
+    yield from rules.suppress
+    if len(ids) == prompt_tokens:
+        yield from rules.begin_suppress
+    if len(ids) < max(rules.min_length, prompt_tokens + rules.min_new_tokens):
+        yield from rules.end
+    for *before, last in rules.bad_words:
+        if len(before) <= len(ids) and list(ids[len(ids) - len(before) :]) == before:
+            yield last
+    yield from _repeating(ids, rules.no_repeat_ngram)
+
+
+def _repeating(ids: Sequence[int], size: int) -> Iterator[int]:
+    """Ids that would complete a run of `size` ids which is there already."""
+    if not 0 < size <= len(ids):
+        return
+    runs = np.lib.stride_tricks.sliding_window_view(np.array(ids), size)
+    last = np.array(ids)[len(ids) - size + 1 :]
+    yield from runs[(runs[:, :-1] == last).all(axis=1), -1]
 
 
 def filter_logits(logits_V: npt.ArrayLike, params: SamplingParams) -> npt.NDArray[np.float64]:
