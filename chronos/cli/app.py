@@ -32,7 +32,6 @@ app = typer.Typer(
     help="Train, pack and stream Mixture-of-Experts language models in a fraction of their "
     "experts' memory, with the very same tokens.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

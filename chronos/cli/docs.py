@@ -30,6 +30,9 @@ Data goes to stdout, progress and numbers to stderr. `--json` prints one JSON ob
 Every flag has an environment twin, named beside it; a flag on the command line wins. An error is
 one line each for what happened, where, and how to fix it; `-v` adds the traceback.
 
+`chronos --install-completion` teaches the shell it is typed in (bash, zsh, fish, PowerShell) to
+complete commands and flags; `chronos --show-completion` prints what it would install.
+
 | exit code | meaning |
 |---|---|
 | 0 | done |
