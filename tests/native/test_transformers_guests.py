@@ -401,7 +401,8 @@ def test_an_unpacked_guest_says_pack_it(guest: Callable[..., Guest]) -> None:
 def test_without_transformers_the_pip_line_is_given(
     guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(backend, "guest", raising=False)
+    # An attribute of the package, left by an earlier import, would be found before sys.modules.
+    monkeypatch.delattr(backend.guest, "model", raising=False)
     monkeypatch.setitem(sys.modules, "chronos.backends.torch.guest.model", None)
     with pytest.raises(MissingBackendError, match=r"pip install 'chronos-moe\[guests\]'"):
         chronos.load(guest("mixtral").packed, backend="torch", budget="50%")
