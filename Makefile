@@ -8,16 +8,22 @@
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #
-# Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx).
+# Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx), JOBS (processes
+# that run tests; 0 for none beside pytest itself).
 
 PY ?= python3
 VENV ?= .venv
 BACKEND ?= auto
+JOBS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 EXTRA := $(if $(filter-out auto,$(BACKEND)),-$(BACKEND),)
 USE_STAMP := $(VENV)/.chronos-use$(EXTRA)
 DEV_STAMP := $(VENV)/.chronos-dev$(EXTRA)
+# A file's tests stay together, so what a module makes once is made once. One thread a process: threads of
+# several processes that wait for each other by spinning take the cores from those that work.
+WORKERS := -n $(JOBS) --dist loadfile
+PARALLEL := OMP_NUM_THREADS=1
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: demo test check absent gpu docs clean
@@ -26,7 +32,7 @@ demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
 
 test: $(DEV_STAMP)
-	$(RUN) pytest -m "not cuda"
+	$(PARALLEL) $(RUN) pytest $(WORKERS) -m "not cuda"
 
 check: $(DEV_STAMP)
 	$(RUN) ruff check .
@@ -34,12 +40,12 @@ check: $(DEV_STAMP)
 	$(BIN)/lint-imports
 	$(RUN) chronos.cli.docs --check docs
 
-# Each environment hides packages that are installed (tests/absent); about a minute each on one core.
+# Each environment hides packages that are installed (tests/absent).
 absent: $(DEV_STAMP)
 	@set -e; for hidden in mlx torch torch,mlx; do \
 	  echo "== without $$hidden"; \
-	  PYTHONPATH=tests/absent CHRONOS_TEST_WITHOUT=$$hidden CHRONOS_TEST_BACKENDS= \
-	    $(RUN) pytest -q -p no:cacheprovider tests/unit tests/cli; \
+	  PYTHONPATH=tests/absent CHRONOS_TEST_WITHOUT=$$hidden CHRONOS_TEST_BACKENDS= $(PARALLEL) \
+	    $(RUN) pytest $(WORKERS) -q -p no:cacheprovider tests/unit tests/cli; \
 	done
 
 gpu: $(DEV_STAMP)

@@ -1,4 +1,4 @@
-"""Fixtures of the MLX backend's guests: each model is made once for all test files."""
+"""Fixtures of one backend: torch's threads; MLX's guests, each made once for all test files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch computes with two threads, also where `make test` gives each process one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

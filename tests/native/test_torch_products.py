@@ -153,11 +153,7 @@ def linear_layer(out: int, width: int, bias: bool = False) -> torch.nn.Linear:
     return layer.requires_grad_(False)
 
 
-@packing
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 64, 300])
-@pytest.mark.parametrize("out,width", [(64, 65), (70, 101), (3, 2000), (700, 400), (1536, 512)])
-def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
+def compare_packed(bias, rows, out, width):
     model = torch.nn.Sequential(linear_layer(out, width, bias))
     plain, x = model[0], drawn(2, rows, 2, width + 3, seed=7).bfloat16()
     # Terms that undo each other leave a sum's rounding, which shows its order.
@@ -180,6 +176,20 @@ def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
     assert all(torch.equal(model(x), y) for x, y in zip(rows_of, expected, strict=True))
     assert torch.equal(model[0].weight, plain.weight)
     assert sum(p.numel() for p in model.parameters()) == out * bias
+
+
+@packing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 5, 64, 300])
+@pytest.mark.parametrize("out,width", [(64, 65), (70, 101), (3, 2000), (700, 400), (1536, 512)])
+def test_a_packed_layer_has_the_bits_of_a_plain_one(bias, rows, out, width):
+    compare_packed(bias, rows, out, width)
+
+
+@packing
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_a_packed_layer_has_them_on_two_threads_too(two_threads, rows):
+    compare_packed(True, rows, 704, 416)  # a shape that no other test tries
 
 
 @packing
