@@ -88,8 +88,10 @@ class Runner(Protocol):
     def position(self) -> int:
         """Tokens the cache holds."""
 
-    def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
+    def prefill(self, tokens: Sequence[int], sampling: SamplingParams, prompt: int = 0) -> int:
         """Process the prompt, or its next piece, and sample a token; a seed's draws start here.
+
+        prompt: tokens of the sequence once its whole prompt is in, where `tokens` are a piece.
 
         -1 where the logits hold a NaN or an infinity: nothing is sampled from those.
         """

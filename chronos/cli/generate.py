@@ -49,7 +49,8 @@ def generate(
     params = sampling.params()
     with run.open(model) as engine:
         ids = tokenizer_of(engine, model).encode_prompt(text)
-        if truncate:
+        if truncate and len(ids) > engine.context:
+            output.note(f"the first {len(ids) - engine.context} tokens of the prompt are cut off")
             ids = ids[-engine.context :]
         steps = engine.generate(
             ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or ()

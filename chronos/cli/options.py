@@ -120,6 +120,17 @@ class RunOptions(DeviceOptions):
         ),
     ] = False
 
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of prompt and reply, in place of what the model's config allows.",
+            metavar="N",
+            rich_help_panel=_RUN,
+            show_default="the model's",
+        ),
+    ] = None
+
     def open(self, model: str, **changes: Any) -> Engine:
         """The model, loaded as these flags say; raises what `chronos.load` raises."""
         from chronos.run.engine import load

@@ -73,15 +73,17 @@ class Engine:
         defaults: ReplyDefaults = _NO_DEFAULTS,
         expert_bytes: int = 0,
         moe_layers: tuple[int, ...] | None = None,
+        context: int | None = None,
         backend: str = "",
         device: str = "",
     ) -> None:
         """reader: the store's; the engine closes both. stop_ids: end a reply, beside the
         tokenizer's own. defaults: what the model asks of every reply. expert_bytes, moe_layers:
-        where there is no layout. prefetcher: the runner's, for its numbers."""
+        where there is no layout. prefetcher: the runner's, for its numbers. context: tokens of
+        prompt and reply; None: as the config says."""
         self.runner, self.config, self.store, self.layout = runner, config, store, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
-        self.context = config.max_position_embeddings
+        self.context = context or config.max_position_embeddings
         self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self.defaults = defaults
         self.with_limit = store is not None
@@ -155,7 +157,7 @@ class Engine:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens and the context holds {self.context}",
                 "",
-                "shorten the prompt",
+                "shorten the prompt, or allow more: --context N, load(context=N)",
             )
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise UsageError(
@@ -231,6 +233,7 @@ def load(
     prefetch: str = "auto",
     predictor: str | Path = "auto",
     allow_missing: bool = False,
+    context: int | None = None,
     io: FileIO | None = None,
     own_process: bool = False,
 ) -> Engine:
@@ -240,7 +243,8 @@ def load(
     into the model itself, as "all" does where the folder is not packed. warm: a second tier in host
     memory behind a device's. predictor: what ranks experts to keep and to read ahead, as
     `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
-    stand in, which allow_missing needs. io: how the experts' files are read.
+    stand in, which allow_missing needs. context: tokens of prompt and reply in place of what the
+    config allows; more is warned of. io: how the experts' files are read.
     own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
@@ -252,6 +256,7 @@ def load(
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)
     config = read_config(folder)
+    _check_context(context, config)
     if miss == "fallback" and config.num_shared_experts == 0:
         raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
     layout = _open_layout(folder, config, budget, allow_missing)
@@ -270,7 +275,7 @@ def load(
         with fast_import(name, own_process=own_process):
             module = backends.load(name)
         core = module.load(folder, device=device, resident=layout is None, dense=dense)
-    known: dict[str, Any] = {"backend": name, "device": str(core.device)}
+    known: dict[str, Any] = {"backend": name, "device": str(core.device), "context": context}
     if (folder / "tokenizer.json").exists():
         known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
     if isinstance(config, GuestConfig):
@@ -373,6 +378,20 @@ def _prefetcher(
         reader=reader,
         forecasts=policy if isinstance(policy, PredictorPolicy) else None,
     )
+
+
+def _check_context(context: int | None, config: Geometry) -> None:
+    if context is None:
+        return
+    if context < 1:
+        raise UsageError(f"a context of {context} tokens", "", "give at least 1")
+    if context > config.max_position_embeddings:
+        _log.warning(
+            "a context of %d tokens is more than the %d this model was made for: what it writes"
+            " beyond may make no sense",
+            context,
+            config.max_position_embeddings,
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

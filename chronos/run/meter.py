@@ -106,7 +106,7 @@ class Meter:
             if cancelled():
                 token = None
                 break
-            token = self.runner.prefill(prompt[start : start + _PIECE], sampling)
+            token = self.runner.prefill(prompt[start : start + _PIECE], sampling, len(prompt))
         self.prefill_s = time.perf_counter() - begin
         self.prompt_tokens = len(prompt)
         self._middle = self._count()

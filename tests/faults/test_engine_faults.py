@@ -52,6 +52,24 @@ def expected(folder: Path) -> list[int]:
         return answer(engine)
 
 
+def test_a_context_of_ones_own(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_small(folder) as engine:
+        named = engine.context
+        with pytest.raises(UsageError, match=f"context holds {named}") as caught:
+            engine.generate([5] * (named + 1))
+        assert "--context" in caught.value.fix
+    assert not caplog.records
+    with open_small(folder, context=8) as engine:
+        result = engine.generate([5] * 6, max_tokens=9).result
+        assert (result.finish_reason, len(result.tokens)) == ("context", 3)
+    assert not caplog.records
+    with open_small(folder, context=named + 8) as engine:
+        assert engine.generate([5] * (named + 1), max_tokens=2).result.finish_reason == "length"
+    assert f"more than the {named}" in caplog.text
+    with pytest.raises(UsageError, match="context of 0"):
+        load(folder, context=0)
+
+
 # S7
 
 

@@ -48,6 +48,36 @@ def test_fallback_needs_shared_experts(folder: Callable[[str], Path]) -> None:
         backend.runner(model, store).decode(7, GREEDY)
 
 
+def test_a_scaling_that_the_library_leaves_out_is_told(
+    folder: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+    keys = {"rope_parameters": scaled, "rope_scaling": scaled}
+    for name, told in (("qwen3_moe", True), ("granitemoe", False)):
+        caplog.clear()
+        backend.load(changed(packed(folder(name)), tmp_path / name, **keys), resident=True)
+        assert ("scales positions (yarn)" in caplog.text) == told
+
+
+def test_pieces_of_a_prompt_whose_length_scales_positions(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """MLX-LM would take each piece for the whole prompt."""
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    keys = {"max_position_embeddings": 16, "rope_parameters": scaled, "rope_scaling": scaled}
+    at = changed(packed(folder("granitemoe")), tmp_path / "model", **keys)
+    model = backend.load(at, resident=True)
+    runner = backend.runner(model)
+    runner.prefill(list(range(20)), GREEDY)  # in one piece: as MLX-LM computes it
+    runner.reset()
+    runner.prefill(list(range(8)), GREEDY, 16)
+    runner.prefill(list(range(8)), GREEDY, 16)
+    runner.reset()
+    with pytest.raises(UsageError, match="beyond 16 tokens .* whole prompt") as caught:
+        runner.prefill(list(range(8)), GREEDY, 20)
+    assert "--backend torch" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("keys", "match"),
     [

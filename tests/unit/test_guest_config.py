@@ -89,6 +89,30 @@ def test_a_file_that_names_no_dtype_has_that_of_its_tensors(tmp_path: Path) -> N
     assert GuestConfig.from_json(tmp_path).dtype == "bfloat16"
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, 64),
+        ({"rope_parameters": YARN}, 256),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 8}}, 64),  # less than named
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, 128),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 160),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 128),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, 64),
+        ({"rope_scaling": {"type": "longrope", "factor": 32.0}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": float("inf")}}, 64),
+        ({"rope_parameters": {"full_attention": YARN, "sliding_attention": {}}}, 64),
+        ({"rope_scaling": None}, 64),
+    ],
+)
+def test_the_context_is_what_the_scaling_of_positions_allows(rope: dict, context: int) -> None:
+    assert GuestConfig.from_json(BASE | rope).max_position_embeddings == context
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [

@@ -46,10 +46,15 @@ class Output:
 
 @dataclass
 class Cache:
-    """What each layer keeps of the past; `position` is the number of tokens seen."""
+    """What each layer keeps of the past; `position` is the number of tokens seen.
+
+    prompt: tokens the sequence has once the prompt that is being read is in; 0 while decoding.
+    Guests need it: some libraries rotate positions by how long a prompt is.
+    """
 
     layers: list[Any]
     position: int = 0
+    prompt: int = 0
 
 
 class Block(nn.Module):

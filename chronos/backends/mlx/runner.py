@@ -71,9 +71,13 @@ class Runner:
     def position(self) -> int:
         return self._cache.position
 
-    def prefill(self, tokens: Sequence[int], sampling: SamplingParams) -> int:
-        """Process the prompt and sample the first token; a seed's draws start here."""
+    def prefill(self, tokens: Sequence[int], sampling: SamplingParams, prompt: int = 0) -> int:
+        """Process the prompt and sample the first token; a seed's draws start here.
+
+        prompt: tokens of the sequence once its whole prompt is in, where `tokens` are a piece.
+        """
         self._random = random.Random(sampling.seed)
+        self._cache.prompt = max(prompt, self.position + len(tokens))
         ahead = self._ahead if self.prefetch == "auto" else None
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
@@ -97,6 +101,7 @@ class Runner:
 
     def decode(self, token: int, sampling: SamplingParams) -> int:
         """Append one token and sample the next."""
+        self._cache.prompt = 0
         ahead = self._ahead if self.prefetch == "auto" else None
         if ahead is None:
             self._forward([token], self.store)

@@ -56,6 +56,9 @@ _LIMITS = {
     "num_experts": 65_535,
     "num_experts_per_tok": 1_024,
 }
+# Scalings of positions whose factor stretches the context; LongRoPE's and Llama 3's files name what
+# they reach.
+_STRETCHED = ("yarn", "linear", "dynamic")
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()}
 
 
@@ -84,9 +87,11 @@ class Geometry(Protocol):
 class GuestConfig:
     """The counts of another library's config.json; the rest stays in that file.
 
-    dtype: "bfloat16", "float16" or "float32", of the dense part. num_shared_experts: 0 where the
-    blocks have none. quantization: "" or the method the checkpoint is stored with, as the file
-    names it ("mlx" for MLX-LM's own); what a backend cannot run it refuses by this name.
+    max_position_embeddings: what the scaling of positions allows, where that is more than the file
+    says. dtype: "bfloat16", "float16" or "float32", of the dense part. num_shared_experts: 0 where
+    the blocks have none. quantization: "" or the method the checkpoint is stored with, as the file
+    names it ("mlx" for MLX-LM's own); what a backend cannot run it refuses by this name. rope_type:
+    how positions are scaled, "" where they are not.
     """
 
     model_type: str
@@ -98,6 +103,7 @@ class GuestConfig:
     num_shared_experts: int = 0
     dtype: str = "float32"
     quantization: str = ""
+    rope_type: str = ""
 
     @property
     def dtype_bytes(self) -> int:
@@ -120,6 +126,8 @@ class GuestConfig:
             raise ConfigError("config.json names no model_type", where)
         flat = data | {k: v for key in _NESTED for k, v in _object(data, key, where).items()}
         counts = {name: _count(flat, name, where) for name in _LIMITS}
+        rope = _scaling(flat)
+        counts["max_position_embeddings"] = _context(rope, counts["max_position_embeddings"])
         if counts["num_experts_per_tok"] > counts["num_experts"]:
             raise ConfigError("num_experts_per_tok is above num_experts", where)
         return cls(
@@ -127,6 +135,7 @@ class GuestConfig:
             num_shared_experts=_shared(flat, model_type),
             dtype=_dtype(flat, where),
             quantization=_quantization(flat, where),
+            rope_type=str(rope.get("rope_type", ""))[:40],
             **counts,
         )
 
@@ -179,6 +188,25 @@ def _count(data: dict[str, Any], name: str, where: str) -> int:
     if type(value) is not int or not 1 <= value <= _LIMITS[name]:
         raise ConfigError(f"{key} must be 1 to {_LIMITS[name]}, not {str(data[key])[:80]}", where)
     return value
+
+
+def _scaling(data: dict[str, Any]) -> dict[str, Any]:
+    """How positions are scaled, under either of its keys; {} where they are not."""
+    rope = data.get("rope_parameters") or data.get("rope_scaling")
+    if not isinstance(rope, dict):
+        return {}
+    kind = rope.get("rope_type", rope.get("type"))
+    return {**rope, "rope_type": kind} if isinstance(kind, str) and kind != "default" else {}
+
+
+def _context(rope: dict[str, Any], named: int) -> int:
+    """Tokens that the scaling of positions allows: recipes add it and leave the number alone."""
+    kind, factor = rope.get("rope_type"), rope.get("factor")
+    if kind not in _STRETCHED or not isinstance(factor, int | float) or not 1 <= factor <= 4096:
+        return named
+    original = rope.get("original_max_position_embeddings")
+    start = original if kind == "yarn" and type(original) is int else named
+    return min(max(named, int(start * factor)), _LIMITS["max_position_embeddings"])
 
 
 def _shared(data: dict[str, Any], model_type: str) -> int:

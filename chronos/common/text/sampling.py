@@ -107,7 +107,8 @@ class Work:
 
     seq: names the sequence. tokens: what is appended to it, a piece of a prompt or the token drawn
     last. last: the prompt ends with this piece, or it is a single token after one: sample the next.
-    mask: bool [V], which tokens may be drawn; None for all.
+    mask: bool [V], which tokens may be drawn; None for all. prompt: tokens the sequence has once
+    its whole prompt is in (a model may rotate positions by that); 0 for a token after one.
     """
 
     seq: int
@@ -115,6 +116,7 @@ class Work:
     sampling: SamplingParams
     last: bool = True
     mask: npt.NDArray[np.bool_] | None = None
+    prompt: int = 0
 
 
 def adjust_logits(

@@ -10,6 +10,7 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from chronos.common.model.guest import GuestConfig
 # Where a block's shared experts hang beside its switch; LLaMA 4 scales what its switch is given.
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _SCALED = frozenset({"llama4", "llama4_text"})
+_log = logging.getLogger("chronos")
 
 
 class Model(nn.Module):
@@ -39,6 +41,7 @@ class Model(nn.Module):
     def __init__(self, config: GuestConfig, core: nn.Module, call: Call, resident: bool) -> None:
         super().__init__()
         self.config, self.core, self.resident, self._call = config, core, resident, call
+        self._unscaled = min((m.max_position_embeddings for m in _dynamic(core)), default=None)
 
     @property
     def device(self) -> str:
@@ -71,6 +74,8 @@ class Model(nn.Module):
             raise UsageError("a guest model takes no packed rows")
         if source is not None and not source.exact:
             self._check_fallback()
+        if cache is not None:
+            self._check_prompt(cache, ids_BT.shape[1])
         call = self._call
         call.source, call.replay, call.last_only, call.routing = source, replay, last_only, []
         try:
@@ -81,6 +86,17 @@ class Model(nn.Module):
             cache.position += ids_BT.shape[1]
         return Output(logits, call.routing)
 
+    def _check_prompt(self, cache: Cache, count: int) -> None:
+        """MLX-LM takes a piece of a prompt for all of it, as far as its end."""
+        piece = cache.position > 0 or cache.prompt > count
+        if self._unscaled is not None and piece and cache.prompt > self._unscaled:
+            raise UsageError(
+                f"beyond {self._unscaled} tokens the positions of this model depend on the length"
+                " of the whole prompt (rope_type dynamic), and MLX-LM sees pieces of it",
+                self.config.model_type,
+                f"use --backend torch, or a prompt of at most {self._unscaled} tokens",
+            )
+
     def _check_fallback(self) -> None:
         layers = [m for m in self.core.modules() if isinstance(m, StreamedLayer)]
         if any(layer.shared is None for layer in layers):
@@ -89,6 +105,17 @@ class Model(nn.Module):
                 self.config.model_type,
                 "use miss=exact",
             )
+
+
+def _dynamic(core: nn.Module) -> list[Any]:
+    """Rotations whose frequencies depend on the length of a sequence."""
+    return [m for m in core.modules() if type(m).__name__ == "DynamicNTKScalingRoPE"]
+
+
+def _scales_positions(core: nn.Module) -> bool:
+    """Whether a rotation of the model is another than the plain one."""
+    ropes = [m for m in core.modules() if "RoPE" in type(m).__name__]
+    return not ropes or any(type(m) is not nn.RoPE or m.scale != 1.0 for m in ropes)
 
 
 class _Head(nn.Module):
@@ -117,6 +144,13 @@ def load_guest(
     call, skeleton = Call(), Skeleton(mlx_lm_utils(), folder, config)
     packed = is_packed(folder)
     core = skeleton.without_experts(dense) if packed else skeleton.whole()
+    if config.rope_type and not _scales_positions(core):
+        _log.warning(
+            "config.json scales positions (%s), which MLX-LM's %s leaves out: long texts may make"
+            " no sense",
+            config.rope_type,
+            config.model_type,
+        )
     blocks = find_blocks(core, config)
     if packed and resident:
         skeleton.fill(blocks)

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chronos.backends.torch.checkpoint import from_bytes
-from chronos.backends.torch.fast.capture import opaque
 from chronos.backends.torch.fast.steps import Steps, integers
+from chronos.backends.torch.guest.cache import CacheLayers, GuestCache
 from chronos.backends.torch.guest.experts import (
     NAME,
     Call,
@@ -39,7 +38,8 @@ from chronos.backends.torch.guest.experts import (
     parameters,
     shared_of,
 )
-from chronos.backends.torch.model import DTYPES, Cache, Output
+from chronos.backends.torch.guest.rope import LengthRope
+from chronos.backends.torch.model import DTYPES, Output
 from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.products import pack_linears
 from chronos.common.disk.header import TensorEntry
@@ -54,6 +54,9 @@ from chronos.common.tuning import plain
 # Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 # Mamba 1 in Transformers goes on from its state for single tokens only.
 _FORGETFUL = frozenset({"jamba"})
+# Transformers computes their sequences anew in the step that crosses the border of LongRoPE.
+_STARTS_ANEW = frozenset({"phi3", "phimoe"})
+_PIECE = 512  # tokens of a sequence that is computed anew: the runner's own chunks
 _ALIGN = 64  # of everything torch allocates
 _SAME_BYTES = {"MergeModulelist", "Concatenate"}
 Shapes = dict[str, tuple[int, ...]]  # of one expert, by tensor name
@@ -67,24 +70,25 @@ class Model:
     def __init__(self, config: GuestConfig, core: Any, call: Call, resident: bool) -> None:
         self.config, self.core, self.resident, self._call = config, core, resident, call
         self.steps = None if plain() else Steps(integers(core.config.to_dict()))
-        self._layers = CacheLayers()
+        self._layers, self._rope = CacheLayers(), LengthRope(core)
         self.device: torch.device = core.device
 
     def eval(self) -> Model:
         return self
 
-    def new_cache(self, batch: int = 1) -> Cache:
+    def new_cache(self, batch: int = 1) -> GuestCache:
         """The library's own cache: it knows sliding windows and recurrent states. A model with a
         class of its own makes it in its first call."""
         if not self.core._supports_default_dynamic_cache():
-            return Cache([None])
-        return Cache([self._layers.watch(transformers.DynamicCache(config=self.core.config))])
+            return GuestCache([None])
+        watched = self._layers.watch(transformers.DynamicCache(config=self.core.config))
+        return GuestCache([watched])
 
     def __call__(
         self,
         ids_BT: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: GuestCache | None = None,
         segments_BT: Tensor | None = None,
         source: ExpertSource | None = None,
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
@@ -100,20 +104,41 @@ class Model:
             raise UsageError("a guest model takes no packed rows")
         call = self._call
         call.source, call.replay, call.routing = source, replay, []
-        pieces = [ids_BT]
-        if cache is not None and cache.position and self.config.model_type in _FORGETFUL:
-            pieces = list(ids_BT.split(1, dim=1))
+        pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
         try:
             logits = [self._run(piece, cache, last_only) for piece in pieces]
         finally:
             call.source = call.replay = None
-        if len(pieces) == 1:
+        if pieces[0] is ids_BT:
             return Output(logits[0], call.routing)
-        return Output(logits[-1] if last_only else torch.cat(logits, 1), _joined(call, pieces))
+        T = ids_BT.shape[1]  # a sequence computed anew has more
+        logits_BTV = logits[-1] if last_only else torch.cat(logits, 1)[:, -T:]
+        return Output(logits_BTV, _joined(call, pieces, T))
 
-    def _run(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+    def _pieces(self, ids_BT: Tensor, cache: GuestCache) -> list[Tensor]:
+        """What to run for new tokens: them; the whole sequence, where its keys in the cache were
+        rotated by other frequencies than it would have from the start."""
+        if cache.position and self.config.model_type in _FORGETFUL:
+            return list(ids_BT.split(1, dim=1))
+        if not self._rope:
+            return [ids_BT]
+        before, cache.length = cache.length, max(cache.prompt, cache.position + ids_BT.shape[1])
+        past = ids_BT[:, :0] if cache.ids is None else cache.ids[:, : cache.position]
+        cache.ids = torch.cat([past, ids_BT], 1)
+        follows = cache.prompt or self.config.model_type in _STARTS_ANEW
+        if not follows or not cache.position or self._same_table(before, cache.length):
+            return [ids_BT]
+        cache.layers, cache.position = self.new_cache().layers, 0
+        return list(cache.ids.split(_PIECE, dim=1))
+
+    def _same_table(self, one: int, other: int) -> bool:
+        return self._rope.table(one) == self._rope.table(other)
+
+    def _run(self, ids_BT: Tensor, cache: GuestCache | None, last_only: bool) -> Tensor:
         if cache is None:
+            self._rope.enter(0, 0)
             return self._forward(ids_BT, None, last_only)
+        self._rope.enter(cache.length, cache.position + ids_BT.shape[1])
         forward = partial(self._forward, cache=cache, last_only=last_only)
         single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
         if self._layers.enter(cache.layers[0]) and single and self.steps is not None:
@@ -123,7 +148,7 @@ class Model:
         cache.position += ids_BT.shape[1]
         return logits
 
-    def _forward(self, ids_BT: Tensor, cache: Cache | None, last_only: bool) -> Tensor:
+    def _forward(self, ids_BT: Tensor, cache: GuestCache | None, last_only: bool) -> Tensor:
         """The library's own forward."""
         out = self.core(
             input_ids=ids_BT,
@@ -136,37 +161,11 @@ class Model:
         return out.logits
 
 
-class CacheLayers:
-    """The layers of the cache in use, which a replayed step appends to by their index."""
-
-    def __init__(self) -> None:
-        self._layers: list[Any] = []
-
-    def watch(self, cache: Any) -> Any:
-        """Have a cache's layers updated in calls that a recording keeps whole."""
-        for index, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                layer.update = partial(self._update, index)
-        return cache
-
-    def enter(self, cache: Any) -> bool:
-        """Make a cache the one in use. Whether all that it keeps is keys and values."""
-        self._layers = getattr(cache, "layers", [])
-        return bool(self._layers) and all("update" in vars(layer) for layer in self._layers)
-
-    def _update(self, index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-        return opaque(self._append, index, keys, values)
-
-    def _append(self, index: int, keys: Tensor, values: Tensor) -> Any:
-        layer = self._layers[index]
-        return type(layer).update(layer, keys, values)
-
-
-def _joined(call: Call, pieces: list[Tensor]) -> list[Routing]:
-    """The routing of tokens that ran one after the other, layer by layer."""
+def _joined(call: Call, pieces: list[Tensor], count: int) -> list[Routing]:
+    """The routing of the last of the tokens that ran one after the other, layer by layer."""
     layers = len(call.routing) // len(pieces)
     return [
-        Routing(*map(torch.cat, zip(*call.routing[layer::layers], strict=True)))
+        Routing(*(torch.cat(p)[-count:] for p in zip(*call.routing[layer::layers], strict=True)))
         for layer in range(layers)
     ]
 
