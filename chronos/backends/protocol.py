@@ -133,8 +133,10 @@ class Backend(Protocol):
         device: str | None,
         resident: bool,
         dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+        layout: Layout | None = None,
     ) -> Model:
-        """dense: the tensors of the dense part, where they are being read already."""
+        """dense: the tensors of the dense part, where they are being read already. layout: the
+        packed experts, where they are opened already."""
 
     def save(self, model: Any, folder: Path) -> None: ...
     def tensors(self, model: Any) -> Iterable[tuple[str, str, tuple[int, ...], memoryview]]:

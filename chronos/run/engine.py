@@ -274,7 +274,9 @@ def load(
     with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
         with fast_import(name, own_process=own_process):
             module = backends.load(name)
-        core = module.load(folder, device=device, resident=layout is None, dense=dense)
+        core = module.load(
+            folder, device=device, resident=layout is None, dense=dense, layout=layout
+        )
     known: dict[str, Any] = {"backend": name, "device": str(core.device), "context": context}
     if (folder / "tokenizer.json").exists():
         known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)

@@ -354,8 +354,8 @@ def test_s7_one_poisoned_expert_is_named(packed, tmp_path, value):
 
 
 def test_s11_newer_formats_say_so(packed):
-    change(packed, lambda m: m.update(version=3))
-    with pytest.raises(CorruptClusterError, match="version 3 .*upgrade"):
+    change(packed, lambda m: m.update(version=4))
+    with pytest.raises(CorruptClusterError, match="newer Chronos .version 4.*upgrade"):
         open_layout(packed)
 
 

@@ -69,17 +69,19 @@ def load(
     device: str | None = None,
     resident: bool = True,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
 ) -> Any:
     """The model of a folder, native or a guest; without `resident` its experts stay on disk.
 
-    dense: the tensors of its dense part, where they are being read already.
+    dense: the tensors of its dense part, where they are being read already. layout: its packed
+    experts, where they are opened already.
     """
     where = pick_device(device)
     if isinstance(read_config(folder), GuestConfig):
         from chronos.backends.mlx.guest.model import load_guest
 
-        return load_guest(folder, where, resident, dense)
-    return load_model(folder, where, resident, dense)
+        return load_guest(folder, where, resident, dense, layout)
+    return load_model(folder, where, resident, dense, layout)
 
 
 def save(model: Any, folder: Path) -> None:

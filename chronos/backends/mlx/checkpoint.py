@@ -9,6 +9,7 @@ they are filled into the stacks that a layer computes with, each byte once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from chronos.backends.mlx.codecs import Raw, codec_of
 from chronos.backends.mlx.model import DTYPES, Model
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.disk.header import TensorEntry
+from chronos.common.disk.io import ALIGN
 from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
 from chronos.common.errors import ShapeMismatch
-from chronos.common.layout import is_packed, open_layout, read_experts
+from chronos.common.layout import Layout, packed_experts, read_experts, read_records
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.weights import (
     EXPERT_TENSORS,
@@ -42,14 +46,18 @@ def load_model(
     device: mx.Device,
     resident: bool,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
 ) -> Model:
     """Build the model of a folder; with `resident` its routed experts too, packed or not.
 
-    Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
-    `lookahead` is None.
+    layout: its packed experts, where somebody has opened them. Raises ConfigError,
+    CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's `lookahead` is
+    None.
     """
     config = ModelConfig.from_json(folder)
-    model = Model(config, resident)  # its initial values are lazy and never computed
+    layout = layout or packed_experts(folder, config, checked=resident)
+    encodings = {} if layout is None else layout.encodings
+    model = Model(config, resident, encodings)  # its initial values are lazy and never computed
     side = folder / "lookahead.safetensors"
     if not side.exists():
         model.lookahead = None
@@ -64,14 +72,35 @@ def load_model(
     if side.exists():
         _read(read_tensors(side), lookahead_tensors(config), places)
     if resident:
-        specs = routed_tensors(config)
+        coded = [layer for layer, name in encodings.items() if name != SWIGLU]
+        plain = [layer for layer in range(config.num_hidden_layers) if layer not in coded]
+        specs = routed_tensors(config, plain)
         experts = (
-            read_experts(open_layout(folder))
-            if is_packed(folder)
-            else read_checkpoint(folder, [s.name for s in specs])
+            read_checkpoint(folder, [s.name for s in specs])
+            if layout is None
+            else read_experts(layout, plain)
         )
         _read(experts, specs, places)
+        for layer in coded:
+            assert layout is not None
+            model.model.layers[layer].mlp.keep(_coded(layout, layer))
     return model.eval()
+
+
+def _coded(layout: Layout, layer: int) -> Any:
+    """A layer's experts as their bytes, and as a stack that their codec sees these."""
+    first, count = layout.records[layer, 0], layout.num_experts
+    keys = [(layer, expert) for expert in range(count)]
+    pages = mx.zeros((count * first.nbytes // ALIGN, ALIGN), mx.uint8)
+    mx.eval(pages)
+    room = memoryview(pages).cast("B")
+    wanted = [(layout.path(key), layout.records[key]) for key in keys]
+    with closing(read_records(wanted)) as found:
+        for record, data in found:
+            start = record.key[1] * record.nbytes
+            room[start : start + record.nbytes] = data
+    raw = Raw(pages, 0, (count, first.nbytes))
+    return codec_of(first.encoding).view(raw, first)
 
 
 def blank(tree: Any, dtype: Callable[[str], mx.Dtype]) -> Any:

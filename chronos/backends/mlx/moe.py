@@ -13,26 +13,20 @@ N = T * K routed pairs, L layers, J lookahead steps + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from chronos.backends.mlx.codecs import Expert, codec_of, silu
 from chronos.common.errors import UsageError
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
 # Below this many rows sorting them by expert costs more than the locality it gives (as in MLX-LM).
 _SORT_ROWS = 64
-
-
-class Expert(NamedTuple):
-    """One expert's weights: gate_up [2F, D] (gate rows first) and down [D, F]; or a stack of them,
-    [S, 2F, D] and [S, D, F]."""
-
-    gate_up_FD: mx.array
-    down_DF: mx.array
 
 
 class Routing(NamedTuple):
@@ -46,21 +40,20 @@ class Routing(NamedTuple):
 class ExpertSource(Protocol):
     """Where a layer's experts come from; None stands for an expert replaced by the shared ones.
 
-    What `acquire` yields is good until the next is asked for, and work on it must be evaluated by
-    then. `hold` takes all of a lease's experts at once: it gives their places in `stack`, where
-    they stay until the next `acquire`, and may evaluate `meanwhile` while it waits for them.
+    What `acquire` yields, as the layer's codec has it, is good until the next is asked for, and
+    work on it must be evaluated by then. `hold` takes all of a lease's experts at once: it gives
+    their places in the layer's stack, where they stay until the next `acquire`, and may evaluate
+    `meanwhile` while it waits for them.
     """
 
-    stack: Expert
+    stacks: Mapping[int, Any]
 
-    def acquire(
-        self, layer: int, experts: Sequence[int]
-    ) -> Iterable[tuple[int, Expert | None]]: ...
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
 
     def hold(
         self,
         layer: int,
-        ready: Iterable[tuple[int, Expert | None]],
+        ready: Iterable[tuple[int, Any]],
         meanwhile: mx.array | None,
     ) -> dict[int, int | None]: ...
 
@@ -76,36 +69,6 @@ def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
     return Routing(ids_TK, weights_TK, probs_TE)
-
-
-def expert_forward(x_TD: mx.array, expert: Expert) -> mx.array:
-    """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-    gate_up_TF = x_TD @ expert.gate_up_FD.astype(x_TD.dtype).T
-    return _swiglu(gate_up_TF) @ expert.down_DF.astype(x_TD.dtype).T
-
-
-def gathered_forward(x_TD: mx.array, stack: Expert, places_TK: mx.array) -> mx.array:
-    """`expert_forward` of every routed pair, [T, K, D], with the experts at these places."""
-    T, K = places_TK.shape
-    place_N = places_TK.reshape(-1)
-    x_ND = mx.broadcast_to(x_TD[:, None], (T, K, x_TD.shape[-1])).reshape(T * K, -1)
-    sort = T * K >= _SORT_ROWS
-    if sort:
-        order_N = mx.argsort(place_N)
-        # A permutation of repeated rows: its gradient writes each row once, in any order.
-        place_N, x_ND = place_N[order_N], x_ND[order_N]
-
-    def product(x_N1A: mx.array, weight_SBA: mx.array) -> mx.array:
-        weight_SAB = weight_SBA.swapaxes(-1, -2)
-        if weight_SBA.dtype == x_N1A.dtype:
-            return mx.gather_mm(x_N1A, weight_SAB, rhs_indices=place_N, sorted_indices=sort)
-        return x_N1A @ weight_SBA[place_N].astype(x_N1A.dtype).swapaxes(-1, -2)
-
-    h_N1F = _swiglu(product(x_ND[:, None], stack.gate_up_FD))
-    y_ND = product(h_N1F, stack.down_DF)[:, 0]
-    if sort:
-        y_ND = y_ND[mx.argsort(order_N)]
-    return y_ND.reshape(T, K, -1)
 
 
 def refuse_gradients(*inputs: mx.array | None) -> None:
@@ -124,7 +87,8 @@ def refuse_gradients(*inputs: mx.array | None) -> None:
 
 
 class ExpertWeights(nn.Module):
-    """The parameters of `count` resident experts as two stacks; on disk each expert has its own."""
+    """The parameters of `count` resident "swiglu" experts as two stacks; on disk each expert has
+    its own."""
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         super().__init__()
@@ -139,12 +103,17 @@ class ExpertWeights(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts (resident ones only if built so) and shared experts of one layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, resident: bool, encoding: str = SWIGLU
+    ) -> None:
+        """encoding: how the routed experts are coded; shared ones are the dense part's."""
         super().__init__()
+        self.codec, self._plain = codec_of(encoding), codec_of(SWIGLU)
+        self._stack: Any = None
         self.layer, self.top_k = layer, config.num_experts_per_tok
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        if resident:
+        if resident and encoding == SWIGLU:
             self.experts = ExpertWeights(config, config.num_experts)
         if config.num_shared_experts:
             self.shared_experts = ExpertWeights(config, config.num_shared_experts)
@@ -176,10 +145,23 @@ class MoE(nn.Module):
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Expert]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]:
         """The resident experts as a source."""
-        stack = self.experts.view()
-        return [(e, Expert(stack.gate_up_FD[e], stack.down_DF[e])) for e in experts]
+        stack = self.table
+        return [(e, type(stack)(*(array[e] for array in stack))) for e in experts]
+
+    @property
+    def table(self) -> Any:
+        """The resident experts as one stack."""
+        if "experts" in self:
+            return self.experts.view()
+        if self.training:
+            raise UsageError("experts that are encoded for running only cannot be trained")
+        return self._stack
+
+    def keep(self, table: Any) -> None:
+        """Make experts that are no parameters the resident ones, as the codec has them."""
+        self._stack = table
 
     def _shared(self, x_TD: mx.array) -> mx.array | None:
         if "shared_experts" not in self:
@@ -187,18 +169,33 @@ class MoE(nn.Module):
         stack = self.shared_experts.view()
         total = None
         for gate_up_FD, down_DF in zip(stack.gate_up_FD, stack.down_DF, strict=True):
-            y_TD = expert_forward(x_TD, Expert(gate_up_FD, down_DF))
+            y_TD = self._plain.forward(x_TD, Expert(gate_up_FD, down_DF))
             total = y_TD if total is None else total + y_TD
         return total
 
     def _gathered(self, x_TD: mx.array, routing: Routing) -> mx.array:
         """All pairs at once from the layer's own stack; nothing reaches the host."""
         shared_TD = self._shared(x_TD)
-        y_TKD = gathered_forward(x_TD, self.experts.view(), routing.ids_TK)
+        y_TKD = self._by_place(x_TD, self.table, routing.ids_TK)
         if self.training and self.mask_prob > 0:
             gone_TK = mx.random.uniform(shape=routing.ids_TK.shape) < self.mask_prob
             y_TKD = mx.where(gone_TK[..., None], shared_TD[:, None], y_TKD)
         return _combine(routing.weights_TK, y_TKD, shared_TD)
+
+    def _by_place(self, x_TD: mx.array, stack: Any, places_TK: mx.array) -> mx.array:
+        """Every routed pair's output [T, K, D] from the experts at these places of a stack."""
+        T, K = places_TK.shape
+        place_N = places_TK.reshape(-1)
+        x_ND = mx.broadcast_to(x_TD[:, None], (T, K, x_TD.shape[-1])).reshape(T * K, -1)
+        sort = T * K >= _SORT_ROWS
+        if sort:
+            order_N = mx.argsort(place_N)
+            # A permutation of repeated rows: its gradient writes each row once, in any order.
+            place_N, x_ND = place_N[order_N], x_ND[order_N]
+        y_ND = self.codec.gathered(x_ND, stack, place_N, self, sort)
+        if sort:
+            y_ND = y_ND[mx.argsort(order_N)]
+        return y_ND.reshape(T, K, -1)
 
     def _one_token(self, x_1D: mx.array, routing: Routing, source: ExpertSource) -> mx.array:
         """The same gather from a store's slots, once all experts are there."""
@@ -207,7 +204,7 @@ class MoE(nn.Module):
         shared_1D = self._shared(x_1D)
         places = source.hold(self.layer, ready, shared_1D)
         places_1K = mx.array([[places[expert] or 0 for expert in ids]])
-        y_1KD = gathered_forward(x_1D, source.stack, places_1K)
+        y_1KD = self._by_place(x_1D, source.stacks[self.layer], places_1K)
         missing = [expert for expert, place in places.items() if place is None]
         y_1KD = self._fall_back(y_1KD, shared_1D, routing, missing, source)
         return _combine(routing.weights_TK, y_1KD, shared_1D)
@@ -230,7 +227,7 @@ class MoE(nn.Module):
                 missing.append(expert)
                 outputs[expert] = mx.zeros_like(rows[expert])
                 continue
-            outputs[expert] = expert_forward(rows[expert], weights)
+            outputs[expert] = self.codec.forward(rows[expert], weights, self)
             if source is not None:  # its slot may be overwritten once the next is asked for
                 mx.eval(outputs[expert])
         y_ND = mx.concatenate([outputs[expert] for expert in experts])
@@ -271,20 +268,10 @@ class LookaheadRouter(nn.Module):
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
         """Logits [B, T, J, L, E]; a softmax over the last axis gives the distributions Q."""
-        hidden = _silu(self.in_proj(self.norm(x_BTD)))
+        hidden = silu(self.in_proj(self.norm(x_BTD)))
         return mx.unflatten(self.out_proj(hidden), -1, self.shape)
 
 
 def _combine(weights_TK: mx.array, y_TKD: mx.array, shared_TD: mx.array | None) -> mx.array:
     y_TD = (weights_TK[:, None] @ y_TKD)[:, 0]
     return y_TD if shared_TD is None else y_TD + shared_TD
-
-
-def _silu(x: mx.array) -> mx.array:
-    # nn.silu is compiled: on a CPU that starts a C++ compiler and gains nothing below 64k values.
-    return nn.silu(x) if mx.default_device() == mx.gpu else x * mx.sigmoid(x)
-
-
-def _swiglu(gate_up_TF: mx.array) -> mx.array:
-    gate_TF, up_TF = mx.split(gate_up_TF, 2, axis=-1)
-    return _silu(gate_TF) * up_TF

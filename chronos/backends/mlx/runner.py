@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from chronos.backends.mlx.model import Model
-from chronos.backends.mlx.moe import Expert, ExpertSource, Routing
+from chronos.backends.mlx.moe import ExpertSource, Routing
 from chronos.backends.mlx.store import ExpertStore
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import Prefetcher
@@ -182,19 +183,15 @@ class _Ahead:
 
     def __init__(self, prefetcher: Prefetcher, store: ExpertStore) -> None:
         self.prefetcher, self._store, self.hold = prefetcher, store, store.hold
-        self.stacks, self.places, self.exact = store.stacks, store.places, store.exact  # for guests
+        self.stacks, self.places, self.exact = store.stacks, store.places, store.exact
         self.record_fallback = store.record_fallback
         self._forecast: mx.array | None = None
-
-    @property
-    def stack(self) -> Expert:
-        return self._store.stack  # a guest's store has none
 
     def defer(self, probs_TJLE: mx.array) -> None:
         mx.async_eval(probs_TJLE)
         self._forecast = probs_TJLE
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert | None]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         ready = self.prefetcher.acquire(layer, experts)
         forecast, self._forecast = self._forecast, None
         if forecast is not None:

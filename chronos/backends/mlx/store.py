@@ -5,21 +5,20 @@ exports its buffer to the reader; stacks over it are views. Nothing is copied, n
 while experts come and go (what was tried instead: bench/log/mlx.md). MLX is lazy: who computes
 with a slot must have evaluated the result before the slot is given up, or `hold` it.
 What to keep and evict is `chronos.common.experts.residency`'s business, when to wait that of
-`chronos.common.experts.tier`. What a record's tensors mean is not known here.
+`chronos.common.experts.tier`. What a record's tensors mean is not known here, but in `codecs`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
-from chronos.backends.mlx import model
-from chronos.backends.mlx.moe import Expert
+from chronos.backends.mlx.codecs import Raw, codec_of
 from chronos.backends.probe import memory_limits
 from chronos.common.disk.io import ALIGN
 from chronos.common.disk.reader import RangedReader
@@ -29,26 +28,20 @@ from chronos.common.experts.stats import StoreStats
 from chronos.common.experts.tier import Lease
 from chronos.common.experts.tiers import SlotTier
 from chronos.common.layout.folder import slots_within
-from chronos.common.model.weights import EXPERT_TENSORS, SAFETENSORS_DTYPE, Key
+from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
     from chronos.common.layout.manifest import RecordTensor
 
-    Tensors = tuple[RecordTensor, ...]
-
-# safetensors' names of the dtypes MLX can compute with after widening, or take as quantised.
-DTYPES = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in model.DTYPES.items()} | {
-    "U8": mx.uint8,
-    "U32": mx.uint32,
-}
+    Kind = tuple[str, tuple[RecordTensor, ...]]  # of records: encoding and tensors
 
 
 class ExpertStore:
     """Experts of a layout within `capacity_bytes`. Close it, or use it as a context.
 
-    `stacks` has, for each layer, all slots as one stack of each tensor that a record of this layer
-    holds, [S, ...] by name; `stack` is the one of a native model, whose layers are alike.
+    `stacks` has, for each layer, all slots as a stack of experts [S, ...], as the layer's codec
+    sees them.
     """
 
     def __init__(
@@ -72,23 +65,23 @@ class ExpertStore:
         """
         slots = slots_within(layout, capacity_bytes, top_k)
         _check_options(miss, warm_bytes)
-        layers = _geometry(layout)
+        kinds = _geometry(layout)
         self.exact = miss == "exact"
         self.policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
         self._capacity_bytes = capacity_bytes
         stride = layout.record_nbytes
         pages, room, start = _arena(slots * stride)
-        kinds = {
-            t: _views(pages, start, t, (slots, stride)) for t in dict.fromkeys(layers.values())
-        }
-        self.stacks = {layer: kinds[tensors] for layer, tensors in layers.items()}
         # All made here: readers' threads, which may ask for a view, had better not evaluate.
-        self._experts = []
-        if len(kinds) == 1 and set(EXPERT_TENSORS) <= next(iter(kinds.values())).keys():
-            starts = range(start, start + slots * stride, stride)
-            self._experts = [_expert(_views(pages, at, *kinds)) for at in starts]
-        mx.eval(list(kinds.values()), self._experts)
-        _check_shared(room[:stride], *kinds.values())
+        stacks = {kind: _view(Raw(pages, start, (slots, stride)), r) for kind, r in kinds.items()}
+        self.stacks = {i: stacks[_kind(layout.records[i, 0])] for i in layout.moe_layers}
+        starts = range(start, start + slots * stride, stride)
+        self._experts = {
+            kind: [_view(Raw(pages, at), record) for at in starts]
+            for kind, record in kinds.items()
+            if not codec_of(record.encoding).stacked
+        }
+        mx.eval(list(stacks.values()), list(self._experts.values()))
+        _check_shared(room[:stride], list(stacks.values()))
         self._held: list[int] = []  # slots that computation not yet evaluated may use
         self._owns_reader = reader is None
         self._reader = reader or RangedReader()
@@ -107,7 +100,7 @@ class ExpertStore:
         room is dropped. Returns the bytes newly asked for."""
         return self._tier.prefetch(keys)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert | None]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Start the missing reads now; yield each expert once, ready ones first, then as they land.
 
         An expert is valid until the next one is asked for. None: not ready, with miss="fallback".
@@ -120,10 +113,6 @@ class ExpertStore:
                     self._tier.residency.unpin(slot)
             self._held.clear()
         return self._tier.acquire(layer, experts, exact=self.exact)
-
-    @property
-    def stack(self) -> Expert:
-        return _expert(next(iter(self.stacks.values())))
 
     def places(
         self, layer: int, ready: Iterable[tuple[int, Any]]
@@ -138,7 +127,7 @@ class ExpertStore:
         ready: Iterable[tuple[int, Any]],
         meanwhile: mx.array | None,
     ) -> dict[int, int | None]:
-        """Take all experts of `acquire(layer, ...)`: their indices in `stack`, which are theirs
+        """Take all experts of `acquire(layer, ...)`: their indices in `stacks`, which are theirs
         until the next `acquire` (None: not ready, with miss="fallback"). If one has to be waited
         for, the evaluation of `meanwhile` is started first."""
         if meanwhile is not None and isinstance(ready, Lease) and (ready.loads or ready.queued):
@@ -203,8 +192,9 @@ class ExpertStore:
         self.close()
 
     def _view(self, slot: int, record: Record) -> Any:
-        """Of a record that is not a native expert, its slot."""
-        return self._experts[slot] if self._experts else slot
+        """The expert where it lies; its slot, where layers compute with stacks alone."""
+        experts = self._experts.get(_kind(record))
+        return slot if experts is None else experts[slot]
 
 
 def _check_options(miss: str, warm_bytes: int) -> None:
@@ -218,17 +208,24 @@ def _check_options(miss: str, warm_bytes: int) -> None:
         )
 
 
-def _geometry(layout: Layout) -> dict[int, Tensors]:
-    """What each layer's records hold: slots can only be a stack if they all hold the same."""
-    layers: dict[int, Tensors] = {}
+def _kind(record: Record) -> Kind:
+    return record.encoding, record.tensors
+
+
+def _view(raw: Raw, record: Record) -> Any:
+    return codec_of(record.encoding).view(raw, record)
+
+
+def _geometry(layout: Layout) -> dict[Kind, Record]:
+    """A record of each kind: slots can only be a stack if a layer's records all hold the same."""
     for (layer, _), record in layout.records.items():
-        if layers.setdefault(layer, record.tensors) != record.tensors:
+        if record.tensors != layout.records[layer, 0].tensors:
             raise ShapeMismatch(f"expert {record.key} has other tensors than others of its layer")
-    for layer, tensors in layers.items():
-        for entry in tensors:
-            if entry.dtype not in DTYPES:
-                raise ShapeMismatch(f"experts of layer {layer}: {entry.name} is {entry.dtype}")
-    return layers
+    firsts = [layout.records[layer, 0] for layer in layout.moe_layers]
+    kinds = {_kind(record): record for record in firsts}
+    for record in kinds.values():  # of dtypes that MLX has: before anything is allocated
+        _view(Raw(mx.zeros((ALIGN,), mx.uint8), 0), record)
+    return kinds
 
 
 def _arena(nbytes: int) -> tuple[mx.array, memoryview, int]:
@@ -255,30 +252,10 @@ def _no_room(nbytes: int, where: str) -> BudgetError:
     return BudgetError(f"there is no room for {nbytes} bytes of experts", where, "lower the budget")
 
 
-def _views(
-    pages: mx.array, start: int, tensors: Tensors, slots: tuple[int, int] | None = None
-) -> dict[str, mx.array]:
-    """The tensors of the record at byte `start`; with `slots` (their number, and the bytes from one
-    to the next) of that many records from there on, as stacks. No copies."""
-    views = {}
-    for entry in tensors:
-        dtype, shape = DTYPES[entry.dtype], entry.shape
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        if slots is not None:
-            shape, strides = (slots[0], *shape), (slots[1] // dtype.size, *strides)
-        first = (start + entry.offset) // dtype.size
-        views[entry.name] = mx.as_strided(pages.view(dtype), shape, strides, first)
-    return views
-
-
-def _expert(views: Mapping[str, mx.array]) -> Expert:
-    return Expert(*(views[name] for name in EXPERT_TENSORS))
-
-
-def _check_shared(record: memoryview, *stacks: Mapping[str, mx.array]) -> None:
+def _check_shared(record: memoryview, stacks: Any) -> None:
     """That views of an array share its memory is how MLX works, not what it promises: look."""
     record[:] = b"\x01" * len(record)
-    views = [stack for kind in stacks for stack in kind.values()]
+    views = [stack for _, stack in tree_flatten(stacks)]
     seen = {memoryview(mx.contiguous(view[0])).cast("B")[0] for view in views}
     record[:] = bytes(len(record))
     if seen != {1}:

@@ -62,18 +62,20 @@ def load(
     device: str | None = None,
     resident: bool = True,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
 ) -> Model:
     """The model of a folder, ready to run; without `resident` its routed experts stay on disk.
 
-    dense: the tensors of its dense part, where they are being read already.
+    dense: the tensors of its dense part, where they are being read already. layout: its packed
+    experts, where they are opened already.
     """
     where = pick_device(device)
     if where.type == "cuda" and hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
         # It makes a plan for every new length of a cache: 3.3 ms a layer and token on an H200.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if isinstance(read_config(folder), GuestConfig):
-        return _guests().load_guest(folder, where, resident, dense)
-    return load_model(folder, where, resident, dense)
+        return _guests().load_guest(folder, where, resident, dense, layout)
+    return load_model(folder, where, resident, dense, layout)
 
 
 def _guests() -> Any:

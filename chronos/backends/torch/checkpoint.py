@@ -8,17 +8,21 @@ matrices and experts keep the dtype they are stored in and are widened where the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.model import DTYPES, Model
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
 from chronos.common.errors import ShapeMismatch
-from chronos.common.layout import is_packed, open_layout, read_experts
+from chronos.common.layout import Layout, packed_experts, read_experts, read_records
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.weights import (
     LARGE,
@@ -39,18 +43,22 @@ def load_model(
     device: torch.device,
     resident: bool,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
     *,
     as_stored: bool = True,
 ) -> Model:
     """Build the model of a folder; with `resident` its routed experts too, packed or not.
 
-    as_stored: on a CPU, leave large matrices of the dense part in their dtype; else all is widened.
-    Raises ConfigError, CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's
-    `lookahead` is None.
+    layout: its packed experts, where somebody has opened them. as_stored: on a CPU, leave large
+    matrices of the dense part in their dtype; else all is widened. Raises ConfigError,
+    CorruptFileError or ShapeMismatch. Without lookahead.safetensors the model's `lookahead` is
+    None.
     """
     config = ModelConfig.from_json(folder)
+    layout = layout or packed_experts(folder, config, checked=resident)
+    encodings = {} if layout is None else layout.encodings
     with torch.device("meta"):
-        model = Model(config, resident)
+        model = Model(config, resident, encodings)
     on_cpu = device.type == "cpu"
     wide = torch.float32 if on_cpu else DTYPES[config.dtype]
     tensors: dict[str, Tensor] = {}
@@ -64,15 +72,32 @@ def load_model(
     else:
         model.lookahead = None
     if resident:
-        specs = routed_tensors(config)
+        coded = [layer for layer, name in encodings.items() if name != SWIGLU]
+        plain = [layer for layer in range(config.num_hidden_layers) if layer not in coded]
+        specs = routed_tensors(config, plain)
         experts = (
-            read_experts(open_layout(folder))
-            if is_packed(folder)
-            else read_checkpoint(folder, [s.name for s in specs])
+            read_checkpoint(folder, [s.name for s in specs])
+            if layout is None
+            else read_experts(layout, plain)
         )
         tensors |= _read(experts, specs, device, None)
+        for layer in coded:
+            assert layout is not None
+            model.model.layers[layer].mlp.keep(_coded(layout, layer, device))
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _coded(layout: Layout, layer: int, device: torch.device) -> list[Any]:
+    """A layer's experts as their bytes, and as their codec sees these."""
+    codec, table = codec_of(layout.encodings[layer]), []
+    keys = [(layer, expert) for expert in range(layout.num_experts)]
+    wanted = [(layout.path(key), layout.records[key]) for key in keys]
+    with closing(read_records(wanted)) as found:
+        for record, data in found:
+            raw = torch.frombuffer(data, dtype=torch.uint8).to(device, copy=True)
+            table.append(codec.view(raw, record))
+    return table
 
 
 def _read(

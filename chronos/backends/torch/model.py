@@ -12,8 +12,9 @@ steps + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from chronos.backends.torch.attention import (
 )
 from chronos.backends.torch.moe import ExpertSource, LookaheadRouter, MoE, Routing
 from chronos.backends.torch.products import linear
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,14 +62,14 @@ class Cache:
 class Block(nn.Module):
     """Pre-norm attention and mixture of experts, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, resident: bool, encoding: str) -> None:
         super().__init__()
         self.kind = config.attention_kind(layer)
         attention = LatentAttention if self.kind == "mla" else WindowAttention
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MoE(config, layer, resident)
+        self.mlp = MoE(config, layer, resident, encoding)
         self.dropout = config.dropout
 
     def forward(
@@ -84,13 +86,14 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: the parameters named `model.*` on disk."""
 
-    def __init__(self, config: ModelConfig, resident: bool) -> None:
+    def __init__(self, config: ModelConfig, resident: bool, encodings: Mapping[int, str]) -> None:
         super().__init__()
         shape = (config.vocab_size, config.hidden_size)
         # Given its weight: the default, normal_, on the meta device imports 800 modules (2 s).
         self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(
-            Block(config, layer, resident) for layer in range(config.num_hidden_layers)
+            Block(config, layer, resident, encodings.get(layer, SWIGLU))
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -98,10 +101,16 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """A Chronos language model; `resident` says whether it holds its own routed experts."""
 
-    def __init__(self, config: ModelConfig, resident: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        resident: bool = True,
+        encodings: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """encodings: how each layer's routed experts are coded, "swiglu" where it does not say."""
         super().__init__()
         self.config, self.resident = config, resident
-        self.model = Decoder(config, resident)
+        self.model = Decoder(config, resident, encodings)
         self.lookahead = LookaheadRouter(config)
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),

@@ -13,23 +13,18 @@ L layers, J lookahead steps + 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
-from chronos.backends.torch.products import Linear, linear
+from chronos.backends.torch.codecs import Expert, codec_of
+from chronos.backends.torch.products import Linear
 from chronos.common.errors import UsageError
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
-
-
-class Expert(NamedTuple):
-    """One expert's weights: gate_up [2F, D] (gate rows first) and down [D, F]."""
-
-    gate_up_FD: Tensor
-    down_DF: Tensor
 
 
 class Routing(NamedTuple):
@@ -41,11 +36,10 @@ class Routing(NamedTuple):
 
 
 class ExpertSource(Protocol):
-    """Where a layer's experts come from; None stands for an expert replaced by the shared ones."""
+    """Where a layer's experts come from, as the layer's codec has them; None stands for an expert
+    replaced by the shared ones."""
 
-    def acquire(
-        self, layer: int, experts: Sequence[int]
-    ) -> Iterable[tuple[int, Expert | None]]: ...
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
 
     def record_fallback(self, weight: float) -> None: ...
 
@@ -56,12 +50,6 @@ def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     return Routing(ids_TK, weights_TK, probs_TE)
-
-
-def expert_forward(x_TD: Tensor, expert: Expert) -> Tensor:
-    """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-    gate_TF, up_TF = linear(x_TD, expert.gate_up_FD).chunk(2, dim=-1)
-    return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
 
 
 def refuse_gradients(*inputs: Tensor) -> None:
@@ -77,7 +65,7 @@ def refuse_gradients(*inputs: Tensor) -> None:
 
 
 class ExpertWeights(nn.Module):
-    """The parameters of one resident expert, under the names they have on disk."""
+    """The parameters of one resident "swiglu" expert, under the names they have on disk."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,12 +80,16 @@ class ExpertWeights(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts (resident ones only if built so) and shared experts of one layer."""
 
-    def __init__(self, config: ModelConfig, layer: int, resident: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, resident: bool, encoding: str = SWIGLU
+    ) -> None:
+        """encoding: how the routed experts are coded; shared ones are the dense part's."""
         super().__init__()
+        self.codec, self._plain = codec_of(encoding), codec_of(SWIGLU)
         self.layer, self.top_k = layer, config.num_experts_per_tok
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
-        count = config.num_experts if resident else 0
+        count = config.num_experts if resident and encoding == SWIGLU else 0
         self.experts = nn.ModuleList(ExpertWeights(config) for _ in range(count))
         self.shared_experts = nn.ModuleList(
             ExpertWeights(config) for _ in range(config.num_shared_experts)
@@ -128,27 +120,34 @@ class MoE(nn.Module):
         routing = route(probs_TE, self.top_k, self.normalize)
         return routing._replace(weights_TK=routing.weights_TK.to(x_TD.dtype))
 
-    def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Expert]) -> Tensor:
+    def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Any]) -> Tensor:
         """One token's output from its experts, in the order of its routing."""
         shared_1D = self._shared(x_1D)
-        return _summed(weights_1K, [expert_forward(x_1D, e) for e in experts], shared_1D)
+        y_K = [self.codec.forward(x_1D, expert, self) for expert in experts]
+        return _summed(weights_1K, y_K, shared_1D)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Expert]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]:
         """The resident experts as a source."""
         return [(expert, self.table[expert]) for expert in experts]
 
     @property
-    def table(self) -> list[Expert]:
+    def table(self) -> list[Any]:
         """Views of the resident experts; cached, since walking modules costs 1 us an attribute."""
         cached = self.__dict__.get("_table")
         if cached is None or self.training:
+            if not self.experts:
+                raise UsageError("experts that are encoded for running only cannot be trained")
             cached = self.__dict__["_table"] = [expert.view() for expert in self.experts]
         return cached
+
+    def keep(self, table: list[Any]) -> None:
+        """Make experts that are no parameters the resident ones, as the codec has them."""
+        self.__dict__["_table"] = table
 
     def _shared(self, x_TD: Tensor) -> Tensor | None:
         total = None
         for expert in self.shared_experts:
-            y_TD = expert_forward(x_TD, expert.view())
+            y_TD = self._plain.forward(x_TD, expert.view())
             total = y_TD if total is None else total + y_TD
         return total
 
@@ -163,7 +162,7 @@ class MoE(nn.Module):
                 y_K[rank[expert]] = shared_1D
                 source.record_fallback(float(routing.weights_TK[0, rank[expert]]))
             else:
-                y_K[rank[expert]] = expert_forward(x_1D, weights)
+                y_K[rank[expert]] = self.codec.forward(x_1D, weights, self)
         return _summed(routing.weights_TK, y_K, shared_1D)
 
     def _grouped(self, x_TD: Tensor, routing: Routing, source: ExpertSource) -> Tensor:
@@ -187,7 +186,7 @@ class MoE(nn.Module):
                 missing.append(expert)
                 outputs[expert] = torch.zeros_like(rows[expert])
             else:
-                outputs[expert] = expert_forward(rows[expert], weights)
+                outputs[expert] = self.codec.forward(rows[expert], weights, self)
         y_ND = torch.cat([outputs[expert] for expert in experts])
         y_TKD = y_ND[order_N.argsort()].view(T, K, -1)
         if shared_TD is None:

@@ -4,7 +4,7 @@ On a CPU the slots computed with are the bytes read: one arena, torch views into
 accelerator there are slots on the device and, in host memory, page-locked slots (the warm tier, or
 a small staging area); records are read into the latter and copied on by a `CopyEngine`.
 What to keep and evict is `chronos.common.experts.residency`'s business, when to wait that of
-`chronos.common.experts.tier`. Not covered: experts in quantised formats.
+`chronos.common.experts.tier`. What a record's tensors mean is not known here, but in `codecs`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import mmap
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chronos.backends.torch.moe import Expert
+from chronos.backends.torch.codecs import codec_of
 from chronos.common.disk.io import aligned_buffer
 from chronos.common.disk.reader import RangedReader
-from chronos.common.errors import BudgetError, ResourceError, ShapeMismatch, UsageError
+from chronos.common.errors import BudgetError, ResourceError, UsageError
 from chronos.common.experts.residency import DecayedLFU, Policy
 from chronos.common.experts.stats import StoreStats
 from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
 from chronos.common.layout.folder import slots_within
-from chronos.common.model.weights import EXPERT_TENSORS, Key
+from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
 
-# safetensors' names of the dtypes torch can compute with after widening.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 # Host memory that reads pass through where no warm tier was asked for: enough for the reads and
 # copies of a few layers under way, whatever the size of an expert.
 _STAGING_BYTES, _STAGING_SLOTS = 256 << 20, 8
@@ -87,7 +79,7 @@ class ExpertStore:
             self._rows = _device_rows(slots, rows.shape[1], device) if staged else rows
         self._host_rows = rows
         self._copies = copies = copies or _copies_for(device) if staged else None
-        self.evicts = staged or slots < len(layout.records)
+        self._evicts = staged or slots < len(layout.records)
         self._arena, self._stride = arena, layout.record_nbytes
         self._unlock_pages = _lock_pages(self, rows) if device.type == "cuda" else None
         self._owns_reader = reader is None
@@ -118,17 +110,6 @@ class ExpertStore:
     def record_fallback(self, weight: float) -> None:
         """Routing weight that a None of `acquire` stood for."""
         self._tier.counters.fallback_weight += weight
-
-    def replace(self, layer: int, expert: int, weights: Any) -> None:
-        """Keep an expert as `weights` and free the memory of its bytes. Where nothing `evicts`."""
-        slot = self._tier.replace((layer, expert), weights)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            memory: Any = self._arena.obj  # see `aligned_buffer`
-            # Whole pages, which may be larger than a record's alignment.
-            start = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > start:
-                memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def end_token(self) -> None:
         """One decode step is over: histories fade, unused prefetches lose their protection."""
@@ -194,21 +175,20 @@ class ExpertStore:
     ) -> None:
         self.close()
 
-    def _view(self, slot: int, record: Record) -> Expert | dict[str, Tensor]:
-        """The record's tensors where they lie; by name where they are not the usual pair."""
-        tensors: dict[str, Tensor] = {}
-        for entry in record.tensors:
-            dtype = DTYPES.get(entry.dtype)
-            if dtype is None:
-                raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
-            count = dtype.itemsize
-            for size in entry.shape:
-                count *= size
-            flat = self._rows[slot, entry.offset : entry.offset + count]
-            tensors[entry.name] = flat.view(dtype).view(entry.shape)
-        if tuple(tensors) != EXPERT_TENSORS:
-            return tensors
-        return Expert(*tensors.values())
+    def _view(self, slot: int, record: Record) -> Any:
+        """The expert where it lies, as its codec has it."""
+        release = None if self._evicts else partial(self._release, slot)
+        return codec_of(record.encoding).view(self._rows[slot], record, release)
+
+    def _release(self, slot: int) -> None:
+        """Free the memory of a slot whose bytes nobody looks at any more."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            memory: Any = self._arena.obj  # see `aligned_buffer`
+            # Whole pages, which may be larger than a record's alignment.
+            start = -(-slot * self._stride // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (slot + 1) * self._stride // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def _check_options(miss: str, warm_bytes: int, staged: bool) -> None:

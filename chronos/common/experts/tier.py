@@ -210,17 +210,6 @@ class Tier(ABC):
         with self.lock:
             self.policy.end_prompt(ids_TLK)
 
-    def replace(self, key: Key, view: Any) -> int:
-        """From now on yield `view` for a record that is here for good; its slot, whose bytes
-        nobody looks at any more."""
-        with self.lock:
-            assert self.residency.slots >= len(self.layout.records)
-            slot = self.residency.ready[key]
-            self._views[slot] = view
-            if self._complete is not None:
-                self._complete[key] = view
-            return slot
-
     def resident(self) -> frozenset[Key]:
         with self.lock:
             return frozenset(self.residency.ready)
@@ -414,9 +403,10 @@ class Tier(ABC):
     def _make_view(self, load: Load) -> bool:
         slot, record = load.slot, load.record
         try:
-            if self._shapes[slot] != record.tensors:
+            shape = record.encoding, record.tensors
+            if self._shapes[slot] != shape:
                 self._views[slot] = self._view(slot, record)
-                self._shapes[slot] = record.tensors
+                self._shapes[slot] = shape
         except Exception as error:
             self._finish(load, error)
             return False

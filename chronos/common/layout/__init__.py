@@ -1,12 +1,19 @@
 """Packed models: where each routed expert lies on disk, and how it gets there.
 
-`folder` opens and checks a packed model, `manifest` and `ctsr` are its two formats, `pack` writes
-one from what `source` finds, `verify` reads every byte, `overview` none of them, `clusters` decides
-which experts lie side by side. `naming` and `guest` know other libraries' checkpoints.
+`folder` opens and checks a packed model, `manifest` and `ctsr` are its two formats, `codecs` names
+how an expert's bytes are coded, `pack` writes one from what `source` finds, `verify` reads every
+byte, `overview` none of them, `clusters` decides which experts lie side by side. `naming` and
+`guest` know other libraries' checkpoints.
 """
 
 from chronos.common.layout.ctsr import read_records, write_experts
-from chronos.common.layout.folder import Layout, is_packed, open_layout, read_experts
+from chronos.common.layout.folder import (
+    Layout,
+    is_packed,
+    open_layout,
+    packed_experts,
+    read_experts,
+)
 from chronos.common.layout.manifest import Record, RecordTensor
 from chronos.common.layout.overview import inspect
 from chronos.common.layout.pack import PackReport, pack, reorder
@@ -22,6 +29,7 @@ __all__ = [
     "is_packed",
     "open_layout",
     "pack",
+    "packed_experts",
     "read_experts",
     "read_records",
     "reorder",

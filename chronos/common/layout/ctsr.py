@@ -23,6 +23,7 @@ from chronos.common.disk.header import build_header
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, aligned_buffer, round_up
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import ChronosError, CorruptFileError, ShapeMismatch
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
@@ -36,7 +37,7 @@ from chronos.common.layout.manifest import (
     manifest_bytes,
     tensor_key,
 )
-from chronos.common.model.weights import SAFETENSORS_DTYPE, Key, TensorSpec
+from chronos.common.model.weights import Key, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
 _LARGE = 256 << 20
@@ -56,10 +57,11 @@ class Written:
 
 
 class Template(NamedTuple):
-    """Where tensors lie in a record, and its padded size."""
+    """Where tensors lie in a record, its padded size, and how they are coded."""
 
     tensors: tuple[RecordTensor, ...]
     nbytes: int
+    encoding: str = SWIGLU
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Template:
@@ -72,9 +74,10 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Template:
     return Template(tuple(placed), round_up(position, ALIGN))
 
 
-def record_template(specs: Sequence[TensorSpec]) -> Template:
+def record_template(specs: Sequence[TensorSpec], encoding: str = SWIGLU) -> Template:
     """A record of the tensors a config implies."""
-    return lay_out((spec.name, SAFETENSORS_DTYPE[spec.dtype], spec.shape) for spec in specs)
+    laid = lay_out((spec.name, spec.stored, spec.shape) for spec in specs)
+    return laid._replace(encoding=encoding)
 
 
 def write_experts(
@@ -143,12 +146,14 @@ class _Cluster:
             "cluster": path.stem.removeprefix("cluster-"),
             "layers": ",".join(map(str, layers)),
             "fingerprint": fingerprint,
+            "encoding": ",".join(sorted({template.encoding for template in templates})),
         }
         self.path, self.records = path, list[Record]()
         self.header = build_header(_entries(keys, templates), metadata)
         self.nbytes = len(self.header)
-        for key, (tensors, nbytes) in zip(keys, templates, strict=True):
-            self.records.append(Record(key, path.name, self.nbytes, nbytes, b"", tensors))
+        for key, (tensors, nbytes, encoding) in zip(keys, templates, strict=True):
+            place = (path.name, self.nbytes, nbytes)
+            self.records.append(Record(key, *place, b"", tensors, encoding))
             self.nbytes += nbytes
 
     def reuse(self, io: FileIO | None) -> bool:
@@ -186,7 +191,7 @@ def _entries(
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """The header's tensors in file order, fillers included."""
     fillers = 0
-    for key, (tensors, record_nbytes) in zip(keys, templates, strict=True):
+    for key, (tensors, record_nbytes, _) in zip(keys, templates, strict=True):
         for tensor, gap in _gaps(tensors, record_nbytes):
             yield tensor_key(key, tensor.name), tensor.dtype, tensor.shape
             if gap:

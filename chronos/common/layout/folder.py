@@ -9,7 +9,7 @@ record, and `verify` for all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from chronos.common.disk.header import TensorEntry, read_header
 from chronos.common.disk.io import FileIO, StrPath, corrupt
 from chronos.common.disk.linked import LINK, link_fingerprint
 from chronos.common.errors import BudgetError, CorruptClusterError, CorruptFileError, ShapeMismatch
+from chronos.common.layout.codecs import codec_of
 from chronos.common.layout.ctsr import Template, read_records
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
@@ -32,7 +33,7 @@ from chronos.common.layout.manifest import (
 )
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
-from chronos.common.model.weights import SAFETENSORS_DTYPE, Key, expert_name, expert_tensors
+from chronos.common.model.weights import Key, expert_name
 
 _Spelled = tuple[str, str, tuple[int, ...]]  # a tensor's name, dtype and shape
 
@@ -73,6 +74,11 @@ class Layout:
         return 1 + max(expert for _, expert in self.records)
 
     @cached_property
+    def encodings(self) -> dict[int, str]:
+        """How the experts of each layer are coded."""
+        return self.manifest.encodings
+
+    @cached_property
     def total_bytes(self) -> int:
         """Bytes of all routed experts, as stored."""
         return sum(record.nbytes for record in self.records.values())
@@ -85,7 +91,7 @@ class Layout:
     def template(self, layer: int) -> Template:
         """The record of an expert of a layer; all of them are alike."""
         record = self.records[layer, 0]
-        return Template(record.tensors, record.nbytes)
+        return Template(record.tensors, record.nbytes, record.encoding)
 
     def clusters(self) -> list[list[Key]]:
         """The experts of each cluster file, in order of place."""
@@ -163,12 +169,28 @@ def open_layout(
     return Layout(folder, manifest, frozenset(missing))
 
 
-def read_experts(layout: Layout) -> Iterator[tuple[TensorEntry, memoryview]]:
+def packed_experts(
+    folder: Path, config: ModelConfig | GuestConfig, *, checked: bool
+) -> Layout | None:
+    """The packed experts of a folder, None where it is not packed. checked: their files too, as
+    `open_layout` does; else the manifest alone, for whoever reads no expert."""
+    if not is_packed(folder):
+        return None
+    return open_layout(folder, config=config) if checked else Layout(folder, read_manifest(folder))
+
+
+def read_experts(
+    layout: Layout, layers: Collection[int] | None = None
+) -> Iterator[tuple[TensorEntry, memoryview]]:
     """Every routed expert's tensors under their unpacked names, each record's digest checked.
 
-    A view is valid until the next record. Raises CorruptClusterError.
+    layers: of these alone. A view is valid until the next record. Raises CorruptClusterError.
     """
-    records = [(layout.path(key), record) for key, record in layout.records.items()]
+    records = [
+        (layout.path(key), record)
+        for key, record in layout.records.items()
+        if layers is None or key[0] in layers
+    ]
     with closing(read_records(records)) as found:
         for record, data in found:
             views = record.views(data)
@@ -181,23 +203,26 @@ def read_experts(layout: Layout) -> Iterator[tuple[TensorEntry, memoryview]]:
 def check_geometry(manifest: Manifest, config: ModelConfig | GuestConfig) -> None:
     """Compare the records with a config. Raises ShapeMismatch naming the expert.
 
-    Chronos' own implies their tensors; another library's only their number, so that those of one
-    layer are compared with each other.
+    Where the config implies the tensors of a layer's encoding, with those; else those of one layer
+    are compared with each other.
     """
-    layers, implied = set(range(config.num_hidden_layers)), list[_Spelled]()
-    if isinstance(config, ModelConfig):
-        implied = [(s.name, SAFETENSORS_DTYPE[s.dtype], s.shape) for s in expert_tensors(config)]
-    else:
+    layers = set(range(config.num_hidden_layers))
+    if not isinstance(config, ModelConfig):
         layers &= {layer for layer, _ in manifest.records}
+    implied = {
+        encoding: [(s.name, s.stored, s.shape) for s in codec_of(encoding).tensors(config)]
+        for encoding in set(manifest.encodings.values())
+    }
     wanted = {(layer, expert) for layer in layers for expert in range(config.num_experts)}
     if odd := sorted(wanted ^ manifest.records.keys()):
         layer, expert = odd[0]
         state = "missing" if odd[0] in wanted else "not in the config"
         raise ShapeMismatch(f"expert {expert} of layer {layer} is {state} ({len(odd)} in all)")
     for (layer, _), record in manifest.records.items():
-        expected = implied or _spelled(manifest.records[layer, 0])
+        wanted_here = implied[record.encoding]
+        expected = wanted_here or _spelled(manifest.records[layer, 0])
         if (found := _spelled(record)) != expected:
-            source = "the config implies" if implied else "others of the layer have"
+            source = "the config implies" if wanted_here else "others of the layer have"
             raise ShapeMismatch(
                 f"{record.label}: {_spell(found)} found, {source} {_spell(expected)}", record.file
             )

@@ -1,7 +1,8 @@
 """cluster_manifest.json: which expert lies where, strictly read before any other file is touched.
 
 Names cannot leave their folder, numbers fit their files, records do not overlap, every layer has
-all its experts once. What the cluster files themselves hold is compared with this by `folder`.
+all its experts once and an encoding that is known. Version 2, which names no encodings, is read as
+what it meant. What the cluster files themselves hold is compared with this by `folder`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ from chronos.common.disk.header import (
 )
 from chronos.common.disk.io import ALIGN, FileIO
 from chronos.common.errors import ConfigError, CorruptClusterError
+from chronos.common.layout.codecs import SWIGLU, codec_of, encoding_of
+from chronos.common.model.config import load_config
 from chronos.common.model.weights import Key
 
 EXPERTS = "experts"
 MANIFEST = "cluster_manifest.json"
 FORMAT = "chronos-clusters"
-VERSION = 2
+VERSION, OLDEST = 3, 2
 CTSR_FORMAT, CTSR_VERSION = "ctsr", 1  # of the cluster files
 MAX_MANIFEST = 32 << 20
 TENSOR_ALIGN = 64  # of a tensor within its record: what vector loads and accelerators like
@@ -51,7 +55,8 @@ class RecordTensor:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One expert on disk: `nbytes` (padded to 4096) at `offset` of cluster file `file`."""
+    """One expert on disk: `nbytes` (padded to 4096) at `offset` of cluster file `file`; encoding:
+    how its tensors are coded, the same in all records of a layer."""
 
     key: Key
     file: str
@@ -59,6 +64,7 @@ class Record:
     nbytes: int
     digest: bytes
     tensors: tuple[RecordTensor, ...]
+    encoding: str = SWIGLU
 
     def views(self, data: memoryview) -> dict[str, memoryview]:
         """The tensors' bytes by name, given the record's."""
@@ -78,15 +84,27 @@ class Manifest:
     files: Mapping[str, int]
     records: Mapping[Key, Record]
 
+    @property
+    def encodings(self) -> dict[int, str]:
+        """How the experts of each layer are coded."""
+        return {layer: record.encoding for (layer, _), record in self.records.items()}
+
     def to_json(self) -> dict[str, Any]:
+        by_layer = self.encodings
+        most = Counter(by_layer.values()).most_common(1)[0][0] if by_layer else SWIGLU
         return {
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": self.fingerprint,
+            "encoding": most,
+            "layers": {str(layer): name for layer, name in by_layer.items() if name != most},
             "order": dict(self.order),
             "clusters": [{"file": file, "nbytes": n} for file, n in self.files.items()],
             "records": [_record_json(record) for record in self.records.values()],
         }
+
+
+_Encoding = Callable[[int, tuple[RecordTensor, ...]], str]  # of a layer's records
 
 
 def read_manifest(folder: Path, io: FileIO | None = None) -> Manifest:
@@ -97,7 +115,7 @@ def read_manifest(folder: Path, io: FileIO | None = None) -> Manifest:
     if not stat.S_ISDIR(os.lstat(path.parent).st_mode):
         raise CorruptClusterError("the experts folder is a symbolic link", str(path.parent))
     try:
-        return _manifest(load_json(read_small(path, MAX_MANIFEST, io)))
+        return _manifest(load_json(read_small(path, MAX_MANIFEST, io)), folder)
     except (ValueError, RecursionError) as error:
         raise CorruptClusterError(
             f"the cluster manifest is unusable: {error}", str(path)
@@ -136,15 +154,18 @@ def _record_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _manifest(data: dict[str, Any]) -> Manifest:
+def _manifest(data: dict[str, Any], folder: Path) -> Manifest:
     """Check every field; ValueError says what is wrong."""
     if data.get("format") != FORMAT:
         raise ValueError(f"its format is {data.get('format')!r}, not {FORMAT!r}")
     version = _natural(data.get("version"), "version")
     if version > VERSION:
-        raise ValueError(f"it was made by version {version} of the format; upgrade Chronos")
-    if version < VERSION:
+        raise ValueError(
+            f"it was made by a newer Chronos (version {version} of the format); upgrade Chronos"
+        )
+    if version < OLDEST:
         raise ValueError(f"version {version} of the format is no longer read; pack the model again")
+    named = {"encoding": str, "layers": dict} if version > 2 else {}
     _fields(
         data,
         "the manifest",
@@ -154,6 +175,7 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         order=dict,
         clusters=list,
         records=list,
+        **named,
     )
     files: dict[str, int] = {}
     for cluster in data["clusters"]:
@@ -165,14 +187,39 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         raise ValueError("two clusters share a file, or differ in upper and lower case only")
     records: dict[Key, Record] = {}
     known: dict[str, tuple[RecordTensor, ...]] = {}  # most records are alike: check each kind once
+    encoding = _encodings(data) if named else _implied_encodings(folder)
     for item in data["records"]:
-        record = _record(item, files, known)
+        record = _record(item, files, known, encoding)
         if record.key in records:
             raise ValueError(f"{record.label} is there twice")
         records[record.key] = record
     _check_complete(records)
     _check_overlap(records.values())
+    if odd := set(data.get("layers", ())) - {str(layer) for layer, _ in records}:
+        raise ValueError(f"layers names {min(odd)!r:.60}, which has no records")
     return Manifest(data["fingerprint"], data["order"], files, records)
+
+
+def _encodings(data: dict[str, Any]) -> _Encoding:
+    """As the manifest names them. Raises ConfigError for one that is not known."""
+    for name in {data["encoding"]: None, **dict.fromkeys(data["layers"].values())}:
+        if not isinstance(name, str):
+            raise ValueError(f"the encoding of a layer is {name!r:.60}")
+        codec_of(name)
+    return lambda layer, tensors: data["layers"].get(str(layer), data["encoding"])
+
+
+def _implied_encodings(folder: Path) -> _Encoding:
+    """Of version 2: what a layer's tensors and the model's config.json imply."""
+    config = load_config(folder)[0] if (folder / "config.json").exists() else {}
+    found: dict[int, str] = {}
+
+    def encoding(layer: int, tensors: tuple[RecordTensor, ...]) -> str:
+        if layer not in found:
+            found[layer] = encoding_of(config, layer, tensors)
+        return found[layer]
+
+    return encoding
 
 
 def _fields(value: Any, what: str, **types: type) -> None:
@@ -190,7 +237,10 @@ def _natural(value: Any, what: str, limit: int = 1 << 62) -> int:
 
 
 def _record(
-    item: Any, files: Mapping[str, int], known: dict[str, tuple[RecordTensor, ...]]
+    item: Any,
+    files: Mapping[str, int],
+    known: dict[str, tuple[RecordTensor, ...]],
+    encoding: _Encoding,
 ) -> Record:
     _fields(
         item, "a record",
@@ -218,7 +268,8 @@ def _record(
     tensors = known[spelled]
     if tensors[-1].offset + tensors[-1].nbytes > nbytes:
         raise ValueError(f"{what} is too short for its tensors")
-    return Record((layer, expert), item["file"], offset, nbytes, digest, tensors)
+    key, name = (layer, expert), encoding(layer, tensors)
+    return Record(key, item["file"], offset, nbytes, digest, tensors, name)
 
 
 def _tensors(items: list[Any]) -> tuple[RecordTensor, ...]:

@@ -49,6 +49,7 @@ def _inspect_folder(folder: Path, budgets: Iterable[str]) -> dict[str, Any]:
     data = {
         "kind": "packed" if packed else "unpacked",
         **_model(folder, source),
+        "encoding": _encodings(source),
         "dense_bytes": source.dense_nbytes,
         "expert_bytes_total": source.expert_nbytes,
         "expert_bytes": max(template.nbytes for template in source.templates.values()),
@@ -63,6 +64,27 @@ def _inspect_folder(folder: Path, budgets: Iterable[str]) -> dict[str, Any]:
     if source.left_out:
         data["left_out_tensors"] = len(source.left_out)
     return data | {f"budget {budget}": _held(source, budget) for budget in budgets}
+
+
+def _encodings(source: ModelSource) -> str:
+    """How experts are coded, with their layers where these differ."""
+    layers: dict[str, list[int]] = {}
+    for layer, name in source.encodings.items():
+        layers.setdefault(name, []).append(layer)
+    if len(layers) == 1:
+        return next(iter(layers))
+    return ", ".join(f"{name} (layers {_ranges(at)})" for name, at in layers.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0-2 7": runs of numbers in order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def _model(folder: Path, source: ModelSource) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """From a model folder, packed or not, to a packed one: dense part, cluster files, manifest last.
 
-Bytes are moved, never converted, and searched for NaN on their way. Memory is bounded by some
-pieces of 16 MiB. A run killed at any point leaves either no manifest or a whole model, and the same
-command again continues behind the last finished cluster file. The source is only read. Not here:
-what a source is and how it is checked (`source`).
+Bytes are moved, converted only where an encoding is asked for, and searched for NaN on their way.
+Memory is bounded by some pieces of 16 MiB. A run killed at any point leaves either no manifest or a
+whole model, and the same command again continues behind the last finished cluster file. The source
+is only read. Not here: what a source is and how it is checked (`source`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from chronos.common.layout.folder import (
     open_layout,
 )
 from chronos.common.layout.manifest import EXPERTS
-from chronos.common.layout.source import ModelSource, open_source, pick
+from chronos.common.layout.source import ModelSource, encoded, open_source, pick
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import Key, lookahead_tensors
@@ -74,6 +74,7 @@ def pack(
     *,
     order: str | Sequence[Sequence[Key]] = "layer",
     how: Mapping[str, Any] | None = None,
+    encoding: str | None = None,
     link: bool = False,
     progress: Callable[[int, int], None] | None = None,
     io: FileIO | None = None,
@@ -81,13 +82,16 @@ def pack(
     """Write the packed form of the model in `src` into `dst`.
 
     order: "layer" (one cluster file per layer), or the clusters as lists of (layer, expert) that
-    hold every expert once; `how` is kept in the manifest as the reason. link: leave the dense part
+    hold every expert once; `how` is kept in the manifest as the reason. encoding: convert the
+    experts of one of Chronos' own models; else bytes stay as they are. link: leave the dense part
     where it is, which needs `src` for as long as `dst` is used. progress: called with bytes done
     and in all. Raises ConfigError, ShapeMismatch, CorruptFileError (a NaN, by tensor),
     DiskFullError before anything is written where it can, UsageError.
     """
     began, src, dst, io = time.perf_counter(), Path(src), Path(dst), io or FileIO()
     model = open_source(src, io)
+    if encoding is not None and set(model.encodings.values()) != {encoding}:
+        model = encoded(model, encoding)
     clusters = _clusters(order, model)
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
@@ -176,7 +180,8 @@ def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[
 def _same_model(dst: Path, model: ModelSource, clusters: list[list[Key]]) -> Layout:
     """The layout of a finished folder of the same model and clusters; others are refused."""
     layout = open_layout(dst, config=model.config)
-    if layout.fingerprint != model.fingerprint or layout.clusters() != clusters:
+    same = layout.fingerprint == model.fingerprint and layout.encodings == model.encodings
+    if not same or layout.clusters() != clusters:
         raise UsageError(
             "the destination already holds another packed model",
             str(dst),

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from chronos.common.disk.header import Located
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors, read_pieces
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.layout.codecs import SWIGLU, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts
-from chronos.common.model.config import ModelConfig
+from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
-    SAFETENSORS_DTYPE,
     Key,
     TensorSpec,
     dense_tensors,
@@ -71,8 +74,12 @@ class ModelSource:
         """Whose modules the records fit: "chronos", "transformers" or "mlx"."""
         if isinstance(self.config, ModelConfig):
             return "chronos"
-        record = next(iter(self.templates.values()))
-        return "mlx" if "." in record.tensors[0].name else "transformers"
+        return next(iter(self.templates.values())).encoding.partition("-")[0]
+
+    @property
+    def encodings(self) -> dict[int, str]:
+        """How the experts of each layer are coded."""
+        return {layer: template.encoding for layer, template in self.templates.items()}
 
     @property
     def layers(self) -> list[list[Key]]:
@@ -89,7 +96,42 @@ def open_source(src: Path, io: FileIO) -> ModelSource:
     located = locate_tensors(src, io)
     if isinstance(config, ModelConfig):
         return _native(src, config, located, io)
-    return _guest(config, located, io)
+    return _guest(src, config, located, io)
+
+
+def encoded(model: ModelSource, encoding: str) -> ModelSource:
+    """The same model with its experts converted, each as it is packed. Raises ConfigError for an
+    encoding that Chronos does not make, UsageError for experts that are not as they were trained.
+    """
+    codec = encoder_of(encoding)
+    if odd := set(model.encodings.values()) - {SWIGLU}:
+        raise UsageError(
+            f"experts encoded as {min(odd)} are not converted to {encoding}",
+            "",
+            "pack the model from the folder it was trained into",
+        )
+    template = record_template(codec.tensors(model.config), encoding)
+
+    def experts(keys: Sequence[Key]) -> Experts:
+        with closing(model.experts(keys)) as given:
+            for key, data in given:
+                tensors = model.templates[key[0]].tensors
+                weights = {t.name: widened(data[t.name], t.dtype, t.shape) for t in tensors}
+                made = {n: np.ascontiguousarray(a) for n, a in codec.encode(weights).items()}
+                yield key, {name: array.data.cast("B") for name, array in made.items()}
+
+    templates = dict.fromkeys(model.templates, template)
+    return replace(model, templates=templates, experts=experts)
+
+
+def widened(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A tensor in float32; data: its bytes, or an iterator of them in pieces."""
+    whole = b"".join(data) if isinstance(data, Iterator) else data
+    if dtype == "BF16":  # NumPy has none: the upper half of a float32
+        flat = (np.frombuffer(whole, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        flat = np.frombuffer(whole, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+    return flat.reshape(shape)
 
 
 def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSource:
@@ -133,15 +175,21 @@ def _native(
     )
 
 
-def _guest(config: GuestConfig, located: Mapping[str, Located], io: FileIO) -> ModelSource:
-    found = find_experts(located, config)
+def _guest(
+    src: Path, config: GuestConfig, located: Mapping[str, Located], io: FileIO
+) -> ModelSource:
+    found, raw = find_experts(located, config), load_config(src)[0]
+    templates = {
+        layer: laid._replace(encoding=encoding_of(raw, layer, laid.tensors))
+        for layer, laid in found.templates.items()
+    }
     left_out = set(found.left_out)
     kept = {name: at for name, at in located.items() if name not in left_out}
     return ModelSource(
         config,
         found.dense,
-        found.templates,
-        partial(_gathered, found.templates, found.locate, io),
+        templates,
+        partial(_gathered, templates, found.locate, io),
         partial(sample_digest, kept, io),
         tuple(found.left_out),
     )
@@ -180,10 +228,10 @@ def pick(specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path)
         at = located.get(spec.name)
         if at is None:
             raise ShapeMismatch(f"tensor {spec.name} is missing", str(src))
-        if (at[1].dtype, at[1].shape) != (SAFETENSORS_DTYPE[spec.dtype], spec.shape):
+        if (at[1].dtype, at[1].shape) != (spec.stored, spec.shape):
             raise ShapeMismatch(
                 f"tensor {spec.name} is {at[1].dtype} {list(at[1].shape)}, the config implies"
-                f" {SAFETENSORS_DTYPE[spec.dtype]} {list(spec.shape)}",
+                f" {spec.stored} {list(spec.shape)}",
                 str(at[0]),
             )
         picked.append(at)

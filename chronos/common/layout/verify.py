@@ -26,7 +26,6 @@ from chronos.common.layout.guest import find_experts
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
-    SAFETENSORS_DTYPE,
     TensorSpec,
     dense_tensors,
     lookahead_tensors,
@@ -42,6 +41,7 @@ class VerifyReport:
     files: int = 0
     tensors: int = 0
     records: int = 0
+    encodings: list[str] = field(default_factory=list)
     bytes: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -85,6 +85,7 @@ class _Verifier:
         if is_packed(folder):
             layout = open_layout(folder, config=config, io=self.io)
             self.total += layout.total_bytes
+            self.report.encodings = sorted(set(layout.encodings.values()))
         if isinstance(config, GuestConfig):
             if layout is None:
                 find_experts(located, config)
@@ -109,7 +110,7 @@ class _Verifier:
         return extra
 
     def shapes(self, specs: Iterable[TensorSpec], located: dict[str, Located]) -> None:
-        wanted = {spec.name: (SAFETENSORS_DTYPE[spec.dtype], spec.shape) for spec in specs}
+        wanted = {spec.name: (spec.stored, spec.shape) for spec in specs}
         for name in sorted(wanted.keys() ^ located.keys()):
             state = "missing" if name in wanted else "not one the config implies"
             self.problem(ShapeMismatch(f"tensor {name} is {state}", self.report.path))

@@ -11,9 +11,11 @@ d head_dim, r rope_dim, z latent, K lookahead steps, L layers, U lookahead hidde
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from chronos.common.model.config import DTYPE_BYTES, ModelConfig
+from chronos.common.disk.header import tensor_nbytes
+from chronos.common.model.config import ModelConfig
 
 # safetensors' own dtype names.
 Key = tuple[int, int]  # an expert: (absolute layer index, expert index)
@@ -26,15 +28,21 @@ LARGE = 1 << 19
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's name on disk, shape and dtype (`float32`, `bfloat16` or `float16`)."""
+    """A tensor's name on disk, shape and dtype: `float32`, `bfloat16`, `float16`, or safetensors'
+    name of one that only a codec computes with ("I8")."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
 
     @property
+    def stored(self) -> str:
+        """safetensors' name of the dtype."""
+        return SAFETENSORS_DTYPE.get(self.dtype, self.dtype)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return tensor_nbytes(self.stored, self.shape)
 
 
 def expert_tensors(config: ModelConfig) -> list[TensorSpec]:
@@ -107,11 +115,11 @@ def lookahead_tensors(config: ModelConfig) -> list[TensorSpec]:
     ]
 
 
-def routed_tensors(config: ModelConfig) -> list[TensorSpec]:
-    """All routed experts under their unpacked names, by layer, then expert."""
+def routed_tensors(config: ModelConfig, layers: Iterable[int] | None = None) -> list[TensorSpec]:
+    """All routed experts (of some layers) under their unpacked names, by layer, then expert."""
     return [
         TensorSpec(expert_name(layer, expert, spec.name), spec.shape, spec.dtype)
-        for layer in range(config.num_hidden_layers)
+        for layer in (range(config.num_hidden_layers) if layers is None else layers)
         for expert in range(config.num_experts)
         for spec in expert_tensors(config)
     ]

@@ -1,8 +1,8 @@
 """The routed experts of a guest's layer: what takes the place of MLX-LM's `SwitchGLU`, `SwitchMLP`.
 
 MLX-LM's blocks choose experts, call their switch with (x, ids) and weigh what it returns. Here the
-ids go to the host and the experts come from a store's slots; the products are MLX-LM's own, gathers
-over a stack by index, so each row has the bits it has there. The routing weights never reach a
+ids go to the host and the experts come from a store's slots; their codec computes, with the bits
+that MLX-LM's own products have. The routing weights never reach a
 switch and are not recorded. A short input gathers once, when all its experts are there; a longer
 one expert by expert as they land.
 
@@ -11,7 +11,7 @@ Shape legend: T tokens, D hidden, F expert hidden, E experts, S slots, K top-k, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,12 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from chronos.backends.mlx.codecs import Switch, codec_of
 from chronos.backends.mlx.moe import Routing, refuse_gradients
 from chronos.common.experts.prefetch import NEXT_GATE
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
 _SORT_PAIRS = 64
-_KINDS = ("weight", "scales", "biases", "bias")
-Tensors = Mapping[str, mx.array]
 Shared = Callable[[mx.array], mx.array] | None
 # The next layer with experts, and what its own gate would choose.
 Ahead = tuple[int, Callable[[mx.array], mx.array]] | None
@@ -40,49 +39,6 @@ class Call:
     last_only: bool = False
     routing: list[Routing] = field(default_factory=list)
     held: mx.array | None = None  # computed, not evaluated, with slots that the next layer frees
-
-
-@dataclass(frozen=True)
-class Legend:
-    """Which tensors of a record are which of MLX-LM's, and how they lie.
-
-    native: the record has MLX-LM's names. Otherwise it has those of Transformers' modules, and
-    `rows` says how gate and up share a matrix: "halves", "interleaved", or "" where there is no
-    gate; `swapped`: matrices lie [in, out].
-    """
-
-    native: bool
-    rows: str = ""
-    swapped: bool = False
-
-    def read(self, record: Tensors) -> dict[str, mx.array]:
-        """Tensors [S, ...] by MLX-LM's names. Views all: interleaved rows stay one matrix, because
-        a gather over a matrix with gaps copies the stack."""
-        if self.native:
-            return dict(record)
-        first = ("gate_up_proj",) if self.rows else ("up_proj",)
-        found = {}
-        for name in (*first, "down_proj"):
-            weight = record[name]
-            found[f"{name}.weight"] = weight.swapaxes(1, 2) if self.swapped else weight
-            if f"{name}_bias" in record:
-                found[f"{name}.bias"] = record[f"{name}_bias"]
-        if self.rows == "halves":
-            for kind in ("weight", "bias"):
-                if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
-                    found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = mx.split(both, 2, 1)
-        if not self.rows:
-            names = {"up_proj": "fc1", "down_proj": "fc2"}
-            found = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in found.items()}
-        return found
-
-    def parted(self, record: Tensors) -> dict[str, mx.array]:
-        """The same with gate and up told apart always."""
-        found = self.read(record)
-        for kind in ("weight", "bias"):
-            if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
-                found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = both[:, ::2], both[:, 1::2]
-        return found
 
 
 class Layer(nn.Module):
@@ -111,18 +67,22 @@ class StreamedLayer(Layer):
     """The same from a store's slots."""
 
     def __init__(
-        self, layer: int, block: nn.Module, legend: Legend, call: Call, shared: Shared, ahead: Ahead
+        self,
+        layer: int,
+        block: nn.Module,
+        switch: Switch,
+        encoding: str,
+        call: Call,
+        shared: Shared,
+        ahead: Ahead,
     ) -> None:
         """shared: what the layer's shared experts make of x, for fallback; None where they are not
         known."""
         super().__init__(layer, block, call)
         del self.block  # its weights are stand-ins
-        self.activation, self._legend = block.activation, legend
+        self._switch, self._codec = switch, codec_of(encoding)
         self.shared = shared
         self._ahead = ahead
-        self._gated = "gate_proj" in block
-        names = ("gate_proj", "up_proj", "down_proj") if self._gated else ("fc1", "fc2")
-        self._quantised = {n: _settings(block[n]) for n in names if "scales" in block[n]}
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         ids, source = self._routed(ids), self._call.source
@@ -185,55 +145,7 @@ class StreamedLayer(Layer):
 
     def _experts(self, x_ND: mx.array, places_N: np.ndarray, source: Any, sort: bool) -> mx.array:
         """The expert at place n for row n: [N, D]."""
-        tensors = self._legend.read(source.stacks[self.layer])
-
-        def linear(name: str, x_N1A: mx.array) -> mx.array:
-            kinds = {kind: t for kind in _KINDS if (t := tensors.get(f"{name}.{kind}")) is not None}
-            return _product(x_N1A, kinds, places_N, sort, self._quantised.get(name))
-
-        x_N1D = x_ND[:, None]
-        if not self._gated:
-            return linear("fc2", self.activation(linear("fc1", x_N1D)))[:, 0]
-        if "gate_up_proj.weight" in tensors:
-            both_N1F = linear("gate_up_proj", x_N1D)
-            gate_N1F, up_N1F = both_N1F[..., ::2], both_N1F[..., 1::2]
-        else:
-            up_N1F, gate_N1F = linear("up_proj", x_N1D), linear("gate_proj", x_N1D)
-        return linear("down_proj", self.activation(up_N1F, gate_N1F))[:, 0]
-
-
-def _product(
-    x_N1A: mx.array,
-    kinds: Tensors,
-    places_N: np.ndarray,
-    sort: bool,
-    quantised: dict[str, Any] | None,
-) -> mx.array:
-    """Row n times the matrix at place n of a stack. A stack of another dtype than the rows, or that
-    this device does not gather from, is never converted: the experts at hand are."""
-    dtype = kinds["scales" if quantised else "weight"].dtype
-    widened = not quantised and dtype != mx.float32 and mx.default_device() == mx.cpu
-    if widened or dtype not in (x_N1A.dtype, mx.uint8):
-        used, places_N = np.unique(places_N, return_inverse=True)
-        kinds = {kind: stack[mx.array(used)] for kind, stack in kinds.items()}
-    at_N = mx.array(places_N.astype(np.uint32))
-    if quantised:
-        y_N1A = mx.gather_qmm(
-            x_N1A,
-            kinds["weight"],
-            kinds["scales"],
-            kinds.get("biases"),
-            rhs_indices=at_N,
-            sorted_indices=sort,
-            **quantised,
-        )
-    else:
-        wide = mx.float32 if widened else x_N1A.dtype
-        weight = kinds["weight"].astype(wide).swapaxes(-1, -2)
-        y_N1A = mx.gather_mm(x_N1A.astype(wide), weight, rhs_indices=at_N, sorted_indices=sort)
-        y_N1A = y_N1A.astype(x_N1A.dtype)
-    return y_N1A + kinds["bias"][at_N][:, None] if "bias" in kinds else y_N1A
-
-
-def _settings(block: nn.Module) -> dict[str, Any]:
-    return {"group_size": block.group_size, "bits": block.bits, "mode": block.mode}
+        at_N = mx.array(places_N.astype(np.uint32))
+        stack = source.stacks[self.layer]
+        y_ND: mx.array = self._codec.gathered(x_ND, stack, at_N, self._switch, sort)
+        return y_ND

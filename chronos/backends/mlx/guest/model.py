@@ -24,7 +24,7 @@ from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_ut
 from chronos.backends.mlx.model import Cache, Output
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import UsageError
-from chronos.common.layout import is_packed
+from chronos.common.layout import Layout, packed_experts
 from chronos.common.model.guest import GuestConfig
 
 # Where a block's shared experts hang beside its switch; LLaMA 4 scales what its switch is given.
@@ -134,16 +134,18 @@ def load_guest(
     device: mx.Device,
     resident: bool,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
 ) -> Model:
     """The model of a folder; without `resident` of a packed one, whose experts stay on disk.
 
+    layout: its packed experts, where somebody has opened them.
     Raises ConfigError for what MLX-LM cannot build and for experts it computes otherwise,
     ShapeMismatch, CorruptFileError, MissingBackendError.
     """
     config = GuestConfig.from_json(folder)
     call, skeleton = Call(), Skeleton(mlx_lm_utils(), folder, config)
-    packed = is_packed(folder)
-    core = skeleton.without_experts(dense) if packed else skeleton.whole()
+    layout = layout or packed_experts(folder, config, checked=resident)
+    core = skeleton.whole() if layout is None else skeleton.without_experts(layout, dense)
     if config.rope_type and not _scales_positions(core):
         _log.warning(
             "config.json scales positions (%s), which MLX-LM's %s leaves out: long texts may make"
@@ -152,18 +154,20 @@ def load_guest(
             config.model_type,
         )
     blocks = find_blocks(core, config)
-    if packed and resident:
-        skeleton.fill(blocks)
+    if layout is not None and resident:
+        skeleton.fill(layout, blocks)
     layers: list[tuple[str, Layer]] = []
     ahead: Ahead = None
     for layer, (path, block) in sorted(blocks.items(), reverse=True):
-        if resident or not packed:
+        if resident or layout is None:
             layers.append((path, Layer(layer, block, call)))
             continue
         around = _parent(core, path)
         plain = config.model_type not in _SCALED
         shared = _shared(around) if plain else None
-        layers.append((path, StreamedLayer(layer, block, skeleton.legend, call, shared, ahead)))
+        switch, encoding = skeleton.switch(block), layout.encodings[layer]
+        streamed = StreamedLayer(layer, block, switch, encoding, call, shared, ahead)
+        layers.append((path, streamed))
         choose = _chooser(around, block, config.num_experts_per_tok) if plain else None
         ahead = None if choose is None else (layer, choose)
     core.update_modules(tree_unflatten(layers))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -25,8 +24,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from chronos.backends.mlx.guest.experts import Legend
-from chronos.backends.mlx.store import DTYPES
+from chronos.backends.mlx.codecs import DTYPES, Raw, Switch, codec_of
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors, read_checkpoint, write_tensors
 from chronos.common.errors import (
@@ -35,15 +33,15 @@ from chronos.common.errors import (
     MissingBackendError,
     ShapeMismatch,
 )
-from chronos.common.layout import open_layout, read_records
-from chronos.common.layout.manifest import RecordTensor, read_manifest
+from chronos.common.layout import Layout, Record, read_records
+from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 
 _LAYER = re.compile(r"(.*?)\b((?:layers|blocks|h)\.(\d+))\.(.+)")
 # MLX-LM reads gpt-oss as it was released, in MXFP4; as Transformers saves it, its `sanitize` loses
 # the experts.
-_KNOWN = {"gpt_oss": Legend(native=False, rows="interleaved", swapped=True)}
+_KNOWN = {"gpt_oss": ("interleaved", True)}
 # How checkpoints spell experts: one by one (gate, up, down), or stacked (gate and up, down); and
 # what they call the block where MLX-LM calls it otherwise.
 _ONE_BY_ONE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -55,10 +53,6 @@ _STACKED = (
 _BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
 _DENSE_DTYPES = DTYPES | {
     "BOOL": mx.bool_,
-    "I8": mx.int8,
-    "I16": mx.int16,
-    "U16": mx.uint16,
-    "I32": mx.int32,
     "I64": mx.int64,
     "F8_E4M3": mx.uint8,  # as MLX reads it, which `sanitize` methods know
 }
@@ -68,7 +62,7 @@ _DOWN = 100 + np.arange(6, dtype=np.float32).reshape(3, 2)
 _EXPERT = (_GATE_UP[:2], _GATE_UP[2:], _DOWN)
 
 Weights = dict[str, mx.array]
-Record = tuple[RecordTensor, ...]
+Spelling = tuple[str, bool]  # of Transformers' records: `rows` and `swapped` of a `Switch`
 Blocks = dict[int, tuple[str, nn.Module]]  # by layer: a switch and its path
 
 
@@ -117,10 +111,12 @@ def _unsupported(config: GuestConfig, why: str) -> ConfigError:
 
 
 class Skeleton:
-    """The model of a folder, all lazy. `legend` is known once `without_experts` was called."""
+    """The model of a folder, all lazy. How its records spell experts is known once
+    `without_experts` was called."""
 
     def __init__(self, utils: ModuleType, folder: Path, config: GuestConfig) -> None:
-        self.folder, self.config, self.legend = folder, config, Legend(native=True)
+        self.folder, self.config = folder, config
+        self._spelling: Spelling = "", False
         self._utils, self._json = utils, load_config(folder)[0]
         if "model_file" in self._json:
             raise ConfigError(
@@ -128,7 +124,7 @@ class Skeleton:
                 str(folder),
                 "remove model_file if the architecture is a built-in one",
             )
-        self._records: dict[int, Record] = {}
+        self._records: dict[int, Record] = {}  # one of each layer
         self._dense: Weights = {}
 
     def whole(self) -> nn.Module:
@@ -136,11 +132,12 @@ class Skeleton:
         locate_tensors(self.folder)
         return self._load(self.folder, model_config=_as_mlx_lm_reads(self._json))
 
-    def without_experts(self, dense: Iterable[tuple[TensorEntry, memoryview]] | None) -> nn.Module:
+    def without_experts(
+        self, layout: Layout, dense: Iterable[tuple[TensorEntry, memoryview]] | None
+    ) -> nn.Module:
         """With stand-ins for the experts of a packed folder. dense: its dense tensors, where they
         are being read already."""
-        for (layer, _), record in read_manifest(self.folder).records.items():
-            self._records[layer] = record.tensors
+        self._records = {layer: layout.records[layer, 0] for layer in layout.moe_layers}
         if dense is None:
             dense = read_checkpoint(self.folder, list(locate_tensors(self.folder)))
         self._dense = {entry.name: _array(entry, data) for entry, data in dense}
@@ -151,13 +148,19 @@ class Skeleton:
             (folder / "config.json").write_text(config)
             return self._load(folder, get_model_classes=self._classes)
 
-    def fill(self, blocks: Blocks) -> None:
+    def switch(self, block: nn.Module) -> Switch:
+        """What a switch adds to its experts."""
+        gated = "gate_proj" in block
+        names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
+        quantised = {n: _settings(block[n]) for n in names if "scales" in block[n]}
+        return Switch(block.activation, gated, quantised, *self._spelling)
+
+    def fill(self, layout: Layout, blocks: Blocks) -> None:
         """Read the experts of a packed folder in place of their stand-ins."""
-        layout = open_layout(self.folder, config=self.config)
         stacks = {
             layer: {
                 t.name: mx.zeros((_count(block), *t.shape), DTYPES[t.dtype])
-                for t in self._records[layer]
+                for t in self._records[layer].tensors
             }
             for layer, (_, block) in blocks.items()
         }
@@ -168,7 +171,9 @@ class Skeleton:
                 stack = memoryview(stacks[layer][name]).cast("B")
                 stack[expert * len(view) : (expert + 1) * len(view)] = view
         for layer, (_, block) in blocks.items():
-            block.update(tree_unflatten(list(self.legend.parted(stacks[layer]).items())))
+            codec = codec_of(layout.encodings[layer])
+            own = codec.parameters(stacks[layer], self.switch(block))
+            block.update(tree_unflatten(list(own.items())))
 
     def _load(self, folder: Path, **options: Any) -> nn.Module:
         try:
@@ -206,20 +211,21 @@ class Skeleton:
         if odd := sorted(blocks.keys() ^ self._records.keys()):
             where = "config.json" if odd[0] in blocks else "the packed folder"
             raise ShapeMismatch(f"layer {odd[0]} has experts in {where} only", str(self.folder))
-        if any("." in tensor.name for record in self._records.values() for tensor in record):
+        if any(record.encoding != TRANSFORMERS for record in self._records.values()):
             return sanitize(self._dense | self._stand_ins(blocks))  # MLX-LM's names already
         wanted = {f"{path}.{name}": a for path, b in blocks.values() for name, a in _flat(b)}
         if self.config.model_type in _KNOWN:
-            self.legend = _KNOWN[self.config.model_type]
+            self._spelling = _KNOWN[self.config.model_type]
             self._check_shapes(blocks)
             return sanitize(dict(self._dense)) | wanted
-        for legend, numbered in self._spellings(blocks):
+        for swapped, numbered in self._spellings(blocks):
             try:
                 found = sanitize(self._dense | numbered)
             except (KeyError, ValueError):  # another spelling was looked for
                 continue
-            if wanted.keys() <= found.keys() and (known := _read_rows(found, blocks, legend)):
-                self.legend = known
+            rows = _read_rows(found, blocks) if wanted.keys() <= found.keys() else None
+            if rows is not None:
+                self._spelling = rows, swapped
                 self._check_shapes(blocks)
                 return found | wanted
         raise _unsupported(self.config, "reads no experts from this checkpoint")
@@ -228,15 +234,16 @@ class Skeleton:
         return {
             f"{path}.{tensor.name}": mx.zeros((_count(block), *tensor.shape), DTYPES[tensor.dtype])
             for layer, (path, block) in blocks.items()
-            for tensor in self._records[layer]
+            for tensor in self._records[layer].tensors
         }
 
-    def _spellings(self, blocks: Blocks) -> Iterator[tuple[Legend, Weights]]:
-        """Numbered experts under the names that checkpoints use, the usual ones first."""
+    def _spellings(self, blocks: Blocks) -> Iterator[tuple[bool, Weights]]:
+        """Numbered experts under the names that checkpoints use, the usual ones first, and whether
+        they are `swapped`."""
         towers = {m[1]: None for name in self._dense if (m := _LAYER.fullmatch(name))}
         parents = {layer: _LAYER.fullmatch(path) for layer, (path, _) in blocks.items()}
         own = {m[4].rpartition(".")[0] for m in parents.values()}
-        biased = any(t.name.endswith("_bias") for r in self._records.values() for t in r)
+        biased = any(t.name.endswith("_bias") for r in self._records.values() for t in r.tensors)
         for tower in towers:
             for block in dict.fromkeys([*own, *_BLOCKS]):
                 at = {layer: f"{tower}{m[2]}.{block}" for layer, m in parents.items()}
@@ -246,19 +253,18 @@ class Skeleton:
                     numbers = dict(zip(names, _EXPERT, strict=True))
                     if not gated:
                         del numbers[names[0]]
-                    yield Legend(False), _one_by_one(numbers, counts, biased)
+                    yield False, _one_by_one(numbers, counts, biased)
                 for names in _STACKED:
                     for swapped in (False, True):
-                        yield (
-                            Legend(False, swapped=swapped),
-                            _stacked(names, counts, swapped, biased),
-                        )
+                        yield swapped, _stacked(names, counts, swapped, biased)
 
     def _check_shapes(self, blocks: Blocks) -> None:
-        """A record, read as the legend says, against the block."""
+        """A record, as its codec reads it, against the block."""
         for layer, (path, block) in blocks.items():
-            record = {t.name: mx.zeros((1, *t.shape)) for t in self._records[layer]}
-            found = {name: tuple(a.shape[1:]) for name, a in self.legend.parted(record).items()}
+            record = self._records[layer]
+            codec, raw = codec_of(record.encoding), Raw(mx.zeros((8,), mx.uint8), 0, (1, 0))
+            own = codec.parameters(codec.view(raw, record), self.switch(block))  # never evaluated
+            found = {name: tuple(a.shape[1:]) for name, a in own.items()}
             wanted = {name: tuple(array.shape[1:]) for name, array in _flat(block)}
             if found != wanted:
                 raise ShapeMismatch(
@@ -297,6 +303,10 @@ def _flat(block: nn.Module) -> list[tuple[str, mx.array]]:
     return [item for item in tree_flatten(block.parameters()) if not item[0].startswith("act")]
 
 
+def _settings(block: nn.Module) -> dict[str, Any]:
+    return {"group_size": block.group_size, "bits": block.bits, "mode": block.mode}
+
+
 def _count(block: nn.Module) -> int:
     return (block.fc1 if "fc1" in block else block.gate_proj).weight.shape[0]
 
@@ -329,18 +339,19 @@ def _stacked(
     return weights
 
 
-def _read_rows(found: Weights, blocks: Blocks, legend: Legend) -> Legend | None:
-    """What became of the numbers; None where they do not lie in any way known here."""
+def _read_rows(found: Weights, blocks: Blocks) -> str | None:
+    """`rows` of a `Switch`, by what became of the numbers; None where they do not lie in any way
+    known here."""
     path, block = next(iter(blocks.values()))
     first, *rest = [np.array(found[f"{path}.{name}.weight"][0]) for name in _projections(block)]
     if not np.array_equal(rest[-1], _DOWN):
         return None
     if len(rest) == 1:  # no gate: the checkpoint has none either, what stood for it is left over
-        return legend if np.array_equal(first, _GATE_UP[2:]) else None
+        return "" if np.array_equal(first, _GATE_UP[2:]) else None
     rows = {"halves": (_GATE_UP[:2], _GATE_UP[2:]), "interleaved": (_GATE_UP[::2], _GATE_UP[1::2])}
     for name, parts in rows.items():
         if all(np.array_equal(a, b) for a, b in zip((first, rest[0]), parts, strict=True)):
-            return replace(legend, rows=name)
+            return name
     return None
 
 

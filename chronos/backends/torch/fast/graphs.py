@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from chronos.backends.torch.model import Block, Cache, Model, Output
-from chronos.backends.torch.moe import Expert, ExpertSource, Routing
+from chronos.backends.torch.moe import ExpertSource, Routing
 from chronos.backends.torch.products import linear
 from chronos.common.tuning import plain
 
@@ -103,6 +103,7 @@ class BlockStages:
         self._ids_1K, self._weights_1K = steps.ids_L1K[layer], steps.weights_L1K[layer]
         self._front = steps.stage(self._to_query)
         self._core = block.self_attn.core
+        self._places = steps.experts.setdefault(block.mlp.codec, [])
         self._y: Tensor | None = None
         self._middle: Stage | None = None
         self._experts: Stage | None = None
@@ -124,7 +125,7 @@ class BlockStages:
         place = {expert: i for i, expert in enumerate(ids)}
         for expert, weights in source.acquire(self._layer, ids):
             assert weights is not None
-            self._steps.put(place[expert], weights)
+            self._steps.put(self._places, place[expert], weights)
         if self._experts is None:
             self._experts = self._steps.stage(self._to_output)
         return self._experts.run()[0]
@@ -148,7 +149,7 @@ class BlockStages:
     def _to_output(self) -> Tensors:
         assert self._middle is not None
         x_11D, h_1D = self._middle.out
-        y_1D = self._block.mlp.mix(h_1D, self._weights_1K, self._steps.experts)
+        y_1D = self._block.mlp.mix(h_1D, self._weights_1K, self._places)
         return (x_11D + y_1D.view_as(x_11D),)
 
 
@@ -165,7 +166,7 @@ class Steps:
             kind: (like.new_empty((1, rotary.dim)), like.new_empty((1, rotary.dim)))
             for kind, rotary in model._rotary.items()
         }
-        self.experts: list[Expert] = []
+        self.experts: dict[Any, list[Any]] = {}  # by codec: where stages read a token's experts
         top_k, layers = config.num_experts_per_tok, config.num_hidden_layers
         self.ids_L1K = torch.empty((layers, 1, top_k), dtype=torch.int64, device=model.device)
         self.weights_L1K = like.new_empty((layers, 1, top_k))
@@ -205,12 +206,12 @@ class Steps:
     def stage(self, function: Callable[[], Tensors]) -> Stage:
         return Stage(function, self._recorder)
 
-    def put(self, place: int, weights: Expert) -> None:
+    def put(self, places: list[Any], place: int, weights: Any) -> None:
         """Copy an expert to where the stages read it: 6 MB in 3 us, and its slot is free again."""
-        if not self.experts:
+        if not places:  # tuples of tensors, whatever the codec
             top_k = self._model.config.num_experts_per_tok
-            self.experts = [Expert(*map(torch.empty_like, weights)) for _ in range(top_k)]
-        torch._foreach_copy_(self.experts[place], weights)
+            places += [type(weights)(*map(torch.empty_like, weights)) for _ in range(top_k)]
+        torch._foreach_copy_(places[place], weights)
 
 
 def usable(model: Any, exact: bool) -> bool:

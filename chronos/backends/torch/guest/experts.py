@@ -1,37 +1,34 @@
 """The experts of a guest model: Transformers' interface for them, fed from our source.
 
 Transformers hands the experts of about sixty architectures to a function chosen by name; "chronos"
-is one more. It takes weights expert by expert from an ExpertStore and computes with the block's own
-gate and activation. Rows are grouped, multiplied, weighted and summed as Transformers' `grouped_mm`
-does, its default on a CPU, so the bits are those of the library's own resident run (measured equal
-for one to 64 tokens in float32 and bfloat16). Not covered: expert parallelism, training.
+is one more. It takes experts one by one from an ExpertStore and computes with them as their codec
+does, which knows their tensors. Rows are grouped, multiplied, weighted and summed as Transformers'
+`grouped_mm` does, its default on a CPU, so the bits are those of the library's own resident run
+(measured equal for one to 64 tokens in float32 and bfloat16). Not covered: expert parallelism,
+training.
 
 Shape legend: T tokens, D hidden, F expert hidden, K top-k, N = T * K routed pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from chronos.backends.torch.codecs import PARAMETERS, codec_of
 from chronos.backends.torch.fast.capture import opaque
-from chronos.backends.torch.moe import Expert, ExpertSource, Routing, refuse_gradients
-from chronos.backends.torch.products import onednn_linear, packed, packs
+from chronos.backends.torch.moe import ExpertSource, Routing, refuse_gradients
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import NEXT_GATE, Prefetcher
+from chronos.common.layout.codecs import TRANSFORMERS
 
 NAME = "chronos"
-# What an experts module may hold, one slice an expert: the names inside a record too.
-PARAMETERS = (
-    "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
-)  # fmt: skip
 Replay = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -54,11 +51,12 @@ class Layer:
         shared: Callable[[Tensor], Tensor] | None,
         kernel: Callable[..., Tensor],
         ahead: tuple[int, Callable[[Tensor], Tensor]] | None = None,
+        encoding: str = TRANSFORMERS,
     ) -> None:
         """kernel: Transformers' own function, for experts that the module holds itself.
         ahead: the next layer with experts, and what its own gate would choose."""
         self.layer, self._call, self._shared, self._kernel = layer, call, shared, kernel
-        self._ahead = ahead
+        self._ahead, self._codec = ahead, codec_of(encoding)
 
     def __call__(self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         call = self._call
@@ -86,8 +84,7 @@ class Layer:
             if weights is None:
                 missing.append(rank[expert])
             else:
-                weights = self._packed(module, expert, weights, source)
-                y_K[rank[expert]] = expert_forward(module, x_1D, weights)
+                y_K[rank[expert]] = self._codec.forward(x_1D, weights, module)
         if missing:
             shared_1D = self._stand_in(x_1D)
             for i in missing:
@@ -112,8 +109,7 @@ class Layer:
             if weights is None:
                 missing.append(expert)
             else:
-                weights = self._packed(module, expert, weights, source)
-                outputs[expert] = expert_forward(module, x_TD[rows[expert]], weights)
+                outputs[expert] = self._codec.forward(x_TD[rows[expert]], weights, module)
         if missing:
             shared_TD = self._stand_in(x_TD)
             gone_TK = torch.isin(ids_TK, ids_TK.new_tensor(missing))
@@ -122,20 +118,6 @@ class Layer:
         y_ND = torch.cat([outputs[expert] for expert in experts])
         y_ND = y_ND * weights_TK.reshape(-1)[order_N, None]
         return y_ND[order_N.argsort()].view(T, K, -1).sum(dim=1).to(x_TD.dtype)
-
-    def _packed(self, module: Any, expert: int, weights: Any, source: Any) -> Any:
-        """An expert in the layout its products want, where it stays in memory: a product then takes
-        0.25 to 0.7 of its time, for one of 10 to 30 products' time once."""
-        if isinstance(weights, Packed) or getattr(source, "evicts", True):
-            return weights
-        named, transposed = by_name(weights), module.is_transposed
-        if not all(w.dim() < 2 or packs(w, transposed=transposed) for w in named.values()):
-            return weights
-        ready = Packed()
-        for name, w in named.items():  # the memory of all of them is given back
-            ready[name] = w.clone() if w.dim() < 2 else packed(w.t() if transposed else w)
-        source.replace(self.layer, expert, ready)
-        return ready
 
     def _forecast(self, x_1D: Tensor, source: Any) -> None:
         """The next layer's gate on this layer's state: right more often than not, and in time for
@@ -153,39 +135,6 @@ class Layer:
                 "use miss=exact",
             )
         return shared_TD
-
-
-class Packed(dict[str, Tensor]):
-    """An expert by name, its matrices as oneDNN's products read them."""
-
-
-def by_name(weights: Expert | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if isinstance(weights, Expert):
-        return {"gate_up_proj": weights.gate_up_FD, "down_proj": weights.down_DF}
-    return weights
-
-
-def expert_forward(module: Any, x_TD: Tensor, weights: Expert | Mapping[str, Tensor]) -> Tensor:
-    """One expert on its rows: up (with the gate, where there is one), activation, down."""
-    named = by_name(weights)
-    if module.has_gate:
-        h_TF = module._apply_gate(_project(module, x_TD, named, "gate_up_proj"))
-    else:
-        h_TF = module.act_fn(_project(module, x_TD, named, "up_proj"))
-    y_TD = _project(module, h_TF, named, "down_proj")
-    return module.post_expert_norm(y_TD) if module.has_post_expert_norm else y_TD
-
-
-def _project(module: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """The bias is added after the product is rounded, as Transformers does."""
-    matrix = weights[name]
-    if matrix.is_mkldnn:
-        out = onednn_linear(x_TD, matrix)
-    elif module.is_transposed:
-        out = x_TD @ matrix.to(x_TD.dtype)
-    else:
-        out = F.linear(x_TD, matrix.to(x_TD.dtype))
-    return out + weights[f"{name}_bias"].to(x_TD.dtype) if module.has_bias else out
 
 
 def is_experts(module: nn.Module) -> bool:

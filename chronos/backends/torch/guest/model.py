@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chronos.backends.torch.checkpoint import from_bytes
+from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.fast.steps import Steps, integers
 from chronos.backends.torch.guest.cache import CacheLayers, GuestCache
 from chronos.backends.torch.guest.experts import (
@@ -45,8 +46,8 @@ from chronos.backends.torch.products import pack_linears
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors, read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
-from chronos.common.layout import Layout, is_packed, open_layout, read_records
-from chronos.common.layout.manifest import read_manifest
+from chronos.common.layout import Layout, packed_experts, read_records
+from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.layout.naming import layer_of
 from chronos.common.model.guest import GuestConfig
 from chronos.common.tuning import plain
@@ -175,15 +176,17 @@ def load_guest(
     device: torch.device,
     resident: bool,
     dense: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+    layout: Layout | None = None,
 ) -> Model:
     """The model of a folder; without `resident` of a packed one, whose experts stay on disk.
 
+    layout: its packed experts, where somebody has opened them.
     Raises ConfigError for what Transformers cannot build and for experts it computes otherwise,
     ShapeMismatch, CorruptFileError.
     """
     config = GuestConfig.from_json(folder)
     _check_runnable(config, folder)
-    layout = _layout(folder, config, resident) if is_packed(folder) else None
+    layout = layout or packed_experts(folder, config, checked=resident)
     with _quiet():
         settings = _build(
             lambda: transformers.AutoConfig.from_pretrained(
@@ -227,14 +230,9 @@ def load_guest(
         options.clear()  # holds the weights too, which are freed as they are packed
         pack_linears(core)
     call = Call()
-    _connect(core, modules, call)
+    _connect(core, modules, call, {} if layout is None else layout.encodings)
     core.to(device).requires_grad_(False).eval()
     return Model(config, core, call, resident)
-
-
-def _layout(folder: Path, config: GuestConfig, resident: bool) -> Layout:
-    """Where the experts are. To be streamed, whoever opens the store has checked the files."""
-    return open_layout(folder, config=config) if resident else Layout(folder, read_manifest(folder))
 
 
 def _check_runnable(config: GuestConfig, folder: Path) -> None:
@@ -344,7 +342,10 @@ def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, A
         )
     for layer, (_, module) in modules.items():
         record = layout.records[layer, 0]  # all of a layer are alike
-        shapes: Shapes = {tensor.name: tensor.shape for tensor in record.tensors}
+        codec = codec_of(record.encoding)
+        raw = torch.empty(record.nbytes, dtype=torch.uint8, device="meta")
+        found = codec.parameters(codec.view(raw, record))
+        shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if shapes != module.chronos_shapes:
             raise ShapeMismatch(
                 f"{record.label}: {shapes} found, the model wants {module.chronos_shapes}",
@@ -363,17 +364,18 @@ def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.d
     }
     for record, data in read_records([(layout.path(k), r) for k, r in layout.records.items()]):
         layer, expert = record.key
-        views = record.views(data)
-        for tensor in record.tensors:
-            stacks[layer][tensor.name][expert] = from_bytes(
-                views[tensor.name], tensor.dtype, tensor.shape
-            )
+        codec = codec_of(record.encoding)
+        held = codec.view(torch.frombuffer(data, dtype=torch.uint8), record)
+        for name, tensor in codec.parameters(held).items():
+            stacks[layer][name][expert] = tensor
     for layer, (_, module) in modules.items():
         for name, stack in stacks[layer].items():
             module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
 
 
-def _connect(core: Any, modules: Mapping[int, tuple[str, Any]], call: Call) -> None:
+def _connect(
+    core: Any, modules: Mapping[int, tuple[str, Any]], call: Call, encodings: Mapping[int, str]
+) -> None:
     """Send every experts module to its `Layer`."""
     kernel = core.get_correct_experts_implementation(None)  # the library's choice for this device
     like_1D = core.get_input_embeddings().weight.new_zeros(1, _width(core))
@@ -385,7 +387,8 @@ def _connect(core: Any, modules: Mapping[int, tuple[str, Any]], call: Call) -> N
             kernel, type(module).forward.__wrapped__
         )  # "eager": its own
         shared = shared_of((block, around))
-        module.chronos = Layer(layer, call, shared, own, ahead)
+        encoding = encodings.get(layer, TRANSFORMERS)
+        module.chronos = Layer(layer, call, shared, own, ahead, encoding)
         module.config._experts_implementation = NAME
         choose = chooser_of(block, like_1D)
         ahead = None if choose is None else (layer, choose)

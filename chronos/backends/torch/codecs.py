@@ -1,0 +1,170 @@
+"""What the torch backend makes of a routed expert's bytes: views of its tensors, and its output.
+
+One codec an encoding (`chronos.common.layout.codecs` has the other half). `view` says what an
+expert is where its record lies, without a copy; `forward` computes with it. Weights of fewer bits
+are widened or dequantised in `forward` and nowhere else. Nothing above knows what tensors an expert
+has; experts of Chronos' own models are tuples of tensors, which graphs copy one by one.
+
+Shape legend: T tokens, D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chronos.backends.torch.products import linear, onednn_linear, packed, packs
+from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.layout.codecs import SWIGLU, TRANSFORMERS
+
+if TYPE_CHECKING:
+    from chronos.common.layout import Record
+
+# safetensors' names of the dtypes a record may hold here.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+# What an experts module of Transformers may hold, one slice an expert: the names in a record too.
+PARAMETERS = (
+    "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
+)  # fmt: skip
+Release = Callable[[], None] | None
+
+
+class Codec(Protocol):
+    """How one encoding is computed. It holds no state: a layer hands in its own."""
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
+        """The expert in the bytes of a slot (uint8), which will be those of `record`.
+
+        The bytes are not there yet. release: where the slot is never given to another expert, gives
+        its memory back; for a codec that makes a copy of its own at the first use.
+        """
+
+    def forward(self, x_TD: Tensor, expert: Any, block: Any) -> Tensor:
+        """The expert's output for its rows. block: the layer's module, for what all its experts
+        share (activation, scales, norms)."""
+
+
+class Expert(NamedTuple):
+    """One expert's weights: gate_up [2F, D] (gate rows first) and down [D, F]."""
+
+    gate_up_FD: Tensor
+    down_DF: Tensor
+
+
+class Swiglu:
+    """The experts of Chronos' own models, as they are trained."""
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Expert:
+        return Expert(*tensors_of(raw, record).values())
+
+    def forward(self, x_TD: Tensor, expert: Expert, block: Any = None) -> Tensor:
+        """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
+        gate_TF, up_TF = linear(x_TD, expert.gate_up_FD).chunk(2, dim=-1)
+        return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
+
+
+@dataclass(slots=True)
+class Named:
+    """An expert's tensors by their names in a record."""
+
+    tensors: dict[str, Tensor]
+    release: Release = None
+
+
+class Transformers:
+    """The experts of a model that Transformers builds: biases or not, transposed or not, gated or
+    not, with the activation and the norm of the library's own module."""
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Named:
+        return Named(tensors_of(raw, record), release)
+
+    def forward(self, x_TD: Tensor, expert: Named, block: Any) -> Tensor:
+        """One expert on its rows: up (with the gate, where there is one), activation, down."""
+        if expert.release is not None:
+            self._rearrange(expert, block)
+        named = expert.tensors
+        if block.has_gate:
+            h_TF = block._apply_gate(_project(block, x_TD, named, "gate_up_proj"))
+        else:
+            h_TF = block.act_fn(_project(block, x_TD, named, "up_proj"))
+        y_TD = _project(block, h_TF, named, "down_proj")
+        return block.post_expert_norm(y_TD) if block.has_post_expert_norm else y_TD
+
+    def parameters(self, expert: Named) -> Mapping[str, Tensor]:
+        """One slice of each parameter of the library's module."""
+        return expert.tensors
+
+    def _rearrange(self, expert: Named, block: Any) -> None:
+        """Lay the matrices out as oneDNN's products read them, where the expert stays in memory: a
+        product then takes 0.25 to 0.7 of its time, for one of 10 to 30 products' time once."""
+        assert expert.release is not None
+        release, expert.release = expert.release, None
+        transposed = block.is_transposed
+        matrices = [w for w in expert.tensors.values() if w.dim() > 1]
+        if not all(packs(w, transposed=transposed) for w in matrices):
+            return
+        expert.tensors = {  # all of them: their memory is given back
+            name: w.clone() if w.dim() < 2 else packed(w.t() if transposed else w)
+            for name, w in expert.tensors.items()
+        }
+        release()
+
+
+def _project(block: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The bias is added after the product is rounded, as Transformers does."""
+    matrix = weights[name]
+    if matrix.is_mkldnn:
+        out = onednn_linear(x_TD, matrix)
+    elif block.is_transposed:
+        out = x_TD @ matrix.to(x_TD.dtype)
+    else:
+        out = F.linear(x_TD, matrix.to(x_TD.dtype))
+    return out + weights[f"{name}_bias"].to(x_TD.dtype) if block.has_bias else out
+
+
+def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:
+    """The tensors of a record by name, as views of its bytes. Raises ShapeMismatch."""
+    tensors: dict[str, Tensor] = {}
+    for entry in record.tensors:
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
+        flat = raw[entry.offset : entry.offset + entry.nbytes]
+        tensors[entry.name] = flat.view(dtype).view(entry.shape)
+    return tensors
+
+
+# By the pattern of their names.
+CODECS: dict[str, Callable[[], Codec]] = {SWIGLU: Swiglu, TRANSFORMERS: Transformers}
+
+
+@cache
+def codec_of(encoding: str) -> Any:
+    """The codec of that name, one object for all layers. Raises ConfigError."""
+    for pattern, make in CODECS.items():
+        if re.fullmatch(pattern, encoding):
+            return make()
+    raise ConfigError(
+        f"PyTorch does not compute experts encoded as {encoding[:80]}",
+        "",
+        "use --backend mlx" if encoding.startswith("mlx") else "use another backend",
+    )

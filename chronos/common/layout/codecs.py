@@ -1,0 +1,134 @@
+"""How the bytes of a routed expert are coded: the name a manifest gives it, and the tensors it has.
+
+An encoding is a name: words joined by hyphens, of which those behind the first are its settings
+("mlx-affine4"). Here is the half of a codec that needs no framework: which tensors `pack` writes
+and folders are compared with. The half that computes is `codecs.py` of each backend, found by the
+same name. Not known here: where tensors lie in a record (`ctsr`), what checkpoints call them
+(`naming`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.layout.naming import layer_of
+from chronos.common.model.config import MODEL_TYPE, ModelConfig
+from chronos.common.model.guest import Geometry
+from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
+
+SWIGLU, TRANSFORMERS, MLX = "swiglu", "transformers", "mlx"
+
+
+class Codec(Protocol):
+    """What an encoding is without a framework."""
+
+    name: str
+
+    def tensors(self, config: Geometry) -> list[TensorSpec]:
+        """One expert's tensors in record order; none where the config does not imply them: those
+        of a layer are then compared with each other. Raises ShapeMismatch for a config of models
+        that cannot have such experts."""
+
+
+class Encoder(Codec, Protocol):
+    """A codec whose records Chronos makes itself, of the experts of its own models."""
+
+    def encode(self, weights: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[Any]]:
+        """The tensors of a record, from those of "swiglu"."""
+
+
+class Swiglu:
+    """The experts of Chronos' own models as they are trained: gate_up_proj and down_proj."""
+
+    def __init__(self, name: str = SWIGLU) -> None:
+        self.name = name
+
+    def tensors(self, config: Geometry) -> list[TensorSpec]:
+        if not isinstance(config, ModelConfig):
+            raise ShapeMismatch(f"the experts are {self.name}, the model is another library's")
+        return expert_tensors(config)
+
+
+class AsStored:
+    """The experts of another library's model, with the names, shapes and dtypes of its modules."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def tensors(self, config: Geometry) -> list[TensorSpec]:
+        if isinstance(config, ModelConfig):
+            raise ShapeMismatch(f"the experts are {self.name}, the model is Chronos' own")
+        return []
+
+
+# By the pattern of their names. MLX-LM quantises projection by projection: one word for all of
+# them, or one for each.
+CODECS: dict[str, Callable[[str], Codec]] = {
+    SWIGLU: Swiglu,
+    TRANSFORMERS: AsStored,
+    rf"{MLX}(-[a-z]+\d+)*": AsStored,
+}
+ENCODERS: dict[str, Callable[[str], Encoder]] = {}
+
+
+def codec_of(encoding: str) -> Codec:
+    """The codec of that name. Raises ConfigError for one that is not known."""
+    for pattern, make in (CODECS | ENCODERS).items():
+        if re.fullmatch(pattern, encoding):
+            return make(encoding)
+    raise ConfigError(
+        f"the experts are encoded as {encoding[:80]!r}, which this version does not know",
+        "",
+        "upgrade Chronos, or pack the model again from its source",
+    )
+
+
+def encoder_of(encoding: str) -> Encoder:
+    """The codec that makes such records. Raises ConfigError."""
+    for pattern, make in ENCODERS.items():
+        if re.fullmatch(pattern, encoding):
+            return make(encoding)
+    raise ConfigError(f"experts cannot be converted to {encoding[:80]!r}")
+
+
+class Stored(Protocol):
+    """A tensor of a record."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def encoding_of(config: Mapping[str, Any], layer: int, tensors: Sequence[Stored]) -> str:
+    """The encoding of a layer's records where nothing but the source's config.json says it: in a
+    checkpoint, and in a packed folder of version 2. config: {} where there is none."""
+    names = [tensor.name for tensor in tensors]
+    if any("." in name for name in names):
+        return _mlx(config.get("quantization") or {}, layer, tensors)
+    native = config.get("model_type", MODEL_TYPE) == MODEL_TYPE
+    return SWIGLU if native and tuple(names) == EXPERT_TENSORS else TRANSFORMERS
+
+
+def _mlx(settings: Mapping[str, Any], layer: int, tensors: Sequence[Stored]) -> str:
+    """MLX-LM's settings are those of all projections, and of single ones under their paths."""
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    if not any(name.endswith(".scales") for name in dtypes):
+        return MLX
+    words = []
+    for name in [n.removesuffix(".weight") for n in dtypes if n.endswith(".weight")]:
+        own = dict(settings)
+        for path, value in settings.items():
+            place = layer_of(path)
+            if isinstance(value, dict) and place and place[1] == layer and path.endswith(name):
+                own |= value
+        mode, bits = str(own.get("mode", "affine")), own.get("bits", 4)
+        word = mode if mode[-1:].isdigit() else f"{mode}{bits}"
+        words.append(word if f"{name}.scales" in dtypes else dtypes[f"{name}.weight"].lower())
+    return "-".join([MLX, *(words if len(set(words)) > 1 else words[:1])])
