@@ -175,9 +175,10 @@ def verify(path: PathArg, out: JsonOptions) -> None:
         for problem in report.problems:
             what, *where = problem.splitlines()
             errors.report(what, " ".join(where))
+        coded = f" ({', '.join(report.encodings)})" if report.encodings else ""
         print(
             f"{path}: {output.size(report.bytes)} in {report.files} files, {report.records} "
-            f"experts, {report.tensors} tensors: {len(report.problems) or 'no'} problems"
+            f"experts{coded}, {report.tensors} tensors: {len(report.problems) or 'no'} problems"
         )
     if report.problems:
         raise typer.Exit(3)

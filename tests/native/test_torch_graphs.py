@@ -19,6 +19,7 @@ from chronos.backends.torch.fast.graphs import Stage, Steps, usable
 from chronos.common.layout import pack
 from chronos.common.text.sampling import SamplingParams
 from chronos.testing.tiny import CONFIG, tiny_model
+from tests.support.toy_codec import NAME, register
 
 GREEDY = SamplingParams()
 PROMPT = [7 * i % CONFIG.vocab_size for i in range(CONFIG.sliding_window - 8)]  # then it slides
@@ -95,6 +96,19 @@ def test_replayed_routing_takes_the_gates_place(packed: Path) -> None:
             assert ids[-1].tolist() == [[layer, layer + 3] for layer in range(len(ids[-1]))]
             found.append(runner.logits())
     np.testing.assert_array_equal(*found)
+
+
+def test_experts_of_another_encoding_are_copied_as_their_codec_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, "torch")
+    pack(tiny_model(tmp_path / "model"), tmp_path / "packed", encoding=NAME)
+    for budget in ("resident", "25%", "all"):
+        with chronos.load(
+            tmp_path / "packed", backend="torch", device="cpu", budget=budget
+        ) as engine:
+            logits, _ = rollout(engine, staged=False)
+            np.testing.assert_array_equal(rollout(engine, staged=True)[0], logits)
 
 
 def test_a_stage_keeps_its_place() -> None:

@@ -94,7 +94,11 @@ def encoder_of(encoding: str) -> Encoder:
     for pattern, make in ENCODERS.items():
         if re.fullmatch(pattern, encoding):
             return make(encoding)
-    raise ConfigError(f"experts cannot be converted to {encoding[:80]!r}")
+    raise ConfigError(
+        f"experts cannot be converted to {encoding[:80]!r}",
+        "",
+        "leave the encoding out to keep their bytes as they are",
+    )
 
 
 class Stored(Protocol):
