@@ -38,9 +38,11 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from chronos import train
     from chronos.common.errors import (
         BudgetError,
         ChronosError,
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("chronos.train")
     if name not in __all__:
         raise AttributeError(f"module 'chronos' has no attribute {name!r}")
     return getattr(import_module(f"chronos.{_HOMES.get(name, 'common.errors')}"), name)

@@ -23,7 +23,9 @@ from chronos import backends
 from chronos.common.data import Batch
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.weights import dense_tensors
-from chronos.common.training.recipe import TrainRecipe, load_recipe
+from chronos.common.training.objectives import NextToken
+from chronos.common.training.recipe import load_recipe
+from chronos.train.pretrain import PretrainRecipe
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
@@ -46,24 +48,24 @@ def active_parameters(config: ModelConfig) -> int:
     return dense + chosen
 
 
-def random_batch(config: ModelConfig, recipe: TrainRecipe, seed: int) -> Batch:
+def random_batch(config: ModelConfig, stage: PretrainRecipe, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
-    shape = (recipe.batch_size, recipe.seq_len)
+    shape = (stage.batch_size, stage.seq_len)
     ids = rng.integers(0, config.vocab_size, shape).astype(np.int32)
     return Batch(ids, np.roll(ids, -1, 1), np.zeros(shape, np.int32))
 
 
-def seconds_per_step(step: Any, config: ModelConfig, recipe: TrainRecipe, number: int) -> float:
+def seconds_per_step(step: Any, config: ModelConfig, stage: PretrainRecipe, number: int) -> float:
     begin = time.perf_counter()
-    step.step([random_batch(config, recipe, number)], 1e-4, number)
+    step.step([random_batch(config, stage, number)], NextToken(config.loss_weights), 1e-4, number)
     return time.perf_counter() - begin
 
 
-def matrix_rate(config: ModelConfig, recipe: TrainRecipe) -> float:
+def matrix_rate(config: ModelConfig, stage: PretrainRecipe) -> float:
     """float32 operations per second of one expert's first product at its mean number of rows."""
     import torch
 
-    rows = recipe.batch_size * recipe.seq_len * config.num_experts_per_tok // config.num_experts
+    rows = stage.batch_size * stage.seq_len * config.num_experts_per_tok // config.num_experts
     x = torch.randn(rows, config.hidden_size)
     w = torch.randn(2 * config.moe_intermediate_size, config.hidden_size)
     work, best = 2 * x.shape[0] * w.numel(), 0.0
@@ -79,24 +81,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.toml"))
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, PretrainRecipe)
     backend = backends.load("torch")
     configs = {"moe": recipe.model, "dense": dense_twin(recipe.model)}
     steps = {
-        name: backend.train_step(backend.build(config, seed=0), recipe.train)
+        name: backend.train_step(backend.build(config, seed=0), recipe.optimizer)
         for name, config in configs.items()
     }
-    rate = matrix_rate(recipe.model, recipe.train)
+    rate = matrix_rate(recipe.model, recipe.stage)
     work = 6 * active_parameters(recipe.model)
     print(f"active parameters: {work // 6:,}")
     print(f"ceiling {rate / work:,.0f} tok/s at {rate / 1e9:.0f} GFLOP/s")
     times: dict[str, list[float]] = {name: [] for name in configs}
     for number in range(args.rounds + 1):
         for name, config in configs.items():
-            taken = seconds_per_step(steps[name], config, recipe.train, number)
+            taken = seconds_per_step(steps[name], config, recipe.stage, number)
             if number:  # the first step of each warms up
                 times[name].append(taken)
-    tokens = recipe.train.batch_size * recipe.train.seq_len
+    tokens = recipe.stage.batch_size * recipe.stage.seq_len
     speed = {name: tokens / statistics.median(taken) for name, taken in times.items()}
     ratios = [d / m for m, d in zip(times["moe"], times["dense"], strict=True)]
     print(f"MoE {speed['moe']:,.0f} tok/s, dense of equal active size {speed['dense']:,.0f} tok/s")

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
     from chronos.common.experts.stats import StoreStats
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
     from chronos.common.model.weights import Key
     from chronos.common.text.sampling import SamplingParams
+    from chronos.common.training.objectives import Objective, Terms
+    from chronos.common.training.recipe import OptimizerRecipe
 
 
 class Model(Protocol):
@@ -110,12 +113,25 @@ class Runner(Protocol):
 
 
 class TrainStep(Protocol):
-    """Loss, gradients and optimizer; owns the optimizer's state."""
+    """Gradients and optimizer of one model; owns the optimizer's state.
 
-    def step(self, batches: Sequence[Any], learning_rate: float, step: int) -> dict[str, float]:
-        """One update over micro-batches; `skipped` = 1 where the loss or gradient is not finite."""
+    An update's micro-batches give the gradient and the terms of the batch they make together,
+    however uneven they are: sums over counts of the whole update, balance by all of its picks.
+    """
 
-    def evaluate(self, batches: Sequence[Any]) -> dict[str, float]: ...
+    def step(
+        self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
+    ) -> Terms:
+        """One update; `skipped` = 1 where the loss or gradient is not finite. Random numbers follow
+        from the recipe's seed and `number`, counted from 0."""
+
+    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
+        """The terms of all batches together, without dropout or masks."""
+
+    def score(self, batch: Batch) -> np.ndarray:
+        """Log-probabilities of the labels in nats, float32 [B, T]; 0 where there is no label. What
+        references and old policies are computed by."""
+
     def state(self) -> Iterator[tuple[str, str, tuple[int, ...], Any]]: ...
     def load_state(self, tensors: Iterable[Any]) -> None: ...
 
@@ -156,6 +172,6 @@ class Backend(Protocol):
 
     def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
     def runner(self, model: Any, store: Any, **options: Any) -> Runner: ...
-    def train_step(self, model: Any, config: Any) -> TrainStep: ...
+    def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
     def devices(self) -> Iterable[str]:
         """Names accepted as `device`, the one taken by default first."""

@@ -35,7 +35,8 @@ def evaluate(
     """Measure a model on text; lookahead recall where all its experts are in memory."""
     from chronos import backends
     from chronos.common.model.config import ModelConfig
-    from chronos.common.training.recipe import TrainRecipe
+    from chronos.common.training.objectives import NextToken
+    from chronos.common.training.recipe import OptimizerRecipe
     from chronos.measure import evaluate as room
     from chronos.run.engine import RESIDENT
 
@@ -56,8 +57,9 @@ def evaluate(
         dataset = room.packed(tokenizer, documents, seq_len)
         loaded = engine.runner.model
         if engine.store is None and isinstance(engine.config, ModelConfig):
-            step = backend.train_step(loaded, TrainRecipe(batch_size=batch_size, seq_len=seq_len))
-            terms = room.loss(step, dataset, batch_size=batch_size, max_tokens=max_tokens)
+            step = backend.train_step(loaded, OptimizerRecipe())
+            batches = room.batches(dataset, batch_size=batch_size, max_tokens=max_tokens)
+            terms = step.evaluate(batches, NextToken(engine.config.loss_weights))
         else:
             rows = room.cut(tokenizer, documents, seq_len)
             forward = partial(backend.forward, loaded, source=engine.store)

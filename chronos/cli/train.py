@@ -15,8 +15,8 @@ from chronos.cli.app import app, command
 from chronos.cli.options import DeviceOptions, JsonOptions
 
 if TYPE_CHECKING:
-    from chronos.common.training.recipe import Recipe
-    from chronos.train.loop import Report
+    from chronos.common.training.recipe import Recipe, S
+    from chronos.train import Report
 
 train = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
 app.add_typer(train, name="train", rich_help_panel="Train")
@@ -55,25 +55,22 @@ def pretrain(
 
     Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
     """
-    from chronos import backends
+    from chronos import train as room
     from chronos.common.training.recipe import load_recipe
-    from chronos.train.loop import Trainer, prepare
+    from chronos.train.pretrain import PretrainRecipe
 
-    recipe, folder = _changed(load_recipe(config), data, skip_bad), to or Path("runs") / config.stem
-    backend = backends.load(device.backend)
-    with _events(recipe.train.steps) as on_event:
-        recipe, tokenizer, training, validation = prepare(recipe, folder, on_event)
-        trainer = Trainer(
-            backend,
+    recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad)
+    folder = to or Path("runs") / config.stem
+    with _events(recipe.cadence.steps) as on_event:
+        report = room.pretrain(
             recipe,
             folder,
-            training,
-            validation,
-            tokenizer,
-            on_event,
+            backend=device.backend,
             device=device.device,
+            resume=resume,
+            force=force,
+            on_event=on_event,
         )
-        report = trainer.run(resume=resume, force=force)
     if out.json:
         output.print_json(report_json(report, folder))
     elif report.model:
@@ -96,7 +93,7 @@ def report_json(report: Report, folder: Path) -> dict[str, Any]:
     }
 
 
-def _changed(recipe: Recipe, data: str | None, skip_bad: int | None) -> Recipe:
+def _changed(recipe: Recipe[S], data: str | None, skip_bad: int | None) -> Recipe[S]:
     changes: dict[str, Any] = {} if data is None else {"path": data}
     if skip_bad is not None:
         changes["skip_bad"] = skip_bad

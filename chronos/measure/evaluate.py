@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chronos.common.data import (
+    Batch,
     Document,
     PackedDataset,
     encode_documents,
@@ -161,15 +162,11 @@ def packed(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int) ->
     )
 
 
-def loss(
-    step: Any, dataset: PackedDataset, *, batch_size: int, max_tokens: int
-) -> dict[str, float]:
-    """Mean terms of `TrainStep.evaluate` over at most `max_tokens` tokens, in whole batches."""
+def batches(dataset: PackedDataset, *, batch_size: int, max_tokens: int) -> list[Batch]:
+    """At most `max_tokens` tokens of the rows, in whole batches."""
     batch_size = min(batch_size, len(dataset))
     rows = max(batch_size, min(len(dataset), max_tokens // dataset.seq_len))
-    batches = [dataset.batch(i, batch_size) for i in range(rows // batch_size)]
-    terms: dict[str, float] = step.evaluate(batches)
-    return terms
+    return [dataset.batch(i, batch_size) for i in range(rows // batch_size)]
 
 
 def sequence_loss(
@@ -178,7 +175,7 @@ def sequence_loss(
     *,
     max_tokens: int,
 ) -> dict[str, float]:
-    """`loss` without packed rows, which guests do not take: each sequence from an empty context."""
+    """The loss of what takes no packed rows, as guests: each sequence from an empty context."""
     nats, count = 0.0, 0
     for ids in sequences:
         ids_T = np.array(ids[: max_tokens - count + 1])

@@ -1,58 +1,40 @@
 """The training loop: cadence, logging, checkpoints, resume and interruption. Knows no framework.
 
-It is given a backend; NumPy batches go in, plain floats come out. A run folder holds
-tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and optimizer in one atomic
-file) and, at the end, model/ (an unpacked model folder). One process writes a run folder at a time.
-Not covered: the alignment stages.
+A stage gives it a `Task`: a model, batches, an objective; of these it knows the protocols only.
+A run folder holds tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and
+optimizer in one atomic file) and, at the end, model/ (an unpacked model folder). One process writes
+a run folder at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chronos.backends.protocol import Backend, TrainStep
-from chronos.common.data import (
-    Batch,
-    Document,
-    PackedDataset,
-    ReadReport,
-    encode_documents,
-    pack_documents,
-    read_documents,
-    split_documents,
-    stdlib_documents,
-)
+from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import read_header
 from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, UsageError
 from chronos.common.text.tokenizer import Tokenizer
-from chronos.common.training.recipe import Recipe
+from chronos.common.training.objectives import Batches, Objective
+from chronos.common.training.recipe import CadenceRecipe, Recipe, by_section
 from chronos.common.training.schedule import learning_rate
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise)
 # and the number of steps - to go on for longer is a common reason to resume; the rate then follows
 # the longer schedule.
-_FREE = {
-    "steps",
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "save_every",
-    "keep_checkpoints",
-    "threads",
-}
+_FREE = ("cadence.", "optimizer.threads:")
 
 
 class DivergedError(ChronosError):
@@ -70,119 +52,128 @@ class Report:
     model: Path | None = None
 
 
-class Trainer:
-    """Pretraining of one model in one run folder."""
+@dataclass(frozen=True)
+class Task:
+    """What a stage gives the loop.
+
+    recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation.
+    """
+
+    recipe: Recipe[Any]
+    model: Any
+    tokenizer: Tokenizer
+    batches: Batches
+    objective: Objective
+    valid: Sequence[Batch] = ()
+
+
+def run(
+    prepare: Callable[[], Task],
+    backend: Backend,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Report:
+    """Train to the recipe's last step. Returns early, saved, on SIGINT or SIGTERM.
+
+    prepare: gives the task, once the folder is this process' own. force: resume although recipe or
+    data have changed. Raises UsageError if the folder holds a run and `resume` is false,
+    ConfigError if the recipe differs from that run's, DivergedError after `max_skipped` updates in
+    a row that were not finite (the last good checkpoint stays).
+    """
+    with RunLock(out):
+        sweep_orphans(out / "checkpoints")
+        saved = checkpoints(out)
+        if saved and not resume:
+            raise UsageError(
+                f"the folder holds a run at step {saved[-1][0]}",
+                str(out),
+                "continue it with --resume, or name another folder with --out",
+            )
+        if resume and not saved:
+            on_event({"message": f"no checkpoint in {out}: starting at step 0"})
+        task = prepare()
+        with _signals() as stop:
+            return _Run(backend, task, out, on_event).start(stop, resume=bool(saved), force=force)
+
+
+class _Run:
+    """One task in one run folder."""
 
     def __init__(
-        self,
-        backend: Backend,
-        recipe: Recipe,
-        out: Path,
-        train: PackedDataset,
-        valid: PackedDataset | None,
-        tokenizer: Tokenizer,
-        on_event: Callable[[Event], None] = lambda event: None,
-        *,
-        device: str | None = None,
+        self, backend: Backend, task: Task, out: Path, on_event: Callable[[Event], None]
     ) -> None:
-        self.device = device
-        self.backend, self.recipe, self.out = backend, recipe, out
-        self.train, self.valid, self.tokenizer = train, valid, tokenizer
-        self.on_event = on_event
-        self._data_digest = ""
+        self.backend, self.task, self.out, self.on_event = backend, task, out, on_event
+        self.cadence: CadenceRecipe = task.recipe.cadence
+        self._data_digest = task.batches.fingerprint
 
-    def run(self, *, resume: bool = False, force: bool = False) -> Report:
-        """Train to the recipe's last step. Returns early, saved, on SIGINT or SIGTERM.
-
-        Raises UsageError if the folder holds a run and `resume` is false, ConfigError if the
-        recipe differs from that run's, DivergedError after `max_skipped` updates in a row that
-        were not finite (the last good checkpoint stays).
-        """
-        with RunLock(self.out), _signals() as stop:
-            sweep_orphans(self.out / "checkpoints")
-            saved = checkpoints(self.out)
-            if saved and not resume:
-                raise UsageError(
-                    f"the folder holds a run at step {saved[-1][0]}",
-                    str(self.out),
-                    "continue it with --resume, or name another folder with --out",
-                )
-            if resume and not saved:
-                self.on_event({"message": f"no checkpoint in {self.out}: starting at step 0"})
-            self._data_digest = self.train.fingerprint()
-            self.tokenizer.save(self.out)
-            seed = self.recipe.train.seed
-            model = self.backend.build(self.recipe.model, seed=seed, device=self.device)
-            step = self.backend.train_step(model, self.recipe.train)
-            first = self._resume(step, force) if saved else self._trim_metrics(0)
-            report = self._loop(step, first, stop)
-            if not report.signal:
-                report.model = self.export(model)
+    def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
+        """stop: filled with a signal that asks for the end."""
+        task = self.task
+        task.tokenizer.save(self.out)
+        step = self.backend.train_step(task.model, task.recipe.optimizer)
+        first = self._resume(step, force) if resume else self._trim_metrics(0)
+        report = self._loop(step, first, stop)
+        if not report.signal:
+            report.model = self._export()
         return report
 
-    def export(self, model: Any) -> Path:
+    def _export(self) -> Path:
         """Write the model folder of the weights as they are."""
         folder = self.out / "model"
-        self.backend.save(model, folder)
-        self.tokenizer.save(folder)
+        self.backend.save(self.task.model, folder)
+        self.task.tokenizer.save(folder)
         return folder
 
     def _loop(self, step: TrainStep, first: int, stop: list[int]) -> Report:
-        r = self.recipe.train
+        cadence, optimizer, task = self.cadence, self.task.recipe.optimizer, self.task
         report, in_a_row, since = Report(first), 0, (time.perf_counter(), first)
-        for number in range(first, r.steps):
+        for number in range(first, cadence.steps):
             rate = learning_rate(
                 number,
-                peak=r.learning_rate,
-                floor=r.min_learning_rate,
-                warmup=r.warmup_steps,
-                total=r.steps,
+                peak=optimizer.learning_rate,
+                floor=optimizer.min_learning_rate,
+                warmup=optimizer.warmup_steps,
+                total=cadence.steps,
             )
-            terms = step.step(self._micro_batches(number), rate, number)
+            terms = step.step(task.batches.at(number), task.objective, rate, number)
             report.step = number + 1
             skipped = int(terms["skipped"])
             report.skipped += skipped
             in_a_row = in_a_row + 1 if skipped else 0
             asked = bool(stop)  # once per step: a signal after this line is the next step's
-            last = report.step == r.steps or asked
-            if report.step % r.log_every == 0 or skipped or last:
+            last = report.step == cadence.steps or asked
+            if report.step % cadence.log_every == 0 or skipped or last:
                 since = self._log(report, terms, rate, since)
-            if in_a_row >= r.max_skipped:
+            if in_a_row >= cadence.max_skipped:
                 raise DivergedError(
                     f"{in_a_row} updates in a row were not finite, up to step {report.step}",
                     str(self.out),
-                    "lower train.learning_rate and resume: the last good checkpoint is kept",
+                    "lower optimizer.learning_rate and resume: the last good checkpoint is kept",
                 )
-            if self.valid and not asked and (report.step % r.eval_every == 0 or last):
+            if task.valid and not asked and (report.step % cadence.eval_every == 0 or last):
                 self._evaluate(step, report)
-            if (report.step % r.save_every == 0 and not skipped) or last:
+            if (report.step % cadence.save_every == 0 and not skipped) or last:
                 self._save(step, report.step)
             if asked:
                 report.signal = stop[0]
                 break
         return report
 
-    def _micro_batches(self, number: int) -> list[Batch]:
-        r = self.recipe.train
-        return [
-            self.train.batch(number * r.accumulate + i, r.batch_size) for i in range(r.accumulate)
-        ]
-
     def _evaluate(self, step: TrainStep, report: Report) -> None:
-        assert self.valid is not None
-        r = self.recipe.train
-        count = min(r.eval_batches, max(1, len(self.valid) // r.batch_size))
-        terms = step.evaluate([self.valid.batch(i, r.batch_size) for i in range(count)])
+        terms = step.evaluate(self.task.valid, self.task.objective)
         self._emit(report, {"step": report.step} | {f"valid_{k}": v for k, v in terms.items()})
 
     def _log(
         self, report: Report, terms: Event, rate: float, since: tuple[float, int]
     ) -> tuple[float, int]:
-        r, now = self.recipe.train, time.perf_counter()
+        now, steps = time.perf_counter(), self.cadence.steps
         seconds = (now - since[0]) / max(1, report.step - since[1])
-        event = {"step": report.step, "steps": r.steps, "learning_rate": rate} | terms
-        event["tokens_per_s"] = r.batch_size * r.seq_len * r.accumulate / seconds
-        event["eta_s"] = (r.steps - report.step) * seconds
+        event = {"step": report.step, "steps": steps, "learning_rate": rate} | terms
+        event["tokens_per_s"] = self.task.batches.tokens_per_step / seconds
+        event["eta_s"] = (steps - report.step) * seconds
         event["skipped_total"] = report.skipped
         self._emit(report, event)
         return now, report.step
@@ -202,11 +193,11 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         metadata = {
             "step": str(number),
-            "recipe": json.dumps(self.recipe.to_json()),
+            "recipe": json.dumps(self.task.recipe.to_json()),
             "data": self._data_digest,
         }
         write_tensors(folder / f"step-{number:08d}.safetensors", step.state(), metadata)
-        for _, old in checkpoints(self.out)[: -self.recipe.train.keep_checkpoints]:
+        for _, old in checkpoints(self.out)[: -self.cadence.keep_checkpoints]:
             old.unlink()
 
     def _resume(self, step: TrainStep, force: bool) -> int:
@@ -215,7 +206,7 @@ class Trainer:
             try:
                 metadata = read_header(path).metadata
                 recipe = json.loads(metadata.get("recipe", "{}"))
-                _same_recipe(recipe, json.loads(json.dumps(self.recipe.to_json())), path, force)
+                _same_recipe(recipe, self.task.recipe, path, force)
                 self._same_data(metadata.get("data", ""), path, force)
                 step.load_state(read_tensors(path))
             except CorruptFileError as error:
@@ -248,51 +239,6 @@ class Trainer:
         return number
 
 
-def prepare(
-    recipe: Recipe, out: Path, on_event: Callable[[Event], None] = lambda event: None
-) -> tuple[Recipe, Tokenizer, PackedDataset, PackedDataset | None]:
-    """Read the recipe's data, load or train its tokenizer, and pack both splits.
-
-    The tokenizer of a run that has a checkpoint is used again. The recipe comes back with the
-    model's vocabulary size set to the tokenizer's. Raises DataError, ConfigError.
-    """
-    report = ReadReport()
-    if recipe.data.path == "stdlib":
-        documents = stdlib_documents(report)
-    else:
-        documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))
-    on_event({"message": str(report)})
-    training, validation = split_documents(documents, recipe.data.validation_share)
-    known = recipe.tokenizer.path
-    if not known and checkpoints(out) and (out / "tokenizer.json").exists():
-        known = str(out)  # without a checkpoint it is left over from a recipe that may have changed
-    if known:
-        tokenizer = Tokenizer.load(known)
-    else:
-        on_event({"message": f"training a tokenizer of {recipe.tokenizer.vocab_size} tokens"})
-        tokenizer = Tokenizer.train((d.text for d in training), recipe.tokenizer.vocab_size)
-    model = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
-    recipe = dataclasses.replace(recipe, model=model)
-    train = _pack(tokenizer, training, recipe)
-    valid = _pack(tokenizer, validation, recipe) if validation else None
-    on_event(
-        {"message": f"{train.tokens} tokens to train on, {valid.tokens if valid else 0} held out"}
-    )
-    return recipe, tokenizer, train, valid
-
-
-def _pack(tokenizer: Tokenizer, documents: list[Document], recipe: Recipe) -> PackedDataset:
-    encoded = encode_documents(tokenizer, documents)
-    return pack_documents(
-        encoded.ids,
-        seq_len=recipe.train.seq_len,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        seed=recipe.train.seed,
-        trained=encoded.trained,
-    )
-
-
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """(step, file) of the checkpoints in a run folder, oldest first."""
     found = []
@@ -303,8 +249,9 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _same_recipe(old: Any, new: Any, path: Path, force: bool) -> None:
-    changes = [c for c in _differences(old, new, "") if c.split(":")[0].split(".")[-1] not in _FREE]
+def _same_recipe(old: dict[str, Any], recipe: Recipe[Any], path: Path, force: bool) -> None:
+    old, new = by_section(old, type(recipe.stage)), json.loads(json.dumps(recipe.to_json()))
+    changes = [c for c in _differences(old, new, "") if not c.startswith(_FREE)]
     if changes and not force:
         raise ConfigError(
             "the recipe differs from the run's: " + "; ".join(changes),

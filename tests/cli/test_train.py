@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import time
@@ -76,6 +77,21 @@ def test_a_run_goes_on_with_resume_only(chronos: Any, recipe: Path, tmp_path: Pa
     recipe.write_text(longer, "utf-8")
     data = chronos(*flags, "--resume", "--json").json
     assert data["step"] == 12 and data["model"] == str(tmp_path / "run" / "model")
+
+
+@pytest.mark.needs_backend
+def test_python_trains_what_the_command_trains(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    from chronos import train
+
+    importlib.import_module("chronos.train.pretrain")  # must not hide the function of that name
+    done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "command", "--json").json
+    events: list[dict[str, Any]] = []
+    report = train.pretrain(recipe, tmp_path / "python", on_event=events.append)
+    assert report.step == done["step"] == 8 and report.model == tmp_path / "python" / "model"
+    assert [event["step"] for event in events if "loss" in event] == [2, 4, 6, 8]
+    assert any("held out" in event.get("message", "") for event in events)
+    models = [tmp_path / run / "model" / "model.safetensors" for run in ("command", "python")]
+    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path) -> None:

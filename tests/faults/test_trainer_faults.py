@@ -22,26 +22,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.data import pack_documents
+from chronos.common.data import PackedBatches, pack_documents
+from chronos.common.disk.header import read_header
+from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ConfigError, CorruptFileError, UsageError
 from chronos.common.model.config import ModelConfig
 from chronos.common.text.tokenizer import Tokenizer
-from chronos.common.training.recipe import Recipe, TrainRecipe
-from chronos.train.loop import DivergedError, Event, Trainer, checkpoints
+from chronos.common.training.objectives import NextToken
+from chronos.common.training.recipe import CadenceRecipe, OptimizerRecipe, Recipe
+from chronos.train.loop import DivergedError, Event, Report, Task, checkpoints, run
+from chronos.train.pretrain import PretrainRecipe
 
+DOCUMENTS = [np.arange(i, i + 40) % 290 for i in range(20)]
 RECIPE = Recipe(
+    PretrainRecipe(batch_size=2, seq_len=8),
     model=ModelConfig(hidden_size=8, vocab_size=300),
-    train=TrainRecipe(
-        steps=12,
-        batch_size=2,
-        seq_len=8,
-        warmup_steps=2,
-        log_every=1,
-        eval_every=5,
-        save_every=3,
-        keep_checkpoints=3,
-        max_skipped=3,
+    cadence=CadenceRecipe(
+        steps=12, log_every=1, eval_every=5, save_every=3, keep_checkpoints=3, max_skipped=3
     ),
+    optimizer=OptimizerRecipe(warmup_steps=2),
 )
 
 
@@ -51,15 +50,17 @@ class DigestStep:
     def __init__(self, bad_from: int, slow_s: float) -> None:
         self.digest, self.bad_from, self.slow_s = bytes(32), bad_from, slow_s
 
-    def step(self, batches: Sequence[Any], learning_rate: float, step: int) -> dict[str, float]:
+    def step(
+        self, batches: Sequence[Any], objective: Any, rate: float, number: int
+    ) -> dict[str, float]:
         time.sleep(self.slow_s)
-        if step >= self.bad_from:
+        if number >= self.bad_from:
             return {"loss": float("nan"), "skipped": 1.0}
-        text = b"".join(batch.ids_BT.tobytes() for batch in batches) + repr(learning_rate).encode()
+        text = b"".join(batch.ids_BT.tobytes() for batch in batches) + repr(rate).encode()
         self.digest = hashlib.sha256(self.digest + text).digest()
         return {"loss": 1.0, "skipped": 0.0}
 
-    def evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
+    def evaluate(self, batches: Sequence[Any], objective: Any) -> dict[str, float]:
         return {"ce": float(len(batches))}
 
     def state(self) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
@@ -71,7 +72,7 @@ class DigestStep:
 
 
 class DigestBackend:
-    """The three functions of a backend the trainer calls."""
+    """The functions of a backend that the loop calls."""
 
     name = "digest"
 
@@ -79,10 +80,7 @@ class DigestBackend:
         self.made: list[DigestStep] = []
         self.bad_from, self.slow_s = bad_from, slow_s
 
-    def build(self, config: ModelConfig, *, seed: int, device: str | None) -> None:
-        return None
-
-    def train_step(self, model: None, recipe: TrainRecipe) -> DigestStep:
+    def train_step(self, model: None, recipe: OptimizerRecipe) -> DigestStep:
         self.made.append(DigestStep(self.bad_from, self.slow_s))
         return self.made[-1]
 
@@ -90,20 +88,31 @@ class DigestBackend:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def trainer(out: Path, backend: Any, recipe: Recipe = RECIPE, **options: Any) -> Trainer:
-    documents = [np.arange(i, i + 40) % 290 for i in range(20)]
+def train(
+    out: Path,
+    backend: Any,
+    recipe: Recipe[PretrainRecipe] = RECIPE,
+    documents: Sequence[Any] = DOCUMENTS,
+    **options: Any,
+) -> Report:
     data = pack_documents(documents, seq_len=8, eos_id=1)
-    return Trainer(backend, recipe, out, data, data, Tokenizer.train(["abc"], 300), **options)
+    batches, valid = PackedBatches(data, recipe.stage.batch_size), [data.batch(0, 2)]
+    task = Task(recipe, None, Tokenizer.train(["abc"], 300), batches, NextToken(), valid)
+    return run(lambda: task, backend, out, **options)
 
 
-def with_train(**changes: Any) -> Recipe:
-    return dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, **changes))
+def with_changes(steps: int = 12, **optimizer: Any) -> Recipe[PretrainRecipe]:
+    return dataclasses.replace(
+        RECIPE,
+        cadence=dataclasses.replace(RECIPE.cadence, steps=steps),
+        optimizer=dataclasses.replace(RECIPE.optimizer, **optimizer),
+    )
 
 
-def finish(out: Path, recipe: Recipe = RECIPE, resume: bool = False) -> bytes:
+def finish(out: Path, recipe: Recipe[PretrainRecipe] = RECIPE, resume: bool = False) -> bytes:
     backend = DigestBackend()
-    report = trainer(out, backend, recipe).run(resume=resume)
-    assert report.step == recipe.train.steps and report.model == out / "model"
+    report = train(out, backend, recipe, resume=resume)
+    assert report.step == recipe.cadence.steps and report.model == out / "model"
     return backend.made[0].digest
 
 
@@ -125,7 +134,7 @@ def test_a_run_stopped_at_any_step_ends_the_same(tmp_path: Path, straight: bytes
             if event.get("step") == stop and "loss" in event:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        first = trainer(out, DigestBackend(), on_event=interrupt).run()
+        first = train(out, DigestBackend(), on_event=interrupt)
         assert first.signal == signal.SIGTERM and first.step in (stop, stop + 1)
         assert checkpoints(out)[-1][0] == first.step
         assert finish(out, resume=True) == straight
@@ -146,25 +155,41 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_resume_with_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     finish(tmp_path)
-    changed = with_train(learning_rate=5e-3, steps=15)
-    with pytest.raises(ConfigError, match=r"train\.learning_rate: 0\.001 -> 0\.005"):
+    changed = with_changes(15, learning_rate=5e-3)
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.005"):
         finish(tmp_path, changed, resume=True)
-    report = trainer(tmp_path, DigestBackend(), changed).run(resume=True, force=True)
+    report = train(tmp_path, DigestBackend(), changed, resume=True, force=True)
     assert report.step == 15
 
 
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     finish(tmp_path)
-    other = trainer(tmp_path, DigestBackend(), with_train(steps=15))
-    other.train = pack_documents([np.arange(60) % 290] * 9, seq_len=8, eos_id=1)
+    other: dict[str, Any] = {"recipe": with_changes(15), "documents": [np.arange(60) % 290] * 9}
     with pytest.raises(ConfigError, match="training data is not the run's"):
-        other.run(resume=True)
-    assert other.run(resume=True, force=True).step == 15
+        train(tmp_path, DigestBackend(), resume=True, **other)
+    assert train(tmp_path, DigestBackend(), resume=True, force=True, **other).step == 15
 
 
 def test_cadence_and_length_may_change(tmp_path: Path) -> None:
     finish(tmp_path)
-    assert finish(tmp_path, with_train(steps=14, log_every=2, save_every=7), resume=True)
+    cadence = dataclasses.replace(RECIPE.cadence, steps=14, log_every=2, save_every=7)
+    assert finish(tmp_path, dataclasses.replace(RECIPE, cadence=cadence), resume=True)
+
+
+def test_a_run_whose_recipe_had_one_section_goes_on(tmp_path: Path) -> None:
+    """Checkpoints from before [train] became [cadence], [optimizer] and the stage's section."""
+    finish(tmp_path)
+    path = checkpoints(tmp_path)[-1][1]
+    metadata = dict(read_header(path).metadata)
+    now = json.loads(metadata["recipe"])
+    old = {name: now[name] for name in ("model", "data", "tokenizer")}
+    old["train"] = now["cadence"] | now["optimizer"] | now["pretrain"]
+    metadata["recipe"] = json.dumps(old)
+    tensors = [(e.name, e.dtype, e.shape, bytes(d)) for e, d in read_tensors(path)]
+    write_tensors(path, tensors, metadata)
+    assert finish(tmp_path, with_changes(15), resume=True)
+    with pytest.raises(ConfigError, match=r"optimizer\.clip: 1\.0 -> 2\.0"):
+        finish(tmp_path, with_changes(15, clip=2.0), resume=True)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip the header", "empty"])
@@ -178,7 +203,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     path.write_bytes(damaged[damage])
     events: list[Event] = []
     backend = DigestBackend()
-    report = trainer(tmp_path, backend, on_event=events.append).run(resume=True)
+    report = train(tmp_path, backend, on_event=events.append, resume=True)
     assert any(path.name in event.get("warning", "") for event in events)
     assert report.step == 12 and backend.made[0].digest == straight
 
@@ -193,7 +218,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="3 updates in a row"):
-        trainer(tmp_path, DigestBackend(bad_from=7)).run()
+        train(tmp_path, DigestBackend(bad_from=7))
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 6]
     last = json.loads((tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert last["step"] == 10 and last["loss"] is None and last["skipped_total"] == 3
@@ -205,8 +230,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 import {module} as t
-t.trainer(Path(sys.argv[1]), t.DigestBackend(slow_s=0.002), t.with_train(steps=60)).run(
-    resume=sys.argv[2] == "resume")
+t.train(Path(sys.argv[1]), t.DigestBackend(slow_s=0.002), t.with_changes(60),
+        resume=sys.argv[2] == "resume")
 """
 
 
@@ -214,7 +239,7 @@ t.trainer(Path(sys.argv[1]), t.DigestBackend(slow_s=0.002), t.with_train(steps=6
 def test_killed_at_random_the_run_goes_on(tmp_path: Path) -> None:
     """C2: SIGKILL again and again; a start after it loses at most `save_every` steps and the end is
     that of a run nobody killed."""
-    recipe = with_train(steps=60)
+    recipe = with_changes(60)
     expected = finish(tmp_path / "straight", recipe)
     out, rng, kills = tmp_path / "run", random.Random(0), 0
     here = Path(__file__)

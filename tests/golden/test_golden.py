@@ -22,7 +22,8 @@ from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.model.config import LossWeights, ModelConfig
 from chronos.common.model.weights import dense_tensors, lookahead_tensors, routed_tensors
 from chronos.common.training import losses
-from chronos.common.training.recipe import TrainRecipe
+from chronos.common.training.objectives import NextToken
+from chronos.common.training.recipe import OptimizerRecipe
 from chronos.testing import oracle
 from chronos.testing.tolerances import assert_close
 
@@ -47,7 +48,8 @@ CONFIG = ModelConfig(
     loss_weights=LossWeights(0.02, 0.01, 0.01, 0.5, 0.1),
     initializer_range=0.2,
 )
-RECIPE = TrainRecipe(batch_size=2, seq_len=12, weight_decay=0.1, clip=1.0)
+RECIPE = OptimizerRecipe(weight_decay=0.1, clip=1.0)
+OBJECTIVE = NextToken(CONFIG.loss_weights)
 UNCLIPPED = dataclasses.replace(RECIPE, clip=1e9)
 Arrays = dict[str, np.ndarray]
 
@@ -70,7 +72,7 @@ def arrays(state: Iterable[Any]) -> Arrays:
 
 def gradients(step: Any) -> Arrays:
     """Of the first batch. The first moment after one unclipped update is (1 - beta1) times it."""
-    step.step([batch(0)], RATE, 0)
+    step.step([batch(0)], OBJECTIVE, RATE, 0)
     return {
         name.removeprefix("exp_avg."): value / np.float32(1 - RECIPE.beta1)
         for name, value in arrays(step.state()).items()
@@ -80,13 +82,13 @@ def gradients(step: Any) -> Arrays:
 
 def ten_updates(step: Any) -> tuple[list[dict[str, float]], Arrays]:
     """The terms of each update, and the state in the end."""
-    return [step.step([batch(n)], RATE, n) for n in range(STEPS)], arrays(step.state())
+    return [step.step([batch(n)], OBJECTIVE, RATE, n) for n in range(STEPS)], arrays(step.state())
 
 
 def write() -> None:
     from chronos.backends import torch
 
-    def fresh(recipe: TrainRecipe) -> Any:
+    def fresh(recipe: OptimizerRecipe) -> Any:
         return torch.train_step(torch.build(CONFIG, seed=1), recipe)
 
     groups = {"start": arrays(fresh(RECIPE).state()), "gradients": gradients(fresh(UNCLIPPED))}
@@ -116,7 +118,7 @@ def terms() -> list[dict[str, float]]:
     return found
 
 
-def start(backend: Any, groups: dict[str, Arrays], recipe: TrainRecipe = RECIPE) -> Any:
+def start(backend: Any, groups: dict[str, Arrays], recipe: OptimizerRecipe = RECIPE) -> Any:
     """A step that begins where the golden run began."""
     step = backend.train_step(backend.build(CONFIG, seed=0), recipe)
     step.load_state(

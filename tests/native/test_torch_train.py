@@ -11,7 +11,7 @@ import torch
 
 from chronos.backends import torch as backend
 from chronos.common.disk.tensors import read_tensors, write_tensors
-from chronos.testing.train_tests import RECIPE, TINY, batch
+from chronos.testing.train_tests import RECIPE, TINY, batch, objective
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 
@@ -26,15 +26,17 @@ def test_a_torch_without_fused_updates_on_a_cpu(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.optim, "AdamW", old)
     step = backend.train_step(backend.build(TINY, seed=7), RECIPE)
-    losses = [step.step([batch()], 1e-2, i)["ce"] for i in range(6)]
+    losses = [step.step([batch()], objective(step), 1e-2, i)["ce"] for i in range(6)]
     assert losses[-1] < losses[0]
 
 
 def test_a_model_without_lookahead_can_be_evaluated(tmp_path: Path) -> None:
     backend.save(backend.build(TINY, seed=7), tmp_path)
-    whole = backend.train_step(backend.load(tmp_path), RECIPE).evaluate([batch()])
+    step = backend.train_step(backend.load(tmp_path), RECIPE)
+    whole = step.evaluate([batch()], objective(step))
     (tmp_path / "lookahead.safetensors").unlink()
-    terms = backend.train_step(backend.load(tmp_path), RECIPE).evaluate([batch()])
+    step = backend.train_step(backend.load(tmp_path), RECIPE)
+    terms = step.evaluate([batch()], objective(step))
     assert terms["ce"] == whole["ce"]
     assert "recall_0" in whole and "recall_0" not in terms
 
@@ -47,13 +49,13 @@ def test_a_run_on_a_gpu_goes_on_where_it_was(tmp_path: Path) -> None:
 
     straight, stopped, resumed = start(), start(), start()
     for i in range(4):
-        straight.step([batch(i)], 1e-2, i)
+        straight.step([batch(i)], objective(straight), 1e-2, i)
     for i in range(2):
-        stopped.step([batch(i)], 1e-2, i)
+        stopped.step([batch(i)], objective(stopped), 1e-2, i)
     write_tensors(tmp_path / "state", stopped.state())
     resumed.load_state(read_tensors(tmp_path / "state"))
     for i in range(2, 4):
-        resumed.step([batch(i)], 1e-2, i)
+        resumed.step([batch(i)], objective(resumed), 1e-2, i)
     wanted, found = (dict(s.model.named_parameters()) for s in (straight, resumed))
     for name, value in wanted.items():
         np.testing.assert_allclose(

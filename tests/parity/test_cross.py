@@ -12,16 +12,16 @@ import pytest
 from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.layout import pack
 from chronos.common.text.sampling import SamplingParams
-from chronos.common.training.recipe import TrainRecipe
+from chronos.common.training.recipe import OptimizerRecipe
 from chronos.run.engine import Engine, load
 from chronos.run.models import resolve_model
 from chronos.testing.model_tests import CONFIG, tokens
 from chronos.testing.tiny import tiny_packed
 from chronos.testing.tolerances import TOLERANCE, assert_close
-from chronos.testing.train_tests import TINY, batch
+from chronos.testing.train_tests import TINY, batch, objective
 
 Both = tuple[Any, Any]
-RECIPE = TrainRecipe(batch_size=2, seq_len=16, seed=5)
+RECIPE = OptimizerRecipe(seed=5)
 
 
 @pytest.fixture(params=["torch writes", "MLX writes"])
@@ -68,14 +68,17 @@ def test_a_run_goes_on_in_the_other_backend(pair: Both, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     step = writer.train_step(writer.build(TINY, seed=7), RECIPE)
     for i in range(3):
-        step.step([batch(i)], 1e-2, i)
+        step.step([batch(i)], objective(step), 1e-2, i)
     write_tensors(path, step.state(), {})
     taken_over = reader.train_step(reader.build(TINY, seed=8), RECIPE)
     taken_over.load_state(read_tensors(path))
     write_tensors(tmp_path / "copy.safetensors", taken_over.state(), {})
     assert values(path) == values(tmp_path / "copy.safetensors")
     for i in range(3, 6):
-        terms, own = taken_over.step([batch(i)], 1e-2, i), step.step([batch(i)], 1e-2, i)
+        terms, own = (
+            taken_over.step([batch(i)], objective(taken_over), 1e-2, i),
+            step.step([batch(i)], objective(step), 1e-2, i),
+        )
         assert terms.keys() == own.keys()
         assert_close(terms["loss"], own["loss"], "loss curve")
         assert_close(terms["grad_norm"], own["grad_norm"], "loss curve")
@@ -91,7 +94,7 @@ def test_an_untrained_state_crosses_over_too(pair: Both, tmp_path: Path) -> None
     write_tensors(path, writer.train_step(writer.build(TINY, seed=7), RECIPE).state(), {})
     step = reader.train_step(reader.build(TINY, seed=8), RECIPE)
     step.load_state(read_tensors(path))
-    assert step.step([batch()], 1e-2, 0)["skipped"] == 0.0
+    assert step.step([batch()], objective(step), 1e-2, 0)["skipped"] == 0.0
 
 
 @pytest.mark.parametrize("budget", ["resident", "25%"])

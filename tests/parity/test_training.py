@@ -7,7 +7,8 @@ times the gradient, whichever backend wrote it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import importlib
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ import pytest
 from chronos.common.data import Batch
 from chronos.common.model.config import LossWeights, ModelConfig
 from chronos.common.training import losses
-from chronos.common.training.recipe import TrainRecipe
+from chronos.common.training.objectives import NextToken
+from chronos.common.training.recipe import OptimizerRecipe
 from chronos.testing import oracle
 from chronos.testing.tolerances import assert_close
-from chronos.testing.train_tests import TINY, batch
+from chronos.testing.train_tests import TINY, batch, difference, objective, rows, uneven
 
-RECIPE = TrainRecipe(batch_size=2, seq_len=16, clip=1e9, beta1=0.5, seed=3)
+RECIPE = OptimizerRecipe(clip=1e9, beta1=0.5, seed=3)
 ALL = LossWeights(balance=0.3, temporal=0.2, locality=0.1, lookahead=0.5, lookahead_hit=0.2)
 TRUNK = LossWeights(balance=0.3, temporal=0.2, locality=0.1, lookahead=0.0, lookahead_hit=0.0)
 
@@ -39,7 +41,7 @@ def state_of(step: Any) -> dict[str, np.ndarray]:
 def terms_by_formula(
     backend_output: Any, config: ModelConfig, batches: list[Batch]
 ) -> dict[str, float]:
-    """Terms of one batch from a forward's outputs, by `common.losses`."""
+    """Terms of one batch from a forward's outputs, by `common.training.losses`."""
     (data,) = batches
     shape = data.segments_BT.shape
     probs = backend_output.probs_LNE.reshape(-1, *shape, config.num_experts)
@@ -75,28 +77,125 @@ def test_terms_are_the_formulas(backend: Any, pads: int) -> None:
     out = backend.forward(model, data.ids_BT, segments_BT=data.segments_BT)
     expected = terms_by_formula(out, config, [data])
     step = backend.train_step(model, RECIPE)
-    evaluated = step.evaluate([data])
-    trained = step.step([data], 1e-3, 0)
+    evaluated = step.evaluate([data], objective(step))
+    trained = step.step([data], objective(step), 1e-3, 0)
     assert expected.keys() == evaluated.keys()
     for name, value in expected.items():
         assert_close(evaluated[name], value, "losses", name)
         assert_close(trained[name], value, "losses", name)
 
 
-def test_fractions_are_those_of_the_global_batch(backend: Any) -> None:
-    """The second micro-batch's balance term counts the picks of the first as well."""
-    data = [batch(3), batch(4)]
+def test_fractions_are_those_of_the_whole_update(backend: Any) -> None:
+    """Every micro-batch's balance term counts the picks of those after it too."""
+    data = [batch(3), batch(4, pads=5)]
     step = backend.train_step(backend.build(TINY, seed=7), RECIPE)
     outs = [backend.forward(step.model, d.ids_BT, segments_BT=d.segments_BT) for d in data]
-    E, shape = TINY.num_experts, data[0].segments_BT.shape
-    picks = [np.stack([np.bincount(i.reshape(-1), minlength=E) for i in o.ids_LNK]) for o in outs]
-    so_far = [picks[0], picks[0] + picks[1]]
-    terms = [
-        E
-        * ((p / p.sum(-1, keepdims=True)) * o.probs_LNE.reshape(-1, shape[0] * shape[1], E).mean(1))
-        for p, o in zip(so_far, outs, strict=True)
-    ]
-    assert_close(step.step(data, 1e-3, 0)["balance"], np.mean([t.sum() for t in terms]), "losses")
+    joined = np.concatenate([d.segments_BT for d in data])
+    probs, ids = (
+        np.concatenate(
+            [getattr(o, name).reshape(TINY.num_hidden_layers, 2, 16, -1) for o in outs], 1
+        )
+        for name in ("probs_LNE", "ids_LNK")
+    )
+    found = step.step(data, objective(step), 1e-3, 0)["balance"]
+    assert_close(found, losses.balance(probs, ids, joined), "losses")
+
+
+def host(array: Any) -> np.ndarray:
+    return np.asarray(array.detach() if hasattr(array, "detach") else array)
+
+
+@pytest.fixture
+def passes(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Which passes a step makes: "picks" or "losses", with the picks of the whole update, if it was
+    given any, and its own."""
+    module = importlib.import_module(f"{backend.__name__}.train")
+    count_picks, real, seen = module.count_picks, module.losses, []
+
+    def counted(*arguments: Any) -> Any:
+        own = count_picks(*arguments)
+        seen.append(("picks", None, host(own)))
+        return own
+
+    def noted(*arguments: Any) -> Any:
+        found, given = real(*arguments), arguments[-1]
+        seen.append(("losses", None if given is None else host(given), host(found.picks_LE)))
+        return found
+
+    monkeypatch.setattr(module, "count_picks", counted)
+    monkeypatch.setattr(module, "losses", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("parts", "balance"), [(1, 0.3), (3, 0.0), (3, 0.3)])
+def test_picks_are_counted_before_where_that_is_needed_only(
+    backend: Any, passes: list[Any], parts: int, balance: float
+) -> None:
+    config = with_weights(dataclasses.replace(TRUNK, balance=balance))
+    step = backend.train_step(backend.build(config, seed=7), RECIPE)
+    step.step([batch(i) for i in range(parts)], objective(step), 1e-3, 0)
+    before = parts if parts > 1 and balance else 0
+    assert [kind for kind, *_ in passes] == ["picks"] * before + ["losses"] * parts
+    for _, given, own in passes[before:]:
+        assert (given is None) == (not before) and own.sum() > 0
+
+
+def test_both_passes_see_the_same_masks(backend: Any, passes: list[Any]) -> None:
+    """Picks depend on dropout and on simulated misses in the layers before."""
+    config = dataclasses.replace(with_weights(TRUNK), dropout=0.3, fallback_mask_prob=0.3)
+    step = backend.train_step(backend.build(config, seed=7), RECIPE)
+    step.step([batch(1), batch(2)], objective(step), 1e-3, 0)
+    counted, used = (
+        [own for kind, _, own in passes if kind == wanted] for wanted in ("picks", "losses")
+    )
+    np.testing.assert_array_equal(counted, used)
+    np.testing.assert_array_equal(passes[-1][1], used[0] + used[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage(NextToken):
+    """A stage to come: rows weighed by what a batch carries, divided by rows."""
+
+    name: ClassVar[str] = "advantage"
+    fields: ClassVar[frozenset[str]] = frozenset({"advantages_B"})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"gain": 1.0}
+
+    def count(self, batch: Batch) -> float:
+        return len(batch.ids_BT)
+
+
+def test_an_objective_is_one_entry_of_a_backend(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With arrays and a count of its own; its uneven split is its joined batch too."""
+    module = importlib.import_module(f"{backend.__name__}.losses")
+
+    def gain(out: Any, arrays: Any, objective: Any, counts: Any) -> dict[str, Any]:
+        lp_BT = module.label_log_probs(out.logits, arrays["labels"])
+        return {"gain": -(lp_BT.sum(-1) * arrays["advantages_B"]).sum() / counts.own}
+
+    monkeypatch.setitem(module.OBJECTIVES, "advantage", gain)
+    joined = uneven(4)
+    weighed = dataclasses.replace(
+        joined, extra={"advantages_B": np.array([1.0, -2.0, 0.5, 3.0], np.float32)}
+    )
+    found = []
+    for data in ([weighed], [rows(weighed, 0, 1), rows(weighed, 1, 4)]):
+        step = backend.train_step(backend.build(TINY, seed=7), RECIPE)
+        expected = -(step.score(joined).sum(-1) * weighed.extra["advantages_B"]).mean()
+        terms = step.step(data, Advantage(), 1e-3, 0)
+        assert terms["loss"] == pytest.approx(expected, rel=1e-5)
+        found.append({n: g for n, g in state_of(step).items() if n.startswith("exp_avg.")})
+    assert difference(*found) < 1e-6
+
+
+def test_backends_have_the_same_objectives(backend: Any) -> None:
+    """One that is missing is found out here, not by who trains with it."""
+    module = importlib.import_module(f"{backend.__name__}.losses")
+    assert set(module.OBJECTIVES) == {NextToken.name}
 
 
 def loss_of(weights: dict[str, np.ndarray], config: ModelConfig, data: Batch) -> float:
@@ -127,7 +226,7 @@ def test_gradients_by_finite_differences(backend: Any, part: str) -> None:
     step = backend.train_step(backend.build(config, seed=7), RECIPE)
     weights = state_of(step)
     del weights["optimizer.step"]
-    step.step([data], 1e-3, 0)
+    step.step([data], objective(step), 1e-3, 0)
     gradients = {
         name.removeprefix("exp_avg."): moment / (1 - RECIPE.beta1)
         for name, moment in state_of(step).items()
@@ -152,7 +251,7 @@ def test_no_gradient_into_the_trunk_through_lookahead(backend: Any) -> None:
     found = []
     for weights in (ahead, dataclasses.replace(ahead, lookahead=0.0)):
         step = backend.train_step(backend.build(with_weights(weights), seed=7), RECIPE)
-        step.step([batch(3)], 1e-3, 0)
+        step.step([batch(3)], objective(step), 1e-3, 0)
         found.append(state_of(step))
     for name in found[0]:
         if name.startswith("exp_avg.") and not name.startswith("exp_avg.lookahead."):

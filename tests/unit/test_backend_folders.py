@@ -56,6 +56,7 @@ PARAMETERS = {
     "codecs.Codec.view": "torch gives a slot's memory back: see codecs.Named",
     "codecs.Swiglu.view": "see codecs.Codec.view",
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
+    "losses.tensors_of": "MLX arrays are on no device until they are computed with",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "store.ExpertStore.__init__": "torch takes a CopyEngine",
 }

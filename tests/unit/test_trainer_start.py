@@ -10,16 +10,25 @@ from typing import Any
 
 import pytest
 
-from chronos.common.errors import ResourceError
-from chronos.common.training.recipe import DataRecipe, Recipe, TokenizerRecipe, TrainRecipe
+from chronos.common.errors import ResourceError, UsageError
+from chronos.common.training.recipe import (
+    CadenceRecipe,
+    DataRecipe,
+    OptimizerRecipe,
+    Recipe,
+    TokenizerRecipe,
+)
 from chronos.testing.tiny import CONFIG, tiny_tokenizer
-from chronos.train.loop import Trainer, prepare
+from chronos.train.loop import Task, run
+from chronos.train.pretrain import PretrainRecipe, prepare
 
 
 class NoStep:
     """A TrainStep that learns nothing."""
 
-    def step(self, batches: Sequence[Any], learning_rate: float, step: int) -> dict[str, float]:
+    def step(
+        self, batches: Sequence[Any], objective: Any, rate: float, number: int
+    ) -> dict[str, float]:
         return {"loss": 1.0, "skipped": 0.0}
 
     def state(self) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
@@ -33,7 +42,7 @@ class NoBackend:
     def build(self, config: Any, **options: Any) -> None:
         return None
 
-    def train_step(self, model: None, recipe: TrainRecipe) -> NoStep:
+    def train_step(self, model: None, recipe: OptimizerRecipe) -> NoStep:
         return NoStep()
 
     def save(self, model: None, folder: Path) -> None:
@@ -41,20 +50,26 @@ class NoBackend:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe(tmp_path: Path) -> Recipe[PretrainRecipe]:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text(
         "def add(left, right):\n    return left\n" * 20, "utf-8"
     )
-    train = TrainRecipe(steps=4, batch_size=1, seq_len=8, log_every=1, save_every=2)
-    data = DataRecipe(str(tmp_path / "text"), validation_share=0.0)
-    return Recipe(CONFIG, data, TokenizerRecipe(vocab_size=262), train)
+    return Recipe(
+        PretrainRecipe(batch_size=1, seq_len=8),
+        CONFIG,
+        DataRecipe(str(tmp_path / "text"), validation_share=0.0),
+        TokenizerRecipe(vocab_size=262),
+        CadenceRecipe(steps=4, log_every=1, save_every=2),
+    )
 
 
-def run(recipe: Recipe, out: Path, **options: Any) -> None:
-    backend: Any = NoBackend()
-    recipe, tokenizer, train, valid = prepare(recipe, out)
-    Trainer(backend, recipe, out, train, valid, tokenizer).run(**options)
+def start(recipe: Recipe[PretrainRecipe], out: Path, **options: Any) -> None:
+    run(lambda: prepared(recipe, out), NoBackend(), out, **options)  # type: ignore[arg-type]
+
+
+def prepared(recipe: Recipe[PretrainRecipe], out: Path) -> Task:
+    return prepare(recipe, NoBackend(), out)  # type: ignore[arg-type]
 
 
 def steps_logged(out: Path) -> list[int]:
@@ -62,30 +77,42 @@ def steps_logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_its_metrics_are_dropped(recipe: Recipe, tmp_path: Path) -> None:
+def test_its_metrics_are_dropped(recipe: Recipe[PretrainRecipe], tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste', "utf-8")
-    run(recipe, out)
+    start(recipe, out)
     assert steps_logged(out) == [1, 2, 3, 4]
 
 
-def test_its_tokenizer_is_not_used(recipe: Recipe, tmp_path: Path) -> None:
+def test_its_tokenizer_is_not_used(recipe: Recipe[PretrainRecipe], tmp_path: Path) -> None:
     out = tmp_path / "run"
     tiny_tokenizer(280).save(out)
-    assert prepare(recipe, out)[1].vocab_size == 262
-    run(recipe, out)
+    assert prepared(recipe, out).tokenizer.vocab_size == 262
+    start(recipe, out)
 
 
-def test_that_of_a_run_with_a_checkpoint_is(recipe: Recipe, tmp_path: Path) -> None:
+def test_that_of_a_run_with_a_checkpoint_is(recipe: Recipe[PretrainRecipe], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(recipe, out)
+    start(recipe, out)
     tiny_tokenizer(280).save(out)
     larger = dataclasses.replace(recipe, tokenizer=TokenizerRecipe(vocab_size=270))
-    assert prepare(larger, out)[1].vocab_size == 280
+    assert prepared(larger, out).tokenizer.vocab_size == 280
 
 
-def test_a_run_folder_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made(recipe: Recipe[PretrainRecipe], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ResourceError, match="run"):
-        run(recipe, tmp_path / "file" / "run")
+        start(recipe, tmp_path / "file" / "run")
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_the_data_is_read(
+    recipe: Recipe[PretrainRecipe], tmp_path: Path
+) -> None:
+    start(recipe, tmp_path / "run")
+
+    def never() -> Task:
+        raise AssertionError("the data was read")
+
+    with pytest.raises(UsageError, match="step 4"):
+        run(never, NoBackend(), tmp_path / "run")  # type: ignore[arg-type]

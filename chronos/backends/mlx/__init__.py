@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chronos.common.disk.header import TensorEntry
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
-    from chronos.common.training.recipe import TrainRecipe
+    from chronos.common.training.recipe import OptimizerRecipe
 
 name = "mlx"
 
@@ -132,11 +132,11 @@ def runner(model: Any, store: Any = None, **options: Any) -> Runner:
     return Runner(model, store, **options)
 
 
-def train_step(model: Any, config: TrainRecipe) -> TrainStep:
+def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:
     """Losses, gradients and optimizer of one model."""
     from chronos.backends.mlx.train import TrainStep
 
-    return TrainStep(model, config)
+    return TrainStep(model, recipe)
 
 
 def _numpy(array: mx.array) -> np.ndarray:

@@ -10,13 +10,20 @@ from chronos.common.data.documents import (
     stdlib_documents,
 )
 from chronos.common.data.encode import Encoded, encode_documents
-from chronos.common.data.packing import IGNORE, Batch, PackedDataset, pack_documents
+from chronos.common.data.packing import (
+    IGNORE,
+    Batch,
+    PackedBatches,
+    PackedDataset,
+    pack_documents,
+)
 
 __all__ = [
     "IGNORE",
     "Batch",
     "Document",
     "Encoded",
+    "PackedBatches",
     "PackedDataset",
     "ReadReport",
     "encode_documents",

@@ -11,8 +11,8 @@ Shape legend: N tokens of all documents, R rows, B batch, T seq_len.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,11 +28,12 @@ Ints = npt.NDArray[np.int32]
 @dataclass(frozen=True)
 class Batch:
     """ids, labels (position t's target; -100 where there is none) and the document's number within
-    the row (-1 for padding). All int32 [B, T]."""
+    the row (-1 for padding), all int32 [B, T]; and what else an objective needs, by name."""
 
     ids_BT: Ints
     labels_BT: Ints
     segments_BT: Ints
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -118,6 +119,28 @@ class PackedDataset:
             np.where(labelled_BT, self._tokens_N[next_BT], IGNORE).astype(np.int32),
             np.where(real_BT, document_BT - document_BT[:, :1], -1).astype(np.int32),
         )
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """The updates of a run over packed rows: `accumulate` micro-batches of `batch_size` rows."""
+
+    dataset: PackedDataset
+    batch_size: int
+    accumulate: int = 1
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.dataset.seq_len * self.accumulate
+
+    def at(self, number: int) -> list[Batch]:
+        """The micro-batches of an update, counted from 0."""
+        first = number * self.accumulate
+        return [self.dataset.batch(first + i, self.batch_size) for i in range(self.accumulate)]
 
 
 def pack_documents(

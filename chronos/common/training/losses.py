@@ -10,17 +10,18 @@ Shape legend: L layers, B batch, T tokens, E experts, K top-k, J lookahead steps
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from chronos.common.data import IGNORE
 from chronos.common.training.recall import recall_at
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
-IGNORE = -100
 # Below this a probability's logarithm says nothing; it keeps an underflow from becoming infinite.
 _TINY = 1e-9
 
@@ -40,8 +41,12 @@ def balance(probs_LBTE: Floats, ids_LBTK: Ints, segments_BT: Ints) -> float:
     real_BT = segments_BT >= 0
     share_LE = pick_shares(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
     sum_LE = np.asarray(probs_LBTE, np.float64)[:, real_BT].sum(1)
-    mean_LE = sum_LE / max(int(real_BT.sum()), 1)
-    return float(probs_LBTE.shape[-1] * (share_LE * mean_LE).sum())
+    return balance_of(share_LE, sum_LE / max(int(real_BT.sum()), 1))
+
+
+def balance_of(share_LE: Floats, mean_LE: Floats) -> float:
+    """The same from the shares of the picks and the mean probabilities."""
+    return float(share_LE.shape[-1] * (share_LE * mean_LE).sum())
 
 
 def temporal(probs_LBTE: Floats, segments_BT: Ints) -> float:
@@ -99,8 +104,13 @@ def router_entropy(probs_LBTE: Floats, segments_BT: Ints) -> float:
 def pick_shares(ids_LBTK: Ints, segments_BT: Ints, num_experts: int) -> npt.NDArray[np.float64]:
     """Each expert's share of its layer's picks. [L, E]"""
     real = ids_LBTK[:, segments_BT >= 0].reshape(len(ids_LBTK), -1)
-    picks_LE = np.stack([np.bincount(ids, minlength=num_experts) for ids in real])
-    result: npt.NDArray[np.float64] = picks_LE / np.maximum(picks_LE.sum(-1, keepdims=True), 1)
+    return shares(np.stack([np.bincount(ids, minlength=num_experts) for ids in real]))
+
+
+def shares(picks_LE: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Each row's shares of its sum; zeros where there were no picks."""
+    picks = np.asarray(picks_LE, np.float64)
+    result: npt.NDArray[np.float64] = picks / np.maximum(picks.sum(-1, keepdims=True), 1)
     return result
 
 

@@ -1,7 +1,8 @@
 """Training recipes: a TOML file checked into frozen dataclasses before anything is allocated.
 
-Sections [model] (ModelConfig fields), [data], [tokenizer], [train], [loss]; unknown names are
-refused with the nearest valid one. Units: tokens, steps, seconds.
+Every stage has [model] (ModelConfig fields), [loss], [data], [tokenizer], [cadence], [optimizer]
+and one section of its own; unknown names are refused with the nearest valid one. Knows no stage: a
+stage hands in the dataclass of its section. Units: tokens, steps.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import difflib
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from chronos.common.errors import ConfigError
 from chronos.common.model.config import LossWeights, ModelConfig
 
 _T = TypeVar("_T")
+S = TypeVar("S", bound="StageRecipe")
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
@@ -44,13 +46,25 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """The loop: AdamW with warm-up and cosine decay, clipping, cadence of evaluation and saving."""
+class CadenceRecipe:
+    """How long a run goes on, and when it logs, evaluates and saves. In steps; free on resume."""
 
     steps: int = 1000
-    batch_size: int = 8
-    seq_len: int = 256
-    accumulate: int = 1
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 16
+    save_every: int = 200
+    keep_checkpoints: int = 2
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        at_least_one("cadence", self, *vars(self))
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW with warm-up and cosine decay, clipping, and what random numbers follow from."""
+
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
@@ -59,51 +73,48 @@ class TrainRecipe:
     beta2: float = 0.95
     clip: float = 1.0
     seed: int = 0
-    log_every: int = 10
-    eval_every: int = 200
-    eval_batches: int = 16
-    save_every: int = 200
-    keep_checkpoints: int = 2
-    max_skipped: int = 10
-    lookahead_into_trunk: bool = False
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulate", "log_every", "eval_every",
-                     "eval_batches", "save_every", "keep_checkpoints", "max_skipped"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1")
         for name in ("warmup_steps", "weight_decay", "seed", "threads"):
             if not getattr(self, name) >= 0:  # NaN is not
-                raise ConfigError(f"train.{name} must be at least 0")
+                raise ConfigError(f"optimizer.{name} must be at least 0")
         if self.seed >= 1 << 40:  # times a million and a step, it stays within 64 bits
-            raise ConfigError("train.seed must be below 2**40")
+            raise ConfigError("optimizer.seed must be below 2**40")
         if not 0 < self.min_learning_rate <= self.learning_rate:
-            raise ConfigError("train.min_learning_rate must be above 0 and at most learning_rate")
+            raise ConfigError(
+                "optimizer.min_learning_rate must be above 0 and at most learning_rate"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.clip > 0):
-            raise ConfigError("train.beta1 and beta2 must be in [0, 1), clip above 0")
+            raise ConfigError("optimizer.beta1 and beta2 must be in [0, 1), clip above 0")
+
+
+class StageRecipe(Protocol):
+    """A stage's own section: a frozen dataclass that says what it is called in a recipe."""
+
+    SECTION: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Generic[S]):
     """A whole training run. The model's vocabulary size is the tokenizer's."""
 
+    stage: S
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
-
-    @property
-    def loss(self) -> LossWeights:
-        return self.model.loss_weights
+    cadence: CadenceRecipe = field(default_factory=CadenceRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights a run ends with; compared on resume."""
-        return dataclasses.asdict(self)
+        sections = dataclasses.asdict(self)
+        return sections | {self.stage.SECTION: sections.pop("stage")}
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe. Raises ConfigError naming the file and the key."""
+def load_recipe(path: str | Path, stage: type[S]) -> Recipe[S]:
+    """Read and check a recipe of a stage. Raises ConfigError naming the file and the key."""
     try:
         data = tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -111,31 +122,67 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, ValueError) as error:
         raise ConfigError(f"recipe cannot be read: {error}", str(path)) from None
     try:
-        return _recipe(data)
+        return _recipe(data, stage)
     except ConfigError as error:
         raise ConfigError(error.what, error.where or str(path), error.fix) from None
 
 
-def _recipe(data: dict[str, Any]) -> Recipe:
-    _known(data, {"model", "data", "tokenizer", "train", "loss"}, "section")
-    tokenizer = _section(TokenizerRecipe, data.get("tokenizer", {}), "tokenizer")
-    model = dict(data.get("model", {}))
+def by_section(data: dict[str, Any], stage: type[StageRecipe]) -> dict[str, Any]:
+    """The sections with the keys of [train], where recipes once kept them all, in their own."""
+    sections = {name: values for name, values in data.items() if name != "train"}
+    kinds: tuple[type[Any], ...] = (CadenceRecipe, OptimizerRecipe, stage)
+    homes = {
+        key.name: name
+        for name, kind in zip(("cadence", "optimizer", stage.SECTION), kinds, strict=True)
+        for key in dataclasses.fields(kind)
+    }
+    old = _table(data, "train")
+    _known(old, set(homes), "key in [train]")
+    for key, value in old.items():
+        home = _table(sections, homes[key])
+        if key in home:
+            raise ConfigError(f"{key} is in [train] and in [{homes[key]}]", "", "give it once")
+        sections[homes[key]] = home | {key: value}
+    return sections
+
+
+def at_least_one(section: str, values: Any, *names: str) -> None:
+    """Raises ConfigError for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(values, name) < 1:
+            raise ConfigError(f"{section}.{name} must be at least 1")
+
+
+def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
+    data = by_section(data, stage)
+    names = {"model", "data", "tokenizer", "loss", "cadence", "optimizer", stage.SECTION}
+    _known(data, names, "section")
+    tokenizer = _section(TokenizerRecipe, data, "tokenizer")
+    model = dict(_table(data, "model"))
     if isinstance(model.get("hybrid_pattern"), list):
         model["hybrid_pattern"] = tuple(model["hybrid_pattern"])
     model.setdefault("vocab_size", tokenizer.vocab_size)
-    model["loss_weights"] = _section(LossWeights, data.get("loss", {}), "loss")
+    model["loss_weights"] = _section(LossWeights, data, "loss")
     return Recipe(
-        model=_section(ModelConfig, model, "model"),
-        data=_section(DataRecipe, data.get("data", {}), "data"),
+        stage=_section(stage, data, stage.SECTION),
+        model=_section(ModelConfig, {"model": model}, "model"),
+        data=_section(DataRecipe, data, "data"),
         tokenizer=tokenizer,
-        train=_section(TrainRecipe, data.get("train", {}), "train"),
+        cadence=_section(CadenceRecipe, data, "cadence"),
+        optimizer=_section(OptimizerRecipe, data, "optimizer"),
     )
 
 
-def _section(kind: type[_T], values: dict[str, Any], name: str) -> _T:
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
+    values = data.get(name, {})
     if not isinstance(values, dict):
         raise ConfigError(f"[{name}] must be a table")
+    return values
+
+
+def _section(kind: type[_T], data: dict[str, Any], name: str) -> _T:
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = _table(data, name)
     _known(values, set(fields), f"key in [{name}]")
     for key, value in values.items():
         wanted = str(fields[key].type)

@@ -1,0 +1,148 @@
+"""Pretraining: a model from scratch on text, chats or completions, packed into rows.
+
+The first stage, and the pattern of a stage: a section of the recipe, `prepare`, which gives the
+loop a model, its batches and an objective, and a function that runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from chronos import backends
+from chronos.backends.protocol import Backend
+from chronos.common.data import (
+    Document,
+    PackedBatches,
+    PackedDataset,
+    ReadReport,
+    encode_documents,
+    pack_documents,
+    read_documents,
+    split_documents,
+    stdlib_documents,
+)
+from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.training.objectives import NextToken
+from chronos.common.training.recipe import Recipe, at_least_one, load_recipe
+from chronos.train.loop import Event, Report, Task, checkpoints, run
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """The section [pretrain]: rows of an update, and what the lookahead's gradient reaches."""
+
+    SECTION: ClassVar[str] = "pretrain"
+    batch_size: int = 8
+    seq_len: int = 256
+    accumulate: int = 1
+    lookahead_into_trunk: bool = False
+
+    def __post_init__(self) -> None:
+        at_least_one(self.SECTION, self, "batch_size", "seq_len", "accumulate")
+
+
+def pretrain(
+    recipe: Recipe[PretrainRecipe] | str | Path,
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Report:
+    """Train a model from scratch in the run folder `out`, as `chronos train pretrain` does.
+
+    recipe: one that was loaded, or the path of its TOML file. resume: go on from the newest
+    checkpoint; force: although recipe or data have changed. on_event gets messages and terms as
+    they come. Raises ConfigError, DataError, UsageError if the folder holds a run, DivergedError.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, PretrainRecipe)
+    chosen, loaded, folder = recipe, backends.load(backend), Path(out)
+    return run(
+        lambda: prepare(chosen, loaded, folder, device=device, on_event=on_event),
+        loaded,
+        folder,
+        resume=resume,
+        force=force,
+        on_event=on_event,
+    )
+
+
+def prepare(
+    recipe: Recipe[PretrainRecipe],
+    backend: Backend,
+    out: Path,
+    *,
+    device: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Task:
+    """Read the recipe's data, load or train its tokenizer, pack both splits, build the model.
+
+    The tokenizer of a run that has a checkpoint is used again. The model's vocabulary size is set
+    to the tokenizer's. Raises DataError, ConfigError.
+    """
+    report = ReadReport()
+    if recipe.data.path == "stdlib":
+        documents = stdlib_documents(report)
+    else:
+        documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))
+    on_event({"message": str(report)})
+    training, validation = split_documents(documents, recipe.data.validation_share)
+    tokenizer = _tokenizer(recipe, out, training, on_event)
+    config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
+    recipe = dataclasses.replace(recipe, model=config)
+    rows = _pack(tokenizer, training, recipe)
+    held_out = _pack(tokenizer, validation, recipe) if validation else None
+    tokens = held_out.tokens if held_out else 0
+    on_event({"message": f"{rows.tokens} tokens to train on, {tokens} held out"})
+    stage = recipe.stage
+    batches = PackedBatches(rows, stage.batch_size, stage.accumulate)
+    valid = []
+    if held_out:
+        count = max(1, len(held_out) // stage.batch_size)
+        count = min(recipe.cadence.eval_batches, count)
+        valid = [held_out.batch(i, stage.batch_size) for i in range(count)]
+    return Task(
+        recipe,
+        backend.build(config, seed=recipe.optimizer.seed, device=device),
+        tokenizer,
+        batches,
+        NextToken(config.loss_weights, stage.lookahead_into_trunk),
+        valid,
+    )
+
+
+def _tokenizer(
+    recipe: Recipe[PretrainRecipe],
+    out: Path,
+    documents: list[Document],
+    on_event: Callable[[Event], None],
+) -> Tokenizer:
+    known = recipe.tokenizer.path
+    if not known and checkpoints(out) and (out / "tokenizer.json").exists():
+        known = str(out)  # without a checkpoint it is left over from a recipe that may have changed
+    if known:
+        return Tokenizer.load(known)
+    size = recipe.tokenizer.vocab_size
+    on_event({"message": f"training a tokenizer of {size} tokens"})
+    return Tokenizer.train((d.text for d in documents), size)
+
+
+def _pack(
+    tokenizer: Tokenizer, documents: list[Document], recipe: Recipe[PretrainRecipe]
+) -> PackedDataset:
+    encoded = encode_documents(tokenizer, documents)
+    return pack_documents(
+        encoded.ids,
+        seq_len=recipe.stage.seq_len,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        seed=recipe.optimizer.seed,
+        trained=encoded.trained,
+    )
