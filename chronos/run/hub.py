@@ -16,8 +16,11 @@ from chronos.common.layout.pack import SIDE_FILES
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 PATTERNS = (
-    "model*.safetensors", "model.safetensors.index.json", "experts/*", "LICENSE*", *SIDE_FILES,
+    "*.safetensors", "model.safetensors.index.json", "experts/*", "LICENSE*",
+    "adapter_config.json", *SIDE_FILES,
 )  # fmt: skip
+# The same weights in Mistral's own format; what lies in folders of its own (originals, adapters).
+IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 
 
 def is_model_id(text: str) -> bool:
@@ -51,7 +54,10 @@ def snapshot(model_id: str, *, fetch: bool, bars: bool = False) -> Path:
         disable_progress_bars()
     try:
         found = snapshot_download(
-            model_id, allow_patterns=list(PATTERNS), local_files_only=not fetch
+            model_id,
+            allow_patterns=list(PATTERNS),
+            ignore_patterns=list(IGNORED),
+            local_files_only=not fetch,
         )
     except LocalEntryNotFoundError as error:
         name = model_id.partition("/")[2]

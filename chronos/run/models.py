@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chronos.common.disk import foreign
 from chronos.common.errors import UsageError
 
 DEMO = "demo"
@@ -15,7 +16,8 @@ def resolve_model(model: str | Path, *, fetch: bool = False, bars: bool = False)
 
     A folder wins over an id of the hub; with `fetch` an id's files are downloaded, otherwise they
     must be in the hub's cache. bars: a download may be drawn. Raises UsageError where there is no
-    such folder or it holds no config.json, and what `chronos.run.hub.snapshot` does.
+    such folder or it holds no config.json, CorruptFileError where it holds a known format that is
+    not ours (GGUF, an adapter), and what `chronos.run.hub.snapshot` does.
     """
     folder = _DEMO_FOLDER if str(model) == DEMO else Path(model).expanduser()
     if not folder.exists() and isinstance(model, str):
@@ -23,6 +25,9 @@ def resolve_model(model: str | Path, *, fetch: bool = False, bars: bool = False)
 
         if hub.is_model_id(model):
             folder = hub.snapshot(model, fetch=fetch, bars=bars)
+    has_config = (folder / "config.json").is_file()
+    if folder.exists() and not has_config and (error := foreign.by_name(folder)):
+        raise error
     if not folder.is_dir():
         what = "is a file, not a model folder" if folder.exists() else "does not exist"
         raise UsageError(
@@ -30,6 +35,10 @@ def resolve_model(model: str | Path, *, fetch: bool = False, bars: bool = False)
             str(folder),
             f"name a folder with a config.json, or {DEMO!r} for the model that ships with Chronos",
         )
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{str(model)!r} is not a model folder", f"{folder} has no config.json")
+    if not has_config:
+        raise UsageError(
+            f"{str(model)!r} is not a model folder",
+            f"{folder} has no config.json",
+            "name the folder that holds config.json and the weights",
+        )
     return folder

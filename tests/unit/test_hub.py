@@ -6,6 +6,7 @@ import errno
 import re
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,8 +111,17 @@ def test_only_packing_downloads_and_only_what_is_read(library, cached):
     fetched, looked_up = found.calls
     assert (fetched["local_files_only"], looked_up["local_files_only"]) == (False, True)
     patterns = fetched["allow_patterns"]
-    assert {"config.json", "tokenizer.json", "model*.safetensors"} <= set(patterns)
+    assert {"config.json", "tokenizer.json"} <= set(patterns)
     assert not any(".bin" in pattern or pattern == "*" for pattern in patterns)
+    wanted = ["model-00001-of-00002.safetensors", "mtp.safetensors", "pytorch_model-1.safetensors"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"]
+    taken = [
+        name
+        for name in wanted + others
+        if any(fnmatch(name, pattern) for pattern in patterns)
+        and not any(fnmatch(name, pattern) for pattern in fetched["ignore_patterns"])
+    ]
+    assert taken == wanted
 
 
 def test_a_folder_wins_over_an_id(library, tmp_path, monkeypatch):

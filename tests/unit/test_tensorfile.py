@@ -12,7 +12,13 @@ from safetensors import deserialize
 
 from chronos.common.disk import tensors as tensorfile
 from chronos.common.disk.header import DTYPE_BITS, read_header, tensor_nbytes
-from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
+from chronos.common.disk.tensors import (
+    first_dtype,
+    locate_tensors,
+    read_checkpoint,
+    read_tensors,
+    write_tensors,
+)
 from chronos.common.errors import CorruptFileError
 
 
@@ -136,8 +142,7 @@ def test_sharded_checkpoints_read_as_one(tmp_path):
         ("sub/model.safetensors", "not a file of this folder"),
         ("model-0.bin", "not a file of this folder"),
         (7, "not a file of this folder"),
-        ("model-9.safetensors", "does not say"),
-        ("model-1.safetensors", "does not say"),
+        ("model-9.safetensors", r"names model-9.safetensors, which is not there \(tensor scalar\)"),
     ],
 )
 def test_bad_indexes_are_refused(tmp_path, shard, message):
@@ -148,6 +153,86 @@ def test_bad_indexes_are_refused(tmp_path, shard, message):
     path.write_text(json.dumps(index))
     with pytest.raises(CorruptFileError, match=message):
         list(read_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"scalar": "model-1.safetensors"}, {"scalar": None}])
+def test_a_tensor_that_the_index_has_elsewhere_or_not_at_all_is_found(tmp_path, change):
+    """Transformers opens the shards that are named, and takes what is in them."""
+    arrays = sharded(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    weights = json.loads(path.read_text())["weight_map"] | change
+    weights = {name: shard for name, shard in weights.items() if shard}
+    path.write_text(json.dumps({"weight_map": weights}))
+    assert {e.name for e, _ in read_checkpoint(tmp_path)} == arrays.keys()
+
+
+def overlay(folder: Path, shard: str) -> None:
+    """Another `scalar`, in a shard of its own that the index names."""
+    sharded(folder)
+    write(folder / shard, {"scalar": np.array(7.0, np.float32)})
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["scalar"] = shard
+    path.write_text(json.dumps(index))
+
+
+def test_of_two_copies_the_index_decides(tmp_path):
+    overlay(tmp_path, "model-overlay.safetensors")
+    (found,) = [bytes(data) for _, data in read_checkpoint(tmp_path, ["scalar"])]
+    assert np.frombuffer(found, np.float32) == [7.0]
+
+
+def test_where_libraries_would_take_the_other_copy_it_is_refused(tmp_path):
+    overlay(tmp_path, "a-fix.safetensors")  # read before the stale one, which would win
+    with pytest.raises(CorruptFileError, match="'scalar', and so does a-fix") as caught:
+        list(read_checkpoint(tmp_path))
+    assert "out of date" in caught.value.fix
+
+
+def test_shards_without_an_index_are_those_that_mlx_lm_finds(tmp_path):
+    arrays = sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    write(tmp_path / "other.safetensors", {"other": arrays["scalar"]})
+    assert {e.name for e, _ in read_checkpoint(tmp_path)} == arrays.keys()
+    write(tmp_path / "model-2.safetensors", {"scalar": arrays["scalar"]})
+    with pytest.raises(CorruptFileError, match="'scalar', and so does model-0.safetensors"):
+        list(read_checkpoint(tmp_path))
+
+
+def test_a_missing_index_of_missing_shards(tmp_path):
+    write(tmp_path / "model-00001-of-00003.safetensors", {"a": np.zeros(2, np.float32)})
+    with pytest.raises(CorruptFileError, match="index.json is missing, and so is model-00002-of"):
+        list(read_checkpoint(tmp_path))
+
+
+def test_a_shard_may_be_absent_if_nothing_of_it_is_used(tmp_path):
+    arrays = sharded(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    found = locate_tensors(tmp_path, unused=lambda names: {"empty", "b/bytes"} & set(names))
+    assert found.keys() == {"a.weight", "scalar"} < arrays.keys()
+    for unused in (None, lambda names: {"empty"}):
+        with pytest.raises(CorruptFileError, match="model-1.safetensors, which is not there"):
+            locate_tensors(tmp_path, unused=unused)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "order", "dtype"),
+    [
+        ({}, ("b", "a"), "F16"),  # in order of names; integers and FP8 do not count
+        ({"dtype": "bfloat16"}, ("b", "a"), "bfloat16"),
+        ({"dtype": "torch.float16"}, ("b", "a"), "float16"),
+    ],
+)
+def test_the_dtype_of_a_checkpoint_that_names_none(tmp_path, metadata, order, dtype):
+    kinds = {"a": "F16", "b": "F32", "A.ids": "I64", "A.small": "F8_E4M3"}
+    items = [(name, kinds[name], (2,), bytes(16)) for name in ("b", "a", "A.ids", "A.small")]
+    items = [(n, k, s, d[: tensor_nbytes(k, s)]) for n, k, s, d in items]
+    write_tensors(tmp_path / "model-1.safetensors", items)
+    write_tensors(tmp_path / "model-2.safetensors", [("0", "F32", (1,), bytes(4))])
+    weights = dict.fromkeys(kinds, "model-1.safetensors") | {"0": "model-2.safetensors"}
+    index = {"metadata": metadata, "weight_map": weights}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert first_dtype(tmp_path) == dtype
 
 
 def test_an_index_may_not_name_what_is_not_there(tmp_path):

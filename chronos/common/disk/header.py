@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chronos.common.disk import foreign
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, corrupt, round_up
 
 DTYPE_BITS = {
@@ -75,6 +76,9 @@ def read_header(
     .ctsr file) naming the file, and the bytes wanted and there.
     """
     with SmallReader(os.path.realpath(path) if follow else path, io) as file:
+        head = file.read(0, min(file.nbytes, foreign.HEAD))
+        if error := foreign.by_content(Path(path), head):
+            raise error
         length: int = struct.unpack("<Q", file.read(0, 8))[0]
         if length > max_header:
             what = f"has a header of {length} bytes; at most {max_header} are allowed"

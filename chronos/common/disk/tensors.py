@@ -8,12 +8,22 @@ tensors of a checkpoint lie in one file, in shards that an index names, or where
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from chronos.common.disk import foreign
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.disk.header import (
     Located,
@@ -31,6 +41,10 @@ from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import CorruptFileError
 
 MAX_INDEX = 32 << 20
+DTYPE = "chronos.dtype"  # in a packed file's metadata: what its source was computed in
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OF = re.compile(r"(model.*-)(\d+)-of-(\d+)\.safetensors")
+_MAX_SHARDS = 10_000
 _EXTENT = 16 << 20  # neighbouring tensors are read together up to this size
 _AHEAD = 64 << 20  # bytes in flight or read and not yet asked for
 # Holds reader threads until it is exhausted or closed; who may stop early uses contextlib.closing.
@@ -65,56 +79,143 @@ def read_checkpoint(
     yield from read_located(sorted(located.values(), key=lambda at: (at[0], at[1].offset)), io)
 
 
-def locate_tensors(folder: StrPath, io: FileIO | None = None) -> dict[str, Located]:
-    """Where each tensor of a checkpoint is. Raises CorruptFileError for a folder without one."""
-    single = Path(folder) / "model.safetensors"
-    index, link = Path(folder) / "model.safetensors.index.json", Path(folder) / LINK
-    if link.exists() and not single.exists():
+def locate_tensors(
+    folder: StrPath,
+    io: FileIO | None = None,
+    *,
+    unused: Callable[[Iterable[str]], Collection[str]] | None = None,
+) -> dict[str, Located]:
+    """Where each tensor of a checkpoint is, files in the order in which Transformers reads them.
+
+    unused: which of the names in the index the caller leaves out: a shard that holds no others may
+    be absent. Raises CorruptFileError for a folder without a whole checkpoint, naming what it holds
+    instead.
+    """
+    folder = Path(folder)
+    link = folder / LINK
+    if link.exists() and not (folder / _SINGLE).exists():
         return read_link(link, io)
-    if single.exists() or not index.exists():
-        _refuse_pickles(single)
-        real = Path(os.path.realpath(single))
-        return {name: (real, entry) for name, entry in read_header(real, io=io).entries.items()}
-    shards = _read_index(index)
-    located: dict[str, Located] = {}
-    for shard in sorted(set(shards.values())):
-        real = Path(os.path.realpath(Path(folder) / shard))
-        if not real.exists():
-            raise corrupt(index, f"names {shard}, which is not there", "copy or download it too")
-        for name, entry in read_header(real, io=io).entries.items():
-            if shards.get(name) != shard:
-                raise corrupt(index, f"does not say that {shard} holds tensor {name!r}")
-            located[name] = (real, entry)
-    if missing := min(shards.keys() - located.keys(), default=None):
-        raise corrupt(index, f"names tensor {missing!r}, which is not in {shards[missing]}")
-    return located
+    shards = _shards(folder)
+    absent = [name for name in shards.files if not (folder / name).exists()]
+    _check_absent(folder, shards, absent, unused)
+    copies: dict[str, dict[str, Located]] = {}  # by tensor, then by shard
+    for file in shards.files:
+        if file not in absent:
+            real = Path(os.path.realpath(folder / file))
+            for name, entry in read_header(real, io=io).entries.items():
+                copies.setdefault(name, {})[file] = (real, entry)
+    lost = {name for name, file in shards.named.items() if file not in absent} - copies.keys()
+    if missing := min(lost, default=None):
+        file = shards.named[missing]
+        raise corrupt(folder / _INDEX, f"names tensor {missing!r}, which is not in {file}")
+    return {name: _chosen(folder, name, found, shards) for name, found in copies.items()}
 
 
-def _refuse_pickles(single: Path) -> None:
-    """Name what is there in the place of safetensors: a pickle runs code when it is read."""
-    if single.exists():
+class _Shards(NamedTuple):
+    """files: in the order Transformers reads them. named: the one of each tensor, where an index
+    says so. dtype: as the index names it, or ""."""
+
+    files: list[str]
+    named: dict[str, str]
+    dtype: str = ""
+
+
+def first_dtype(folder: StrPath) -> str:
+    """The dtype Transformers takes where config.json has none: what the index or our own metadata
+    says, as "bfloat16"; else that of the first floating tensor of the first file, in order of
+    names, as "BF16"; "" where there is none."""
+    folder = Path(folder)
+    if (folder / LINK).exists() and not (folder / _SINGLE).exists():
+        entries = [entry for _, entry in read_link(folder / LINK).values()]
+    else:
+        shards = _shards(folder)
+        there = [name for name in shards.files if (folder / name).exists()]
+        header = read_header(folder / (there or shards.files)[0])
+        if named := shards.dtype or header.metadata.get(DTYPE, ""):
+            return named
+        entries = list(header.entries.values())
+    entries.sort(key=lambda entry: entry.name)
+    return next((e.dtype for e in entries if e.dtype in ("F64", "F32", "F16", "BF16")), "")
+
+
+def _shards(folder: Path) -> _Shards:
+    """Of model.safetensors, of the index, or without one what MLX-LM would find."""
+    if (folder / _SINGLE).exists():
+        return _Shards([_SINGLE], {})
+    if (folder / _INDEX).exists():
+        index, dtype = _read_index(folder / _INDEX)
+        return _Shards(sorted(set(index.values())), index, dtype)
+    files = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if not files:
+        raise foreign.by_name(folder) or CorruptFileError(
+            f"there is no {_SINGLE} and no {_INDEX}",
+            str(folder),
+            "name the folder of a checkpoint in safetensors, whole",
+        )
+    wanted = {other for name in files for other in _siblings(name)}
+    if lost := sorted(wanted - set(files)):
+        raise corrupt(folder / _INDEX, f"is missing, and so is {lost[0]}", "download both")
+    return _Shards(files, {})
+
+
+def _check_absent(
+    folder: Path,
+    shards: _Shards,
+    absent: list[str],
+    unused: Callable[[Iterable[str]], Collection[str]] | None,
+) -> None:
+    """Refuse shards that are not there, unless nothing of them is used."""
+    if not absent:
         return
-    for path in sorted(single.parent.glob("*")):
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            raise CorruptFileError(
-                f"the weights are pickled ({path.name}), which Chronos does not read",
-                str(single.parent),
-                "load the model with Transformers and save_pretrained it: that writes safetensors",
+    left_out = unused(shards.named) if unused else ()
+    for name, file in shards.named.items():
+        if file in absent and name not in left_out:
+            raise corrupt(
+                folder / _INDEX,
+                f"names {file}, which is not there (tensor {name})",
+                "copy or download it too",
             )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _siblings(name: str) -> list[str]:
+    """The shards that a shard's own name speaks of."""
+    if not (part := _OF.fullmatch(name)):
+        return []
+    count, width = min(int(part[3]), _MAX_SHARDS), len(part[2])
+    return [f"{part[1]}{n:0{width}d}-of-{part[3]}.safetensors" for n in range(1, count + 1)]
+
+
+def _chosen(folder: Path, name: str, found: dict[str, Located], shards: _Shards) -> Located:
+    """The copy that the index names. It must be the last one, which Transformers takes."""
+    *others, last = found
+    named = shards.named.get(name, "")
+    if named in others or (others and not shards.named):
+        raise corrupt(
+            folder / last,
+            f"holds tensor {name!r}, and so does {named or others[0]}",
+            "remove the copy that is out of date: libraries differ in which one they take",
+        )
+    return found[last]
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], str]:
+    """The shard of each tensor, and the dtype in the metadata."""
     try:
         real = os.path.realpath(path)  # the Hugging Face cache is made of links
-        shards = load_json(read_small(real, MAX_INDEX)).get("weight_map")
+        raw = read_small(real, MAX_INDEX)
+        if error := foreign.by_content(path, raw[: foreign.HEAD]):
+            raise error
+        data = load_json(raw)
     except (ValueError, RecursionError) as error:
         raise corrupt(path, f"is not a usable index: {error}") from error
+    shards, metadata = data.get("weight_map"), data.get("metadata")
     if not isinstance(shards, dict) or not shards:
         raise corrupt(path, "has no weight_map")
     for shard in shards.values():
         if not isinstance(shard, str) or not is_plain_name(shard, ".safetensors"):
             raise corrupt(path, f"names {shard!r}, which is not a file of this folder")
-    return shards
+    dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return shards, str(dtype or "")[:40].removeprefix("torch.")
 
 
 def read_pieces(wanted: Iterable[Located], io: FileIO | None = None) -> Stream:

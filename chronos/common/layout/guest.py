@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from chronos.common.disk.header import Located
@@ -68,13 +68,11 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
             "save it with Transformers in bfloat16, or convert it with MLX-LM, and pack that",
         )
     found = {name: part for name in located if (part := _part(name))}
-    tower = _tower(found)
+    outside = left_out_of(located, config)
     layers: dict[int, _Parts] = defaultdict(lambda: defaultdict(dict))
     dense, left_out = [], []
     for name, at in located.items():
-        place = layer_of(name)
-        beyond = place is not None and place[0] == tower and place[1] >= config.num_hidden_layers
-        if is_extra(name) or beyond:
+        if name in outside:
             left_out.append(name)
         elif part := found.get(name):
             where = layers[part.layer][part.tensor, part.place]
@@ -96,6 +94,19 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
         templates={layer: lay_out(_shapes(tensors[layer])) for layer in tensors},
         _tensors=tensors,
     )
+
+
+def left_out_of(names: Iterable[str], config: GuestConfig) -> set[str]:
+    """The tensors that no decoder runs: multi-token-prediction heads, layers beyond the last."""
+    names = list(names)
+    tower = _tower({name: part for name in names if (part := _part(name))})
+
+    def outside(name: str) -> bool:
+        place = layer_of(name)
+        beyond = place is not None and place[0] == tower and place[1] >= config.num_hidden_layers
+        return is_extra(name) or beyond
+
+    return {name for name in names if outside(name)}
 
 
 def _part(name: str) -> Part | None:

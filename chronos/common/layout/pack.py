@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chronos.common.disk import foreign
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import build_header
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, check_free_space
@@ -90,6 +91,7 @@ def pack(
     """
     began, src, dst, io = time.perf_counter(), Path(src), Path(dst), io or FileIO()
     model = open_source(src, io)
+    _check_side_files(src, io)
     if encoding is not None and set(model.encodings.values()) != {encoding}:
         model = encoded(model, encoding)
     clusters = _clusters(order, model)
@@ -289,6 +291,15 @@ def _holds(path: Path, header: bytes, nbytes: int, io: FileIO) -> bool:
 def _side_files(src: Path) -> list[Path]:
     licenses = sorted(path.name for path in src.glob("LICENSE*") if path.is_file())
     return [src / name for name in (*licenses, *SIDE_FILES) if (src / name).exists()]
+
+
+def _check_side_files(src: Path, io: FileIO) -> None:
+    """Refuse pointers and pages in their place, which tokenizers of a clone without git-lfs are."""
+    for path in _side_files(src):
+        with SmallReader(os.path.realpath(path), io) as file:
+            head = file.read(0, min(file.nbytes, foreign.HEAD))
+        if error := foreign.by_content(path, head):
+            raise error
 
 
 def _copy_side_files(

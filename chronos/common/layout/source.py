@@ -26,7 +26,7 @@ from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.layout.codecs import SWIGLU, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
-from chronos.common.layout.guest import find_experts
+from chronos.common.layout.guest import find_experts, left_out_of
 from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
@@ -93,9 +93,9 @@ def open_source(src: Path, io: FileIO) -> ModelSource:
     if is_packed(src):
         return _packed(src, config, io)
     refuse_unfinished(src, io)
-    located = locate_tensors(src, io)
     if isinstance(config, ModelConfig):
-        return _native(src, config, located, io)
+        return _native(src, config, locate_tensors(src, io), io)
+    located = locate_tensors(src, io, unused=partial(left_out_of, config=config))
     return _guest(src, config, located, io)
 
 

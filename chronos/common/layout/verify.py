@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from chronos.common.errors import ChronosError, ShapeMismatch
 from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
-from chronos.common.layout.guest import find_experts
+from chronos.common.layout.guest import find_experts, left_out_of
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
@@ -80,16 +81,17 @@ class _Verifier:
     def folder(self, folder: Path) -> None:
         config = read_config(folder)
         refuse_unfinished(folder, self.io)
-        located = locate_tensors(folder, self.io)
+        guest = config if isinstance(config, GuestConfig) and not is_packed(folder) else None
+        unused = partial(left_out_of, config=guest) if guest else None
+        located = locate_tensors(folder, self.io, unused=unused)
         layout = None
         if is_packed(folder):
             layout = open_layout(folder, config=config, io=self.io)
             self.total += layout.total_bytes
             self.report.encodings = sorted(set(layout.encodings.values()))
-        if isinstance(config, GuestConfig):
-            if layout is None:
-                find_experts(located, config)
-        else:
+        if guest:
+            find_experts(located, guest)
+        elif isinstance(config, ModelConfig):
             located |= self.native(folder, config, located, layout is not None)
         self.total += sum(entry.nbytes for _, entry in located.values())
         self.tensors(located.values())

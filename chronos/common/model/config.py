@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chronos.common.disk import foreign
 from chronos.common.errors import ConfigError
 
 MODEL_TYPE = "chronos"
@@ -177,7 +178,10 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     try:
         if path.stat().st_size > 4 << 20:
             raise ConfigError("config.json is larger than 4 MiB", str(path))
-        data = json.loads(path.read_text("utf-8"))
+        raw = path.read_bytes()
+        if error := foreign.by_content(path, raw[: foreign.HEAD]):
+            raise ConfigError(error.what, error.where, error.fix)
+        data = json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError("no config.json", str(path), "name a model folder") from None
     except (OSError, ValueError, RecursionError) as error:
