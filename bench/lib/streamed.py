@@ -32,7 +32,7 @@ def main() -> None:
         first = time.time()
         for _ in range(args.tokens - 1):
             token = loaded.runner.decode(token, greedy)
-        stats = loaded.store.stats().to_json() if loaded.store else {}
+        stats = loaded.feed.stats().to_json() if loaded.feed else {}
     print(json.dumps({"first_token_at": first, **stats}))
 
 

@@ -154,8 +154,8 @@ def summary(opened: engine.Engine, before: Any, seconds: list[float]) -> dict[st
         "p50_ms": 1e3 * float(np.median(seconds)),
         "p95_ms": 1e3 * float(np.percentile(seconds, 95)),
     }
-    if opened.store is not None:
-        stats = opened.store.stats().minus(before)
+    if opened.feed is not None:
+        stats = opened.feed.stats().minus(before)
         found |= {
             "mb_copied": stats.bytes_copied / len(seconds) / 1e6,
             "mb_read": stats.bytes_read / len(seconds) / 1e6,
@@ -205,7 +205,7 @@ def main() -> None:
             each.runner.replay = replay.ReplayedRouting(test)
             each.runner.prefill([0], GREEDY)
             decode(each, args.warmup)
-        before = {name: e.store and e.store.stats() for name, e in opened.items()}
+        before = {name: e.feed and e.feed.stats() for name, e in opened.items()}
         seconds: dict[str, list[float]] = {name: [] for name in opened}
         for _ in range(0, args.tokens, _TURN):
             for name, each in opened.items():
@@ -213,8 +213,8 @@ def main() -> None:
         runs = {name: summary(e, before[name], seconds[name]) for name, e in opened.items()}
         for name, each in opened.items():
             runs[name]["x_resident"] = runs[name]["ms"] / runs["resident"]["ms"]
-            if each.store is not None:
-                report["copy_bytes_per_s"] = each.store.copy_rate()
+            if each.feed is not None:
+                report["copy_bytes_per_s"] = each.feed.copy_rate()
             out = args.trace_out.with_suffix(f".{re.sub('[^a-z0-9]+', '-', name)}.json")
             runs[name]["profile"] = profiled(each, out)
             print(name, json.dumps(runs[name]), flush=True)

@@ -86,9 +86,9 @@ def main() -> None:
                         prefetch=prefetch,
                     )
                 )
-                assert engine.store is not None
+                assert engine.feed is not None
                 if budget == "all" and engine.layout is not None:
-                    engine.store.prefetch(sorted(engine.layout.records))
+                    engine.feed.preload(sorted(engine.layout.records))
                 assert engine.tokenizer is not None
                 prompt = engine.tokenizer.encode_prompt(PROMPT)
                 first = engine.runner.prefill(prompt, GREEDY)
@@ -98,8 +98,8 @@ def main() -> None:
         contenders["transformers"] = library(args.model, prompt, None, args.device)
         contenders["transformers eager"] = library(args.model, prompt, "eager", args.device)
         found = measure(contenders, args.turns, args.tokens)
-        stats = {name: engine.store.stats().to_json() for name, engine in engines.items()}
-        sources = {name: e._prefetcher.to_json() for name, e in engines.items() if e._prefetcher}
+        stats = {name: engine.feed.stats().to_json() for name, engine in engines.items()}
+        sources = {name: engine.prefetch_stats() for name, engine in engines.items()}
     base, report = found["seconds"]["transformers"], {}
     for name, seconds in found["seconds"].items():
         speed = statistics.median(b / s for b, s in zip(base, seconds, strict=True))

@@ -112,9 +112,10 @@ def measure(folder: Path, blocks: int, tokens: int) -> dict[str, Any]:
     result["counts"] = {budget: count(engines[budget], tokens) for budget in budgets}
     for budget, numbers in result["counts"].items():
         print(f"{budget:9}", "  ".join(f"{name} {value:.1f}" for name, value in numbers.items()))
-    store: Any = engines["all"].store
-    for layer in range(layers):  # nothing is missing from here on
-        list(store.acquire(layer, range(engines["all"].config.num_experts)))
+    feed: Any = engines["all"].feed
+    with feed.step() as step:
+        for layer in range(layers):  # nothing is missing from here on
+            list(step.acquire(layer, range(engines["all"].config.num_experts)))
     times: dict[str, list[tuple[float, float]]] = {"resident": [], "all": []}
     for number in range(blocks + 1):
         answers = []

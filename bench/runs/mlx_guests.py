@@ -21,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 import chronos.backends.mlx as backend
+from chronos.common.experts.feed import FeedOptions, open_feed
 from chronos.common.layout import open_layout, pack
 from chronos.common.text.sampling import SamplingParams
 
@@ -185,8 +186,8 @@ def architectures() -> list[str]:
     return sorted([*switches, *BESIDES])
 
 
-def logits(model: Any, store: Any = None) -> np.ndarray:
-    runner = backend.runner(model, store)
+def logits(model: Any, feed: Any = None) -> np.ndarray:
+    runner = backend.runner(model, feed)
     runner.prefill(IDS, GREEDY)
     rows = [runner.logits()]
     for token in (5, 9):
@@ -215,8 +216,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     layout = open_layout(folder / f"{name}-packed")
     resident = logits(backend.load(folder / name, resident=True))
     capacity = max(layout.total_bytes // 3, 2 * layout.record_nbytes)
-    with backend.open_store(layout, capacity, top_k=2) as store:
-        streamed = logits(backend.load(layout.folder, resident=False), store)
+    with open_feed(backend.open_arena, layout, capacity, FeedOptions(top_k=2)) as feed:
+        streamed = logits(backend.load(layout.folder, resident=False), feed)
     own = np.array(utils.load_model(folder / name)[0](mx.array([IDS]))[0, -1])
     equal = np.array_equal(streamed, resident) and np.array_equal(own, resident[0])
     worst = float(np.abs(streamed - resident).max())

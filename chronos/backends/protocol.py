@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
     from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
-    from chronos.common.experts.stats import StoreStats
+    from chronos.common.experts.feed import Feed, OpenArena
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
-    from chronos.common.model.weights import Key
     from chronos.common.text.sampling import SamplingParams
     from chronos.common.training.objectives import Objective, Terms
     from chronos.common.training.recipe import OptimizerRecipe
@@ -44,46 +43,10 @@ class Observed(NamedTuple):
     lookahead_BTJLE: np.ndarray | None  # logits; None where the model has no LookaheadRouter
 
 
-class ExpertStore(Protocol):
-    """Routed experts within a fixed number of bytes; the backend's `moe.py` alone calls acquire."""
-
-    def prefetch(self, keys: Sequence[Key]) -> int:
-        """Ask for experts, best first. A hint: idempotent, may be ignored. Returns new bytes."""
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Start the missing reads now; yield each expert once, as it becomes ready, pinned until
-        the next is asked for. None stands for a miss with `miss="fallback"` only. A failed read
-        raises and leaves the store usable."""
-
-    def record_fallback(self, weight: float) -> None:
-        """Routing weight that a shared expert stood in for."""
-
-    def end_token(self) -> None:
-        """One decode step is over: histories decay, rates are measured."""
-
-    def begin_prompt(self) -> None:
-        """What is acquired from now on, whole chunks of a prompt need."""
-
-    def end_prompt(self, ids_TLK: np.ndarray) -> None:
-        """The prompt is over; its tokens were routed like this, in order."""
-
-    def resident(self) -> frozenset[Key]: ...
-    def held(self) -> frozenset[Key]:
-        """What needs no read: resident, or in host memory behind an accelerator's slots."""
-
-    def copy_rate(self) -> float | None:
-        """Bytes per second from host memory to the slots, measured; None where reads land there."""
-
-    def stats(self) -> StoreStats: ...
-    def close(self) -> None:
-        """Join threads, close files. Safe to call twice."""
-
-
 class Runner(Protocol):
     """One sequence on one model: owns the key/value cache and the sampling on the device."""
 
     model: Any  # the backend's own, as `Backend.forward` takes it
-    prefetch: str  # "auto" or "off"
     recording: bool  # whether routing() gets what calls are routed to
     replay: Callable[[int], tuple[np.ndarray, np.ndarray]] | None  # layer -> (ids, weights) [T, K]
 
@@ -170,8 +133,11 @@ class Backend(Protocol):
         """segments_BT: document numbers, -1 for padding. cache: from `model.new_cache()`; worthless
         after an error."""
 
-    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore: ...
-    def runner(self, model: Any, store: Any, **options: Any) -> Runner: ...
+    @property
+    def open_arena(self) -> OpenArena:
+        """Memory for routed experts."""
+
+    def runner(self, model: Any, feed: Feed | None) -> Runner: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
     def devices(self) -> Iterable[str]:
         """Names accepted as `device`, the one taken by default first."""

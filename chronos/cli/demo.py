@@ -71,7 +71,7 @@ def demo(
 
 def _announce(number: int, engine: Engine, model: str) -> None:
     total, held = output.size(engine.expert_bytes_total), output.size(engine.budget_bytes)
-    if engine.store is None:
+    if engine.feed is None:
         text = f"{number}/2  {model} with all its experts in memory ({total})"
     else:
         text = f"{number}/2  {model} with room for {held} of its {total} of experts"

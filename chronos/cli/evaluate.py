@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,14 +57,15 @@ def evaluate(
             )
         dataset = room.packed(tokenizer, documents, seq_len)
         loaded = engine.runner.model
-        if engine.store is None and isinstance(engine.config, ModelConfig):
+        if engine.feed is None and isinstance(engine.config, ModelConfig):
             step = backend.train_step(loaded, OptimizerRecipe())
             batches = room.batches(dataset, batch_size=batch_size, max_tokens=max_tokens)
             terms = step.evaluate(batches, NextToken(engine.config.loss_weights))
         else:
             rows = room.cut(tokenizer, documents, seq_len)
-            forward = partial(backend.forward, loaded, source=engine.store)
-            terms = room.sequence_loss(forward, rows, max_tokens=max_tokens)
+            with engine.feed.step() if engine.feed else nullcontext() as source:
+                forward = partial(backend.forward, loaded, source=source)
+                terms = room.sequence_loss(forward, rows, max_tokens=max_tokens)
     result = room.summary(terms, dataset, documents) | {"locality": room.locality(trace)}
     if out.json:
         output.print_json({"model": model, "data": data, "documents": len(documents)} | result)

@@ -55,7 +55,7 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
 
 def _experts(engine: Engine, stats: dict[str, Any]) -> str:
     total = engine.expert_bytes_total
-    if engine.store is None:
+    if engine.feed is None:
         return f"all {output.size(total)} in memory"
     parts = [
         f"budget {output.size(engine.budget_bytes)} of {output.size(total)}",

@@ -331,7 +331,7 @@ class _Run:
 
     def begin(self) -> None:
         """A prompt of one token; the key/value cache starts empty. Counts from here."""
-        store = self.engine.store
+        store = self.engine.feed
         self._meter = Meter(self.engine.runner, store, record=store is not None)
         self._seconds: list[float] = []
         self._meter.prefill([0], _GREEDY)
@@ -368,10 +368,10 @@ class _Run:
 def _machine(group: Mapping[tuple[str, str], _Run], disk_rate: float | None) -> Machine | None:
     """What bounds the streamed runs of one budget, which have one layout and as many slots."""
     engine = next((run.engine for run in group.values() if run.engine.layout is not None), None)
-    if engine is None or engine.layout is None or engine.store is None or disk_rate is None:
+    if engine is None or engine.layout is None or engine.feed is None or disk_rate is None:
         return None
     return dataclasses.replace(
-        measure_machine(engine.layout, engine.config, engine.store, engine.device),
+        measure_machine(engine.layout, engine.config, engine.feed, engine.device),
         resident_token_s=group[RESIDENT, ""].token_s,
         disk_rate=disk_rate,
     )

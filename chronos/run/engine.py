@@ -1,7 +1,7 @@
 """Generation on one model: stop rules, limits and numbers. Token ids in, token ids out.
 
 `load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result.
-The engine imports no framework: it is given a runner and a store, or asks `chronos.backends` for
+The engine imports no framework: it is given a runner and a feed, or asks `chronos.backends` for
 them in `load`. One generation runs at a time; starting the next one ends the one before.
 Not covered: several sequences at once, keeping the key/value cache between prompts.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,10 @@ from chronos import backends
 from chronos.backends.startup import ReadAhead, fast_import
 from chronos.common.budget import parse_budget
 from chronos.common.disk.io import FileIO
-from chronos.common.disk.reader import RangedReader
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import UsageError
+from chronos.common.experts.feed import Feed, FeedOptions, open_feed
 from chronos.common.experts.foresight.choose import check_predictor, choose_policy
-from chronos.common.experts.foresight.predictor import PredictorPolicy
-from chronos.common.experts.prefetch import Prefetcher
 from chronos.common.layout import is_packed, open_layout
 from chronos.common.layout.folder import refuse_unfinished, slots_within
 from chronos.common.layout.source import open_source
@@ -41,8 +38,7 @@ from chronos.run.meter import Machine, Meter, measure_machine
 from chronos.run.models import resolve_model
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import ExpertStore, Runner
-    from chronos.common.experts.residency import Policy
+    from chronos.backends.protocol import Runner
     from chronos.common.layout import Layout
 
 __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
@@ -54,7 +50,7 @@ _NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token wa
 
 
 class Engine:
-    """One model, ready to generate. `store` is None where the model holds its own experts.
+    """One model, ready to generate. `feed` is None where the model holds its own experts.
 
     `with_limit` adds the share of the physical limit to the stats of streamed generations.
     """
@@ -64,10 +60,8 @@ class Engine:
         runner: Runner,
         config: Geometry,
         *,
-        store: ExpertStore | None = None,
+        feed: Feed | None = None,
         layout: Layout | None = None,
-        reader: RangedReader | None = None,
-        prefetcher: Prefetcher | None = None,
         tokenizer: Tokenizer | None = None,
         stop_ids: frozenset[int] = frozenset(),
         defaults: ReplyDefaults = _NO_DEFAULTS,
@@ -77,20 +71,18 @@ class Engine:
         backend: str = "",
         device: str = "",
     ) -> None:
-        """reader: the store's; the engine closes both. stop_ids: end a reply, beside the
-        tokenizer's own. defaults: what the model asks of every reply. expert_bytes, moe_layers:
-        where there is no layout. prefetcher: the runner's, for its numbers. context: tokens of
-        prompt and reply; None: as the config says."""
-        self.runner, self.config, self.store, self.layout = runner, config, store, layout
+        """feed: the runner's; the engine closes it. stop_ids: end a reply, beside the tokenizer's
+        own. defaults: what the model asks of every reply. expert_bytes, moe_layers: where there is
+        no layout. context: tokens of prompt and reply; None: as the config says."""
+        self.runner, self.config, self.feed, self.layout = runner, config, feed, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.context = context or config.max_position_embeddings
         self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self.defaults = defaults
-        self.with_limit = store is not None
+        self.with_limit = feed is not None
         self.resident_token_s: float | None = None  # for the limit, where it was measured
         self.moe_layers = moe_layers if layout is None else layout.moe_layers
-        self._reader, self._expert_bytes = reader, expert_bytes
-        self._prefetcher = prefetcher
+        self._expert_bytes = expert_bytes
         self._machine: Machine | None = None
         self._running: Generation | None = None
 
@@ -102,7 +94,7 @@ class Engine:
     @property
     def budget_bytes(self) -> int:
         """Bytes the routed experts may take in fast memory."""
-        return self.store.stats().capacity_bytes if self.store else self.expert_bytes_total
+        return self.feed.stats().capacity_bytes if self.feed else self.expert_bytes_total
 
     def generate(
         self,
@@ -130,10 +122,8 @@ class Engine:
         """End the running generation, stop the readers, free the slots. Safe to call twice."""
         if self._running is not None:
             self._running.close()
-        if self.store is not None:
-            self.store.close()
-        if self._reader is not None:
-            self._reader.close()
+        if self.feed is not None:
+            self.feed.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -148,7 +138,7 @@ class Engine:
 
     def prefetch_stats(self) -> dict[str, Any]:
         """What each source of forecasts came to since the model was opened, as JSON."""
-        return {} if self._prefetcher is None else {"prefetch": self._prefetcher.to_json()}
+        return {} if self.feed is None else self.feed.prefetch_stats()
 
     def _check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
         if not prompt:
@@ -181,8 +171,8 @@ class Engine:
         stop: Sequence[str],
         cancel: threading.Event | None,
     ) -> Generator[Step, None, GenerationResult]:
-        record = self.store is not None and self.with_limit
-        meter, text = Meter(self.runner, self.store, record=record), Text(self.tokenizer, stop)
+        record = self.feed is not None and self.with_limit
+        meter, text = Meter(self.runner, self.feed, record=record), Text(self.tokenizer, stop)
         tokens: list[int] = []
         cancelled = cancel.is_set if cancel else lambda: False
         token = meter.prefill(prompt, sampling, cancelled)
@@ -215,9 +205,9 @@ class Engine:
         return "context" if self.runner.position >= self.context else ""
 
     def _limit(self, meter: Meter) -> dict[str, Any] | None:
-        assert self.layout is not None and self.store is not None
+        assert self.layout is not None and self.feed is not None
         if self._machine is None:
-            self._machine = measure_machine(self.layout, self.config, self.store, self.device)
+            self._machine = measure_machine(self.layout, self.config, self.feed, self.device)
         machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
         return meter.limit(self.config, machine)
 
@@ -286,28 +276,20 @@ def load(
     if layout is None:
         known |= _of_experts(folder, config)
         return Engine(module.runner(core, None), config, **known)
-    with ExitStack() as undo:
-        reader = undo.enter_context(RangedReader(io=io))
-        store = module.open_store(
-            layout,
-            capacity,
-            top_k=config.num_experts_per_tok,
-            device=core.device,
-            miss=miss,
-            warm_bytes=warm_bytes,
-            policy=policy,
-            reader=reader,
-        )
-        undo.callback(store.close)
-        prefetcher = _prefetcher(store, layout, config, reader, policy)
-        runner = module.runner(core, store, prefetcher=prefetcher)
-        undo.pop_all()
-    runner.prefetch = prefetch
-    if prefetch == "auto" and capacity >= layout.total_bytes:
-        store.prefetch(sorted(layout.records))  # all have room: filled in the background
-    return Engine(
-        runner, config, store=store, layout=layout, reader=reader, prefetcher=prefetcher, **known
+    options = FeedOptions(config.num_experts_per_tok, warm_bytes, core.device, miss)
+    ahead = prefetch == "auto"
+    # Where every expert has room, forecasts have no use.
+    forecast = ahead and policy is not None
+    feed = open_feed(
+        module.open_arena, layout, capacity, options, policy=policy, prefetch=forecast, io=io
     )
+    try:
+        if ahead and capacity >= layout.total_bytes:
+            feed.preload(sorted(layout.records))  # all have room: filled in the background
+        return Engine(module.runner(core, feed), config, feed=feed, layout=layout, **known)
+    except BaseException:
+        feed.close()
+        raise
 
 
 def _defaults(folder: Path) -> ReplyDefaults:
@@ -360,26 +342,6 @@ def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
     if nbytes:
         slots_within(layout, nbytes, top_k)
     return nbytes
-
-
-def _prefetcher(
-    store: ExpertStore,
-    layout: Layout,
-    config: Geometry,
-    reader: RangedReader,
-    policy: Policy | None,
-) -> Prefetcher | None:
-    """None where every expert has room and forecasts have no use."""
-    if policy is None:
-        return None
-    return Prefetcher(
-        store,
-        shape=(layout.num_layers, layout.num_experts),
-        top_k=config.num_experts_per_tok,
-        record_bytes=layout.record_nbytes,
-        reader=reader,
-        forecasts=policy if isinstance(policy, PredictorPolicy) else None,
-    )
 
 
 def _check_context(context: int | None, config: Geometry) -> None:

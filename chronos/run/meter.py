@@ -27,7 +27,8 @@ from chronos.common.traces.simulate import simulate
 from chronos.common.traces.trace import TraceRecorder
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import ExpertStore, Runner
+    from chronos.backends.protocol import Runner
+    from chronos.common.experts.feed import Feed
     from chronos.common.layout import Layout
     from chronos.common.model.guest import Geometry
     from chronos.common.text.sampling import SamplingParams
@@ -56,15 +57,15 @@ class Machine:
     resident_token_s: float | None = None
 
 
-def measure_machine(layout: Layout, config: Geometry, store: ExpertStore, device: str) -> Machine:
+def measure_machine(layout: Layout, config: Geometry, feed: Feed, device: str) -> Machine:
     """Read a little of the model's own files, cold, and time memory. A tenth of a second or so."""
     size, on_cpu = layout.record_nbytes, device.startswith("cpu")
-    stats, records = store.stats(), len(layout.records)
+    stats, records = feed.stats(), len(layout.records)
     return Machine(
         record_bytes=size,
         slots=min(stats.capacity_bytes // size, records),
         warm_slots=min(stats.warm_capacity_bytes // size, records),
-        copy_rate=store.copy_rate(),
+        copy_rate=feed.copy_rate(),
         disk_rate=measure_read_rate(layout.files[0], size, max_bytes=_RATE_SAMPLE_BYTES),
         memory_rate=_memory_rate() if on_cpu else _UNKNOWN_RATE,
         dense_bytes=_dense_bytes(layout, config, on_cpu),
@@ -85,8 +86,8 @@ def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
 class Meter:
     """Runs the model and counts, from its creation on. With `record`, `limit` can be asked for."""
 
-    def __init__(self, runner: Runner, store: ExpertStore | None, *, record: bool) -> None:
-        self.runner, self.store = runner, store
+    def __init__(self, runner: Runner, feed: Feed | None, *, record: bool) -> None:
+        self.runner, self.feed = runner, feed
         self.prompt_tokens = self.decoded = 0
         self.prefill_s = self.decode_s = 0.0
         self._start = self._middle = self._count()
@@ -110,9 +111,9 @@ class Meter:
         self.prefill_s = time.perf_counter() - begin
         self.prompt_tokens = len(prompt)
         self._middle = self._count()
-        if self.runner.recording and self.store:
+        if self.runner.recording and self.feed:
             self.runner.routing()  # the prompt's is not asked for
-            self._resident, self._held = self.store.resident(), self.store.held()
+            self._resident, self._held = self.feed.resident(), self.feed.held()
         return token
 
     def decode(self, token: int, sampling: SamplingParams) -> int:
@@ -182,7 +183,7 @@ class Meter:
         return report.to_json()
 
     def _count(self) -> StoreStats:
-        return self.store.stats() if self.store else StoreStats()
+        return self.feed.stats() if self.feed else StoreStats()
 
 
 @cache

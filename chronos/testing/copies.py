@@ -52,7 +52,7 @@ class FakeStream:
 
 
 class FakeCopyEngine:
-    """A CopyEngine whose copies take `latency_s`. Counts what it did; close it after the store."""
+    """Copies that take `latency_s`. Counts what it did; close it after the feed."""
 
     def __init__(self, latency_s: float = 0.0) -> None:
         self.latency_s = latency_s
@@ -62,7 +62,11 @@ class FakeCopyEngine:
         self.gate.set()
         self._compute, self._demand, self._prefetch = FakeStream(), FakeStream(), FakeStream()
 
-    def start(
+    def over(self, sources: Any, targets: Any) -> FakeCopies:
+        """A CopyEngine between the rows of two arrays, on these streams."""
+        return FakeCopies(self, list(sources), list(targets))
+
+    def copy(
         self, source: Any, target: Any, *, demand: bool, after: Sequence[FakeEvent]
     ) -> FakeEvent:
         done = FakeEvent()
@@ -115,3 +119,22 @@ class FakeCopyEngine:
         self.gate.set()
         for stream in (self._demand, self._prefetch, self._compute):
             stream.close()
+
+
+class FakeCopies:
+    """The CopyEngine of two arrays' rows."""
+
+    def __init__(self, engine: FakeCopyEngine, sources: list[Any], targets: list[Any]) -> None:
+        self._engine, self._sources, self._targets = engine, sources, targets
+
+    def start(
+        self, source: int, target: int, *, demand: bool, after: Sequence[FakeEvent]
+    ) -> FakeEvent:
+        rows = self._sources[source], self._targets[target]
+        return self._engine.copy(*rows, demand=demand, after=after)
+
+    def mark(self) -> FakeEvent:
+        return self._engine.mark()
+
+    def wait(self, event: FakeEvent) -> None:
+        self._engine.wait(event)

@@ -1,26 +1,25 @@
-"""A backend without a framework: a correct ExpertStore in NumPy, and stores that are wrong.
+"""A backend without a framework: a correct arena in NumPy, and feeds that are wrong.
 
-`FakeBackend(store)` offers `open_store` as a backend module does. `FakeStore` shows what is left to
-write for a backend whose slots are host memory: the views. Each wrong store breaks one promise, and
+`FakeBackend` offers `open_arena` as a backend module does. `FakeArena` shows what is left to write
+for a backend whose slots are host memory: the views. Each wrong store breaks one promise, and
 `WRONG` names the test of `StoreTests` that must notice. Not covered: models and runners.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import ChronosError, StoreError
-from chronos.common.experts.residency import LRU, Policy
+from chronos.common.experts.feed import Feed, FeedOptions
 from chronos.common.experts.stats import StoreStats
 from chronos.common.experts.tier import Load
-from chronos.common.experts.tiers import SlotTier
+from chronos.common.experts.tiers import CopyEngine, SlotTier
 from chronos.common.layout import Layout, Record
-from chronos.common.layout.folder import slots_within
 from chronos.common.model.weights import Key
+from chronos.testing.store_rig import Driver
 
 
 class Expert(NamedTuple):
@@ -30,84 +29,41 @@ class Expert(NamedTuple):
     down_DF: np.ndarray
 
 
-Item = tuple[int, Expert | None]
-
-
-class FakeStore:
+class FakeArena:
     """Experts as NumPy views of the slots they were read into (float32 only)."""
 
-    tier_class = SlotTier
-    extra_slots, verify = 0, True
+    copies: CopyEngine | None = None
 
-    def __init__(
-        self,
-        layout: Layout,
-        capacity_bytes: int,
-        *,
-        top_k: int = 1,
-        miss: str = "exact",
-        policy: Policy | None = None,
-        reader: RangedReader | None = None,
-    ) -> None:
-        slots = slots_within(layout, capacity_bytes, top_k) + self.extra_slots
-        self.layout, self.exact, self.capacity_bytes = layout, miss == "exact", capacity_bytes
-        self.owns_reader = reader is None
-        self.reader = reader or RangedReader(threads=2)
-        policy = policy or LRU(layout.num_layers, layout.num_experts)
-        self.arena = np.zeros((slots, layout.record_nbytes), np.uint8)
-        self.tier = self.tier_class(
-            layout,
-            slots,
-            self.reader,
-            policy,
-            arena=self.arena.reshape(-1).data,
-            view=self.view,
-            verify=self.verify,
-        )
+    def __init__(self, layout: Layout, slots: int, options: FeedOptions) -> None:
+        self.slots = slots
+        self._slots_SN = np.zeros((slots, layout.record_nbytes), np.uint8)
+        self.host = self._slots_SN.reshape(-1).data
 
     def view(self, slot: int, record: Record) -> Expert:
         parts = [
-            self.arena[slot, t.offset : t.offset + t.nbytes].view(np.float32).reshape(t.shape)
+            self._slots_SN[slot, t.offset : t.offset + t.nbytes].view(np.float32).reshape(t.shape)
             for t in record.tensors
         ]
         return Expert(*parts)
 
-    def prefetch(self, keys: Sequence[Key]) -> int:
-        return self.tier.prefetch(keys)
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
-        return self.tier.acquire(layer, experts, exact=self.exact)
-
-    def record_fallback(self, weight: float) -> None:
-        self.tier.counters.fallback_weight += weight
-
-    def end_token(self) -> None:
-        self.tier.end_token()
-
-    def begin_prompt(self) -> None:
-        self.tier.begin_prompt()
-
-    def end_prompt(self, ids_TLK: np.ndarray) -> None:
-        self.tier.end_prompt(ids_TLK)
-
-    def resident(self) -> frozenset[Key]:
-        return self.tier.resident()
-
-    def held(self) -> frozenset[Key]:
-        return self.resident()
-
     def copy_rate(self) -> None:
         """Records are computed with where they were read to."""
 
-    def stats(self) -> StoreStats:
-        stats = self.tier.stats()
-        stats.capacity_bytes = self.capacity_bytes
-        return stats
-
     def close(self) -> None:
-        self.tier.close()
-        if self.owns_reader:
-            self.reader.close()
+        """Memory is freed by itself."""
+
+
+class FakeStore(Driver):
+    """A feed over a `FakeArena`, driven by hand. What is wrong with one is said by its class."""
+
+    tier_class = SlotTier
+    extra_slots, verify = 0, True
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(feed)
+        self.tier: Any = feed.tier
+        self.tier.__class__ = self.tier_class
+        vars(self.tier)["_verify"] = self.verify  # as FeedOptions.verify would say
 
 
 class FakeBackend:
@@ -115,11 +71,11 @@ class FakeBackend:
 
     name = "fake"
 
-    def __init__(self, store: type[FakeStore] = FakeStore) -> None:
-        self.store = store
+    def __init__(self, driver: type[FakeStore] = FakeStore) -> None:
+        self.driver = driver
 
-    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> FakeStore:
-        return self.store(layout, capacity_bytes, **options)
+    def open_arena(self, layout: Layout, slots: int, options: FeedOptions) -> FakeArena:
+        return FakeArena(layout, slots + self.driver.extra_slots, options)
 
 
 class TakesOneSlotMore(FakeStore):
@@ -131,29 +87,29 @@ class IgnoresDigests(FakeStore):
 
 
 class EvictsWhatIsHeld(FakeStore):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(feed)
         self.tier.residency.pin = self.tier.residency.unpin = lambda slot: None  # type: ignore
 
 
 class YieldsTwice(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         return (item for item in super().acquire(layer, experts) for _ in range(2))
 
 
 class ForgetsTheLast(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         return super().acquire(layer, experts[:-1])
 
 
 class MixesUpExperts(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         items = list(super().acquire(layer, experts))
         return iter([(items[-1 - i][0], expert) for i, (_, expert) in enumerate(items)])
 
 
 class DeliversUnfinished(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         self.tier.prefetch([(layer, expert) for expert in experts])
         for expert in experts:
             slot = self.tier.residency.lookup((layer, expert))
@@ -161,23 +117,23 @@ class DeliversUnfinished(FakeStore):
 
 
 class StartsLazily(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         yield from super().acquire(layer, experts)
 
 
 class WaitsForAll(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         return iter(list(super().acquire(layer, experts)))
 
 
 class FallsBackSilently(FakeStore):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.exact = False
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(feed)
+        feed.exact = False
 
 
 class HidesFailures(FakeStore):
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         try:
             yield from super().acquire(layer, experts)
         except ChronosError:
@@ -187,7 +143,7 @@ class HidesFailures(FakeStore):
 class StaysBroken(FakeStore):
     failure: ChronosError | None = None
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Item]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
         if self.failure is not None:
             raise self.failure
         try:
@@ -198,7 +154,7 @@ class StaysBroken(FakeStore):
 
 
 class ReadsAgain(SlotTier):
-    def _urge(self, load: Load) -> None:
+    def _promote(self, load: Load) -> None:
         self._cancel(load)
         super()._begin([load])
 
@@ -213,7 +169,7 @@ class WithoutUrgency(SlotTier):
             load.demand = False
         super()._begin(loads)
 
-    def _urge(self, load: Load) -> None:
+    def _promote(self, load: Load) -> None:
         pass
 
 
@@ -233,7 +189,7 @@ class LetsPrefetchesBlock(FakeStore):
 class PrefetchesAgain(FakeStore):
     def prefetch(self, keys: Sequence[Key]) -> int:
         super().prefetch(keys)
-        return sum(self.layout.records[key].nbytes for key in keys)
+        return sum(self.feed.layout.records[key].nbytes for key in keys)
 
 
 class CountsLateAsHits(FakeStore):

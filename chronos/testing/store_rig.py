@@ -21,6 +21,10 @@ import xxhash
 
 from chronos.common.disk.io import ALIGN, FileIO
 from chronos.common.disk.reader import RangedReader
+from chronos.common.experts.feed import Feed, FeedOptions, open_feed
+from chronos.common.experts.residency import Counts, Policy
+from chronos.common.experts.stats import StoreStats, TokenReport
+from chronos.common.experts.tier import Lease
 from chronos.common.layout.folder import Layout
 from chronos.common.layout.manifest import TENSOR_ALIGN, Manifest, Record, RecordTensor
 from chronos.common.model.weights import EXPERT_TENSORS, Key
@@ -77,7 +81,7 @@ class GatedIO(FileIO):
         return super().preadv(fd, buffers, offset)
 
 
-class Ranking:
+class Ranking(Counts):
     """A forecasting policy whose ranks a test sets; `told` is what it was told."""
 
     forecasts = True
@@ -89,9 +93,6 @@ class Ranking:
     def observe(self, layer: int, experts: object) -> None:
         self.told.append(layer)
 
-    def reconsider(self) -> None:
-        pass
-
     def end_token(self) -> None:
         self.told.append("token")
 
@@ -102,9 +103,76 @@ class Ranking:
         self.told.append("end")
 
 
+class Driver:
+    """A feed that a test drives by hand: needs of layers, ends of tokens and prompts, hints."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed, self._step = feed, feed.step()
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        return self._step.acquire(layer, experts)
+
+    def record_fallback(self, weight: float) -> None:
+        self._step.record_fallback(weight)
+
+    def prefetch(self, keys: Sequence[Key]) -> int:
+        """Bytes newly asked for."""
+        asked = self.feed.tier.prefetch(keys, "test")
+        return sum(self.feed.layout.records[key].nbytes for key in asked)
+
+    def end_token(self) -> TokenReport:
+        return self.feed.tier.end_token()
+
+    def begin_prompt(self) -> None:
+        self.feed.tier.begin_prompt()
+
+    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+        self.feed.tier.end_prompt(ids_TLK)
+
+    def idle(self) -> bool:
+        """Whether no load is under way, after a look at what has landed."""
+        with self.feed.tier.lock:
+            self.feed.tier.settle()
+            return not self.feed.tier.loading
+
+    def drain(self) -> None:
+        """Wait for the copies that were started, where there are any."""
+
+    def resident(self) -> frozenset[Key]:
+        return self.feed.resident()
+
+    def stats(self) -> StoreStats:
+        return self.feed.stats()
+
+    def close(self) -> None:
+        self.feed.close()
+
+
+def feed_over(
+    backend: Any,
+    layout: Layout,
+    capacity_bytes: int,
+    *,
+    policy: Policy | None = None,
+    prefetch: bool = False,
+    reader: RangedReader | None = None,
+    **options: Any,
+) -> Feed:
+    """A feed over a backend's arena. options: fields of `FeedOptions`."""
+    return open_feed(
+        backend.open_arena,
+        layout,
+        capacity_bytes,
+        FeedOptions(**options),
+        policy=policy,
+        prefetch=prefetch,
+        reader=reader,
+    )
+
+
 @dataclass
 class Opened:
-    """A store under test and what surrounds it."""
+    """A feed under test, driven by hand, and what surrounds it."""
 
     store: Any
     layout: Layout
@@ -123,9 +191,9 @@ class Opened:
         return self.layout.records[key].offset
 
     def settle(self) -> None:
-        """Wait until no read is under way, and no copy where the store under test has copies."""
-        until(lambda: self.reader.queue_depth() == 0)
-        getattr(self.store, "drain", lambda: None)()
+        """Wait until no load is under way, and no copy where the feed under test has copies."""
+        until(lambda: self.reader.queue_depth() == 0 and self.store.idle())
+        self.store.drain()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -138,6 +206,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def check(key: Key, weights: Any) -> None:
     assert weights is not None, f"{key} was not delivered"
+    weights = getattr(weights, "expert", weights)  # what says where an expert is has it too
     for have, want in zip(weights, expected(key), strict=True):
         np.testing.assert_array_equal(np.asarray(have), want, err_msg=f"bytes of {key}")
 
@@ -165,4 +234,6 @@ class StoreRig:
                 store.close()
 
     def open_store(self, backend: Any, layout: Layout, capacity: int, **options: Any) -> Any:
-        return backend.open_store(layout, capacity, **options)
+        """A `Driver`, or what stands for one."""
+        driver = getattr(backend, "driver", Driver)
+        return driver(feed_over(backend, layout, capacity, **options))

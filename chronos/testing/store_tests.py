@@ -1,6 +1,6 @@
 """StoreTests: what every backend's expert store must do. Subclass it with a `backend` fixture.
 
-`backend` needs `open_store(layout, capacity_bytes, *, top_k, miss, policy, reader)`. Here is what a
+`backend` needs `open_arena(layout, slots, options)`. Here is what a
 store delivers, keeps, reads ahead and counts; that it survives failures is inherited
 (`store_faults`), and both stand on `store_rig`.
 Not covered: speed, and how bytes reach an accelerator.

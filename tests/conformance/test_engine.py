@@ -168,10 +168,10 @@ def test_cancel_takes_effect_within_a_long_prompt(backend: Any, tmp_path: Path) 
     with load(folder, backend=backend.name, budget="25%") as engine:
         prefill, calls = engine.runner.prefill, []
 
-        def counted(tokens: list[int], sampling: SamplingParams) -> int:
+        def counted(tokens: list[int], sampling: SamplingParams, prompt: int) -> int:
             calls.append(len(tokens))
             cancel.set()
-            return prefill(tokens, sampling)
+            return prefill(tokens, sampling, prompt)
 
         engine.runner.prefill = counted  # type: ignore[method-assign]
         result = engine.generate([7] * 2000, cancel=cancel).result
@@ -220,8 +220,8 @@ def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams
 def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
     steps = engine.generate(PROMPT, max_tokens=24)
     for _ in steps:
-        assert engine.store is not None
-        assert engine.store.stats().live_bytes <= engine.budget_bytes
+        assert engine.feed is not None
+        assert engine.feed.stats().live_bytes <= engine.budget_bytes
     stats = steps.result.stats
     assert set(STATS) <= stats.keys()
     assert stats["hits"] + stats["late"] + stats["misses"] == stats["routed"]
@@ -239,7 +239,7 @@ def test_a_resident_model_reads_nothing(backend: Any, folder: Path, engine: Engi
     with load(folder, backend=backend.name, budget="resident") as resident:
         resident.stop_ids = frozenset()
         result = resident.generate(PROMPT, max_tokens=24).result
-        assert resident.store is None
+        assert resident.feed is None
         assert resident.budget_bytes == resident.expert_bytes_total
     assert result.tokens == greedy(engine)
     assert result.stats["bytes_read"] == result.stats["routed"] == 0
@@ -254,7 +254,7 @@ def test_a_budget_below_the_minimum_names_it(backend: Any, folder: Path) -> None
 def test_an_unpacked_folder_runs_resident_and_only_so(backend: Any, folder: Path) -> None:
     unpacked = folder.with_name(folder.name + "-unpacked")
     with load(unpacked, backend=backend.name) as engine:
-        assert engine.store is None
+        assert engine.feed is None
     with pytest.raises(UsageError, match="chronos pack"):
         load(unpacked, backend=backend.name, budget="25%")
 
@@ -282,7 +282,7 @@ def test_a_warm_tier_where_nothing_is_streamed_is_said_to_be_unused(
     backend: Any, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with load(folder, backend=backend.name, budget="resident", warm="1MiB") as whole:
-        assert whole.store is None
+        assert whole.feed is None
     assert "warm tier of 1MiB is not used" in caplog.text
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from chronos.common.disk.io import FileIO
 from chronos.common.errors import StoreError, UsageError
+from chronos.common.experts.feed import Step
 from chronos.common.experts.foresight.forecast import ForecastModel
 from chronos.common.experts.foresight.network import Geometry
 from chronos.common.layout import open_layout, pack
@@ -65,7 +66,7 @@ class Rollout:
     """What a model answered: logits after the prompt and after each token, tokens, routed needs."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], steps: int = 12) -> None:
-        runner, store = engine.runner, engine.store
+        runner, store = engine.runner, engine.feed
         self.live: list[int] = []
         runner.reset()
         runner.recording = True
@@ -200,8 +201,8 @@ def test_what_a_forecaster_saw_of_a_prompt_is_its_tokens_one_by_one(
                 runner.prefill(LONG[:1], GREEDY)
                 for token in LONG[1:]:
                     runner.decode(token, GREEDY)
-            assert engine.store is not None
-            policy: Any = engine.store.policy  # type: ignore[attr-defined]
+            assert engine.feed is not None
+            policy: Any = engine.feed.tier.policy
             seen[at_once] = policy.next_uses().copy()
     np.testing.assert_allclose(seen[True], seen[False], rtol=1e-4)
 
@@ -209,11 +210,11 @@ def test_what_a_forecaster_saw_of_a_prompt_is_its_tokens_one_by_one(
 def test_a_hundred_runs_with_experts_arriving_in_any_order(
     backend: Any, folders: dict[str, Path], resident: dict[str, Rollout]
 ) -> None:
-    io = JitterIO(seed=1, longest_s=2e-4)
-    with open_slots(backend, folders["layer"], TOP_K + 2, io=io) as engine:
-        for number in range(100):
-            engine.runner.prefetch = "auto" if number % 2 else "off"
-            Rollout(engine, SHORT, steps=3).assert_same(resident["brief"])
+    for prefetch in ("auto", "off"):
+        options = {"prefetch": prefetch, "io": JitterIO(seed=1, longest_s=2e-4)}
+        with open_slots(backend, folders["layer"], TOP_K + 2, **options) as engine:
+            for _ in range(50):
+                Rollout(engine, SHORT, steps=3).assert_same(resident["brief"])
 
 
 def test_prefetch_on_and_off_at_equal_budget_and_latency(
@@ -269,14 +270,13 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
 ) -> None:
     """Some layers have the token then and some do not: the next would be wrong."""
     with load(folders["layer"], backend=backend.name, budget="50%", prefetch="off") as engine:
-        runner, store = engine.runner, engine.store
-        assert store is not None
-        acquire = store.acquire
+        runner = engine.runner
+        acquire = Step.acquire
 
-        def fails(layer: int, experts: Sequence[int]) -> Any:
+        def fails(step: Step, layer: int, experts: Sequence[int]) -> Any:
             if layer == LAYERS - 1:
                 raise StoreError("a disk that is gone")
-            return acquire(layer, experts)
+            return acquire(step, layer, experts)
 
         runner.prefill(SHORT, GREEDY)
         expected = [runner.decode(token, GREEDY) for token in (9, 8, 7)]
@@ -284,7 +284,7 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
         runner.prefill(SHORT, GREEDY)
         assert runner.decode(9, GREEDY) == expected[0]
         with monkeypatch.context() as patch:
-            patch.setattr(store, "acquire", fails)
+            patch.setattr(Step, "acquire", fails)
             with pytest.raises(StoreError, match="gone"):
                 runner.decode(8, GREEDY)
         for again in (lambda: runner.decode(8, GREEDY), lambda: runner.prefill(SHORT, GREEDY)):

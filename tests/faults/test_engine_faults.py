@@ -311,8 +311,8 @@ def test_exact_mode_raises_rather_than_falls_back(folder: Path) -> None:
         with pytest.raises(CorruptClusterError, match="checksum"):
             for token in range(CONFIG.vocab_size):
                 list(engine.generate([token] * 8, max_tokens=8))
-        assert engine.store is not None
-        assert engine.store.stats().fallbacks == 0
+        assert engine.feed is not None
+        assert engine.feed.stats().fallbacks == 0
 
 
 def test_fallback_without_shared_experts_is_refused(tmp_path: Path) -> None:

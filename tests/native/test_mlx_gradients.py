@@ -47,8 +47,8 @@ def test_a_gradient_through_streamed_experts_is_refused(folder: Path, tokens: in
     with load(folder, backend="mlx", budget="50%") as engine:
         model = engine.runner.model
         with pytest.raises(UsageError, match="gradients through streamed experts"):
-            gradient(model, tokens, engine.store)
-        assert mx.isfinite(model(mx.array(IDS), source=engine.store).logits).all()
+            gradient(model, tokens, engine.feed.step())
+        assert mx.isfinite(model(mx.array(IDS), source=engine.feed.step()).logits).all()
 
 
 def test_a_resident_model_has_gradients(folder: Path) -> None:

@@ -14,12 +14,13 @@ pytest.importorskip("mlx_lm.utils", reason="guests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.backends.mlx.guest.experts import StreamedLayer  # noqa: E402
+from chronos.common.experts.feed import Step  # noqa: E402
 from chronos.common.experts.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
 from tests.support.mlx_guests import (  # noqa: E402
     GREEDY,
     PROMPT,
-    open_store,
+    open_feed,
     packed,
     save,
     values,
@@ -34,8 +35,8 @@ def test_a_token_waits_once_a_layer_and_once_at_its_end(
     layout = open_layout(packed(folder("mixtral")))
     waits = []
     evaluate = mx.eval
-    with open_store(layout, 1.0) as store:
-        runner = backend.runner(backend.load(layout.folder, resident=False), store)
+    with open_feed(layout, 1.0) as feed:
+        runner = backend.runner(backend.load(layout.folder, resident=False), feed)
         token = runner.prefill(PROMPT, GREEDY)
         monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), evaluate(*arrays)))
         for _ in range(5):
@@ -44,20 +45,20 @@ def test_a_token_waits_once_a_layer_and_once_at_its_end(
 
 
 class Everything:
-    """A prefetcher that wants every forecast, as a source of experts."""
+    """A source of experts that wants every forecast of next gates."""
 
-    def __init__(self, store: Any) -> None:
-        self.prefetcher, self._store = self, store
+    def __init__(self, step: Step) -> None:
+        self._step = step
         self.forecasts: dict[int, list[int]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        return getattr(self._step, name)
 
-    def wanted(self, source: str) -> bool:
+    def wants(self, source: str) -> bool:
         return source == NEXT_GATE
 
-    def forecast_next(self, layer: int, experts: list[int]) -> None:
-        self.forecasts[layer] = experts
+    def foresee(self, source: str, scores: list[int], layer: int) -> None:
+        self.forecasts[layer] = scores
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe", "qwen3_next", "nemotron_h"])
@@ -78,9 +79,9 @@ def test_the_next_gate_forecasts(
     monkeypatch.setattr(StreamedLayer, "__call__", watched)
     waits = []
     evaluate = mx.eval
-    with open_store(layout, 0.5) as store:
+    with open_feed(layout, 0.5) as feed:
         monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), evaluate(*arrays)))
-        source = Everything(store)
+        source = Everything(feed.step())
         model(mx.array([[7]]), source=source)
     assert len(waits) == len(layout.moe_layers)
     assert list(source.forecasts) == list(layout.moe_layers[1:])
@@ -114,8 +115,8 @@ def test_no_expert_is_allocated_but_in_the_store(
     mx.reset_peak_memory()
     model = backend.load(layout.folder, resident=False)
     assert mx.get_peak_memory() - before < 4 * dense
-    with open_store(layout, 1.0) as store:
-        runner = backend.runner(model, store)
+    with open_feed(layout, 1.0) as feed:
+        runner = backend.runner(model, feed)
         runner.prefill(PROMPT[:3], GREEDY)
         held = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -128,12 +129,12 @@ def test_replayed_ids_are_the_experts_used(folder: Callable[[str], Path]) -> Non
     layout = open_layout(packed(folder("qwen3_moe")))
     model = backend.load(layout.folder, resident=False)
     ids_TK = np.array([[6, 1]])
-    with open_store(layout, 1.0) as store:
-        runner = backend.runner(model, store)
+    with open_feed(layout, 1.0) as feed:
+        runner = backend.runner(model, feed)
         runner.recording = True
         runner.replay = lambda layer: (ids_TK + layer, np.full((1, 2), 0.5, np.float32))
         runner.decode(7, GREEDY)
-        assert store.resident() == {(0, 6), (0, 1), (1, 7), (1, 2)}
+        assert feed.resident() == {(0, 6), (0, 1), (1, 7), (1, 2)}
     ids_TLK, weights_TLK = runner.routing()[0]
     np.testing.assert_array_equal(ids_TLK[0], [[6, 1], [7, 2]])
     assert weights_TLK is None  # a switch never sees them
@@ -146,10 +147,10 @@ def test_shared_experts_stand_in(folder: Callable[[str], Path], name: str) -> No
     block = model.core.model.layers[1].mlp
     x_13D = mx.random.normal((1, 3, 32))
     seen = {}
-    with open_store(layout, 1.0, miss="fallback") as store:
-        model._call.source, model._call.routing = store, []
+    with open_feed(layout, 1.0, miss="fallback") as feed:
+        model._call.source, model._call.routing = feed.step(), []
         y = values(block.switch_mlp(x_13D, mx.array([[[0, 1], [2, 1], [3, 0]]])))
-        seen = store.stats()
+        seen = feed.stats()
         expected = block.shared_experts if name == "deepseek_v3" else block.shared_expert
         shared = expected(x_13D)
         if name == "qwen2_moe":

@@ -30,7 +30,7 @@ from tests.support.mlx_guests import (  # noqa: E402
     QUANTISED,
     SAVED,
     changed,
-    open_store,
+    open_feed,
     packed,
     save_by_transformers,
 )
@@ -42,7 +42,7 @@ def test_fallback_needs_shared_experts(folder: Callable[[str], Path]) -> None:
     layout = open_layout(packed(folder("mixtral")))
     model = backend.load(layout.folder, resident=False)
     with (
-        open_store(layout, 1.0, miss="fallback") as store,
+        open_feed(layout, 1.0, miss="fallback") as store,
         pytest.raises(UsageError, match="mixtral"),
     ):
         backend.runner(model, store).decode(7, GREEDY)

@@ -30,7 +30,7 @@ from tests.support.mlx_guests import (  # noqa: E402
     SAVED,
     changed,
     needs,
-    open_store,
+    open_feed,
     packed,
     run,
     values,
@@ -47,9 +47,9 @@ def test_streamed_is_resident_bit_for_bit(folder: Callable[[str], Path], name: s
     model = backend.load(layout.folder, resident=False)
     for share in BUDGETS:
         for ahead in (False, True):
-            with open_store(layout, share) as store:
-                logits, found = run(model, store, ahead)
-                stats = store.stats()
+            with open_feed(layout, share) as feed:
+                logits, found = run(model, feed, ahead)
+                stats = feed.stats()
             np.testing.assert_array_equal(logits, resident, f"{share} {ahead}")
             np.testing.assert_array_equal(found, routing)
             assert stats.hits + stats.late + stats.misses == needs(routing)
@@ -73,8 +73,8 @@ def test_logits_are_those_of_transformers(folder: Callable[[str], Path], name: s
         expected = reference(torch.tensor([PROMPT])).logits.numpy()
     layout = open_layout(packed(folder(name)))
     model = backend.load(layout.folder, resident=False)
-    with open_store(layout, 0.5) as store:
-        logits = values(model(mx.array([PROMPT]), source=store).logits)
+    with open_feed(layout, 0.5) as feed:
+        logits = values(model(mx.array([PROMPT]), source=feed.step()).logits)
     assert_close(logits, expected, "logits", name)
 
 
@@ -93,8 +93,8 @@ def test_experts_without_a_gate(folder: Callable[[str], Path], tmp_path: Path) -
     pack(tmp_path / "hub", packed(tmp_path / "hub"))
     layout = open_layout(packed(tmp_path / "hub"))
     assert [tensor.name for tensor in layout.records[2, 0].tensors] == ["up_proj", "down_proj"]
-    with open_store(layout, 0.5) as store:
-        logits, _ = run(backend.load(layout.folder, resident=False), store)
+    with open_feed(layout, 0.5) as feed:
+        logits, _ = run(backend.load(layout.folder, resident=False), feed)
     np.testing.assert_array_equal(logits, run(backend.load(saved, resident=True))[0])
 
 
@@ -108,8 +108,8 @@ def test_bfloat16_on_a_cpu_is_widened(folder: Callable[[str], Path], home: Path,
     assert {tensor.dtype for tensor in layout.records[0, 0].tensors} == {"BF16"}
     resident, _ = run(backend.load(layout.folder, device="cpu", resident=True))
     model = backend.load(layout.folder, device="cpu", resident=False)
-    with open_store(layout, 0.5) as store:
-        np.testing.assert_array_equal(run(model, store)[0], resident)
+    with open_feed(layout, 0.5) as feed:
+        np.testing.assert_array_equal(run(model, feed)[0], resident)
     reference = AutoModelForCausalLM.from_pretrained(home / f"{name}-bf16", dtype=torch.float32)
     with torch.no_grad():
         expected = reference(torch.tensor([PROMPT])).logits[0, -1].numpy()

@@ -17,7 +17,7 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="tests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
-from chronos.backends.mlx.store import _arena  # noqa: E402
+from chronos.backends.mlx.arena import _arena  # noqa: E402
 from chronos.backends.probe import MemoryLimits  # noqa: E402
 from chronos.common.disk.io import ALIGN  # noqa: E402
 from chronos.common.errors import BudgetError  # noqa: E402
@@ -28,6 +28,7 @@ from chronos.testing.store_rig import (  # noqa: E402
     EXPERTS,
     LAYERS,
     expected,
+    feed_over,
     tiny_layout,
     until,
 )
@@ -50,16 +51,17 @@ def active() -> int:
 def test_the_budget_is_what_is_allocated_and_evicting_allocates_nothing(tmp_path: Path) -> None:
     layout, before = tiny_layout(tmp_path), active()
     slots = 5
-    with backend.open_store(layout, slots * layout.record_nbytes) as store:
+    with feed_over(backend, layout, slots * layout.record_nbytes) as feed:
         held = active() - before
         assert 0 <= held - slots * layout.record_nbytes <= ALIGN  # a page, to start on a boundary
         mx.reset_peak_memory()
         for number in range(100):
-            list(store.acquire(number % LAYERS, range(EXPERTS)))
+            with feed.step() as step:
+                list(step.acquire(number % LAYERS, range(EXPERTS)))
             assert mx.get_active_memory() - before == held
-        assert store.stats().misses > 500
+        assert feed.stats().misses > 500
         assert mx.get_peak_memory() <= before + held
-    del store
+    del feed, step
     assert active() == before
 
 
@@ -117,18 +119,18 @@ def test_a_token_waits_no_more_than_it_must(
         assert waits.count == 10 * least
 
 
-def test_held_experts_stay_until_the_next_acquire(tmp_path: Path) -> None:
-    """Computation on them is lazy: it may run long after the iterator is used up."""
+def test_experts_taken_at_once_stay_until_the_next_acquire(tmp_path: Path) -> None:
+    """Computation on them is lazy: it may run long after the lease is used up."""
     layout = tiny_layout(tmp_path)
-    with backend.open_store(layout, 3 * layout.record_nbytes) as store:
-        places = store.hold(0, store.acquire(0, [0, 1]), None)
-        lazy = [store.stack.down_DF[place] * 1 for place in places.values()]
-        store.prefetch([(1, expert) for expert in range(EXPERTS)])
-        until(lambda: store._reader.queue_depth() == 0)
+    with feed_over(backend, layout, 3 * layout.record_nbytes) as feed, feed.step() as step:
+        places = step.acquire(0, [0, 1]).all()
+        lazy = [place.stack.down_DF[place.slot] * 1 for place in places.values()]
+        feed.preload([(1, expert) for expert in range(EXPERTS)])
+        until(lambda: feed._reader.queue_depth() == 0)
         for expert, array in zip(places, lazy, strict=True):
             assert (expected((0, expert))[1] == array).all()
-        assert {(0, 0), (0, 1)} <= store.resident()
-        assert sorted(e for e, _ in store.acquire(1, [5, 6, 7])) == [5, 6, 7]
+        assert {(0, 0), (0, 1)} <= feed.resident()
+        assert sorted(e for e, _ in step.acquire(1, [5, 6, 7])) == [5, 6, 7]
 
 
 def test_no_loader_or_writer_of_mlx_is_used() -> None:
@@ -160,7 +162,7 @@ def test_no_room_is_an_error_and_not_a_crash(
 ) -> None:
     layout = tiny_layout(tmp_path)
     memory = MemoryLimits(layout.total_bytes // 2, 0, None, None, "test")
-    monkeypatch.setattr("chronos.backends.mlx.store.memory_limits", lambda: memory)
+    monkeypatch.setattr("chronos.backends.mlx.arena.memory_limits", lambda: memory)
     with pytest.raises(BudgetError, match="no room for"):
-        backend.open_store(layout, layout.total_bytes)
-    backend.open_store(layout, layout.total_bytes // 2).close()
+        feed_over(backend, layout, layout.total_bytes)
+    feed_over(backend, layout, layout.total_bytes // 2).close()

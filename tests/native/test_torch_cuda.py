@@ -63,11 +63,12 @@ def test_streamed_is_resident_bit_for_bit(packed: Path, budget: str, warm: str |
     with load(packed, budget="resident") as engine:
         assert engine.device.startswith("cuda")
         expected = rollout(engine, PROMPT)
+    with load(packed, budget=budget, warm=warm, prefetch="off") as engine:
+        np.testing.assert_array_equal(rollout(engine, PROMPT), expected)
     with load(packed, budget=budget, warm=warm) as engine:
-        for prefetch in ("auto", "off"):
-            engine.runner.prefetch = prefetch
+        for _ in range(2):
             np.testing.assert_array_equal(rollout(engine, PROMPT), expected)
-        stats = engine.store.stats()  # type: ignore[union-attr]
+        stats = engine.feed.stats()  # type: ignore[union-attr]
         assert stats.hits + stats.late + stats.misses == stats.routed > 0
         assert stats.peak_expert_bytes <= engine.budget_bytes
         assert stats.bytes_copied > 0
@@ -121,7 +122,7 @@ def test_fallback_runs_without_a_read_in_the_way(tmp_path: Path) -> None:
     pack(tiny_model(tmp_path / "model"), tmp_path / "packed")
     with load(tmp_path / "packed", budget="25%", miss="fallback") as engine:
         logits = rollout(engine, PROMPT)
-        stats = engine.store.stats()  # type: ignore[union-attr]
+        stats = engine.feed.stats()  # type: ignore[union-attr]
     assert np.isfinite(logits).all()
     assert stats.fallbacks > 0
 

@@ -39,11 +39,11 @@ def test_a_gradient_through_streamed_experts_is_refused(folder: Path, tokens: in
         model, ids = engine.runner.model, IDS[:, :tokens]
         embedding(model).requires_grad_()
         with pytest.raises(UsageError, match="gradients through streamed experts"):
-            model(ids, source=engine.store)
+            model(ids, source=engine.feed.step())
         with torch.no_grad():
-            refused_none = model(ids, source=engine.store).logits
+            refused_none = model(ids, source=engine.feed.step()).logits
         embedding(model).requires_grad_(False)
-        assert torch.equal(model(ids, source=engine.store).logits, refused_none)
+        assert torch.equal(model(ids, source=engine.feed.step()).logits, refused_none)
 
 
 def test_a_resident_model_has_gradients(folder: Path) -> None:

@@ -6,6 +6,7 @@ computation are late and out of step with the host. The tests marked `cuda` repe
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -19,31 +20,35 @@ from typing import Any
 import pytest
 import torch
 
-from chronos.backends.torch.store import CudaCopies, ExpertStore
+from chronos.backends.torch.arena import Arena, CudaCopies
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
-from chronos.common.experts.tiers import CopyEngine
+from chronos.common.experts.feed import Feed, FeedOptions
 from chronos.common.layout import Layout
 from chronos.common.model.weights import Key
 from chronos.testing.copies import FakeCopyEngine, FakeEvent
-from chronos.testing.store_rig import EXPERTS, LAYERS, Opened, check, expected, tiny_layout
+from chronos.testing.store_rig import (
+    EXPERTS,
+    LAYERS,
+    Driver,
+    Opened,
+    check,
+    expected,
+    feed_over,
+    tiny_layout,
+)
 from chronos.testing.store_tests import StoreTests
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 
 
-class Waiting:
-    """A store whose consumer waits for the device at every expert, to look at it from the host."""
+class Waiting(Driver):
+    """A feed whose consumer waits for the device at every expert, to look at it from the host."""
 
-    def __init__(
-        self, store: ExpertStore, wait: Callable[[], None], drain: Callable[[], None]
-    ) -> None:
-        self._store, self._wait, self.drain = store, wait, drain
+    synchronize: Callable[[], None]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[Any]:
-        return WaitingItems(self._store.acquire(layer, experts), self._wait)
+    def acquire(self, layer: int, experts: Sequence[int]) -> Any:
+        return WaitingItems(super().acquire(layer, experts), self.synchronize)
 
 
 class WaitingItems:
@@ -64,14 +69,18 @@ class FakeCuda:
     """Stands for the torch backend with a device of its own; `warm` is in experts."""
 
     def __init__(self, engine: FakeCopyEngine, warm: int, waiting: bool = True) -> None:
-        self.engine, self.warm, self.waiting = engine, warm, waiting
+        self.engine, self.warm = engine, warm
+        self.driver = self._waiting if waiting else Driver
 
-    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> Any:
-        warm_bytes = self.warm * layout.record_nbytes
-        store = ExpertStore(
-            layout, capacity_bytes, warm_bytes=warm_bytes, copies=self.engine, **options
-        )
-        return Waiting(store, self.engine.synchronize, self.engine.drain) if self.waiting else store
+    def open_arena(self, layout: Layout, slots: int, options: FeedOptions) -> Arena:
+        warm = dataclasses.replace(options, warm_bytes=self.warm * layout.record_nbytes)
+        return Arena(layout, slots, warm, self.engine.over)
+
+    def _waiting(self, feed: Feed) -> Waiting:
+        driver = Waiting(feed)
+        driver.synchronize = self.engine.synchronize
+        driver.drain = self.engine.drain  # type: ignore[method-assign]
+        return driver
 
 
 class TestStagedStore(StoreTests):
@@ -208,14 +217,22 @@ def test_warm_hits_are_misses_without_a_read(device: Device) -> None:
     assert stats.misses - stats.warm_hits == LAYERS * EXPERTS
     assert stats.warm_hits > 0
     assert stats.bytes_copied == device.layout.record_nbytes * stats.misses
-    assert stats.warm_capacity_bytes == device.layout.total_bytes
+
+
+def test_the_warm_tier_is_counted(tmp_path: Path) -> None:
+    layout = tiny_layout(tmp_path)
+    room = {"warm_bytes": layout.total_bytes, "top_k": 2}
+    with closing(FakeCopyEngine()) as engine:
+        backend = FakeCuda(engine, LAYERS * EXPERTS)
+        with feed_over(backend, layout, layout.total_bytes // 2, **room) as feed:
+            assert feed.stats().warm_capacity_bytes == layout.total_bytes
 
 
 def test_what_host_memory_holds_needs_no_read(tmp_path: Path) -> None:
     with open_device(tmp_path, slots=4, warm=6) as device:
         device.queue(1, range(EXPERTS))
         device.verify()
-        resident, held = device.store.resident(), device.store.held()
+        resident, held = device.store.resident(), device.store.feed.held()
         assert len(resident) == 4 and len(held) >= 6 and resident < held
         before = device.store.stats()
         for layer, expert in held - resident:
@@ -229,12 +246,12 @@ def test_what_host_memory_holds_needs_no_read(tmp_path: Path) -> None:
 def test_the_rate_of_copies_is_measured_where_there_are_some(device: Device) -> None:
     device.queue(0, [1, 2])
     copies = device.engine.copies
-    assert device.store.copy_rate() > 0
+    assert device.store.feed.copy_rate() > 0
     assert device.engine.copies > copies
     device.queue(0, [1, 2, 3])  # nothing was overwritten
     device.verify()
-    with ExpertStore(device.layout, device.layout.total_bytes) as on_cpu:
-        assert on_cpu.copy_rate() is None
+    on_cpu = Arena(device.layout, LAYERS * EXPERTS, FeedOptions())
+    assert on_cpu.copy_rate() is None
 
 
 def test_an_evicted_prefetch_may_still_be_on_its_way(tmp_path: Path) -> None:
@@ -264,11 +281,11 @@ def test_a_copy_that_cannot_start_raises_and_is_forgotten(device: Device) -> Non
     def refuse(*args: Any, **options: Any) -> FakeEvent:
         raise RuntimeError("no memory for the copy")
 
-    start, device.engine.start = device.engine.start, refuse  # type: ignore[method-assign]
+    copy, device.engine.copy = device.engine.copy, refuse  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no memory"):
         device.queue(0, [1, 2])
     device.settle()
-    device.engine.start = start  # type: ignore[method-assign]
+    device.engine.copy = copy  # type: ignore[method-assign]
     device.queue(0, [1, 2, 3, 4, 5])
     device.verify()
 
@@ -276,9 +293,9 @@ def test_a_copy_that_cannot_start_raises_and_is_forgotten(device: Device) -> Non
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     layout, threads = tiny_layout(tmp_path), threading.active_count()
     with pytest.raises(UsageError, match="warm tier"):
-        ExpertStore(layout, layout.total_bytes, warm_bytes=layout.total_bytes)
+        Arena(layout, LAYERS * EXPERTS, FeedOptions(warm_bytes=layout.total_bytes))
     with pytest.raises(UsageError, match="miss"):
-        ExpertStore(layout, layout.total_bytes, miss="drop")
+        FeedOptions(miss="drop")
     assert threading.active_count() == threads
 
 
@@ -286,9 +303,14 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 
 class Cuda:
-    def open_store(self, layout: Layout, capacity_bytes: int, **options: Any) -> Waiting:
-        store = ExpertStore(layout, capacity_bytes, device="cuda", **options)
-        return Waiting(store, torch.cuda.synchronize, torch.cuda.synchronize)
+    def open_arena(self, layout: Layout, slots: int, options: FeedOptions) -> Arena:
+        return Arena(layout, slots, dataclasses.replace(options, device="cuda"))
+
+    def driver(self, feed: Feed) -> Waiting:
+        driver = Waiting(feed)
+        driver.synchronize = torch.cuda.synchronize
+        driver.drain = torch.cuda.synchronize  # type: ignore[method-assign]
+        return driver
 
 
 @pytest.mark.cuda
@@ -305,9 +327,11 @@ class TestCudaStore(StoreTests):
 def test_the_device_computes_with_the_right_bytes(tmp_path: Path, chunk_bytes: int) -> None:
     """Queued sums of every expert while slots are overwritten behind them; one wait at the end."""
     layout, draw = tiny_layout(tmp_path), random.Random(6)
-    copies: CopyEngine = CudaCopies(torch.device("cuda"), chunk_bytes)
+    options = FeedOptions(device="cuda")
+    arena = Arena(layout, 3, options, partial(CudaCopies, chunk_bytes=chunk_bytes))
     busy, sums = torch.randn(2048, 2048, device="cuda"), []
-    with ExpertStore(layout, 3 * layout.record_nbytes, device="cuda", copies=copies) as store:
+    feed = Feed(layout, 3 * layout.record_nbytes, arena, RangedReader(), options)
+    with closing(Driver(feed)) as store:
         for _ in range(200):
             layer = draw.randrange(LAYERS)
             store.prefetch([(draw.randrange(LAYERS), draw.randrange(EXPERTS))])

@@ -7,6 +7,7 @@ addresses, where products differ in the last bit, so the reference is the model 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -127,11 +128,11 @@ def test_streamed_is_the_librarys_own_run_bit_for_bit(
 ) -> None:
     tiny = guest(model_type)
     expected = by_library(tiny.model, PROMPT)
-    for budget in (tiny.slots(2), "50%", "all"):
-        with chronos.load(tiny.packed, backend="torch", budget=budget) as engine:
-            for engine.runner.prefetch in ("auto", "off"):
-                np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-            stats = engine.store.stats()
+    for budget, prefetch in itertools.product((tiny.slots(2), "50%", "all"), ("auto", "off")):
+        options = {"budget": budget, "prefetch": prefetch}
+        with chronos.load(tiny.packed, backend="torch", **options) as engine:
+            np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+            stats = engine.feed.stats()
             assert stats.hits + stats.late + stats.misses == stats.routed > 0
             assert stats.peak_expert_bytes <= engine.budget_bytes
 
@@ -161,7 +162,7 @@ def test_resident_guests_packed_or_not_give_the_same_bits(
     for folder in (tiny.packed, tiny.source):
         with chronos.load(folder, backend="torch", budget="resident") as engine:
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-            assert engine.store is None
+            assert engine.feed is None
             assert engine.expert_bytes_total == open_layout(tiny.packed).total_bytes
             assert engine.moe_layers == open_layout(tiny.packed).moe_layers
 
@@ -250,9 +251,9 @@ def test_packed_products_have_the_librarys_bits(
     with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
         for _ in range(2):
             np.testing.assert_array_equal(by_engine(engine, PROMPT, 12), expected)
-        assert engine.store is not None
+        assert engine.feed is not None
         used = int(engine.runner.model._call.routing[0].ids_TK[0, 0])
-        ((_, weights),) = engine.store.acquire(open_layout(tiny.packed).moe_layers[0], [used])
+        ((_, weights),) = engine.feed.step().acquire(open_layout(tiny.packed).moe_layers[0], [used])
         experts = next(m for m in engine.runner.model.core.modules() if is_experts(m))
         shapes = [shape for shape in experts.chronos_shapes.values() if len(shape) > 1]
         matrices = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
@@ -299,7 +300,7 @@ def test_shared_experts_stand_in_for_missing_ones(
         folder, backend="torch", budget="50%", miss="fallback", allow_missing=True
     ) as engine:
         found = by_engine(engine, PROMPT)
-        stats = engine.store.stats()
+        stats = engine.feed.stats()
         assert np.isfinite(found).all()
         assert stats.fallbacks == stats.routed > 0
         assert stats.fallback_weight > 0
@@ -426,16 +427,16 @@ def test_the_next_gate_names_experts_that_are_read_ahead(
     tiny = guest(model_type)
     expected = by_library(tiny.model, PROMPT)
     with chronos.load(tiny.packed, backend="torch", budget="50%", predictor="lfu") as engine:
-        source = engine.runner._prefetcher.sources[NEXT_GATE]
+        source = engine.feed.ahead.sources[NEXT_GATE]
         source.controller.allowance = lambda in_flight_bytes=0: tiny.slots(2)
         asked: list[tuple[int, list[int]]] = []
-        forecast = engine.runner._prefetcher.forecast_next
+        forecast = engine.feed.ahead.forecast_next
 
         def note(layer: int, experts: list[int]) -> None:
             asked.append((layer, experts))
             forecast(layer, experts)
 
-        engine.runner._prefetcher.forecast_next = note
+        engine.feed.ahead.forecast_next = note
         np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
         layers = {layer for layer, _ in asked}
         assert layers and layers <= set(engine.moe_layers[1:])

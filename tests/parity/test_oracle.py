@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from chronos.common.experts.tier import HeldLease
 from chronos.common.layout import open_layout, pack
 from chronos.common.model.config import ModelConfig
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.sampling import draw as reference_draw
 from chronos.testing import oracle
 from chronos.testing.model_tests import CONFIG
+from chronos.testing.store_rig import feed_over
 from chronos.testing.tolerances import assert_close
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -96,7 +98,7 @@ def test_bfloat16_weights(backend: Any, tmp_path: Path) -> None:
 
 
 class WithGaps:
-    """A store some of whose experts are never ready."""
+    """A step some of whose experts are never ready."""
 
     def __init__(self, store: Any, available_LE: np.ndarray) -> None:
         self.store, self.available_LE, self.weight = store, available_LE, 0.0
@@ -104,9 +106,10 @@ class WithGaps:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        for expert, weights in self.store.acquire(layer, experts):
-            yield expert, weights if self.available_LE[layer, expert] else None
+    def acquire(self, layer: int, experts: Sequence[int]) -> HeldLease:
+        found = self.store.acquire(layer, experts).all()
+        here_E = self.available_LE[layer]
+        return HeldLease([(e, weights if here_E[e] else None) for e, weights in found.items()])
 
     def record_fallback(self, weight: float) -> None:
         self.weight += weight
@@ -124,8 +127,8 @@ def test_shared_experts_stand_in(backend: Any, tmp_path: Path, length: int) -> N
     )
     ids = IDS[:1, :length]
     expected = oracle.forward(weights, config, ids, available_LE=available)
-    with backend.open_store(layout, layout.total_bytes, top_k=2) as store:
-        source = WithGaps(store, available)
+    with feed_over(backend, layout, layout.total_bytes, top_k=2) as feed:
+        source = WithGaps(feed.step(), available)
         assert_same(backend.forward(model, ids, source=source), expected, np.ones(length, bool))
     gone = [
         weights_BTK[~available[layer][ids_BTK]].sum()

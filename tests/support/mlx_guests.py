@@ -19,8 +19,10 @@ from mlx.utils import tree_map_with_path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import chronos.backends.mlx as backend
+from chronos.common.experts.feed import Feed
 from chronos.common.layout import Layout
 from chronos.common.text.sampling import SamplingParams
+from chronos.testing.store_rig import feed_over
 
 GREEDY = SamplingParams()
 PROMPT = [int(i) for i in np.random.default_rng(0).integers(0, 96, 40)]  # 80 pairs: MLX-LM sorts
@@ -171,20 +173,23 @@ def mixed_bits(path: str, module: Any) -> bool | dict[str, Any]:
     return {"group_size": 32, "bits": 8} if "layers.0.mlp.switch_mlp" in path else True
 
 
-def open_store(layout: Layout, share: float, **options: Any) -> Any:
+def open_feed(layout: Layout, share: float, **options: Any) -> Feed:
     capacity = max(int(layout.total_bytes * share), 2 * layout.record_nbytes)
-    return backend.open_store(layout, capacity, top_k=2, **options)
+    return feed_over(backend, layout, capacity, top_k=2, **options)
 
 
-def run(model: Any, store: Any = None, ahead: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    model: Any, feed: Feed | None = None, ahead: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits behind the prompt and each decoded token, and the routing of all tokens, TLK."""
-    runner = backend.runner(model, store)
+    runner = backend.runner(model, feed)
     runner.recording = True
     runner.prefill(PROMPT, GREEDY)
     logits = [runner.logits()]
     for number, token in enumerate(DECODED):
-        if ahead:
-            store.prefetch([(layer, (number + i) % 8) for layer in store.stacks for i in range(4)])
+        if ahead and feed is not None:
+            layers = feed.layout.moe_layers
+            feed.preload([(layer, (number + i) % 8) for layer in layers for i in range(4)])
         runner.decode(token, GREEDY)
         logits.append(runner.logits())
     return np.stack(logits), np.concatenate([ids for ids, _ in runner.routing()])

@@ -29,7 +29,6 @@ ONLY = {
     "attention.WindowAttention.back": "see front",
     "moe.MoE.decide": "parts of a CUDA graph's step: see graphs.py",
     "moe.MoE.mix": "see decide",
-    "moe.ExpertSource.hold": "MLX is lazy: experts must stay until what uses them is evaluated",
     "codecs.Raw": "MLX views bytes as strides of one array; torch slices a slot's row",
     "codecs.Codec.gathered": "gather_mm over a stack; torch computes expert by expert",
     "codecs.Swiglu.gathered": "see codecs.Codec.gathered",
@@ -41,12 +40,10 @@ ONLY = {
     "codecs.Named": "oneDNN's products want another layout; MLX's take the bytes read",
     "codecs.silu": "a function of torch",
     "codecs.swiglu": "MLX uses it in two kernels, torch in one",
-    "moe.MoE.record_fallback": "an MLX layer reports to its store; its own experts are all there",
-    "store.CudaCopies": "unified memory: nothing is copied to a device",
-    "store.DirectCopies": "unified memory: nothing is copied to a device",
-    "store.Done": "unified memory: nothing is copied to a device",
-    "store.ExpertStore.places": "a guest's experts by their index in such a stack",
-    "store.ExpertStore.hold": "MLX is lazy: see moe.ExpertSource.hold",
+    "arena.CudaCopies": "unified memory: nothing is copied to a device",
+    "arena.DirectCopies": "unified memory: nothing is copied to a device",
+    "arena.Done": "unified memory: nothing is copied to a device",
+    "arena.Place": "MLX gathers from stacks of slots: a layer needs the slot's index",
     "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
     "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",
     "checkpoint.tensor_at": "see checkpoint.named",
@@ -58,7 +55,7 @@ PARAMETERS = {
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
-    "store.ExpertStore.__init__": "torch takes a CopyEngine",
+    "arena.Arena.__init__": "torch takes a CopyEngine",
 }
 
 
@@ -134,13 +131,15 @@ def test_the_protocol_is_offered(backend: str) -> None:
     """Each function of `Backend` with its parameters; each method of the objects behind it."""
     protocol = {
         node.name: {m.name: parameters(m) for m in public(node.body)}
-        for node in ast.parse((BACKENDS / "protocol.py").read_text("utf-8")).body
+        for path in (BACKENDS / "protocol.py", BACKENDS.parent / "common/experts/feed.py")
+        for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
     module = definitions(backend, "__init__.py")
     for name, wanted in protocol["Backend"].items():
         assert_takes(module[f"__init__.{name}"], wanted[1:], name)
-    for file, owner in (("store", "ExpertStore"), ("runner", "Runner"), ("train", "TrainStep")):
+    assert_takes(module["__init__.open_arena"], protocol["OpenArena"]["forward"][1:], "open_arena")
+    for file, owner in (("arena", "Arena"), ("runner", "Runner"), ("train", "TrainStep")):
         offered = definitions(backend, f"{file}.py")
         for name, wanted in protocol[owner].items():
             assert_takes(offered[f"{file}.{owner}.{name}"], wanted, f"{owner}.{name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 
 from chronos.common.experts.contest import BLOCK
 from chronos.common.experts.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
-from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.residency import Counts
+from chronos.common.experts.stats import TokenReport
 from chronos.common.model.weights import Key
 
 LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
@@ -22,45 +23,42 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.wait_s = 0.1
-        self.rate: float | None = None  # of copies, where there are any
         self.warm: set[Key] = set()  # in host memory behind a device
-        self.counters = StoreStats()
+        self.report = TokenReport()
         self.held: set[Key] = set()
-        self.unused: set[Key] = set()  # prefetched
+        self.asked_by: dict[Key, str] = {}  # prefetched, not needed yet
         self.log: list[tuple[str, Any]] = []
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> None:
         self.log.append(("acquire", (layer, list(experts))))
         wanted = {(layer, expert) for expert in experts}
-        self.counters.hits += len(wanted & self.held)
-        self.counters.prefetch_hits += len(wanted & self.held & self.unused)
-        self.unused -= wanted
-        self.counters.misses += len(wanted - self.held)
+        self.report.hits += len(wanted & self.held)
+        for key in wanted & self.held & self.asked_by.keys():
+            self.report.of(self.asked_by.pop(key)).used += 1
+        self.report.misses += len(wanted - self.held)
         cold = wanted - self.held - self.warm
-        self.counters.stall_s += self.wait_s * len(cold)
-        self.counters.warm_hits += len(wanted - self.held) - len(cold)
+        self.report.stall_s += self.wait_s * len(cold)
+        self.report.warm_hits += len(wanted - self.held) - len(cold)
         self.held |= wanted
-        return iter([(expert, None) for expert in experts])
 
-    def prefetch(self, keys: Sequence[Key]) -> int:
+    def prefetch(self, keys: Sequence[Key], asked_by: str) -> list[Key]:
         self.log.append(("prefetch", list(keys)))
         new = [key for key in keys if key not in self.held]
         self.held.update(new)
-        self.unused.update(new)
-        self.counters.bytes_prefetched += RECORD * len(new)
-        return RECORD * len(new)
+        self.asked_by.update(dict.fromkeys(new, asked_by))
+        self.report.of(asked_by).asked += len(new)
+        return new
 
-    def record_fallback(self, weight: float) -> None:
-        self.counters.fallback_weight += weight
+    def evict(self, key: Key) -> None:
+        self.held.remove(key)
+        self.report.of(self.asked_by.pop(key)).wasted += 1
 
     def resident(self) -> frozenset[Key]:
         return frozenset(self.held)
 
-    def copy_rate(self) -> float | None:
-        return self.rate
-
-    def stats(self) -> StoreStats:
-        return StoreStats(**vars(self.counters))
+    def end_token(self) -> TokenReport:
+        report, self.report = self.report, TokenReport()
+        return report
 
 
 @pytest.fixture
@@ -68,24 +66,21 @@ def store() -> FakeStore:
     return FakeStore()
 
 
-class Forecast:
+class Forecast(Counts):
     """A policy's forecasts, as a test sets them."""
+
+    forecasts = True
 
     def __init__(self) -> None:
         self.chance = np.zeros((LAYERS, EXPERTS))
         self.priority = self.chance
         self.rests: list[bool] = []
 
-    by_token = False
-
     def begin_token(self, token: int) -> None:
         raise AssertionError("not asked for")
 
-    def learn(self, tokens: Sequence[int], ids_TLK: np.ndarray) -> None:
-        pass
-
-    can_rest = False
-
+    def observe(self, layer: int, experts: object) -> None: ...
+    def end_token(self) -> None: ...
     def rest(self, resting: bool) -> None:
         self.rests.append(resting)
 
@@ -125,6 +120,7 @@ def over_a_link(store: FakeStore, clock: Clock, **options: Any) -> Prefetcher:
         shape=(LAYERS, EXPERTS),
         top_k=TOP_K,
         record_bytes=RECORD,
+        capacity_bytes=8 * RECORD,
         reader=reader,
         clock=clock,
         **options,
@@ -149,6 +145,18 @@ def sure_of(*keys: Key) -> np.ndarray:
     return probs
 
 
+def acquire(prefetcher: Prefetcher, layer: int, experts: Sequence[int]) -> None:
+    """What a step does for a layer."""
+    store: Any = prefetcher.store
+    store.acquire(layer, experts)
+    prefetcher.acquired(layer, experts)
+
+
+def end_token(prefetcher: Prefetcher) -> None:
+    store: Any = prefetcher.store
+    prefetcher.end_token(store.end_token())
+
+
 def token(
     prefetcher: Prefetcher, routed: Sequence[Key], forecast: np.ndarray | None = None
 ) -> bool:
@@ -156,12 +164,12 @@ def token(
     prefetcher.begin_token(0)
     wanted = prefetcher.wanted()
     for layer in range(LAYERS):
-        prefetcher.acquire(layer, [e for at, e in routed if at == layer])
+        acquire(prefetcher, layer, [e for at, e in routed if at == layer])
         if layer == 0 and wanted and forecast is not None:
             prefetcher.forecast(forecast)
     clock: Any = prefetcher._clock
     clock.now += 1.0
-    prefetcher.end_token()
+    end_token(prefetcher)
     return wanted
 
 
@@ -182,20 +190,6 @@ def test_demand_reads_come_before_the_forecast_ones(
     store.log.clear()
     token(prefetcher, [(0, 1), (1, 2)], sure_of((2, 5)))
     assert [what for what, _ in store.log] == ["acquire", "prefetch", "acquire", "acquire"]
-
-
-def test_a_deferred_forecast_is_read_when_the_next_layer_asks(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    token(prefetcher, [(0, 0)])
-    store.log.clear()
-    prefetcher.begin_token(0)
-    prefetcher.acquire(0, [1])
-    prefetcher.defer(lambda: (store.log.append(("read", None)), sure_of((2, 5)))[1])
-    assert len(store.log) == 1
-    prefetcher.acquire(1, [2])
-    prefetcher.acquire(2, [5])
-    assert [what for what, _ in store.log] == ["acquire", "acquire", "read", "prefetch", "acquire"]
 
 
 def test_nothing_is_forecast_while_nothing_misses(store: FakeStore, prefetcher: Prefetcher) -> None:
@@ -233,15 +227,14 @@ def test_a_prefetch_evicted_unused_is_no_use_when_it_is_read_again(
 ) -> None:
     used = []
     controller = prefetcher.sources[LOOKAHEAD].controller
-    end_token = controller.end_token
+    judge = controller.end_token
     controller.end_token = lambda **told: (  # type: ignore[method-assign]
-        used.append(told["used_bytes"]), end_token(**told)
+        used.append(told["used_bytes"]), judge(**told)
     )[1]  # fmt: skip
     token(prefetcher, [(0, 0)])
     token(prefetcher, [(0, 1)], sure_of((1, 5), (2, 4)))
     assert {(1, 5), (2, 4)} <= store.held
-    store.held.remove((1, 5))
-    store.counters.bytes_wasted += RECORD
+    store.evict((1, 5))
     token(prefetcher, [(0, 2)])
     token(prefetcher, [(1, 5), (2, 4)])
     assert sum(used) == RECORD  # (2, 4) alone
@@ -261,10 +254,10 @@ def test_right_forecasts_that_spare_no_wait_turn_prefetch_off(
 def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) -> None:
     use_LE = np.zeros((LAYERS, EXPERTS))
     use_LE[0, 0], use_LE[1, [2, 4]], use_LE[2, [1, 3]] = 9.0, (1.0, 2.0), (5.0, 5.0)
-    prefetcher.acquire(0, [0])
+    acquire(prefetcher, 0, [0])
     prefetcher.forecast_prompt(use_LE)
-    prefetcher.acquire(1, [4])
-    prefetcher.acquire(2, [1])
+    acquire(prefetcher, 1, [4])
+    acquire(prefetcher, 2, [1])
     assert store.log == [
         ("acquire", (0, [0])),
         ("prefetch", [(1, 4), (1, 2)]),
@@ -280,22 +273,17 @@ def test_the_prompt_is_not_held_against_the_forecasts(
     prefetcher.forecast_prompt(np.ones((LAYERS, EXPERTS)))
     prefetcher.end_prompt()
     before = len(store.log)
-    prefetcher.acquire(1, [0])
+    acquire(prefetcher, 1, [0])
     assert [what for what, _ in store.log[before:]] == ["acquire"]
-    prefetcher.end_token()
+    end_token(prefetcher)
     assert share(prefetcher) > 0
-
-
-def test_fallback_weight_reaches_the_store(store: FakeStore, prefetcher: Prefetcher) -> None:
-    prefetcher.record_fallback(0.25)
-    assert store.counters.fallback_weight == 0.25
 
 
 def test_the_predictor_asks_between_layers_and_at_the_end_of_the_token(
     store: FakeStore, clock: Clock
 ) -> None:
     forecast = Forecast()
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     token(prefetcher, [(0, 0)])  # sets the allowance
     store.log.clear()
     forecast.chance = np.zeros((LAYERS, EXPERTS))
@@ -310,12 +298,12 @@ def test_the_predictor_asks_between_layers_and_at_the_end_of_the_token(
 
 def test_in_a_prompt_the_predictor_is_not_asked(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     token(prefetcher, [(0, 0)])
     store.log.clear()
     forecast.chance = np.ones((LAYERS, EXPERTS))
     for layer in range(LAYERS):
-        prefetcher.acquire(layer, [0])
+        acquire(prefetcher, layer, [0])
     assert [what for what, _ in store.log] == ["acquire"] * LAYERS
 
 
@@ -323,10 +311,9 @@ def test_at_a_prompts_end_what_it_promises_is_preloaded_within_a_quarter(
     store: FakeStore, clock: Clock
 ) -> None:
     forecast = Forecast()
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     forecast.chance[1, :] = 0.9, 0.8, 0.7, 0.6, 0.3, 0.2
     store.held.add((1, 0))
-    store.counters.capacity_bytes = 8 * RECORD
     prefetcher.end_prompt()
     assert store.log == [("prefetch", [(1, 1), (1, 2)])]
 
@@ -334,7 +321,7 @@ def test_at_a_prompts_end_what_it_promises_is_preloaded_within_a_quarter(
 def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
     forecast.chance[1, 3] = 0.3  # now unlikely, within two tokens likely
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     generous: Any = lambda in_flight: 1000 * RECORD  # noqa: E731
     prefetcher.sources[PREDICTOR].controller.allowance = generous
     token(prefetcher, [(0, 0)])
@@ -351,11 +338,11 @@ def test_the_next_gate_asks_for_what_is_absent_within_its_share(
     store.held.add((1, 2))
     assert prefetcher.wanted(NEXT_GATE)
     prefetcher.begin_token(0)
-    prefetcher.acquire(0, [1])
+    acquire(prefetcher, 0, [1])
     prefetcher.forecast_next(1, [2, 4, 5])
     assert store.log[-1] == ("prefetch", [(1, 4), (1, 5)])
-    prefetcher.acquire(1, [4, 3])
-    prefetcher.end_token()
+    acquire(prefetcher, 1, [4, 3])
+    end_token(prefetcher)
     assert prefetcher.to_json() == {
         NEXT_GATE: {"records": 2, "used": 1, "share_of_idle_link": 0.25}
     }
@@ -367,7 +354,7 @@ def test_blocks_of_tokens_go_without_prefetch_and_without_forecasts(
 ) -> None:
     forecast = Forecast()
     forecast.can_rest = can_rest
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     wanted = []
     for _ in range(4 * BLOCK):
         store.held.clear()  # so that each token misses
@@ -388,12 +375,12 @@ def test_on_a_busy_link_only_the_likely_is_read_ahead(
     need: it does not make the link busy."""
     forecast = Forecast()
     forecast.chance[1, 3] = 0.7
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     stats: Any = prefetcher._reader.stats
     prefetcher._room = lambda source: 10 * RECORD  # type: ignore[method-assign]
     stats.bytes_read += read * RECORD
     stats.busy_s += read / 100
-    store.counters.bytes_wasted += wasted * RECORD
+    store.report.of(PREDICTOR).wasted += wasted
     token(prefetcher, [(0, 0)])
     store.held.discard((1, 3))
     store.log.clear()
@@ -418,7 +405,7 @@ def test_news_is_how_long_ago_a_tokens_experts_were_used(
 
 def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:
     forecast = Forecast()
-    prefetcher = over_a_link(store, clock, forecasts=forecast)
+    prefetcher = over_a_link(store, clock, policy=forecast)
     forecast.chance[2, 1] = 1.0  # never needed
     for _ in range(60):
         store.held.clear()
@@ -429,21 +416,20 @@ def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) ->
 
 def test_a_copy_is_a_wait_of_the_device(store: FakeStore, clock: Clock) -> None:
     """What host memory holds stalls nobody here; without the copies' time nothing would pay."""
-    store.rate = 20.0 * RECORD
     store.warm = {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
-    prefetcher = over_a_link(store, clock)
+    prefetcher = over_a_link(store, clock, copy_s=1 / 20)
     prefetcher.begin_token(0)
-    list(prefetcher.acquire(0, [1, 2]))
+    acquire(prefetcher, 0, [1, 2])
     clock.now += 1.0
-    prefetcher.end_token()
-    assert store.counters.stall_s == 0
+    report = store.end_token()
+    prefetcher.end_token(report)
+    assert report.stall_s == 0
     assert prefetcher._wait_s == pytest.approx(1 / 20)
 
 
 def test_the_link_is_the_slower_of_disk_and_copies(store: FakeStore, clock: Clock) -> None:
     """A disk of 100 records a second behind copies of 400."""
-    store.rate = 400.0 * RECORD
-    prefetcher = over_a_link(store, clock)
+    prefetcher = over_a_link(store, clock, copy_s=1 / 400)
     reads = prefetcher._reader.stats
     assert prefetcher._link(reads, 0, 0) == pytest.approx(100 * RECORD)
     for _ in range(100):  # nothing comes from the disk any more

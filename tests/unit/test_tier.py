@@ -16,7 +16,7 @@ import pytest
 
 from chronos.common.disk.reader import Request
 from chronos.common.errors import StoreError
-from chronos.common.experts.residency import LRU
+from chronos.common.experts.residency import LRU, Counts
 from chronos.common.experts.tiers import SlotTier, StagedTier
 from chronos.common.layout import Layout
 from chronos.common.model.weights import Key
@@ -148,10 +148,10 @@ def test_nothing_that_is_promised_to_one_layer_is_given_to_another(bench: Bench)
     assert [expert for expert, view in items if bench.holds(view, (0, expert))] == [0, 1]
 
 
-def test_open_iterators_that_hold_every_slot_are_an_error_not_a_deadlock(bench: Bench) -> None:
+def test_open_leases_that_hold_every_slot_are_an_error_not_a_deadlock(bench: Bench) -> None:
     items = bench.tier.acquire(0, [0, 1, 2, 3])
     bench.end_all()
-    with pytest.raises(StoreError, match="other open iterators"):
+    with pytest.raises(StoreError, match="other open leases"):
         bench.take(1, [0])
     assert [expert for expert, _ in items] == [0, 1, 2, 3]
     assert bench.take(1, [0]) == [0]
@@ -159,7 +159,7 @@ def test_open_iterators_that_hold_every_slot_are_an_error_not_a_deadlock(bench: 
 
 def test_a_read_that_cannot_begin_raises_where_the_expert_is_needed(bench: Bench) -> None:
     bench.reader.refuse = StoreError("the reader is closed")
-    assert bench.tier.prefetch([(0, 1)]) == bench.layout.record_nbytes
+    assert bench.tier.prefetch([(0, 1)]) == [(0, 1)]
     items = bench.tier.acquire(0, [1, 2])
     with pytest.raises(StoreError, match="reader is closed"):
         next(items)
@@ -214,7 +214,7 @@ def test_everything_here_and_not_everything_used(layout: Layout) -> None:
 
 def test_experts_of_absent_files_fall_back_or_raise(layout: Layout) -> None:
     bench = Bench(dataclasses.replace(layout, missing=frozenset({(0, 3)})), 4)
-    assert bench.tier.prefetch([(0, 3)]) == 0
+    assert bench.tier.prefetch([(0, 3)]) == []
     bench.take(0, [1, 2])
     assert bench.take(0, [1, 3, 2], exact=False) == [1, 2, -4]
     assert bench.reader.flying() == []
@@ -223,21 +223,23 @@ def test_experts_of_absent_files_fall_back_or_raise(layout: Layout) -> None:
 
 
 def test_a_tier_above_gets_slots_pinned_once(bench: Bench) -> None:
-    calls: list[tuple[int, Exception | None]] = []
     tier = bench.tier
     with tier.lock:
-        assert tier.fetch((0, 1), lambda *call: calls.append(call), demand=False)
-        assert not bench.reader.reads[0].demand and calls == []
-        tier.urge((0, 1))
+        load = tier.claim((0, 1), demand=False)
+        assert load is not None and not load.done and not bench.reader.reads[0].demand
+        tier.promote(load)
         assert bench.reader.reads[0].demand
         bench.end_all()
-        assert calls == [(0, None)] and tier.residency.pinned(0)
+        tier.settle()
+        assert load.done and load.error is None and tier.residency.pinned(load.slot)
         for expert in range(2, 5):
-            assert tier.fetch((0, expert), lambda *_: None, demand=True)
-        assert not tier.fetch((0, 5), lambda *_: None, demand=True)
-        tier.residency.unpin(0)
-        assert tier.fetch((0, 5), lambda *_: None, demand=False)
-        assert tier.withdraw((0, 5)) and not tier.withdraw((0, 1))
+            assert tier.claim((0, expert), demand=True) is not None
+        assert tier.claim((0, 5), demand=True) is None
+        tier.residency.unpin(load.slot)
+        later = tier.claim((0, 5), demand=False)
+        assert later is not None and tier.cancel(later) and not tier.cancel(load)
+        again = tier.claim((0, 1), demand=True)
+        assert again is not None and not again.done  # it lost its slot to (0, 5)
 
 
 def keys(draw: random.Random, count: int) -> list[Key]:
@@ -290,13 +292,14 @@ def test_any_interleaving_delivers_the_right_bytes(layout: Layout, seed: int) ->
 
 
 class DirectCopies:
-    """Copies that end at once, and count the rows they went to."""
+    """Copies that end at once, and count the slots they went to."""
 
-    def __init__(self) -> None:
-        self.copied: list[Any] = []
+    def __init__(self, sources: Sequence[Any], targets: Sequence[Any]) -> None:
+        self._sources, self._targets = sources, targets
+        self.copied: list[int] = []
 
-    def start(self, source: Any, target: Any, *, demand: bool, after: Sequence[Any]) -> Any:
-        target[:] = source
+    def start(self, source: int, target: int, *, demand: bool, after: Sequence[Any]) -> Any:
+        self._targets[target][:] = self._sources[source]
         self.copied.append(target)
         return self
 
@@ -314,9 +317,9 @@ def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> No
     nbytes = layout.record_nbytes
     rows = [memoryview(bytearray(nbytes)) for _ in range(6)]
     source = [host.tier._bytes_of(0, layout.records[0, 0])]
-    copies, policy = DirectCopies(), LRU(LAYERS, EXPERTS)
+    copies, policy = DirectCopies(source, rows), LRU(LAYERS, EXPERTS)
     copies.wait = lambda event: None  # type: ignore[method-assign]
-    tier = StagedTier(host.tier, 6, copies, source, rows, policy, lambda slot, _: rows[slot])
+    tier = StagedTier(host.tier, 6, copies, policy, lambda slot, _: rows[slot])
     tier.prefetch([(1, expert) for expert in range(4)])
     assert [read.demand for read in host.reader.reads] == [False]
     items = tier.acquire(1, [3, 7])
@@ -324,6 +327,8 @@ def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> No
     while host.reader.flying():
         order.append(host.reader.flying()[0].offset)
         host.reader.flying()[0].end()
+        with tier.lock:
+            tier.settle()  # as the next call of a consumer would
     assert {expert for expert, view in items if host.holds(view, (1, expert))} == {3, 7}
     demanded = {layout.records[1, 3].offset, layout.records[1, 7].offset}
     assert set(order[:2]) == demanded, "a queued prefetch went first"
@@ -333,7 +338,7 @@ def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> No
     tier.close()
 
 
-class Ranking:
+class Ranking(Counts):
     """A forecasting policy whose ranks a test sets."""
 
     forecasts = True
@@ -354,9 +359,9 @@ def test_a_forecast_ranks_the_warm_tier_too(layout: Layout) -> None:
     host.tier = ScriptedTier(layout, 3, host.reader, policy)  # type: ignore[arg-type]
     rows = [memoryview(bytearray(layout.record_nbytes)) for _ in range(2)]
     sources = [host.tier._bytes_of(slot, layout.records[0, 0]) for slot in range(3)]
-    copies = DirectCopies()
+    copies = DirectCopies(sources, rows)
     copies.wait = lambda event: None  # type: ignore[method-assign]
-    tier = StagedTier(host.tier, 2, copies, sources, rows, policy, lambda slot, _: rows[slot])
+    tier = StagedTier(host.tier, 2, copies, policy, lambda slot, _: rows[slot])
     policy.priority[0, [1, 2, 3, 4]] = 1.0, 9.0, 5.0, 7.0
     for expert in (1, 2, 3):
         items = tier.acquire(0, [expert])
@@ -364,10 +369,57 @@ def test_a_forecast_ranks_the_warm_tier_too(layout: Layout) -> None:
         assert [got for got, _ in items] == [expert]
     assert tier.resident() == {(0, 2), (0, 3)}
     assert host.tier.resident() == {(0, 1), (0, 2), (0, 3)}
-    assert tier.prefetch([(0, 4)]) == layout.record_nbytes  # 7 outranks 5 here, 1 in host memory
+    assert tier.prefetch([(0, 4)]) == [(0, 4)]  # 7 outranks 5 here, 1 in host memory
     host.end_all()
     assert tier.resident() == {(0, 2), (0, 4)}
     assert host.tier.resident() == {(0, 2), (0, 3), (0, 4)}
     assert [got for got, _ in tier.acquire(0, [3])] == [3]
     assert tier.stats().warm_hits == 1
     tier.close()
+
+
+class Impatient(LRU):
+    """A policy that fails when it is asked what to evict."""
+
+    @property
+    def priority(self) -> np.ndarray:  # type: ignore[override]
+        if self.fails:
+            raise ZeroDivisionError("a policy's own fault")
+        return self._ranks
+
+    @priority.setter
+    def priority(self, ranks: np.ndarray) -> None:
+        self._ranks, self.fails = ranks, False
+
+
+def test_what_a_policy_raises_reaches_the_consumer(layout: Layout) -> None:
+    """Readers only say what has landed: policies run on the thread of whoever asks."""
+    bench = Bench(layout, 2)
+    policy = Impatient(layout.num_layers, layout.num_experts)
+    bench.tier.policy = bench.tier.residency.policy = policy
+    assert bench.take(0, [1, 2]) == [1, 2]
+    policy.fails = True
+    with pytest.raises(ZeroDivisionError, match="own fault"):
+        bench.take(0, [3])
+    policy.fails = False
+    assert bench.take(0, [3]) == [3]
+
+
+def test_a_token_closes_with_a_report_by_source(bench: Bench) -> None:
+    tier = bench.tier
+    assert tier.prefetch([(0, 1), (0, 2)], "a") == [(0, 1), (0, 2)]
+    assert tier.prefetch([(1, 1)], "b") == [(1, 1)]
+    bench.end_all()
+    assert bench.take(0, [1]) == [1]
+    tier.prefetch([(2, 5)], "b")
+    assert bench.take(2, [5, 6]) == [5, 6]  # (2, 5) was on its way
+    report = tier.end_token()
+    assert (report.hits, report.late, report.misses) == (1, 1, 1)
+    assert dataclasses.astuple(report.of("a"))[:3] == (2, 1, 0)
+    assert dataclasses.astuple(report.of("b"))[:3] == (2, 1, 1)
+    assert report.prefetched == 4
+    bench.take(0, [2, 3, 4, 5])  # the first was read ahead for an earlier token; (1, 1) goes
+    after = tier.end_token()
+    assert dataclasses.astuple(after.of("a")) == (0, 1, 0, 0, 0)
+    assert (after.of("b").used, after.of("b").wasted) == (0, 1)
+    assert tier.stats().bytes_wasted == bench.layout.record_nbytes

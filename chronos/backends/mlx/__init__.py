@@ -26,9 +26,10 @@ from chronos.common.errors import MissingBackendError, UsageError
 from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
-    from chronos.backends.mlx.store import ExpertStore
+    from chronos.backends.mlx.arena import Arena
     from chronos.backends.mlx.train import TrainStep
     from chronos.common.disk.header import TensorEntry
+    from chronos.common.experts.feed import Feed, FeedOptions
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
     from chronos.common.training.recipe import OptimizerRecipe
@@ -120,16 +121,16 @@ def forward(
     )
 
 
-def open_store(layout: Layout, capacity_bytes: int, **options: Any) -> ExpertStore:
-    """An expert store over a packed folder; see `ExpertStore` for the options."""
-    from chronos.backends.mlx.store import ExpertStore
+def open_arena(layout: Layout, slots: int, options: FeedOptions) -> Arena:
+    """Memory for experts; see `Arena`."""
+    from chronos.backends.mlx.arena import Arena
 
-    return ExpertStore(layout, capacity_bytes, **options)
+    return Arena(layout, slots, options)
 
 
-def runner(model: Any, store: Any = None, **options: Any) -> Runner:
-    """One sequence on a model, with its experts from `store` (None: the model's own)."""
-    return Runner(model, store, **options)
+def runner(model: Any, feed: Feed | None = None) -> Runner:
+    """One sequence on a model, with its experts from `feed` (None: the model's own)."""
+    return Runner(model, feed)
 
 
 def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:

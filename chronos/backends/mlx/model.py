@@ -29,7 +29,8 @@ from chronos.backends.mlx.attention import (
     WindowAttention,
     causal_mask,
 )
-from chronos.backends.mlx.moe import ExpertSource, LookaheadRouter, MoE, Routing
+from chronos.backends.mlx.moe import LookaheadRouter, MoE, Routing
+from chronos.common.experts.feed import Source
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
@@ -129,7 +130,7 @@ class Model(nn.Module):
         *,
         cache: Cache | None = None,
         segments_BT: mx.array | None = None,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
         on_lookahead: Callable[[mx.array], None] | None = None,
         want_lookahead: bool = False,
         lookahead_into_trunk: bool = False,

@@ -13,8 +13,8 @@ N = T * K routed pairs, L layers, J lookahead steps + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,8 @@ from mlx import nn
 
 from chronos.backends.mlx.codecs import Expert, codec_of, silu
 from chronos.common.errors import UsageError
+from chronos.common.experts.feed import Source
+from chronos.common.experts.tier import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
@@ -35,29 +37,6 @@ class Routing(NamedTuple):
     ids_TK: mx.array
     weights_TK: mx.array
     probs_TE: mx.array
-
-
-class ExpertSource(Protocol):
-    """Where a layer's experts come from; None stands for an expert replaced by the shared ones.
-
-    What `acquire` yields, as the layer's codec has it, is good until the next is asked for, and
-    work on it must be evaluated by then. `hold` takes all of a lease's experts at once: it gives
-    their places in the layer's stack, where they stay until the next `acquire`, and may evaluate
-    `meanwhile` while it waits for them.
-    """
-
-    stacks: Mapping[int, Any]
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
-
-    def hold(
-        self,
-        layer: int,
-        ready: Iterable[tuple[int, Any]],
-        meanwhile: mx.array | None,
-    ) -> dict[int, int | None]: ...
-
-    def record_fallback(self, weight: float) -> None: ...
 
 
 def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
@@ -124,7 +103,7 @@ class MoE(nn.Module):
         *,
         probs_TE: mx.array | None = None,
         chosen: tuple[mx.array, mx.array] | None = None,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
     ) -> tuple[mx.array, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
         if probs_TE is None:
@@ -145,10 +124,10 @@ class MoE(nn.Module):
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]:
-        """The resident experts as a source."""
+    def held(self, experts: Sequence[int]) -> Lease:
+        """The layer's own experts."""
         stack = self.table
-        return [(e, type(stack)(*(array[e] for array in stack))) for e in experts]
+        return HeldLease([(e, type(stack)(*(array[e] for array in stack))) for e in experts])
 
     @property
     def table(self) -> Any:
@@ -197,37 +176,44 @@ class MoE(nn.Module):
             y_ND = y_ND[mx.argsort(order_N)]
         return y_ND.reshape(T, K, -1)
 
-    def _one_token(self, x_1D: mx.array, routing: Routing, source: ExpertSource) -> mx.array:
-        """The same gather from a store's slots, once all experts are there."""
+    def _one_token(self, x_1D: mx.array, routing: Routing, source: Source) -> mx.array:
+        """The same gather from an arena's slots, once all experts are there."""
         ids = routing.ids_TK.tolist()[0]
-        ready = source.acquire(self.layer, ids)  # reads start here, before the shared experts
+        lease = source.acquire(self.layer, ids)  # reads start here, before the shared experts
         shared_1D = self._shared(x_1D)
-        places = source.hold(self.layer, ready, shared_1D)
-        places_1K = mx.array([[places[expert] or 0 for expert in ids]])
-        y_1KD = self._by_place(x_1D, source.stacks[self.layer], places_1K)
+        if shared_1D is not None and lease.waits:
+            mx.async_eval(shared_1D)
+        places = lease.all()
         missing = [expert for expert, place in places.items() if place is None]
+        if len(missing) < len(places):
+            stack = next(place.stack for place in places.values() if place is not None)
+            places_1K = mx.array([[places[e].slot if places[e] else 0 for e in ids]])
+            y_1KD = self._by_place(x_1D, stack, places_1K)
+        else:
+            y_1KD = mx.zeros((1, len(ids), x_1D.shape[1]), x_1D.dtype)
         y_1KD = self._fall_back(y_1KD, shared_1D, routing, missing, source)
         return _combine(routing.weights_TK, y_1KD, shared_1D)
 
-    def _grouped(self, x_TD: mx.array, routing: Routing, source: ExpertSource | None) -> mx.array:
+    def _grouped(self, x_TD: mx.array, routing: Routing, source: Source | None) -> mx.array:
         """Rows sorted by expert and one product per expert, each expert taken once."""
         T, K = routing.ids_TK.shape
         flat_N = np.array(routing.ids_TK).reshape(-1)
         order_N = np.argsort(flat_N, kind="stable")
         used, starts = np.unique(flat_N[order_N], return_index=True)
         experts = used.tolist()
-        ready = (source or self).acquire(self.layer, experts)
+        lease = source.acquire(self.layer, experts) if source else self.held(experts)
         shared_TD = self._shared(x_TD)
         x_ND = x_TD[mx.array(order_N // K)]
         rows = dict(zip(experts, mx.split(x_ND, starts[1:].tolist()), strict=True))
         outputs: dict[int, mx.array] = {}
         missing = []
-        for expert, weights in ready:
+        for expert, weights in lease:
             if weights is None:
                 missing.append(expert)
                 outputs[expert] = mx.zeros_like(rows[expert])
                 continue
-            outputs[expert] = self.codec.forward(rows[expert], weights, self)
+            own = weights if source is None else weights.expert
+            outputs[expert] = self.codec.forward(rows[expert], own, self)
             if source is not None:  # its slot may be overwritten once the next is asked for
                 mx.eval(outputs[expert])
         y_ND = mx.concatenate([outputs[expert] for expert in experts])
@@ -241,7 +227,7 @@ class MoE(nn.Module):
         shared_TD: mx.array | None,
         routing: Routing,
         missing: list[int],
-        source: ExpertSource | None,
+        source: Source | None,
     ) -> mx.array:
         """Put the shared output where an expert is missing. Routing is on the host already."""
         if not missing:

@@ -12,22 +12,22 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from chronos.backends.mlx.model import Model
-from chronos.backends.mlx.moe import ExpertSource, Routing
-from chronos.backends.mlx.store import ExpertStore
+from chronos.backends.mlx.moe import Routing
 from chronos.common.errors import UsageError
-from chronos.common.experts.prefetch import Prefetcher
-from chronos.common.text.sampling import SamplingParams, adjust_logits
+from chronos.common.experts.feed import Feed, Source, Step
+from chronos.common.experts.prefetch import LOOKAHEAD
+from chronos.common.text.sampling import SamplingParams, Work, adjust_logits
 
 PREFILL_CHUNK = 512
-# Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
-_PROMPT_AHEAD = 16
+_SEQ = 0  # the one sequence's number
 # Recorded routing is compacted after this many calls: a small array per layer and token would, over
 # a long generation, outgrow the experts' budget.
 _COMPACT_EVERY = 32
@@ -45,17 +45,12 @@ class Runner:
     def __init__(
         self,
         model: Model,
-        store: ExpertStore | None = None,
-        *,
-        prefetcher: Prefetcher | None = None,
+        feed: Feed | None = None,
     ) -> None:
-        """prefetcher: reads ahead by forecasts while `prefetch` is "auto"."""
-        self.model, self.store = model.eval(), store
-        self.prefetch, self.recording = "auto", False
+        """feed: where routed experts come from; None: the model's own."""
+        self.model, self.feed = model.eval(), feed
+        self.recording = False
         self.replay: Replay | None = None
-        self._ahead: _Ahead | None = None
-        if prefetcher is not None and store is not None:
-            self._ahead = _Ahead(prefetcher, store)
         self._has_lookahead = model.lookahead is not None
         self._record = _RoutingRecord()
         self.reset()
@@ -63,6 +58,8 @@ class Runner:
     def reset(self) -> None:
         """Forget the sequence; the experts stay where they are."""
         self._cache = self.model.new_cache()
+        if self.feed is not None:
+            self.feed.drop(_SEQ)
         self._logits_V = mx.zeros((0,))
         self._random, self._halfway = random.Random(), False
         self._ids: list[int] = []
@@ -79,22 +76,16 @@ class Runner:
         """
         self._random = random.Random(sampling.seed)
         self._cache.prompt = max(prompt, self.position + len(tokens))
-        ahead = self._ahead if self.prefetch == "auto" else None
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            if self.store is not None:
-                self.store.begin_prompt()
-            if ahead is not None and self._has_lookahead and len(chunk) >= _PROMPT_AHEAD:
-                routing = self._forward(chunk, ahead, self._forecast_prompt)
-            else:
-                routing = self._forward(chunk, self.store)
-            if self.store is not None:
-                ids_TLK = _ids_TLK(routing)
-                self.store.end_prompt(ids_TLK)
-                if ahead is not None:
-                    ahead.prefetcher.learn(chunk, ids_TLK)
-        if ahead is not None:
-            ahead.prefetcher.end_prompt()
+            last = self.position + len(chunk) >= self._cache.prompt
+            with self._step(chunk, sampling, last) as step:
+                wants = self._has_lookahead and step is not None and step.wants(LOOKAHEAD)
+                forecast = partial(self._forecast_prompt, step) if wants else None
+                routing = self._forward(chunk, step, forecast)
+                mx.eval(self._logits_V)  # the slots of a piece of one token are in use until then
+                if step is not None:
+                    step.routed(_ids_TLK(routing))
         self._prompt_tokens = len(self._ids)
         token = self._sample(sampling)
         mx.clear_cache()  # buffers of the prompt's activations, which no single token can reuse
@@ -103,20 +94,11 @@ class Runner:
     def decode(self, token: int, sampling: SamplingParams) -> int:
         """Append one token and sample the next."""
         self._cache.prompt = 0
-        ahead = self._ahead if self.prefetch == "auto" else None
-        if ahead is None:
-            self._forward([token], self.store)
-            token = self._sample(sampling)
-        else:
-            ahead.prefetcher.begin_token(token)
-            wanted = self._has_lookahead and ahead.prefetcher.wanted()
-            self._forward([token], ahead, ahead.defer if wanted else None)
-            token = self._sample(sampling)
-        if self.store is not None:
-            self.store.end_token()
-        if ahead is not None:
-            ahead.prefetcher.end_token()
-        return token
+        with self._step([token], sampling) as step:
+            wants = self._has_lookahead and step is not None and step.wants(LOOKAHEAD)
+            forecast = partial(self._forecast_token, step) if wants else None
+            self._forward([token], step, forecast)
+            return self._sample(sampling)
 
     def logits(self) -> np.ndarray:
         return np.array(self._logits_V.astype(mx.float32))
@@ -126,10 +108,17 @@ class Runner:
         guest's layers do not see their weights."""
         return self._record.take()
 
+    def _step(
+        self, tokens: Sequence[int], sampling: SamplingParams, last: bool = True
+    ) -> AbstractContextManager[Step | None]:
+        if self.feed is None:
+            return nullcontext()
+        return self.feed.step([Work(_SEQ, tokens, sampling, last)])
+
     def _forward(
         self,
         tokens: Sequence[int],
-        source: ExpertSource | None,
+        source: Source | None,
         on_lookahead: Callable[[mx.array], None] | None = None,
     ) -> list[Routing]:
         if self._halfway:
@@ -155,14 +144,18 @@ class Runner:
         ids_TK, weights_TK = self.replay(layer)
         return mx.array(ids_TK.astype(np.uint32)), mx.array(weights_TK)
 
-    def _forecast_prompt(self, probs_TJLE: mx.array) -> None:
+    def _forecast_token(self, step: Step, probs_TJLE: mx.array) -> None:
+        """Read with the next layer's ids: evaluated with them, it costs no wait of its own."""
+        mx.async_eval(probs_TJLE)
+        step.foresee(LOOKAHEAD, lambda: np.array(probs_TJLE[0]))
+
+    def _forecast_prompt(self, step: Step, probs_TJLE: mx.array) -> None:
         """Sum over the tokens that have an expert among their top-k: the others do not need it."""
-        assert self._ahead is not None
         now_TLE = probs_TJLE[:, 0]
         ids_TLK = mx.argsort(-now_TLE, axis=-1)[..., : self.model.config.num_experts_per_tok]
         best_TLK = mx.take_along_axis(now_TLE, ids_TLK, axis=-1)
         use_TLE = mx.put_along_axis(mx.zeros_like(now_TLE), ids_TLK, best_TLK, axis=-1)
-        self._ahead.prefetcher.forecast_prompt(np.array(use_TLE.sum(0)))
+        step.foresee(LOOKAHEAD, np.array(use_TLE.sum(0)))
 
     def _sample(self, sampling: SamplingParams) -> int:
         """The next token, or -1 where the logits hold a NaN or an infinity."""
@@ -172,31 +165,6 @@ class Runner:
         token = mx.where(mx.isfinite(self._logits_V).all(), token, -1)
         mx.eval(token, self._logits_V)
         return int(token.item())
-
-
-class _Ahead:
-    """The prefetcher as a source of experts in a store's places.
-
-    A forecast made after block 0 is handed on when the next layer asks for its experts: by then it
-    has been evaluated along with that layer's routing and costs no wait of its own.
-    """
-
-    def __init__(self, prefetcher: Prefetcher, store: ExpertStore) -> None:
-        self.prefetcher, self._store, self.hold = prefetcher, store, store.hold
-        self.stacks, self.places, self.exact = store.stacks, store.places, store.exact
-        self.record_fallback = store.record_fallback
-        self._forecast: mx.array | None = None
-
-    def defer(self, probs_TJLE: mx.array) -> None:
-        mx.async_eval(probs_TJLE)
-        self._forecast = probs_TJLE
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        ready = self.prefetcher.acquire(layer, experts)
-        forecast, self._forecast = self._forecast, None
-        if forecast is not None:
-            self.prefetcher.forecast(np.array(forecast[0]))
-        return ready
 
 
 def adjust(

@@ -28,8 +28,9 @@ from chronos.backends.torch.attention import (
     WindowAttention,
     causal_mask,
 )
-from chronos.backends.torch.moe import ExpertSource, LookaheadRouter, MoE, Routing
+from chronos.backends.torch.moe import LookaheadRouter, MoE, Routing
 from chronos.backends.torch.products import linear
+from chronos.common.experts.feed import Source
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
@@ -131,7 +132,7 @@ class Model(nn.Module):
         *,
         cache: Cache | None = None,
         segments_BT: Tensor | None = None,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
         on_lookahead: Callable[[Tensor], None] | None = None,
         want_lookahead: bool = False,
         lookahead_into_trunk: bool = False,

@@ -12,8 +12,8 @@ L layers, J lookahead steps + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.codecs import Expert, codec_of
 from chronos.backends.torch.products import Linear
 from chronos.common.errors import UsageError
+from chronos.common.experts.feed import Source
+from chronos.common.experts.tier import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 
@@ -33,15 +35,6 @@ class Routing(NamedTuple):
     ids_TK: Tensor
     weights_TK: Tensor
     probs_TE: Tensor
-
-
-class ExpertSource(Protocol):
-    """Where a layer's experts come from, as the layer's codec has them; None stands for an expert
-    replaced by the shared ones."""
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
-
-    def record_fallback(self, weight: float) -> None: ...
 
 
 def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
@@ -101,7 +94,7 @@ class MoE(nn.Module):
         *,
         probs_TE: Tensor | None = None,
         chosen: tuple[Tensor, Tensor] | None = None,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
     ) -> tuple[Tensor, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
         routing = self.decide(x_TD, probs_TE)
@@ -111,7 +104,7 @@ class MoE(nn.Module):
         if source is not None:
             refuse_gradients(x_TD, routing.weights_TK)
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
-        return combine(x_TD, routing, source or self), routing
+        return combine(x_TD, routing, source), routing
 
     def decide(self, x_TD: Tensor, probs_TE: Tensor | None = None) -> Routing:
         """The gate's choice, or that of other probabilities; weights in the dtype of x."""
@@ -126,9 +119,9 @@ class MoE(nn.Module):
         y_K = [self.codec.forward(x_1D, expert, self) for expert in experts]
         return _summed(weights_1K, y_K, shared_1D)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]:
-        """The resident experts as a source."""
-        return [(expert, self.table[expert]) for expert in experts]
+    def held(self, experts: Sequence[int]) -> Lease:
+        """The layer's own experts."""
+        return HeldLease([(expert, self.table[expert]) for expert in experts])
 
     @property
     def table(self) -> list[Any]:
@@ -151,21 +144,23 @@ class MoE(nn.Module):
             total = y_TD if total is None else total + y_TD
         return total
 
-    def _one_token(self, x_1D: Tensor, routing: Routing, source: ExpertSource) -> Tensor:
+    def _one_token(self, x_1D: Tensor, routing: Routing, source: Source | None) -> Tensor:
         ids = routing.ids_TK[0].tolist()
-        ready = source.acquire(self.layer, ids)  # reads start here, before the shared experts
+        # Reads start here, before the shared experts.
+        ready = source.acquire(self.layer, ids) if source else self.held(ids)
         shared_1D = self._shared(x_1D)
         rank = {expert: i for i, expert in enumerate(ids)}
         y_K: list[Tensor] = [x_1D] * len(ids)
         for expert, weights in ready:
             if weights is None:
+                assert source is not None
                 y_K[rank[expert]] = shared_1D
                 source.record_fallback(float(routing.weights_TK[0, rank[expert]]))
             else:
                 y_K[rank[expert]] = self.codec.forward(x_1D, weights, self)
         return _summed(routing.weights_TK, y_K, shared_1D)
 
-    def _grouped(self, x_TD: Tensor, routing: Routing, source: ExpertSource) -> Tensor:
+    def _grouped(self, x_TD: Tensor, routing: Routing, source: Source | None) -> Tensor:
         """Rows sorted by expert, one product per expert, one scatter back: no gradient of the
         whole stack is ever built for a slice of it."""
         T, K = routing.ids_TK.shape
@@ -173,7 +168,7 @@ class MoE(nn.Module):
         sorted_N, order_N = flat_N.sort(stable=True)
         used, counts = torch.unique_consecutive(sorted_N, return_counts=True)
         experts = used.tolist()
-        ready = source.acquire(self.layer, experts)
+        ready = source.acquire(self.layer, experts) if source else self.held(experts)
         shared_TD = self._shared(x_TD)
         # Repeat, then permute: the gradient of a permutation writes each row once, the same on
         # every run; indexing x by order // K would add rows in whatever order threads run.
@@ -200,10 +195,11 @@ class MoE(nn.Module):
         shared_TD: Tensor,
         routing: Routing,
         missing: list[int],
-        source: ExpertSource,
+        source: Source | None,
     ) -> Tensor:
         """Put the shared output where an expert is missing, or masked in training."""
         if missing:
+            assert source is not None
             gone_TK = torch.isin(routing.ids_TK, routing.ids_TK.new_tensor(missing))
             source.record_fallback(float(routing.weights_TK[gone_TK].sum()))
         elif self.training and self.mask_prob > 0:
@@ -211,10 +207,6 @@ class MoE(nn.Module):
         else:
             return y_TKD
         return torch.where(gone_TK[..., None], shared_TD[:, None], y_TKD)
-
-    def record_fallback(self, weight: float) -> None:
-        """Resident experts are never missing."""
-        raise AssertionError("a resident expert was reported missing")
 
 
 def _summed(weights_1K: Tensor, y_K: list[Tensor], shared_1D: Tensor | None) -> Tensor:

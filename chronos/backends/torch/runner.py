@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,15 +22,14 @@ from torch import Tensor
 
 from chronos.backends.torch.fast import graphs
 from chronos.backends.torch.model import Model, Output
-from chronos.backends.torch.moe import ExpertSource, Routing
-from chronos.backends.torch.store import ExpertStore
+from chronos.backends.torch.moe import Routing
 from chronos.common.errors import UsageError
-from chronos.common.experts.prefetch import Prefetcher
-from chronos.common.text.sampling import SamplingParams, adjust_logits
+from chronos.common.experts.feed import Feed, Source, Step
+from chronos.common.experts.prefetch import LOOKAHEAD
+from chronos.common.text.sampling import SamplingParams, Work, adjust_logits
 
 PREFILL_CHUNK = 512
-# Shorter chunks use few experts of a layer, and forecasts of single tokens are wrong half the time.
-_PROMPT_AHEAD = 16
+_SEQ = 0  # the one sequence's number
 # Recorded routing is compacted after this many calls: a tensor per layer and token costs 300 bytes,
 # which over a long generation would outgrow the experts' budget.
 _COMPACT_EVERY = 32
@@ -46,17 +47,15 @@ class Runner:
     def __init__(
         self,
         model: Model,
-        store: ExpertStore | None = None,
-        *,
-        prefetcher: Prefetcher | None = None,
+        feed: Feed | None = None,
     ) -> None:
-        """prefetcher: reads ahead by forecasts while `prefetch` is "auto"."""
-        self.model, self.store = model.eval(), store
-        self.prefetch, self.recording = "auto", False
+        """feed: where routed experts come from; None: the model's own."""
+        self.model, self.feed = model.eval(), feed
+        self.recording = False
         self.replay: Replay | None = None
-        self._prefetcher, self._has_lookahead = prefetcher, model.lookahead is not None
+        self._has_lookahead = model.lookahead is not None
         self._record = _RoutingRecord()
-        exact = store is None or store.exact
+        exact = feed is None or feed.exact
         self.steps = graphs.Steps(model) if graphs.usable(model, exact) else None
         self.reset()
 
@@ -64,6 +63,8 @@ class Runner:
         """Forget the sequence; the experts stay where they are."""
         with torch.inference_mode():
             self._cache = self.model.new_cache()
+        if self.feed is not None:
+            self.feed.drop(_SEQ)
         self._logits_V = torch.empty(0)
         self._random, self._halfway = random.Random(), False
         self._ids: list[int] = []
@@ -81,22 +82,15 @@ class Runner:
         """
         self._random = random.Random(sampling.seed)
         self._cache.prompt = max(prompt, self.position + len(tokens))
-        ahead = self._prefetcher if self.prefetch == "auto" else None
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            if self.store is not None:
-                self.store.begin_prompt()
-            if ahead is not None and self._has_lookahead and len(chunk) >= _PROMPT_AHEAD:
-                routing = self._forward(chunk, ahead, self._forecast_prompt)
-            else:
-                routing = self._forward(chunk, self.store)
-            if self.store is not None:
-                ids_TLK = _ids_TLK(routing)
-                self.store.end_prompt(ids_TLK)
-                if ahead is not None:
-                    ahead.learn(chunk, ids_TLK)
-        if ahead is not None:
-            ahead.end_prompt()
+            last = self.position + len(chunk) >= self._cache.prompt
+            with self._step(chunk, sampling, last) as step:
+                wants = self._has_lookahead and step is not None and step.wants(LOOKAHEAD)
+                forecast = partial(self._forecast_prompt, step) if wants else None
+                routing = self._forward(chunk, step, forecast)
+                if step is not None:
+                    step.routed(_ids_TLK(routing))
         self._prompt_tokens = len(self._ids)
         return self._sample(sampling)
 
@@ -104,18 +98,10 @@ class Runner:
     def decode(self, token: int, sampling: SamplingParams) -> int:
         """Append one token and sample the next."""
         self._cache.prompt = 0
-        ahead = self._prefetcher if self.prefetch == "auto" else None
-        if ahead is None:
-            self._forward([token], self.store, run=self.steps)
-        else:
-            ahead.begin_token(token)
-            wanted = self._has_lookahead and ahead.wanted()
-            forecast = self._forecast_token if wanted else None
-            self._forward([token], ahead, forecast, run=self.steps)
-        if self.store is not None:
-            self.store.end_token()
-        if ahead is not None:
-            ahead.end_token()
+        with self._step([token], sampling) as step:
+            wants = self._has_lookahead and step is not None and step.wants(LOOKAHEAD)
+            forecast = partial(self._forecast_token, step) if wants else None
+            self._forward([token], step, forecast, run=self.steps)
         return self._sample(sampling)
 
     def logits(self) -> np.ndarray:
@@ -125,10 +111,17 @@ class Runner:
         """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
         return self._record.take()
 
+    def _step(
+        self, tokens: Sequence[int], sampling: SamplingParams, last: bool = True
+    ) -> AbstractContextManager[Step | None]:
+        if self.feed is None:
+            return nullcontext()
+        return self.feed.step([Work(_SEQ, tokens, sampling, last)])
+
     def _forward(
         self,
         tokens: Sequence[int],
-        source: ExpertSource | None,
+        source: Source | None,
         on_lookahead: Callable[[Tensor], None] | None = None,
         *,
         run: Callable[..., Output] | None = None,
@@ -164,22 +157,21 @@ class Runner:
             return tensor.pin_memory().to(self.model.device, non_blocking=True)
         return tensor.to(self.model.device)
 
-    def _forecast_token(self, probs_TJLE: Tensor) -> None:
-        assert self._prefetcher is not None
+    def _forecast_token(self, step: Step, probs_TJLE: Tensor) -> None:
         if probs_TJLE.device.type == "cuda":
             host_JLE = torch.empty(probs_TJLE.shape[1:], pin_memory=True)
             host_JLE.copy_(probs_TJLE[0], non_blocking=True)
-            self._prefetcher.defer(host_JLE.numpy)
+            # Read with the next layer's ids: what was queued before them is finished then.
+            step.foresee(LOOKAHEAD, host_JLE.numpy)
         else:
-            self._prefetcher.forecast(probs_TJLE[0].cpu().numpy())
+            step.foresee(LOOKAHEAD, probs_TJLE[0].cpu().numpy())
 
-    def _forecast_prompt(self, probs_TJLE: Tensor) -> None:
+    def _forecast_prompt(self, step: Step, probs_TJLE: Tensor) -> None:
         """Sum over the tokens that have an expert among their top-k: the others do not need it."""
-        assert self._prefetcher is not None
         now_TLE = probs_TJLE[:, 0]
         best_TLK, ids_TLK = now_TLE.topk(self.model.config.num_experts_per_tok, dim=-1)
         use_TLE = torch.zeros_like(now_TLE).scatter_(-1, ids_TLK, best_TLK)
-        self._prefetcher.forecast_prompt(use_TLE.sum(0).cpu().numpy())
+        step.foresee(LOOKAHEAD, use_TLE.sum(0).cpu().numpy())
 
     def _sample(self, sampling: SamplingParams) -> int:
         uniform = 0.0 if sampling.greedy else self._random.random()

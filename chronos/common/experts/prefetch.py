@@ -16,7 +16,7 @@ Shape legend: J horizons (0 = this token), L layers, E experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from chronos.common.experts.contest import Contest
 from chronos.common.experts.plan import Floats, LinkUse, PrefetchController, expected_use, plan
-from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.residency import Policy
+from chronos.common.experts.stats import TokenReport
 from chronos.common.model.weights import Key
 
 PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
@@ -40,14 +41,10 @@ _MOMENTS = 4  # plans a token from the predictor, the one at its end included
 
 
 class Store(Protocol):
-    """What is used of an ExpertStore."""
+    """What is used of a tier."""
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]: ...
-    def record_fallback(self, weight: float) -> None: ...
-    def prefetch(self, keys: Sequence[Key]) -> int: ...
+    def prefetch(self, keys: Sequence[Key], asked_by: str) -> list[Key]: ...
     def resident(self) -> frozenset[Key]: ...
-    def copy_rate(self) -> float | None: ...
-    def stats(self) -> StoreStats: ...
 
 
 class Reads(Protocol):
@@ -65,30 +62,13 @@ class Reader(Protocol):
     def in_flight_prefetch_bytes(self) -> int: ...
 
 
-class Forecasts(Protocol):
-    """What is used of a PredictorPolicy."""
-
-    @property
-    def priority(self) -> npt.NDArray[np.float64]: ...
-    @property
-    def by_token(self) -> bool: ...
-    def begin_token(self, token: int) -> None: ...
-    def learn(self, tokens: Sequence[int], ids_TLK: npt.NDArray[Any]) -> None: ...
-    def next_uses(self) -> npt.NDArray[np.float64]: ...
-
-    can_rest: bool
-
-    def rest(self, resting: bool) -> None: ...
-
-
 class Source:
     """One origin of forecasts: what it may ask for, and what came of it."""
 
     def __init__(self, name: str, record_bytes: int) -> None:
         self.name, self.controller = name, PrefetchController(record_bytes)
-        self.asked = self.used = 0  # records, in this token
-        self.total_asked = self.total_used = 0
-        self.planning_s = 0.0
+        self.total_asked = self.total_used = 0  # records
+        self.planning_s = 0.0  # in this token
 
     def to_json(self) -> dict[str, float]:
         return {
@@ -99,7 +79,7 @@ class Source:
 
 
 class Prefetcher:
-    """A source of experts that reads ahead of their use. One sequence at a time."""
+    """Decides what is read ahead of need, and when. One sequence at a time."""
 
     def __init__(
         self,
@@ -108,28 +88,31 @@ class Prefetcher:
         shape: tuple[int, int],
         top_k: int,
         record_bytes: int,
+        capacity_bytes: int,
         reader: Reader,
-        forecasts: Forecasts | None = None,
+        copy_s: float = 0.0,
+        policy: Policy | None = None,
         clock: Callable[[], float] = time.perf_counter,
         contest: bool = True,
     ) -> None:
         """shape: (layers, experts). reader: the store's, asked for its rate and its backlog.
-        forecasts: the store's policy, where it forecasts. clock: seconds. contest: some tokens
-        go without prefetch, and without forecasts; what makes tokens fastest goes on."""
+        copy_s: seconds that a record's copy to an accelerator takes. policy: the store's, asked
+        where it forecasts. clock: seconds. contest: some tokens go without prefetch, and without
+        forecasts; what makes tokens fastest goes on."""
         self.store, self.shape, self.top_k = store, shape, top_k
         self.sources = {name: Source(name, record_bytes) for name in _PRICE}
         self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
+        self._preload_bytes = int(_PRELOAD * capacity_bytes)
         self._use = LinkUse()
         self._read_before = reader.stats.bytes_read
+        forecasts = policy if policy is not None and policy.forecasts else None
         self._forecasts = forecasts
         layers = shape[0]
         self._moments = {round((i + 1) * layers / _MOMENTS) - 1 for i in range(_MOMENTS - 1)}
-        self._before = store.stats()
-        self._asked: dict[Key, Source] = {}  # prefetched and not needed yet
-        self._fresh: set[Key] = set()  # of these, asked for in this token: maybe still under way
+        self._asked = 0  # records asked for in this token
         self._wait_s: float | None = None  # average wait for an expert that is not there
         # The host does not wait for a copy, but the device does before it computes.
-        self._copy_s = record_bytes / rate if (rate := store.copy_rate()) else 0.0
+        self._copy_s = copy_s
         self._from_disk = 1.0  # average share of misses that host memory did not hold
         self._calm = 0  # tokens since one found an expert missing or prefetched any
         self._begun: float | None = None  # when the token under way began
@@ -137,35 +120,17 @@ class Prefetcher:
         self._used_at, self._tokens = np.full(shape[0] * shape[1], -_LONG_AGO), 0
         self._horizon = 1
         self._next_layers: dict[int, list[Key]] = {}
-        self._deferred: Callable[[], Floats] | None = None
         ways = 3 if forecasts is not None and forecasts.can_rest else 2
         self._contest = Contest(ways) if contest else None  # 1: no prefetch; 2: nor forecasts
 
-    # As the model's source of experts.
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The store's iterator, its reads first in line; then what this layer's turn suggests."""
-        ready = self.store.acquire(layer, experts)
+    def acquired(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer's reads are on their way: ask for what its turn suggests."""
         if self._begun is not None:
             self._needed += [layer * self.shape[1] + expert for expert in experts]
-        if self._asked:
-            for expert in experts:
-                source = self._asked.pop((layer, expert), None)
-                if source is not None:
-                    source.used += 1
         if keys := self._next_layers.pop(layer + 1, None):
-            self.store.prefetch(keys)
+            self.store.prefetch(keys, LOOKAHEAD)
         if layer in self._moments and self._begun is not None:
             self._forecast_from_policy()
-        if self._deferred is not None:
-            probs, self._deferred = self._deferred, None
-            self.forecast(probs())
-        return ready
-
-    def record_fallback(self, weight: float) -> None:
-        self.store.record_fallback(weight)
-
-    # What the runner tells.
 
     def begin_token(self, token: int) -> None:
         """The token with this id is to be decoded."""
@@ -192,11 +157,6 @@ class Prefetcher:
         )
         self._ask(source, chosen, begin)
 
-    def defer(self, probs: Callable[[], Floats]) -> None:
-        """A forecast on its way from a device: it is taken when the next layer's ids have come,
-        since what was queued before them is finished then, and costs no wait of its own."""
-        self._deferred = probs
-
     def forecast_next(self, layer: int, experts: Sequence[int]) -> None:
         """Experts a layer is about to need, best first, by its own gate on an earlier state."""
         source, begin = self.sources[NEXT_GATE], self._clock()
@@ -214,7 +174,7 @@ class Prefetcher:
             for layer, use_E in enumerate(use_LE)
             if layer > 0
         }
-        self.store.prefetch(self._next_layers.pop(1, []))
+        self.store.prefetch(self._next_layers.pop(1, []), LOOKAHEAD)
 
     def learn(self, tokens: Sequence[int], ids_TLK: npt.NDArray[Any]) -> None:
         """A chunk of a prompt was routed like this."""
@@ -225,34 +185,24 @@ class Prefetcher:
         """Decode begins: what the prompt read is not held against the forecasts, and what it
         promises is read while the reply's first token is made. Tell the store first."""
         self._next_layers.clear()
-        self._asked.clear()
-        self._fresh.clear()
-        for source in self.sources.values():
-            source.asked = source.used = 0
-        self._before, self._read_before = self.store.stats(), self._reader.stats.bytes_read
-        self._forecast_from_policy(int(_PRELOAD * self._before.capacity_bytes))
+        self._asked = 0
+        self._read_before = self._reader.stats.bytes_read
+        self._forecast_from_policy(self._preload_bytes)
 
-    def end_token(self) -> None:
+    def end_token(self, report: TokenReport) -> None:
         """The token is decoded: account for its reads, set the next allowances, read ahead."""
         seconds = self._clock() - self._begun if self._begun is not None else 0.0
-        now, before = self.store.stats(), self._before
-        missed = now.misses - before.misses
-        absent = missed + now.late - before.late
-        wasted = now.bytes_wasted - before.bytes_wasted
-        if wasted:  # evicted unused: a later need is a miss
-            held = self.store.resident() | self._fresh
-            self._asked = {key: source for key, source in self._asked.items() if key in held}
-        self._correct_used(now.prefetch_hits + now.late - before.prefetch_hits - before.late)
-        self._note_wait(absent, now.stall_s - before.stall_s + absent * self._copy_s)
+        missed, absent = report.misses, report.absent
+        self._note_wait(absent, report.stall_s + absent * self._copy_s)
         reads = self._reader.stats
-        link = self._link(reads, missed, now.warm_hits - before.warm_hits)
+        link = self._link(reads, missed, report.warm_hits)
         moved = reads.bytes_read - self._read_before
         if self._copy_s:
-            moved = now.bytes_copied - before.bytes_copied
-        self._use.end_token(seconds * link, moved - wasted)
+            moved = report.copied * self._record_bytes
+        self._use.end_token(seconds * link, moved - report.wasted * self._record_bytes)
         self._read_before = reads.bytes_read
         for source in self.sources.values():
-            self._account(source, seconds, link, missed * self._record_bytes)
+            self._account(source, report, seconds, link)
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
@@ -260,10 +210,9 @@ class Prefetcher:
             self._contest.end_token(seconds, self._news())
             if self._forecasts is not None:
                 self._forecasts.rest(self._contest.way == 2)
-        stirred = absent > 0 or now.bytes_prefetched > before.bytes_prefetched
+        stirred = absent > 0 or report.prefetched > 0
         self._calm = 0 if stirred else self._calm + 1
-        self._fresh.clear()
-        self._before, self._begun = now, None
+        self._asked, self._begun = 0, None
         if self._forecasts is not None and not self._forecasts.by_token:
             self._forecast_from_policy()
 
@@ -289,31 +238,24 @@ class Prefetcher:
 
     def _ask(self, source: Source, keys: list[Key], begin: float) -> None:
         source.planning_s += self._clock() - begin
-        asked = self.store.prefetch(keys) // self._record_bytes
-        source.asked += asked
-        self._fresh.update(keys[:asked])
-        self._asked.update(dict.fromkeys(keys[:asked], source))
+        self._asked += len(self.store.prefetch(keys, source.name))
 
-    def _account(self, source: Source, seconds: float, link: float, demand_bytes: int) -> None:
-        spared_s = source.used * (self._wait_s or 0.0)
+    def _account(
+        self, source: Source, report: TokenReport, seconds: float, link: float
+    ) -> None:
+        came = report.of(source.name)
+        spared_s = came.used * (self._wait_s or 0.0)
         paid = spared_s >= _PRICE[source.name] * source.planning_s
         source.controller.end_token(
             token_s=seconds,
             link_bytes_per_s=link,
-            demand_bytes=demand_bytes,
-            prefetched_bytes=source.asked * self._record_bytes,
-            used_bytes=source.used * self._record_bytes if paid else 0,
+            demand_bytes=report.misses * self._record_bytes,
+            prefetched_bytes=came.asked * self._record_bytes,
+            used_bytes=came.used * self._record_bytes if paid else 0,
         )
-        source.total_asked += source.asked
-        source.total_used += source.used
-        source.asked = source.used = 0
+        source.total_asked += came.asked
+        source.total_used += came.used
         source.planning_s = 0.0
-
-    def _correct_used(self, used: int) -> None:
-        """What was evicted and read again within a token looked used here; the store knows."""
-        counted = sum(source.used for source in self.sources.values())
-        for source in self.sources.values():
-            source.used = round(source.used * min(1.0, used / counted)) if counted else 0
 
     def _link(self, reads: Reads, missed: int, warm: int) -> float:
         """Bytes per second that bring a record here: the disk's for the part that comes from it,
@@ -350,7 +292,7 @@ class Prefetcher:
         in tokens that show how long they take without."""
         if self._contest is not None and self._contest.way:
             return 0
-        asked = sum(other.asked for other in self.sources.values()) * self._record_bytes
+        asked = self._asked * self._record_bytes
         return source.controller.allowance(max(asked, self._reader.in_flight_prefetch_bytes()))
 
 

@@ -10,7 +10,7 @@ Sources: least recently used; frequency with exponential decay (LRFU, Lee et al.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -25,9 +25,15 @@ _PROTECTED = 1e300  # above every priority, below infinity
 
 
 class Policy(Protocol):
-    """Ranks every (layer, expert). Called at each need, under the lock of the tier it serves."""
+    """Ranks every (layer, expert), and may forecast what is needed next. Called under the lock of
+    the tier it serves, on the thread of whoever runs the model."""
 
     forecasts: bool  # true: it ranks absent keys too, and a prefetch must outrank its victim
+    can_rest: bool  # whether `rest` spares time
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it forecasts a token best when its id is known: `begin_token`, `learn`."""
 
     @property
     def priority(self) -> NDArray[np.float64]:
@@ -47,24 +53,37 @@ class Policy(Protocol):
     def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
         """What each token of the prompt was routed to, in order."""
 
+    def begin_token(self, token: int) -> None:
+        """The token with this id is run next."""
+
+    def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None:
+        """Tokens of a prompt were routed like this."""
+
+    def next_uses(self) -> NDArray[np.float64]:
+        """[L, E], the chance that a layer, when asked next, needs the expert."""
+
+    def rest(self, resting: bool) -> None:
+        """Whether to rank by something cheaper from the next token on."""
+
 
 class Counts:
-    """What is told of prompts does not change counts of uses: each layer's chunk counts as one."""
+    """What policies that only count uses make of the rest. What is told of prompts does not change
+    their counts: each layer's chunk counts as one."""
 
-    def reconsider(self) -> None:
-        pass
+    forecasts = can_rest = by_token = False
 
-    def begin_prompt(self) -> None:
-        pass
-
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
-        pass
+    def reconsider(self) -> None: ...
+    def begin_prompt(self) -> None: ...
+    def end_prompt(self, ids_TLK: NDArray[Any]) -> None: ...
+    def begin_token(self, token: int) -> None: ...
+    def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None: ...
+    def rest(self, resting: bool) -> None: ...
+    def next_uses(self) -> NDArray[np.float64]:
+        raise AssertionError("asked of a policy that does not forecast")
 
 
 class LRU(Counts):
     """Least recently used."""
-
-    forecasts = False
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.priority = np.zeros((num_layers, num_experts))
@@ -85,8 +104,6 @@ class DecayedLFU(Counts):
     Uses are noted at once and added up when the ranking is asked for: a NumPy update costs 4 us,
     and a layer that misses nothing asks for no ranking.
     """
-
-    forecasts = False
 
     def __init__(self, num_layers: int, num_experts: int, decay: float = LFU_DECAY) -> None:
         if not 0.0 < decay <= 1.0:

@@ -8,7 +8,7 @@ Not covered: time per token and the limits; the engine and `bench` derive those.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _GAUGES = ("peak_expert_bytes", "capacity_bytes", "warm_capacity_bytes", "live_bytes")
 
@@ -68,3 +68,50 @@ class StoreStats:
             "prefetch_recall": self.prefetch_recall,
         }
         return {**dataclasses.asdict(self), "routed": self.routed, **shares}
+
+
+@dataclass
+class Asked:
+    """What came of one source's reads ahead of need, in records.
+
+    used: needed for the first time, in time or not; late: of these, still on their way then;
+    wasted: evicted before any need; cancelled: taken back for a need before its read began.
+    """
+
+    asked: int = 0
+    used: int = 0
+    late: int = 0
+    wasted: int = 0
+    cancelled: int = 0
+
+
+@dataclass
+class TokenReport:
+    """What the needs of one token met, in records, and what became of reads ahead by source."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    warm_hits: int = 0  # of the misses, those in host memory behind an accelerator's slots
+    copied: int = 0  # from there to the slots
+    stall_s: float = 0.0
+    sources: dict[str, Asked] = field(default_factory=dict)
+
+    @property
+    def absent(self) -> int:
+        """Needs that were not met at once."""
+        return self.late + self.misses
+
+    @property
+    def wasted(self) -> int:
+        return sum(source.wasted for source in self.sources.values())
+
+    @property
+    def prefetched(self) -> int:
+        return sum(source.asked - source.cancelled for source in self.sources.values())
+
+    def of(self, source: str) -> Asked:
+        found = self.sources.get(source)
+        if found is None:
+            found = self.sources[source] = Asked()
+        return found

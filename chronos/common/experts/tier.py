@@ -1,10 +1,12 @@
-"""Slots that experts are loaded into, and the iterator a layer takes its experts from.
+"""Slots that experts are loaded into, and the lease a layer takes its experts with.
 
 `Tier` is what all tiers share: counting needs, admitting, pinning, waiting, failing. How a record
 gets into a slot is for its subclasses (`tiers`). It knows no framework: what it yields for a slot
 is whatever `view(slot, record)` made of it.
-One lock per stack of tiers guards everything: consumers call from any thread, loads end on the
-reader's. Not covered: computing with experts, and the order in which results are combined.
+A load goes reading -> landed -> (copying ->) ready, or it fails. Reader threads only append what
+landed and wake who waits; all else happens under one lock, on the thread of whoever calls: policies
+run there, and what they raise is raised there. Not covered: computing with experts, and the order
+in which results are combined.
 """
 
 from __future__ import annotations
@@ -14,46 +16,89 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from chronos.common.errors import StoreError
 from chronos.common.experts.residency import Policy, Residency
-from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.stats import StoreStats, TokenReport
 from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
 
-CANCELLED = StoreError("the prefetch was withdrawn")
+CANCELLED = StoreError("the prefetch was cancelled")
 View = Callable[[int, "Record"], Any]
-Then = Callable[[int, Exception | None], None]  # (slot, error), under the tier's lock
+_DEMAND = ""  # who asked for a load that nobody asked for ahead of need
 
 
 class Load:
-    """A record on its way into a slot. `done` once; `error` is then None or why it failed."""
+    """A record on its way into a slot. `done` once; `error` is then None or why it failed.
 
-    __slots__ = ("demand", "done", "error", "guest", "key", "record", "request", "slot", "then")
+    asked_by: the source of forecasts that asked for it ahead of need, or "". demand: somebody waits
+    for it now. handle: what the layer below knows it by.
+    """
 
-    def __init__(self, key: Key, record: Record, slot: int, demand: bool, guest: bool) -> None:
-        self.key, self.record, self.slot, self.demand = key, record, slot, demand
-        self.guest = guest  # asked for by prefetch()
+    __slots__ = ("asked_by", "demand", "done", "error", "handle", "key", "record", "slot")
+
+    def __init__(self, key: Key, record: Record, slot: int, demand: bool, asked_by: str) -> None:
+        self.key, self.record, self.slot = key, record, slot
+        self.demand, self.asked_by = demand, asked_by
         self.done = False
         self.error: Exception | None = None
-        self.request: Any = None  # the reader's, where there is one
-        self.then: list[Then] = []
+        self.handle: Any = None
 
 
-class Lease:
-    """What `Tier.acquire` returns: yields (expert, view) as they become ready, each once.
+class Lease(Protocol):
+    """A layer's hold on the experts it asked for; what every source of experts gives."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether some of them are still on their way."""
+
+    def __iter__(self) -> Lease: ...
+
+    def __next__(self) -> tuple[int, Any]:
+        """(expert, weights) as they become ready, each once: valid until the next is asked for.
+        None stands for one that is not ready, where misses may fall back."""
+
+    def all(self) -> dict[int, Any]:
+        """All that were not taken yet, waited for: valid until `close`, or until the step that gave
+        the lease asks for the next layer."""
+
+    def close(self) -> None:
+        """Give everything back. Reads under way go on."""
+
+
+class HeldLease:
+    """The lease of experts that are all here and stay."""
+
+    waits = False
+
+    def __init__(self, experts: Sequence[tuple[int, Any]]) -> None:
+        self._experts = iter(experts)
+
+    def __iter__(self) -> HeldLease:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        return next(self._experts)
+
+    def all(self) -> dict[int, Any]:
+        return dict(self._experts)
+
+    def close(self) -> None:
+        self._experts = iter(())
+
+
+class SlotLease:
+    """What `Tier.acquire` returns while something may be missing.
 
     Experts not yielded yet are pinned, the one yielded last too, until the next is asked for or
     the lease is closed. A lease dropped half-way is closed by the tier's next call.
     """
 
-    __slots__ = ("_held", "_tier", "layer", "loads", "queued", "ready")
+    __slots__ = ("_held", "_kept", "_tier", "layer", "loads", "queued", "ready")
 
     def __init__(self, tier: Tier, layer: int) -> None:
         self._tier, self.layer = tier, layer
@@ -61,8 +106,13 @@ class Lease:
         self.loads: dict[int, Load] = {}
         self.queued: deque[int] = deque()  # experts that found no slot yet
         self._held = -1
+        self._kept: list[int] = []  # slots of `all`
 
-    def __iter__(self) -> Lease:
+    @property
+    def waits(self) -> bool:
+        return bool(self.loads or self.queued)
+
+    def __iter__(self) -> SlotLease:
         return self
 
     def __next__(self) -> tuple[int, Any]:
@@ -79,23 +129,32 @@ class Lease:
             self._held = slot
             return expert, tier.taken(slot)
 
+    def all(self) -> dict[int, Any]:
+        views = {}
+        for expert, view in self:
+            views[expert] = view
+            if self._held >= 0:
+                self._kept.append(self._held)
+                self._held = -1
+        return views
+
     def close(self) -> None:
-        """Give every pin back. Reads under way go on."""
         with self._tier.lock:
-            slots = [self._held, *(slot for _, slot in self.ready)]
+            slots = [self._held, *self._kept, *(slot for _, slot in self.ready)]
             # a failed load has dropped the pins on its slot
             slots += [load.slot for load in self.loads.values() if load.error is None]
             for slot in slots:
                 if slot >= 0:
                     self._tier.residency.unpin(slot)
             self._held = -1
+            self._kept.clear()
             self.ready.clear()
             self.loads.clear()
             self.queued.clear()
 
     def __del__(self) -> None:
         # May run anywhere, even inside the tier's own bookkeeping: only leave a note.
-        if self._held >= 0 or self.ready or self.loads:
+        if self._held >= 0 or self.ready or self.loads or self._kept:
             self._tier.dropped.append(self)
 
 
@@ -117,11 +176,12 @@ class Tier(ABC):
         self._records = {k: r for k, r in layout.records.items() if k not in layout.missing}
         self.counters = StoreStats(capacity_bytes=slots * layout.record_nbytes)
         self.lock = lock or threading.RLock()
-        self.dropped: deque[Lease] = deque()
+        self.dropped: deque[SlotLease] = deque()
         self.closed = False
-        self._changed = threading.Condition(self.lock)
+        self._report = TokenReport()
         self._loads: dict[Key, Load] = {}
         self._admitted: list[Load] = []  # in _loads, not begun yet
+        self._asked_by: dict[int, str] = {}  # of slots read ahead and not needed yet
         self._view = view
         self._views: list[Any] = [None] * slots
         self._shapes: list[Any] = [None] * slots  # the record geometry a cached view was made for
@@ -130,23 +190,20 @@ class Tier(ABC):
 
     # What consumers call.
 
-    def acquire(
-        self, layer: int, experts: Sequence[int], *, exact: bool = True
-    ) -> Iterator[tuple[int, Any]]:
-        """Count the needs, start the missing reads now and return a Lease on the experts.
+    def acquire(self, layer: int, experts: Sequence[int], *, exact: bool = True) -> Lease:
+        """Count the needs, start the missing reads now and return a lease on the experts.
 
         With more experts than slots the rest are read as slots come free. exact=False yields None
-        for what is not ready and lets its read go on. A read that fails raises from the iterator
-        and leaves the tier usable. Raises StoreError for an expert the layout does not have.
+        for what is not ready and lets its read go on. A read that fails raises from the lease and
+        leaves the tier usable. Raises StoreError for an expert the layout does not have.
         """
         wanted = dict.fromkeys(experts)
         with self.lock:
             if self._complete is not None:
                 return self._from_complete(layer, wanted)
             self._check_open()
-            self._close_dropped()
-            ready, events, lease = self.residency.ready, self._events, Lease(self, layer)
-            unused = self.residency.unused
+            self.settle()
+            ready, events, lease = self.residency.ready, self._events, SlotLease(self, layer)
             absent: list[int] = []
             late = 0
             for expert in wanted:
@@ -155,12 +212,12 @@ class Tier(ABC):
                     absent.append(expert)
                     continue
                 late += slot in events and not self._copied(slot)
-                if slot in unused:
+                if slot in self._asked_by:
                     self.counters.prefetch_hits += 1
+                    self._report.of(self._asked_by.pop(slot)).used += 1
                 self.residency.pin(slot)
                 lease.ready.append((expert, slot))
-            self.counters.late += late
-            self.counters.hits += len(wanted) - len(absent) - late
+            self._count(len(wanted) - len(absent) - late, late)
             if absent:
                 self._check_known(lease, absent, exact)
             self.policy.observe(layer, wanted)
@@ -173,45 +230,57 @@ class Tier(ABC):
                 self.policy.reconsider()
             return lease
 
-    def prefetch(self, keys: Sequence[Key]) -> int:
-        """Ask for records, best first; those already here are kept a while. Returns new bytes."""
-        asked = 0
+    def prefetch(self, keys: Sequence[Key], asked_by: str = "preload") -> list[Key]:
+        """Ask for records ahead of need, best first; those already here are kept a while.
+
+        asked_by: who is told in the token's report what came of them. Returns the keys now read.
+        """
+        asked: list[Key] = []
         with self.lock:
             if self.closed or self._complete is not None:
-                return 0
-            self._close_dropped()
+                return asked
+            self.settle()
             for key in keys:
                 slot = self.residency.lookup(key)
                 if slot is not None:
                     self.residency.protect(slot)
                 elif key in self._records:
-                    load = self._admit(key, demand=False, guest=True)
+                    load = self._admit(key, demand=False, asked_by=asked_by)
                     if load is None:
                         break
-                    asked += load.record.nbytes
-            self.counters.bytes_prefetched += asked
+                    asked.append(key)
+                    self.counters.bytes_prefetched += load.record.nbytes
+            self._report.of(asked_by).asked += len(asked)
             self._begin_all()
         return asked
 
-    def end_token(self) -> None:
+    def end_token(self) -> TokenReport:
+        """One decode step is over: histories fade. What it needed, and what became of reads ahead
+        of need, since the last report."""
         with self.lock:
             self.counters.tokens += 1
             if self._complete is None:
+                self.settle()
                 self.policy.end_token()
                 self.residency.end_token()
+            report, self._report = self._report, TokenReport()
+            return report
 
     def begin_prompt(self) -> None:
-        """What is acquired from now on, chunks of a prompt need."""
+        """What is acquired from now on, pieces of a prompt need."""
         with self.lock:
             self.policy.begin_prompt()
 
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
-        """Decode begins, after tokens that were routed like this."""
+    def end_prompt(self, ids_TLK: Any) -> None:
+        """The prompt is over; its tokens were routed like this. Its needs are in no report."""
         with self.lock:
+            self.settle()
             self.policy.end_prompt(ids_TLK)
+            self._report = TokenReport()
 
     def resident(self) -> frozenset[Key]:
         with self.lock:
+            self.settle()
             return frozenset(self.residency.ready)
 
     def held(self) -> frozenset[Key]:
@@ -221,32 +290,37 @@ class Tier(ABC):
     def stats(self) -> StoreStats:
         """A copy of the counters, with the gauges as they are now."""
         with self.lock:
+            self.settle()
             nbytes = self.layout.record_nbytes
             live, peak = self.residency.live * nbytes, self.residency.peak * nbytes
             return dataclasses.replace(self.counters, live_bytes=live, peak_expert_bytes=peak)
 
     def close(self) -> None:
-        """Withdraw what is queued and wait for the reads that run: they write into our memory."""
+        """Cancel what is queued and wait for the reads that run: they write into our memory."""
         with self.lock:
             if self.closed:
                 return
             self.closed, self._complete = True, None
             for load in list(self._loads.values()):
-                if self._cancel(load):
+                if not load.done and self._cancel(load):
                     self._finish(load, CANCELLED)
+            self.settle()
             while self._loads:
-                self._changed.wait()
-            for key in map(self.residency.key, self.residency.unused):
+                self._wait()
+                self.settle()
+            for key in map(self.residency.key, self._asked_by):
                 assert key is not None
                 self.counters.bytes_wasted += self._records[key].nbytes
-            self._changed.notify_all()
+            self._asked_by.clear()
+            self._wake()
 
     # What a lease calls, under the lock.
 
-    def advance(self, lease: Lease) -> None:
+    def advance(self, lease: SlotLease) -> None:
         """Start what found no slot before; unless something is ready, wait until something is."""
         while True:
             self._check_open()
+            self.settle()
             while lease.queued and self._claim(lease, lease.queued[0]):
                 lease.queued.popleft()
             self._begin_all()
@@ -257,13 +331,15 @@ class Tier(ABC):
             if not self._loads:
                 lease.close()
                 raise StoreError(
-                    "no slot for an expert: other open iterators hold all of them",
+                    "no slot for an expert: other open leases hold all of them",
                     f"{self.residency.slots} slots",
-                    "use up or close an iterator before the next acquire, or raise the budget",
+                    "use up or close a lease before the next acquire, or raise the budget",
                 )
             start = self.clock()
             self._wait()
-            self.counters.stall_s += self.clock() - start
+            waited = self.clock() - start
+            self.counters.stall_s += waited
+            self._report.stall_s += waited
 
     def taken(self, slot: int) -> Any:
         """What to yield for a slot of a lease (-1: nothing)."""
@@ -276,12 +352,24 @@ class Tier(ABC):
         """Start filling the slots of `loads`, all or none; `_finish` is called as each ends."""
 
     @abstractmethod
-    def _cancel(self, load: Load) -> bool:
-        """Withdraw a load that has not begun, or return False. The caller calls `_finish`."""
+    def _advance(self) -> None:
+        """Take note of what has landed since; `_finish` what is complete."""
 
     @abstractmethod
-    def _urge(self, load: Load) -> None:
-        """A prefetch is needed now."""
+    def _wait(self) -> None:
+        """Wait until some load has made progress."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Other threads that wait look again."""
+
+    @abstractmethod
+    def _cancel(self, load: Load) -> bool:
+        """Cancel a load that has not begun, or return False. The caller calls `_finish`."""
+
+    @abstractmethod
+    def _promote(self, load: Load) -> None:
+        """A read ahead is needed now."""
 
     @abstractmethod
     def _reused(self, slot: int) -> None:
@@ -291,35 +379,53 @@ class Tier(ABC):
     def _copied(self, slot: int) -> bool:
         """Whether the copy behind `_events[slot]` is finished."""
 
-    def _wait(self) -> None:
-        """Wait until some load has made progress."""
-        self._changed.wait()
-
     # The rest is shared.
+
+    @property
+    def loading(self) -> int:
+        """Records on their way into a slot."""
+        return len(self._loads)
+
+    def settle(self) -> None:
+        """Bring everything up to date: loads that have landed, leases that were dropped."""
+        self._advance()
+        while self.dropped:
+            self.dropped.popleft().close()
+
+    def _count(self, hits: int, late: int, misses: int = 0) -> None:
+        counters, report = self.counters, self._report
+        counters.hits += hits
+        counters.late += late
+        counters.misses += misses
+        report.hits += hits
+        report.late += late
+        report.misses += misses
 
     def _try_complete(self) -> None:
         """All records are here, and nothing will ever be evicted: look no further than a table."""
         if all(self._copied(slot) for slot in list(self._events)):
             self._complete = {k: self._views[slot] for k, slot in self.residency.ready.items()}
 
-    def _from_complete(self, layer: int, wanted: dict[int, None]) -> Iterator[tuple[int, Any]]:
+    def _from_complete(self, layer: int, wanted: dict[int, None]) -> Lease:
         assert self._complete is not None
         views = self._complete
         try:
             experts = [(expert, views[layer, expert]) for expert in wanted]
         except KeyError as error:
             raise self._unknown(error.args[0]) from None
-        self.counters.hits += len(experts)
-        if self.residency.unused:
+        self._count(len(experts), 0)
+        if self._asked_by:
             for expert in wanted:
-                self.residency.touch(self.residency.ready[layer, expert])
-        return (item for item in experts)
+                slot = self.residency.ready[layer, expert]
+                self.residency.touch(slot)
+                self._asked_by.pop(slot, None)
+        return HeldLease(experts)
 
     def _check_open(self) -> None:
         if self.closed:
             raise StoreError("the expert store is closed")
 
-    def _check_known(self, lease: Lease, experts: list[int], exact: bool) -> None:
+    def _check_known(self, lease: SlotLease, experts: list[int], exact: bool) -> None:
         for key in [(lease.layer, expert) for expert in experts]:
             if key not in self._records and (exact or key not in self.layout.missing):
                 lease.close()
@@ -328,18 +434,19 @@ class Tier(ABC):
     def _unknown(self, key: Key) -> StoreError:
         return StoreError(f"there is no expert {key[1]} in layer {key[0]}", str(self.layout.folder))
 
-    def _close_dropped(self) -> None:
-        while self.dropped:
-            self.dropped.popleft().close()
-
-    def _seek(self, lease: Lease, absent: list[int], exact: bool) -> None:
+    def _seek(self, lease: SlotLease, absent: list[int], exact: bool) -> None:
         """Count and start what is not ready; late ones first, lest a miss takes their slots."""
         layer, loads = lease.layer, self._loads
         late = [expert for expert in absent if (layer, expert) in loads]
         missed = [expert for expert in absent if (layer, expert) not in loads]
-        self.counters.late += len(late)
-        self.counters.bytes_late += sum(self._records[layer, expert].nbytes for expert in late)
-        self.counters.misses += len(missed)
+        self._count(0, len(late), len(missed))
+        for expert in late:
+            load = loads[layer, expert]
+            self.counters.bytes_late += load.record.nbytes
+            if exact and (asked_by := self._asked_by.pop(load.slot, None)) is not None:
+                source = self._report.of(asked_by)
+                source.used += 1
+                source.late += 1
         if exact:
             lease.queued.extend(e for e in late + missed if not self._claim(lease, e))
         else:
@@ -350,7 +457,7 @@ class Tier(ABC):
                     self._admit(key, demand=False)
         self._begin_all()
 
-    def _claim(self, lease: Lease, expert: int) -> bool:
+    def _claim(self, lease: SlotLease, expert: int) -> bool:
         """Pin the expert's slot for the lease, claiming one if need be. False: no slot is free."""
         key = (lease.layer, expert)
         slot = self.residency.ready.get(key)
@@ -358,23 +465,32 @@ class Tier(ABC):
             self.residency.pin(slot)
             lease.ready.append((expert, slot))
             return True
-        load = self._loads.get(key)
+        load = self.load(key, demand=True)
         if load is None:
-            load = self._admit(key, demand=True)
-            if load is None:
-                return False
-        elif not load.demand:
-            self._urge(load)
-        self.residency.pin(load.slot)
+            return False
         lease.loads[expert] = load
         return True
 
-    def _admit(self, key: Key, *, demand: bool, guest: bool = False) -> Load | None:
+    def load(self, key: Key, *, demand: bool) -> Load | None:
+        """A load of an absent record with a pin on its slot: the one under way, or a new one, which
+        `_begin_all` starts. None: no slot is free."""
+        load = self._loads.get(key)
+        if load is None:
+            load = self._admit(key, demand=demand)
+            if load is None:
+                return None
+        elif demand and not load.demand:
+            self._promote(load)
+        self.residency.pin(load.slot)
+        return load
+
+    def _admit(self, key: Key, *, demand: bool, asked_by: str = _DEMAND) -> Load | None:
         """Claim a slot; None if there is none to be had. `_begin_all` starts filling it.
 
-        demand: someone waits for it. guest: it must not displace what is worth more.
+        demand: someone waits for it. asked_by: a source of forecasts, if one asks; then it must not
+        displace what is worth more.
         """
-        admission = self.residency.admit(key, demand=not guest)
+        admission = self.residency.admit(key, demand=not asked_by)
         while admission is None and demand and self._reclaim():
             admission = self.residency.admit(key, demand=True)
         if admission is None:
@@ -382,9 +498,12 @@ class Tier(ABC):
         slot, record = admission.slot, self._records[key]
         if admission.evicted is not None:
             self._reused(slot)
-            if admission.wasted:
+            if (source := self._asked_by.pop(slot, None)) is not None:
                 self.counters.bytes_wasted += self._records[admission.evicted].nbytes
-        load = self._loads[key] = Load(key, record, slot, demand, guest)
+                self._report.of(source).wasted += 1
+        load = self._loads[key] = Load(key, record, slot, demand, asked_by)
+        if asked_by:
+            self._asked_by[slot] = asked_by
         self._admitted.append(load)
         return load
 
@@ -413,7 +532,7 @@ class Tier(ABC):
         return True
 
     def _reclaim(self) -> bool:
-        """Withdraw the prefetch asked for last that has not begun: a demand needs its slot."""
+        """Cancel the prefetch asked for last that has not begun: a demand needs its slot."""
         for load in reversed(self._loads.values()):
             if not load.demand and self._cancel(load):
                 self._finish(load, CANCELLED)
@@ -425,17 +544,17 @@ class Tier(ABC):
             return
         load.done, load.error = True, error
         del self._loads[load.key]
+        self._wake()
         if error is None:
             self.residency.mark_ready(load.slot)
-        else:
-            if error is CANCELLED and load.guest:
-                self.counters.bytes_prefetched -= load.record.nbytes
-            self.residency.mark_failed(load.slot)
-        for then in load.then:
-            then(load.slot, error)
-        self._changed.notify_all()
+            return
+        if error is CANCELLED and load.asked_by:
+            self.counters.bytes_prefetched -= load.record.nbytes
+            self._report.of(load.asked_by).cancelled += 1
+        self._asked_by.pop(load.slot, None)
+        self.residency.mark_failed(load.slot)
 
-    def _collect(self, lease: Lease) -> None:
+    def _collect(self, lease: SlotLease) -> None:
         """Move what has landed from `loads` to `ready`; raise the first failure."""
         for expert, load in [item for item in lease.loads.items() if item[1].done]:
             if load.error is not None:

@@ -1,14 +1,15 @@
 """The two tiers: disk to byte slots in host memory, and host slots to the slots of an accelerator.
 
 `SlotTier` alone serves a CPU, whose compute slots are the bytes read. `StagedTier` stands on a
-`SlotTier` (page-locked, or a small staging area) and moves records on through a `CopyEngine`; the
-engine's row objects are opaque here. The host waits for disk reads only: copies are ordered among
+`SlotTier` (page-locked, or a small staging area) and moves records on through a `CopyEngine`, which
+knows slots by their numbers. The host waits for disk reads only: copies are ordered among
 themselves and against the computation by events. Both stand on one lock, that of `Tier`.
-Not covered: what a row is and how bytes move between rows, which each backend knows.
+Not covered: what a slot is and how bytes move between slots, which each backend knows.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -18,13 +19,11 @@ from chronos.common.disk.io import aligned_buffer
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import StoreStats
-from chronos.common.experts.tier import CANCELLED, Load, Then, Tier, View
+from chronos.common.experts.tier import CANCELLED, Load, Tier, View
 from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
     from chronos.common.layout import Layout, Record
-
-__all__ = ["CopyEngine", "Event", "SlotTier", "StagedTier", "Tier"]
 
 
 class Event(Protocol):
@@ -38,13 +37,13 @@ class Event(Protocol):
 
 
 class CopyEngine(Protocol):
-    """Moves records between rows of memory without making the host wait."""
+    """Moves records from host slots to an accelerator's without making the host wait."""
 
-    def start(self, source: Any, target: Any, *, demand: bool, after: Sequence[Event]) -> Event:
-        """Queue a copy that begins after all of `after`; the event is its end.
+    def start(self, source: int, target: int, *, demand: bool, after: Sequence[Event]) -> Event:
+        """Queue a copy of host slot `source` that begins after all of `after`; its end.
 
         In chunks, so that a demand copy shares the link with prefetches instead of queueing
-        behind them. Called from any thread, under the tier's lock; must not wait.
+        behind them. Called under the tier's lock; must not wait.
         """
 
     def mark(self) -> Event:
@@ -75,43 +74,31 @@ class SlotTier(Tier):
         self._stride, self._reader, self._verify = layout.record_nbytes, reader, verify
         self._arena = aligned_buffer(slots * self._stride) if arena is None else arena
         self._paths: dict[str, str] = {}
+        self._landed: deque[Load] = deque()  # appended to by the reader's threads
+        self._changed = threading.Condition(self.lock)
+        self._waiting = 0  # threads that wait for `_changed`
 
-    def fetch(self, key: Key, then: Then, *, demand: bool) -> bool:
-        """For a tier above: pin `key`'s slot and call then(slot, error) once it is filled.
-
-        That may be at once, or later on a reader's thread; after an error there is no pin.
-        False: no slot is free, `then` is not called.
-        """
+    def claim(self, key: Key, *, demand: bool) -> Load | None:
+        """For a tier above: `key`'s load with a pin on its slot, `done` where it is here already.
+        None: no slot is free. A load that failed has lost the pin."""
         slot = self.residency.ready.get(key)
         if slot is not None:
             self.residency.pin(slot)
-            then(slot, None)
-            return True
-        load = self._loads.get(key)
-        if load is None:
-            load = self._admit(key, demand=demand)
-            if load is None:
-                return False
-            self._begin_all()
-        elif demand and not load.demand:
-            self._urge(load)
-        if load.error is not None:
-            then(load.slot, load.error)
-            return True
-        self.residency.pin(load.slot)
-        load.then.append(then)
-        return True
+            here = Load(key, self._records[key], slot, demand, "")
+            here.done = True
+            return here
+        load = self.load(key, demand=demand)
+        self._begin_all()
+        return load
 
-    def urge(self, key: Key) -> None:
-        """For a tier above: a prefetch it fetched is needed now."""
-        load = self._loads.get(key)
-        if load is not None and not load.demand:
-            self._urge(load)
+    def promote(self, load: Load) -> None:
+        """For a tier above: what it claimed ahead of need is needed now."""
+        if not (load.done or load.demand):
+            self._promote(load)
 
-    def withdraw(self, key: Key) -> bool:
-        """For a tier above: give up a fetch that has not begun (`then` gets CANCELLED)."""
-        load = self._loads.get(key)
-        if load is None or load.demand or not self._cancel(load):
+    def cancel(self, load: Load) -> bool:
+        """For a tier above: give up a claim whose read has not begun; the pin goes with it."""
+        if load.done or load.demand or not self._cancel(load):
             return False
         self._finish(load, CANCELLED)
         return True
@@ -119,7 +106,7 @@ class SlotTier(Tier):
     def _begin(self, loads: Sequence[Load]) -> None:
         requests = [self._request(load) for load in loads]
         for load, request in zip(loads, requests, strict=True):
-            load.request = request
+            load.handle = request
         self._reader.submit_many(requests)
 
     def _request(self, load: Load) -> Request:
@@ -134,24 +121,46 @@ class SlotTier(Tier):
             load.demand,
             record.digest if self._verify else None,
             f"layer {load.key[0]}, expert {load.key[1]}",
-            partial(self._landed, load),
+            partial(self._land, load),
         )
 
-    def _landed(self, load: Load, request: Request) -> None:
-        with self.lock:
+    def _land(self, load: Load, request: Request) -> None:
+        """On a reader's thread. Who waits took the lock before it looked at what has landed."""
+        self._landed.append(load)
+        if self._waiting:
+            self._wake()
+
+    def _advance(self) -> None:
+        landed = self._landed
+        while landed:
+            load = landed.popleft()
+            request = load.handle
             if request.error is None:
                 self.counters.bytes_read += request.nbytes
             else:
                 self.counters.read_errors += 1
             self._finish(load, request.error)
 
-    def _cancel(self, load: Load) -> bool:
-        return load.request is not None and self._reader.cancel(load.request)
+    def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            if not self._landed:
+                self._changed.wait()
+        finally:
+            self._waiting -= 1
 
-    def _urge(self, load: Load) -> None:
+    def _wake(self) -> None:
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _cancel(self, load: Load) -> bool:
+        return load.handle is not None and self._reader.cancel(load.handle)
+
+    def _promote(self, load: Load) -> None:
         load.demand = True
-        if load.request is not None:
-            self._reader.promote(load.request)
+        if load.handle is not None:
+            self._reader.promote(load.handle)
 
     def _reused(self, slot: int) -> None:
         """What consumers do with host memory is done before they let go of it."""
@@ -166,31 +175,22 @@ class SlotTier(Tier):
 class StagedTier(Tier):
     """Slots of an accelerator, filled from a `SlotTier` by copies.
 
-    A read that lands in a host slot starts its copy from the reader's thread. The host slot is
-    pinned until the copy is finished; loads that find none free are kept in a backlog. A slot is
-    overwritten only after the computation queued before its eviction: nothing queued later can
-    use it, since it was not pinned, so one event per eviction replaces one per use.
-    All computation must be queued on one stream (the one `mark` and `wait` act on).
+    What has landed in a host slot is copied at the tier's next call, at the latest when the next
+    layer asks. The host slot is pinned until the copy is finished; loads that find none free are
+    kept in a backlog. A slot is overwritten only after the computation queued before its eviction:
+    nothing queued later can use it, since it was not pinned, so one event per eviction replaces one
+    per use. All computation must be queued on one stream (the one `mark` and `wait` act on).
     """
 
     def __init__(
-        self,
-        host: SlotTier,
-        slots: int,
-        copies: CopyEngine,
-        sources: Sequence[Any],
-        targets: Sequence[Any],
-        policy: Policy,
-        view: View,
+        self, host: SlotTier, slots: int, copies: CopyEngine, policy: Policy, view: View
     ) -> None:
-        """sources, targets: the engine's row for each host slot and each slot of this tier."""
         super().__init__(host.layout, slots, policy, view, host.lock)
         self._host, self._copies = host, copies
-        self._sources, self._targets = sources, targets
         self._fences: dict[int, list[Event]] = {}  # what must end before a slot is overwritten
         self._copying: deque[tuple[Event, int]] = deque()  # copies under way and their host slots
+        self._reading: deque[Load] = deque()  # with a claim on the host tier, their handle
         self._backlog: deque[Load] = deque()
-        self._staging = False
 
     def stats(self) -> StoreStats:
         with self.lock:
@@ -216,34 +216,41 @@ class StagedTier(Tier):
     def _begin(self, loads: Sequence[Load]) -> None:
         demands = [load for load in loads if load.demand]
         warm = self._host.residency.ready
-        self.counters.warm_hits += sum(load.key in warm for load in demands)
+        warm_hits = sum(load.key in warm for load in demands)
+        self.counters.warm_hits += warm_hits
+        self._report.warm_hits += warm_hits
         self._backlog.extendleft(reversed(demands))
         self._backlog.extend(load for load in loads if not load.demand)
-        self._stage()
+        self._advance()
 
     def _cancel(self, load: Load) -> bool:
         if load in self._backlog:
             self._backlog.remove(load)
             return True
-        return self._host.withdraw(load.key)
+        if load.handle is None or not self._host.cancel(load.handle):
+            return False
+        self._reading.remove(load)
+        return True
 
-    def _urge(self, load: Load) -> None:
+    def _promote(self, load: Load) -> None:
         load.demand = True
         if load in self._backlog:
             self._backlog.remove(load)
             self._backlog.appendleft(load)
-            self._stage()
-        else:
-            self._host.urge(load.key)
+            self._advance()
+        elif load.handle is not None:
+            self._host.promote(load.handle)
 
     def _wait(self) -> None:
         """For a read; but if what is needed lacks a host slot that a copy holds, for that copy."""
-        self._stage()
-        if self._backlog and self._backlog[0].demand and self._copying:
+        blocked = bool(self._backlog) and self._backlog[0].demand and bool(self._copying)
+        if self._reading and not blocked:
+            self._host._wait()
+        elif self._copying:
             self._copying[0][0].synchronize()
-            self._stage()
-        else:
-            super()._wait()
+
+    def _wake(self) -> None:
+        self._host._wake()
 
     def _reused(self, slot: int) -> None:
         fences = self._fences[slot] = [self._copies.mark()]
@@ -256,37 +263,42 @@ class StagedTier(Tier):
         del self._events[slot]
         return True
 
-    def _stage(self) -> None:
-        """Free host slots whose copies have ended and hand them to the backlog."""
-        if self._staging:  # called back from a fetch that was answered at once
-            return
-        self._staging = True
-        try:
-            while self._copying and self._copying[0][0].query():
-                self._host.residency.unpin(self._copying.popleft()[1])
-            while self._backlog:
-                load = self._backlog.popleft()
-                if not self._host.fetch(load.key, partial(self._fetched, load), demand=load.demand):
-                    self._backlog.appendleft(load)
-                    break
-        finally:
-            self._staging = False
+    def _advance(self) -> None:
+        """Copy what has landed; claim host slots whose copies have ended for the backlog."""
+        self._host.settle()
+        self._copy_landed()
+        while self._copying and self._copying[0][0].query():
+            self._host.residency.unpin(self._copying.popleft()[1])
+        while self._backlog:
+            claim = self._host.claim(self._backlog[0].key, demand=self._backlog[0].demand)
+            if claim is None:
+                break
+            load = self._backlog.popleft()
+            load.handle = claim
+            self._reading.append(load)
+        self._copy_landed()
 
-    def _fetched(self, load: Load, host_slot: int, error: Exception | None) -> None:
-        """A record is in (and pins) a host slot, or its read has failed."""
-        if error is None:
-            try:
-                event = self._copies.start(
-                    self._sources[host_slot],
-                    self._targets[load.slot],
-                    demand=load.demand,
-                    after=self._fences.pop(load.slot, ()),
-                )
-                self.counters.bytes_copied += load.record.nbytes
-                self._events[load.slot] = event
-                self._copying.append((event, host_slot))
-            except Exception as failure:
-                self._host.residency.unpin(host_slot)
-                error = failure
-        self._finish(load, error)
-        self._stage()
+    def _copy_landed(self) -> None:
+        """Start the copies of all whose reads have ended, in the order they were asked for."""
+        done = [load for load in self._reading if load.handle.done]
+        for load in done:
+            self._reading.remove(load)
+            error = load.handle.error
+            if error is None:
+                error = self._copy(load, load.handle.slot)
+            self._finish(load, error)
+
+    def _copy(self, load: Load, host_slot: int) -> Exception | None:
+        """Start a copy; why that failed, if it did."""
+        try:
+            event = self._copies.start(
+                host_slot, load.slot, demand=load.demand, after=self._fences.pop(load.slot, ())
+            )
+        except Exception as failure:
+            self._host.residency.unpin(host_slot)
+            return failure
+        self.counters.bytes_copied += load.record.nbytes
+        self._report.copied += 1
+        self._events[load.slot] = event
+        self._copying.append((event, host_slot))
+        return None

@@ -147,15 +147,9 @@ class _VirtualTier(SlotTier):
         self.clock = lambda: link.now
         self.decisions: list[list[Key]] = []
 
-    def prefetch(self, keys: Sequence[Key]) -> int:
+    def prefetch(self, keys: Sequence[Key], asked_by: str = "") -> list[Key]:
         self.decisions.append(list(keys))
-        return super().prefetch(keys)
-
-    def copy_rate(self) -> None:
-        """Experts are computed with where they were read to."""
-
-    def record_fallback(self, weight: float) -> None:
-        raise AssertionError("a rehearsal waits for every expert")
+        return super().prefetch(keys, asked_by)
 
     def _wait(self) -> None:
         self.link.wait()
@@ -184,13 +178,13 @@ def rehearse(
         shape=(trace.num_layers, trace.num_experts),
         top_k=trace.top_k,
         record_bytes=pace.record_bytes,
+        capacity_bytes=slots * pace.record_bytes,
         reader=link,
-        forecasts=policy if isinstance(policy, PredictorPolicy) else None,
+        policy=policy,
         clock=lambda: link.now,
         contest=contest,
     )
     alter(prefetcher)
-    source = prefetcher if prefetch else tier
     layer_s = pace.token_s / trace.num_layers
     expert_s = layer_s * pace.expert_share / trace.top_k
     tokens = [0] * trace.num_tokens if trace.tokens_T is None else trace.tokens_T.tolist()
@@ -206,13 +200,16 @@ def rehearse(
             prefetcher.begin_token(tokens[token])
         for layer, experts in enumerate(ids_LK):
             link.pass_time(layer_s * (1.0 - pace.expert_share))
-            for _ in source.acquire(layer, experts):
+            lease = tier.acquire(layer, experts)
+            if prefetch:
+                prefetcher.acquired(layer, experts)
+            for _ in lease:
                 link.pass_time(expert_s)
         if not (isinstance(policy, PredictorPolicy) and policy.resting):
             link.pass_time(pace.predict_s)
-        tier.end_token()
+        report = tier.end_token()
         if prefetch:
-            prefetcher.end_token()
+            prefetcher.end_token(report)
         seconds.append(link.now - begin)
     return Rehearsal(
         np.array(seconds[warmup:]), tier.stats().minus(before), tier.decisions, prefetcher.to_json()

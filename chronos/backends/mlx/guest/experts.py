@@ -21,7 +21,9 @@ from mlx import nn
 
 from chronos.backends.mlx.codecs import Switch, codec_of
 from chronos.backends.mlx.moe import Routing, refuse_gradients
+from chronos.common.experts.feed import Source
 from chronos.common.experts.prefetch import NEXT_GATE
+from chronos.common.experts.tier import Lease
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
 _SORT_PAIRS = 64
@@ -93,12 +95,12 @@ class StreamedLayer(Layer):
         mx.eval(x, ids, next_ids, self._call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()
-        ready = source.acquire(self.layer, used)  # its reads go first
+        lease = source.acquire(self.layer, used)  # its reads go first
         if next_ids is not None:
             assert self._ahead is not None
-            source.prefetcher.forecast_next(self._ahead[0], next_ids.reshape(-1).tolist())
+            source.foresee(NEXT_GATE, next_ids.reshape(-1).tolist(), self._ahead[0])
         compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
-        y_NA, missing = compute(x_TD, ids_TK, source, ready)
+        y_NA, missing = compute(x_TD, ids_TK, lease)
         self._call.held = y_NA
         y_TKA = y_NA.reshape(*ids_TK.shape, -1)
         if missing:
@@ -108,44 +110,45 @@ class StreamedLayer(Layer):
             y_TKA = mx.where(mx.array(gone_TK)[..., None], self.shared(x_TD)[:, None], y_TKA)
         return y_TKA.reshape(*ids.shape, -1).astype(y_NA.dtype)
 
-    def _guess(self, x: mx.array, source: Any) -> mx.array | None:
+    def _guess(self, x: mx.array, source: Source) -> mx.array | None:
         """The next layer's gate on this layer's state: right more often than not, and in time for a
         read while this layer computes. A prefetcher takes it, where it pays."""
-        prefetcher = getattr(source, "prefetcher", None)
-        if self._ahead is None or prefetcher is None or not prefetcher.wanted(NEXT_GATE):
+        if self._ahead is None or not source.wants(NEXT_GATE):
             return None
         return self._ahead[1](x)
 
     def _at_once(
-        self, x_1D: mx.array, ids_1K: np.ndarray, source: Any, ready: Any
+        self, x_1D: mx.array, ids_1K: np.ndarray, lease: Lease
     ) -> tuple[mx.array, list[int]]:
-        places = source.hold(self.layer, ready, None)
-        places_K = np.array([places[expert] or 0 for expert in ids_1K[0].tolist()])
-        x_KD = mx.broadcast_to(x_1D, (len(places_K), x_1D.shape[1]))
+        places, ids = lease.all(), ids_1K[0].tolist()
+        x_KD = mx.broadcast_to(x_1D, (len(ids), x_1D.shape[1]))
         missing = [expert for expert, place in places.items() if place is None]
-        return self._experts(x_KD, places_K, source, False), missing
+        if len(missing) == len(places):
+            return mx.zeros(x_KD.shape, x_KD.dtype), missing
+        stack = next(place.stack for place in places.values() if place is not None)
+        places_K = np.array([places[expert].slot if places[expert] else 0 for expert in ids])
+        return self._experts(x_KD, places_K, stack, False), missing
 
     def _as_they_land(
-        self, x_TD: mx.array, ids_TK: np.ndarray, source: Any, ready: Any
+        self, x_TD: mx.array, ids_TK: np.ndarray, lease: Lease
     ) -> tuple[mx.array, list[int]]:
         K, missing = ids_TK.shape[1], []
         flat_N, order, outputs = ids_TK.reshape(-1), [], []
-        for expert, place in source.places(self.layer, ready):
+        for expert, place in lease:
             pairs = np.flatnonzero(flat_N == expert)
             order.append(pairs)
             if place is None:
                 missing.append(expert)
                 outputs.append(mx.zeros((len(pairs), x_TD.shape[1]), x_TD.dtype))
                 continue
-            places_N = np.full(len(pairs), place)
+            places_N = np.full(len(pairs), place.slot)
             sort = len(flat_N) >= _SORT_PAIRS
-            outputs.append(self._experts(x_TD[mx.array(pairs // K)], places_N, source, sort))
+            outputs.append(self._experts(x_TD[mx.array(pairs // K)], places_N, place.stack, sort))
             mx.eval(outputs[-1])  # the slot may be overwritten once the next is asked for
         return mx.concatenate(outputs)[mx.array(np.argsort(np.concatenate(order)))], missing
 
-    def _experts(self, x_ND: mx.array, places_N: np.ndarray, source: Any, sort: bool) -> mx.array:
-        """The expert at place n for row n: [N, D]."""
+    def _experts(self, x_ND: mx.array, places_N: np.ndarray, stack: Any, sort: bool) -> mx.array:
+        """The expert at place n of a stack for row n: [N, D]."""
         at_N = mx.array(places_N.astype(np.uint32))
-        stack = source.stacks[self.layer]
         y_ND: mx.array = self._codec.gathered(x_ND, stack, at_N, self._switch, sort)
         return y_ND

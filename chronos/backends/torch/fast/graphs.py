@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from chronos.backends.torch.model import Block, Cache, Model, Output
-from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.products import linear
+from chronos.common.experts.feed import Source
 from chronos.common.tuning import plain
 
 _log = logging.getLogger("chronos")
@@ -108,7 +109,9 @@ class BlockStages:
         self._middle: Stage | None = None
         self._experts: Stage | None = None
 
-    def run(self, cache: Any, source: ExpertSource, chosen: tuple[Tensor, Tensor] | None) -> Tensor:
+    def run(
+        self, cache: Any, source: Source | None, chosen: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """The residual stream behind the block, at the same place at every token."""
         query, entry = self._front.run()
         y = self._core(query, entry, cache)
@@ -123,7 +126,8 @@ class BlockStages:
             self._weights_1K.copy_(chosen[1])
         ids: list[int] = self._ids_1K[0].tolist()  # the wait of this layer
         place = {expert: i for i, expert in enumerate(ids)}
-        for expert, weights in source.acquire(self._layer, ids):
+        lease = source.acquire(self._layer, ids) if source else self._block.mlp.held(ids)
+        for expert, weights in lease:
             assert weights is not None
             self._steps.put(self._places, place[expert], weights)
         if self._experts is None:
@@ -177,7 +181,7 @@ class Steps:
         ids_BT: Tensor,
         *,
         cache: Cache,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
         on_lookahead: Callable[[Tensor], None] | None = None,
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         last_only: bool = True,
@@ -194,7 +198,7 @@ class Steps:
             if layer == len(self._blocks):
                 self._blocks.append(BlockStages(block, layer, self, x_11D))
             x_11D = self._blocks[layer].run(
-                cache.layers[layer], source or block.mlp, replay(layer) if replay else None
+                cache.layers[layer], source, replay(layer) if replay else None
             )
             if layer == 0 and on_lookahead is not None:
                 on_lookahead(model.lookahead(x_11D).float().softmax(-1).flatten(0, 1))

@@ -23,9 +23,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.codecs import PARAMETERS, codec_of
 from chronos.backends.torch.fast.capture import opaque
-from chronos.backends.torch.moe import ExpertSource, Routing, refuse_gradients
+from chronos.backends.torch.moe import Routing, refuse_gradients
 from chronos.common.errors import UsageError
-from chronos.common.experts.prefetch import NEXT_GATE, Prefetcher
+from chronos.common.experts.feed import Source
+from chronos.common.experts.prefetch import NEXT_GATE
 from chronos.common.layout.codecs import TRANSFORMERS
 
 NAME = "chronos"
@@ -36,7 +37,7 @@ Replay = Callable[[int], tuple[Tensor, Tensor]]
 class Call:
     """What one forward pass shares with its layers."""
 
-    source: ExpertSource | None = None
+    source: Source | None = None
     replay: Replay | None = None
     routing: list[Routing] = field(default_factory=list)
 
@@ -71,15 +72,14 @@ class Layer:
         return combine(module, x_TD, ids_TK, weights_TK, call.source)
 
     def _one_token(
-        self, module: Any, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor, source: ExpertSource
+        self, module: Any, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor, source: Source
     ) -> Tensor:
         ids: list[int] = ids_1K[0].tolist()
         rank = {expert: i for i, expert in enumerate(ids)}
         y_K: list[Tensor] = [x_1D] * len(ids)
         missing = []
         ready = source.acquire(self.layer, ids)  # its reads go first
-        if self._ahead is not None:
-            self._forecast(x_1D, source)
+        self._forecast(x_1D, source)
         for expert, weights in ready:
             if weights is None:
                 missing.append(rank[expert])
@@ -94,7 +94,7 @@ class Layer:
         return y_KD[None].sum(dim=1).to(x_1D.dtype)
 
     def _grouped(
-        self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, source: ExpertSource
+        self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, source: Source
     ) -> Tensor:
         T, K = ids_TK.shape
         # Not stable, as in Transformers: a row's place in its group can show in its last bit.
@@ -119,12 +119,12 @@ class Layer:
         y_ND = y_ND * weights_TK.reshape(-1)[order_N, None]
         return y_ND[order_N.argsort()].view(T, K, -1).sum(dim=1).to(x_TD.dtype)
 
-    def _forecast(self, x_1D: Tensor, source: Any) -> None:
+    def _forecast(self, x_1D: Tensor, source: Source) -> None:
         """The next layer's gate on this layer's state: right more often than not, and in time for
         a read while this layer computes. A prefetcher takes it, where it pays."""
-        if isinstance(source, Prefetcher) and source.wanted(NEXT_GATE):
-            layer, choose = self._ahead  # type: ignore[misc]
-            source.forecast_next(layer, choose(x_1D)[0].tolist())
+        if self._ahead is not None and source.wants(NEXT_GATE):
+            layer, choose = self._ahead
+            source.foresee(NEXT_GATE, choose(x_1D)[0].tolist(), layer)
 
     def _stand_in(self, x_TD: Tensor) -> Tensor:
         shared_TD = None if self._shared is None else self._shared(x_TD)

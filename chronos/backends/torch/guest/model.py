@@ -41,11 +41,12 @@ from chronos.backends.torch.guest.experts import (
 )
 from chronos.backends.torch.guest.rope import LengthRope
 from chronos.backends.torch.model import DTYPES, Output
-from chronos.backends.torch.moe import ExpertSource, Routing
+from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.products import pack_linears
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors, read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
 from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.layout.naming import layer_of
@@ -91,7 +92,7 @@ class Model:
         *,
         cache: GuestCache | None = None,
         segments_BT: Tensor | None = None,
-        source: ExpertSource | None = None,
+        source: Source | None = None,
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         last_only: bool = False,
         **forecasts: Any,

@@ -1,0 +1,367 @@
+"""The expert side of a running model as one object: ids in, leases out; facts in, policy inside.
+
+A `Feed` owns the slots of a packed model's experts (an `Arena`, which a backend made), the reads
+that fill them, the policy that ranks them and the prefetcher. A pass of the model is one `step`:
+
+    with feed.step(work) as step:
+        model(tokens, source=step)      # layers call step.acquire(layer, experts)
+
+A step of one token closes with a report of what the token needed and what became of reads ahead. A
+prompt may take several steps; it is over, once, with the piece that is its last. Everything runs on
+the caller's thread under one lock. Not covered: how bytes reach a slot (`tiers`), what is worth
+reading ahead (`prefetch`), what a record means (the backend).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from chronos.common.disk.io import FileIO
+from chronos.common.disk.reader import RangedReader
+from chronos.common.errors import UsageError
+from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
+from chronos.common.experts.residency import DecayedLFU, Policy
+from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.tier import Lease, Tier
+from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
+from chronos.common.layout.folder import slots_within
+from chronos.common.model.weights import Key
+from chronos.common.text.sampling import Work
+
+if TYPE_CHECKING:
+    from chronos.common.layout import Layout, Record
+
+Floats = npt.NDArray[np.floating]
+Foreseen = Floats | Sequence[int] | Callable[[], Floats]
+# Shorter pieces of a prompt use few experts of a layer, and forecasts of single tokens are wrong
+# half the time.
+_PROMPT_AHEAD = 16
+
+
+@dataclass(frozen=True)
+class FeedOptions:
+    """How a model's experts are held.
+
+    top_k: experts one token needs in a layer; less room than that is a BudgetError. warm_bytes:
+    host memory for experts behind the slots of an accelerator. device: the backend's name of where
+    the slots are. miss: "exact" waits for an expert, "fallback" lets the shared ones stand in for
+    one that is not ready. verify: check the digest of every record read.
+    """
+
+    top_k: int = 1
+    warm_bytes: int = 0
+    device: Any = None
+    miss: str = "exact"
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.miss not in ("exact", "fallback"):
+            raise UsageError(f"miss must be exact or fallback, not {self.miss!r}")
+
+
+class Arena(Protocol):
+    """A backend's memory for experts: `slots` that are computed with, and where reads land."""
+
+    slots: int
+    host: memoryview  # page-aligned, of whole records; the slots themselves, where `copies` is None
+    copies: CopyEngine | None  # from host slots to slots, where these lie elsewhere
+
+    def view(self, slot: int, record: Record) -> Any:
+        """What a layer computes with, of a record that is in a slot."""
+
+    def copy_rate(self) -> float | None:
+        """Bytes per second from host memory to the slots, measured now; None where reads land
+        there."""
+
+    def close(self) -> None:
+        """Give memory back that is not freed by itself. Safe to call twice."""
+
+
+class OpenArena(Protocol):
+    """A backend's `open_arena`. Raises BudgetError, UsageError or ShapeMismatch before anything is
+    allocated."""
+
+    def __call__(self, layout: Layout, slots: int, options: FeedOptions) -> Arena: ...
+
+
+class Source(Protocol):
+    """What a layer of a model asks for its experts: a step of a feed, or the model itself."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether every expert comes: no lease yields None."""
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease: ...
+
+    def record_fallback(self, weight: float) -> None:
+        """Routing weight that a shared expert stood in for."""
+
+    def wants(self, source: str) -> bool:
+        """Whether forecasts of a source could lead to a read now: spares making them if not."""
+
+    def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None:
+        """What a source of forecasts expects to be needed; `Step.foresee` says in which form."""
+
+
+class Step:
+    """One pass of the model. Layers acquire in order; each lease ends with the next one's start."""
+
+    def __init__(self, feed: Feed, work: Sequence[Work]) -> None:
+        self._feed, self.work = feed, work
+        self._lease: Lease | None = None
+        self.ids_TLK: npt.NDArray[Any] | None = None
+        self._deferred: Callable[[], Floats] | None = None
+        self.in_prompt = any(map(feed.reads_prompt, work))
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        """Start the missing reads now; a lease on the experts, those that are here first.
+
+        Ends the lease before: the caller has computed with what it held. Raises what the read of a
+        needed expert raised, and the feed stays usable.
+        """
+        if self._lease is not None:
+            self._lease.close()
+        self._lease = lease = self._feed.tier.acquire(layer, experts, exact=self._feed.exact)
+        if (ahead := self._feed.ahead) is not None:
+            ahead.acquired(layer, experts)
+            if self._deferred is not None:
+                probs, self._deferred = self._deferred, None
+                ahead.forecast(probs())
+        return lease
+
+    @property
+    def exact(self) -> bool:
+        return self._feed.exact
+
+    def record_fallback(self, weight: float) -> None:
+        self._feed.tier.counters.fallback_weight += weight
+
+    def wants(self, source: str) -> bool:
+        """Whether forecasts of a source could lead to a read now: spares making them if not."""
+        ahead = self._feed.ahead
+        if ahead is None or not self.work:
+            return False
+        if self.in_prompt:
+            return source == LOOKAHEAD and len(self.work[0].tokens) >= _PROMPT_AHEAD
+        return ahead.wanted(source)
+
+    def foresee(
+        self, source: str, scores: Foreseen, layer: int = -1
+    ) -> None:
+        """What a source expects to be needed.
+
+        LOOKAHEAD, of a token: router probabilities [J, L, E] after block 0, or a function that
+        gives them once the next layer's ids have come. Of a prompt's piece: how much each expert is
+        expected to be used, [L, E]. NEXT_GATE: the experts of `layer`, best first.
+        """
+        ahead = self._feed.ahead
+        if ahead is None:
+            return
+        if callable(scores):
+            self._deferred = scores
+        elif source != LOOKAHEAD:
+            ahead.forecast_next(layer, [int(expert) for expert in scores])
+        elif self.in_prompt:
+            ahead.forecast_prompt(np.asarray(scores))
+        else:
+            ahead.forecast(np.asarray(scores))
+
+    def routed(self, ids_TLK: npt.NDArray[Any]) -> None:
+        """The experts that the step's tokens were routed to, in order; asked for of prompts."""
+        self.ids_TLK = ids_TLK
+
+    def __enter__(self) -> Step:
+        self._feed._begin(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+        if kind is None:
+            self._feed._end(self)
+
+
+class Feed:
+    """The experts of a layout within a number of bytes. Close it, or use it as a context."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        capacity_bytes: int,
+        arena: Arena,
+        reader: RangedReader,
+        options: FeedOptions,
+        *,
+        policy: Policy | None = None,
+        prefetch: bool = False,
+    ) -> None:
+        """reader, arena: the feed's from now on. prefetch: whether what the policy or a model
+        forecasts is read ahead."""
+        self.layout, self.exact = layout, options.miss == "exact"
+        self._capacity_bytes, self._warm_bytes = capacity_bytes, options.warm_bytes
+        self._arena, self._reader = arena, reader
+        self.tier = make_tier(layout, arena, reader, policy, verify=options.verify)
+        self.ahead: Prefetcher | None = None
+        if prefetch:
+            rate = arena.copy_rate()
+            self.ahead = Prefetcher(
+                self.tier,
+                shape=(layout.num_layers, layout.num_experts),
+                top_k=options.top_k,
+                record_bytes=layout.record_nbytes,
+                capacity_bytes=capacity_bytes,
+                copy_s=layout.record_nbytes / rate if rate else 0.0,
+                reader=reader,
+                policy=policy,
+            )
+        self._prompts: dict[int, list[tuple[Sequence[int], npt.NDArray[Any]]]] = {}
+        self._decoding: set[int] = set()  # sequences whose prompt is over
+        self._reading_prompt = False
+
+    def step(self, work: Sequence[Work] = ()) -> Step:
+        """One pass of the model, as a context. Without `work` it is neither prompt nor token: needs
+        are met and counted, and say nothing of what comes next."""
+        return Step(self, work)
+
+    def preload(self, keys: Sequence[Key]) -> int:
+        """Read records ahead of any need, best first, as far as there is room. Returns how many."""
+        return len(self.tier.prefetch(keys))
+
+    def resident(self) -> frozenset[Key]:
+        return self.tier.resident()
+
+    def held(self) -> frozenset[Key]:
+        """What needs no read: resident, or in host memory behind an accelerator's slots."""
+        return self.tier.held()
+
+    def copy_rate(self) -> float | None:
+        """Bytes per second from host memory to the slots, measured now; None where reads land
+        there."""
+        return self._arena.copy_rate()
+
+    def stats(self) -> StoreStats:
+        """Counters since the feed was opened, and gauges of its memory."""
+        stats = self.tier.stats()
+        stats.capacity_bytes, stats.warm_capacity_bytes = self._capacity_bytes, self._warm_bytes
+        return stats
+
+    def prefetch_stats(self) -> dict[str, Any]:
+        """What each source of forecasts came to since the feed was opened, as JSON."""
+        return {} if self.ahead is None else {"prefetch": self.ahead.to_json()}
+
+    def drop(self, seq: int) -> None:
+        """A sequence is given up, perhaps in the middle of its prompt."""
+        self._prompts.pop(seq, None)
+        self._decoding.discard(seq)
+
+    def reads_prompt(self, work: Work) -> bool:
+        """Whether a sequence's next tokens are a piece of a prompt."""
+        return len(work.tokens) > 1 or not work.last or work.seq not in self._decoding
+
+    def close(self) -> None:
+        """End the reads and free the memory. Safe to call twice."""
+        self.tier.close()
+        self._reader.close()
+        self._arena.close()
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What a step calls.
+
+    def _begin(self, step: Step) -> None:
+        if step.in_prompt:
+            if not self._reading_prompt:
+                self.tier.begin_prompt()
+            self._reading_prompt = True
+        elif step.work and self.ahead is not None:
+            self.ahead.begin_token(step.work[0].tokens[0])
+
+    def _end(self, step: Step) -> None:
+        if not step.work:
+            return
+        if not step.in_prompt:
+            report = self.tier.end_token()
+            if self.ahead is not None:
+                self.ahead.end_token(report)
+            return
+        work = step.work[0]
+        pieces = self._prompts.setdefault(work.seq, [])
+        if step.ids_TLK is not None:
+            pieces.append((work.tokens, step.ids_TLK))
+        if work.last:
+            self._decoding.add(work.seq)
+            self._end_prompt(self._prompts.pop(work.seq))
+
+    def _end_prompt(self, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> None:
+        self._reading_prompt = False
+        ids = [ids_TLK for _, ids_TLK in pieces]
+        self.tier.end_prompt(np.concatenate(ids) if ids else None)
+        if self.ahead is not None:
+            for tokens, ids_TLK in pieces:
+                self.ahead.learn(tokens, ids_TLK)
+            self.ahead.end_prompt()
+
+
+def make_tier(
+    layout: Layout,
+    arena: Arena,
+    reader: RangedReader,
+    policy: Policy | None = None,
+    *,
+    verify: bool = True,
+) -> Tier:
+    """The tier, or the two of them, over an arena."""
+    policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
+    host_slots = len(arena.host) // layout.record_nbytes
+    view = arena.view if arena.copies is None else None
+    host = SlotTier(
+        layout, host_slots, reader, policy, arena=arena.host, view=view, verify=verify
+    )
+    if arena.copies is None:
+        return host
+    return StagedTier(host, arena.slots, arena.copies, policy, arena.view)
+
+
+def open_feed(
+    open_arena: OpenArena,
+    layout: Layout,
+    capacity_bytes: int,
+    options: FeedOptions | None = None,
+    *,
+    policy: Policy | None = None,
+    prefetch: bool = False,
+    reader: RangedReader | None = None,
+    io: FileIO | None = None,
+) -> Feed:
+    """A feed over memory that a backend opens. io: how the experts' files are read.
+
+    Raises BudgetError (naming the minimum), UsageError or ShapeMismatch before anything is
+    allocated.
+    """
+    options = options or FeedOptions()
+    slots = slots_within(layout, capacity_bytes, options.top_k)
+    arena = open_arena(layout, slots, options)
+    try:
+        reader = reader or RangedReader(io=io)
+        return Feed(
+            layout, capacity_bytes, arena, reader, options, policy=policy, prefetch=prefetch
+        )
+    except BaseException:
+        arena.close()
+        raise
