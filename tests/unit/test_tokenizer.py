@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from chronos.common.errors import CorruptFileError, DataError
 from chronos.common.text.chat_template import CHAT_TEMPLATE
@@ -147,8 +150,79 @@ def test_missing_file_is_named(tmp_path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_missing_end_token_is_named(tokenizer: Tokenizer, tmp_path) -> None:
+def edit(folder: Path, **config: object) -> Path:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_named_token_that_the_vocabulary_lacks_gets_an_id_of_its_own(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     tokenizer.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(CorruptFileError, match="no token '</s>'"):
-        Tokenizer.load(tmp_path)
+    loaded = Tokenizer.load(edit(tmp_path, eos_token="</s>", pad_token={"content": "[PAD]"}))
+    assert (loaded.eos_id, loaded.pad_id) == (300, 301)
+    assert loaded.encode("a</s>") == tokenizer.encode("a</s>")
+    assert loaded.token_bytes(300) == b""
+
+
+@pytest.mark.parametrize("place", ["added_tokens_decoder", "added_tokens.json"])
+def test_tokens_numbered_outside_tokenizer_json(
+    tokenizer: Tokenizer, tmp_path: Path, place: str
+) -> None:
+    tokenizer.save(tmp_path)
+    if place == "added_tokens.json":
+        (tmp_path / place).write_text('{"<|b|>": 301, "<|a|>": 300}')
+        edit(tmp_path, eos_token="<|b|>")
+    else:
+        numbered = {"301": {"content": "<|b|>", "special": True}, "300": {"content": "<|a|>"}}
+        edit(tmp_path, eos_token="<|b|>", added_tokens_decoder=numbered)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.encode("<|a|>"), loaded.eos_id) == ([300], 301)
+    assert loaded.control_ids.keys() == {*SPECIAL_TOKENS, "<|b|>"}
+
+
+def foreign(folder: Path, special: list[str], **config: object) -> Path:
+    """A byte-level tokenizer that is not Chronos' own."""
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    )
+    core.save(str(folder / "tokenizer.json"))
+    return edit(folder, **config)
+
+
+def test_without_an_end_token_anywhere_nothing_ends_a_reply(tmp_path: Path) -> None:
+    foreign(tmp_path, ["<s>"])
+    for config in ({"eos_token": None}, None):
+        edit(tmp_path, **config) if config else (tmp_path / "tokenizer_config.json").unlink()
+        loaded = Tokenizer.load(tmp_path)
+        assert (loaded.stop_ids, loaded.pad_id) == (frozenset(), 0)
+        with pytest.raises(DataError, match="names no end token"):
+            _ = loaded.eos_id
+
+
+def test_the_end_of_a_turn_ends_only_replies_of_our_own_vocabulary(tmp_path: Path) -> None:
+    """In others `<|end|>` may end a part of a reply, as gpt-oss' analysis."""
+    loaded = Tokenizer.load(foreign(tmp_path, ["<|return|>", "<|end|>"], eos_token="<|return|>"))
+    assert loaded.stop_ids == {0}
+
+
+def test_tokens_as_written_in_a_byte_level_vocabulary(tmp_path: Path) -> None:
+    foreign(tmp_path, ["<s>"], eos_token="<s>")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    number = data["model"]["vocab"]["你 好"] = len(data["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert Tokenizer.load(tmp_path).decode([number]) == "你 好"
+
+
+@pytest.mark.parametrize("value", [{"x": {}}, {"1": {"special": True}}, {"1": "a"}, [1]], ids=str)
+def test_damaged_added_tokens_are_named(
+    tokenizer: Tokenizer, tmp_path: Path, value: object
+) -> None:
+    tokenizer.save(tmp_path)
+    with pytest.raises(CorruptFileError, match="added tokens") as caught:
+        Tokenizer.load(edit(tmp_path, added_tokens_decoder=value))
+    assert caught.value.where.endswith("tokenizer_config.json")

@@ -12,7 +12,8 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,47 +24,51 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.errors import CorruptFileError, DataError
 from chronos.common.model.guest import end_ids
-from chronos.common.text.chat_template import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate
+from chronos.common.text.chat_template import (
+    CHAT_TEMPLATE,
+    NO_TEMPLATE,
+    ChatTemplate,
+    Messages,
+)
+from chronos.common.text.tokenizer_files import read_files
 
 PAD, EOS, END = "<|pad|>", "<|eos|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, EOS, "<|user|>", "<|assistant|>", "<|system|>", END)
-# Far above any vocabulary in use; a larger tokenizer.json is refused unread.
-_MAX_FILE_BYTES = 256 << 20
-# Noncharacters, one of which marks special-token text that came from a message (see apply_chats).
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_OWN_NAMES = {"eos_token": EOS, "pad_token": PAD}
 _SPACE = "\u2581"  # SentencePiece's mark
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Decoders of the SentencePiece style: token by token they do what `_spaced_bytes` does.
 _SPACED = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
-# [{"role": "user", "content": "..."}, ...]
-Messages = Sequence[Mapping[str, Any]]
-
 
 class Tokenizer:
-    """Encodes and decodes; knows its end and pad tokens and its chat template."""
+    """Encodes and decodes; knows its named tokens and its chat template."""
 
     def __init__(
         self,
         core: tokenizers.Tokenizer,
         *,
-        template: str = CHAT_TEMPLATE,
-        eos: str = EOS,
-        pad: str = PAD,
-        bos: str = "",
+        template: str | None = None,
+        named: Mapping[str, str] | None = None,
+        ends: Iterable[int] = (),
         vocab_size: int = 0,
         where: str = "",
     ) -> None:
-        """vocab_size: ids of the model; those that name no token decode to nothing."""
+        """template, named: as in `TokenizerFiles`; None for those of Chronos' own
+        vocabulary. ends: ids that end a text where no eos_token is named. vocab_size: ids of the
+        model; those that name no token decode to nothing."""
         self._core = core
         core.encode_special_tokens = True  # special-token text in the input is text
         core.no_truncation()
         core.no_padding()
-        self.template = ChatTemplate(template)
-        self._eos, self._bos = eos, bos
-        self.eos_id, self.pad_id = self._special_id(eos, where), self._special_id(pad, where)
+        self._own = all(core.token_to_id(name) is not None for name in SPECIAL_TOKENS)
+        fallback = CHAT_TEMPLATE if self._own else NO_TEMPLATE
+        self.template = ChatTemplate(fallback if template is None else template)
+        self._named = (_OWN_NAMES if self._own else {}) | dict(named or {})
+        self._ends, self._where = sorted(ends), where
         self._bytes, self._leading_space = _token_bytes(core, where)
         self._bytes += [b""] * (vocab_size - len(self._bytes))
+        self._whole = threading.Lock()  # held while special-token text is not text
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -87,29 +92,14 @@ class Tokenizer:
     def load(cls, folder: str | Path, vocab_size: int = 0) -> Tokenizer:
         """Read tokenizer.json and what lies beside it. Raises CorruptFileError naming the file."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
-        try:
-            core = tokenizers.Tokenizer.from_str(json.dumps(_read_json(path)))
-        except CorruptFileError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            raise CorruptFileError(f"not a tokenizer: {error}", str(path)) from None
-        own = core.token_to_id(EOS) is not None
-        file = folder / "chat_template.jinja"
-        template = _read(file) if file.exists() else _template(config.get("chat_template"), own)
-        eos = _token_name(config.get("eos_token"), EOS if own else _end_token(core, folder))
-        own_pad = core.token_to_id(PAD) is not None
-        pad = _token_name(config.get("pad_token"), PAD if own_pad else eos)
-        bos = _token_name(config.get("bos_token"), "")
+        files = read_files(folder)
         return cls(
-            core,
-            template=template,
-            eos=eos,
-            pad=pad,
-            bos=bos,
+            files.core,
+            template=files.template,
+            named=files.named,
+            ends=end_ids(folder),
             vocab_size=vocab_size,
-            where=str(path),
+            where=str(folder / "tokenizer.json"),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -118,9 +108,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self._eos,
-            "pad_token": self._core.id_to_token(self.pad_id),
-            **({"bos_token": self._bos} if self._bos else {}),
+            **self._named,
             "clean_up_tokenization_spaces": False,
         }
         core = json.loads(self._core.to_str())
@@ -137,15 +125,44 @@ class Tokenizer:
         return len(self._bytes)
 
     @cached_property
+    def eos_id(self) -> int:
+        """The id that closes a document. Raises DataError where the model's files name none."""
+        found = self._named_id("eos_token")
+        if found is None:
+            found = next((i for i in self._ends if self._core.id_to_token(i)), None)
+        if found is None:
+            raise DataError(
+                "the tokenizer names no end token",
+                self._where,
+                "name one as eos_token in tokenizer_config.json",
+            )
+        return found
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The id that fills a row; never a label, so any will do where none is named."""
+        found = self._named_id("pad_token")
+        found = self._named_id("eos_token") if found is None else found
+        return 0 if found is None else found
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a reply: end of text and, where the vocabulary has it, end of turn."""
-        end = self._core.token_to_id(END)
-        return frozenset({self.eos_id} if end is None else {self.eos_id, end})
+        """Ids that end a reply: the end token and, of Chronos' own vocabulary, the end of a turn.
+        What ends another model's reply beside its eos_token is said by its own files."""
+        found = [self._named_id("eos_token"), self._core.token_to_id(END) if self._own else None]
+        return frozenset(token for token in found if token is not None)
+
+    @cached_property
+    def control_ids(self) -> dict[str, int]:
+        """Ids of the special tokens by their text."""
+        added = self._core.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special token. Raises DataError on a lone surrogate."""
         self._check(text)
-        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        with self._whole:
+            ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -154,7 +171,7 @@ class Tokenizer:
 
     @cached_property
     def _prefix(self) -> list[int]:
-        """Control tokens before a text (Llama's `<s>`); none where tokenizer.json adds none."""
+        """Control tokens before a text (Llama's `<s>`); none where the files add none."""
         given = self._core.encode("a", add_special_tokens=True)
         masked = zip(given.ids, given.special_tokens_mask, strict=True)
         return [token for token, _ in itertools.takewhile(lambda pair: pair[1], masked)]
@@ -163,7 +180,8 @@ class Tokenizer:
         """`encode` of many texts on all cores."""
         for text in texts:
             self._check(text)
-        return [e.ids for e in self._core.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._whole:
+            return [e.ids for e in self._core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -181,48 +199,40 @@ class Tokenizer:
         return self.apply_chats([(messages, reply)])[0]
 
     def apply_chats(self, chats: Sequence[tuple[Messages, bool]]) -> list[list[int]]:
-        """`apply_chat` of many (messages, reply), for one rendering. Raises TemplateError.
+        """`apply_chat` of many (messages, reply), for one rendering. Raises TemplateError."""
+        for messages, _ in chats:
+            for text in _strings(messages):
+                self._check(text)
+        rendered = self.template.render_all(chats, tuple(self.control_ids), **self._named)
+        return [self._encode_rendered(parts) for parts in rendered]
 
-        Special-token text inside a message is marked before rendering, so that only the template's
-        own control tokens match; the mark is taken out again before the text is encoded.
-        """
-        mark = _free_mark(chats)
-
-        def protect(text: str) -> str:
-            self._check(text)
-            return self._control.sub(lambda m: m[0][0] + mark + m[0][1:], text)
-
-        marked = [(_map_strings(messages, protect), reply) for messages, reply in chats]
-        texts = self.template.render_all(marked, bos_token=self._bos, eos_token=self._eos)
-        return [self._encode_rendered(text, mark) for text in texts]
-
-    def _encode_rendered(self, text: str, mark: str) -> list[int]:
-        if mark not in text:  # as other libraries do: how a piece is cut may hang on what is before
-            self._core.encode_special_tokens = False
-            try:
-                return list(self._core.encode(text, add_special_tokens=False).ids)
-            finally:
-                self._core.encode_special_tokens = True
-        ids: list[int] = []
-        end = 0
-        for match in self._control.finditer(text):
-            ids += self.encode(text[end : match.start()].replace(mark, ""))
-            ids.append(self._special_id(match[0]))
-            end = match.end()
-        return ids + self.encode(text[end:].replace(mark, ""))
+    def _encode_rendered(self, parts: list[str]) -> list[int]:
+        """Ids of text, control token, text, ..., text; what looks like a control token in a text
+        is text."""
+        whole = "".join(parts)
+        if self._control.findall(whole) == parts[1::2]:
+            # As other libraries do: how a piece is cut may hang on what is before.
+            with self._whole:
+                self._core.encode_special_tokens = False
+                try:
+                    return list(self._core.encode(whole, add_special_tokens=False).ids)
+                finally:
+                    self._core.encode_special_tokens = True
+        ids = self.encode(parts[0])
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            ids += [self.control_ids[name], *self.encode(text)]
+        return ids
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Matches every special token's text, the longest first."""
-        added = self._core.get_added_tokens_decoder().values()
-        names = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        names = sorted(filter(None, self.control_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def _special_id(self, name: str, where: str = "") -> int:
-        token = self._core.token_to_id(name)
-        if token is None:
-            raise CorruptFileError(f"the vocabulary has no token {name!r}", where)
-        return int(token)
+    def _named_id(self, name: str) -> int | None:
+        text = self._named.get(name)
+        found: int | None = None if text is None else self._core.token_to_id(text)
+        return found
 
     @staticmethod
     def _check(text: str) -> None:
@@ -271,8 +281,8 @@ def _token_bytes(core: tokenizers.Tokenizer, where: str) -> tuple[list[bytes], b
             continue
         try:
             table[index] = bytes(byte_of[c] for c in token) if byte_of else _spaced_bytes(token)
-        except KeyError:
-            raise CorruptFileError(f"token {index} is not byte-level: {token!r}", where) from None
+        except KeyError:  # a token put in by hand, which the decoder gives as it is written
+            table[index] = token.encode()
     leading = any(
         (step["type"] == "Strip" and step.get("start"))
         or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
@@ -305,63 +315,12 @@ def _byte_of() -> dict[str, int]:
     return table | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _free_mark(chats: Sequence[tuple[Messages, bool]]) -> str:
-    text = json.dumps(chats, ensure_ascii=False, default=str)
-    for mark in _MARKS:
-        if mark not in text:
-            return mark
-    raise DataError("the messages use every Unicode noncharacter from U+FDD0 to U+FDEF")
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
     if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    return value
-
-
-def _template(value: Any, own: bool) -> str:
-    """tokenizer_config.json may hold several templates by name; ours is for our own tokens."""
-    if isinstance(value, list):
-        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else CHAT_TEMPLATE if own else NO_TEMPLATE
-
-
-def _end_token(core: tokenizers.Tokenizer, folder: Path) -> str:
-    """The token that the model's own files end a text with."""
-    names = map(core.id_to_token, sorted(end_ids(folder)))
-    return next((name for name in names if name), EOS)
-
-
-def _token_name(value: Any, default: str) -> str:
-    """tokenizer_config.json names a token by its text or by an object with `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else default
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise CorruptFileError(f"larger than {_MAX_FILE_BYTES >> 20} MiB", str(path))
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise CorruptFileError("no such file", str(path), "name a model folder") from None
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", str(path)) from None
-
-
-def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        data = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"not JSON: {error}", str(path)) from None
-    if not isinstance(data, dict):
-        raise CorruptFileError("not a JSON object", str(path))
-    return data
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
