@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -62,7 +63,7 @@ class TrainStep:
             self._seed(number)  # twice, so that both passes draw the same masks
             picks_LE = self._picks(batches)
         self._seed(number)
-        gradients: dict | None = None
+        gradients: Any = None  # by module, as MLX nests them
         parts = []
         for batch in batches:
             found, new = self._gradients(batch, objective, counts, picks_LE)
@@ -71,7 +72,7 @@ class TrainStep:
             parts.append(_part(Losses(*found)))
         terms = report(parts, counts, objective)
         flat = dict(tree_flatten(gradients))
-        norm = math.sqrt(sum(mx.square(g).sum() for g in flat.values()).item())
+        norm = math.sqrt(float(mx.stack([mx.square(g).sum() for g in flat.values()]).sum()))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
             self._apply(flat, norm, rate)
@@ -152,7 +153,7 @@ class TrainStep:
         return {p: mx.zeros(a.shape) for p, a in tree_flatten(self.model.parameters())}
 
 
-def _places(weights: dict, moments: Sequence[_Flat]) -> dict[str, Place]:
+def _places(weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:
     """Where each tensor of the state lives, by its name in a checkpoint."""
     places = dict(named(weights))
     for moment, flat in zip(_MOMENTS, moments, strict=True):
@@ -187,5 +188,5 @@ def _adamw(
 def _part(found: Losses) -> Part:
     """On the host."""
     mx.eval(found)
-    terms = {name: float(value.item()) for name, value in found.terms.items()}
+    terms = {name: float(value) for name, value in found.terms.items()}
     return Part(terms, np.array(found.picks_LE), np.array(found.probs_LE))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.torch.losses import Losses, count_picks, label_log_probs, losses, tensors_of
@@ -35,7 +36,8 @@ class TrainStep:
         self.model, self.recipe = model, recipe
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        matrices, others = [], []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, parameter in model.named_parameters():
             plain = parameter.dim() < 2 or "embed_tokens" in name
             (others if plain else matrices).append(parameter)
