@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 from chronos import backends
 from chronos.common.errors import MissingBackendError, ShapeMismatch, UsageError
-from chronos.common.layout import is_packed
+from chronos.common.layout import is_packed, packed_experts
+from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model.config import ModelConfig
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.run import hub
@@ -164,6 +165,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         folder = _folder(os.fspath(pretrained_model_name_or_path), options)
         if config is None:
             config = ChronosConfig(**ModelConfig.from_json(folder).to_json())
+        _refuse_coded(folder, ModelConfig.from_json(folder))
         weights = load_model(folder, _device(device_map), True, as_stored=False).state_dict()
         with torch.device("meta"):
             model = cls(config)
@@ -291,6 +293,17 @@ def _folder(name: str, options: dict[str, Any]) -> Path:
         return resolve_model(name)
     passed = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
     return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*hub.PATTERNS], **passed))
+
+
+def _refuse_coded(folder: Path, config: ModelConfig) -> None:
+    """Experts that are no parameters as they are stored: Transformers has no place for them."""
+    layout = packed_experts(folder, config, checked=False)
+    if odd := set(() if layout is None else layout.encodings.values()) - {SWIGLU}:
+        raise UsageError(
+            f"the experts are encoded as {min(odd)}, which Transformers does not hold",
+            str(folder),
+            "run it with chronos.load, or load the folder it was packed from",
+        )
 
 
 def _filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Model:

@@ -311,7 +311,7 @@ def _dense_names(folder: Path, config: ModelConfig | GuestConfig) -> list[str] |
 
 def _of_experts(folder: Path, config: ModelConfig | GuestConfig) -> dict[str, Any]:
     """What a layout would say: bytes of all routed experts, and the layers that have some."""
-    if isinstance(config, ModelConfig):
+    if isinstance(config, ModelConfig) and not is_packed(folder):
         nbytes = config.num_routed_experts * config.expert_parameters * config.dtype_bytes
         return {"expert_bytes": nbytes}
     source = open_source(folder, FileIO())

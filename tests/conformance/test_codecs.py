@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ConfigError, CorruptFileError, ShapeMismatch, UsageError
 from chronos.common.layout import inspect, open_layout, pack, reorder, verify, write_experts
 from chronos.common.layout.codecs import SWIGLU
+from chronos.common.layout.manifest import Record, RecordTensor
 from chronos.common.layout.source import encoded, open_source
 from chronos.common.model.guest import read_config
 from chronos.common.text.sampling import SamplingParams
@@ -172,8 +174,6 @@ def test_a_config_of_other_shapes_is_refused(coded: Path, tmp_path: Path) -> Non
 def test_a_backend_without_it_names_it(
     backend: Any, coded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib import import_module
-
     module = import_module(f"chronos.backends.{backend.name}.codecs")
     monkeypatch.delitem(module.CODECS, NAME)
     module.codec_of.cache_clear()
@@ -194,3 +194,34 @@ def test_coded_experts_are_not_trained(backend: Any, coded: Path) -> None:
             import mlx.core as mx
 
             model(mx.array(ids_BT))
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "U32", "F8_E8M0"])
+def test_plain_experts_hold_no_integers(backend: Any, dtype: str) -> None:
+    """A checkpoint that is quantised and does not say so would be computed as its bits."""
+    tensor = RecordTensor("down_proj", dtype, (2, 4), 0)
+    record = Record((3, 1), "x.ctsr", 0, 4096, b"", (tensor,), "transformers")
+    codec = import_module(f"chronos.backends.{backend.name}.codecs").codec_of("transformers")
+    with pytest.raises(ShapeMismatch, match=rf"expert \(3, 1\): down_proj is {dtype}"):
+        codec.view(zeros(backend, 4096), record)
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "C64", "BOOL"])
+def test_what_no_framework_holds_is_refused_by_its_name(backend: Any, dtype: str) -> None:
+    record = Record((3, 1), "x.ctsr", 0, 4096, b"", (RecordTensor("w", dtype, (8, 8), 0),), NAME)
+    codec = import_module(f"chronos.backends.{backend.name}.codecs").codec_of(NAME)
+    with pytest.raises(ShapeMismatch, match=f"w is {dtype}"):
+        codec.view(zeros(backend, 4096), record)
+
+
+def zeros(backend: Any, nbytes: int) -> Any:
+    """A record's bytes, as the codecs of a backend take them."""
+    if backend.name == "torch":
+        import torch
+
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    import mlx.core as mx
+
+    from chronos.backends.mlx.codecs import Raw
+
+    return Raw(mx.zeros((nbytes,), mx.uint8), 0)

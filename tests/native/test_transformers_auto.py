@@ -21,11 +21,13 @@ from chronos.backends import torch as backend
 from chronos.backends.torch import Runner
 from chronos.cli import main
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.layout import pack
 from chronos.common.model.config import ModelConfig
 from chronos.common.text.sampling import SamplingParams
 from chronos.interop.transformers import ChronosConfig, ChronosForCausalLM
 from chronos.run.models import resolve_model
 from chronos.testing.tiny import CONFIG, TEXTS, tiny_model, tiny_packed
+from tests.support.toy_codec import NAME, register
 
 IDS = np.random.default_rng(5).integers(6, CONFIG.vocab_size, (2, 21))
 FRESH = """
@@ -73,6 +75,15 @@ def test_both_kinds_of_folder_load_with_the_logits_of_the_backend(packed: Path) 
         with torch.no_grad():
             found = model(torch.from_numpy(IDS)).logits
         assert np.array_equal(found.numpy(), wanted)
+
+
+def test_experts_that_are_no_parameters_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, "torch")
+    pack(tiny_model(tmp_path / "model"), tmp_path / "packed", encoding=NAME)
+    with pytest.raises(UsageError, match=f"encoded as {NAME}, which Transformers does not hold"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 def test_the_config_keeps_both_spellings(packed: Path, tmp_path: Path) -> None:

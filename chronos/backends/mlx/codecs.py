@@ -28,11 +28,14 @@ from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS
 if TYPE_CHECKING:
     from chronos.common.layout import Record
 
-# safetensors' names of the dtypes a record may hold here.
+# safetensors' names of the dtypes a record may hold here; bits where MLX has no such dtype.
 DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
+    "F8_E4M3": mx.uint8,
+    "F8_E5M2": mx.uint8,
+    "F8_E8M0": mx.uint8,
     "U8": mx.uint8,
     "I8": mx.int8,
     "U16": mx.uint16,
@@ -169,6 +172,12 @@ class MlxLm:
 
 class Transformers(MlxLm):
     """The same, from records with the names of Transformers' modules."""
+
+    def view(self, raw: Raw, record: Record) -> Tensors:
+        for entry in record.tensors:
+            if entry.dtype not in ("F32", "F16", "BF16"):  # quantised, and nothing says how
+                raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
+        return tensors_of(raw, record)
 
     def _named(self, stack: Tensors, block: Switch) -> Tensors:
         """Interleaved rows stay one matrix: a gather over a matrix with gaps copies the stack."""

@@ -27,7 +27,8 @@ from chronos.common.layout.codecs import SWIGLU, TRANSFORMERS
 if TYPE_CHECKING:
     from chronos.common.layout import Record
 
-# safetensors' names of the dtypes a record may hold here.
+# safetensors' names of the dtypes a record may hold here; bits where torch computes with no such
+# dtype.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,10 +36,12 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
+    "U32": torch.int32,
     "I64": torch.int64,
 }
 # What an experts module of Transformers may hold, one slice an expert: the names in a record too.
@@ -95,7 +98,11 @@ class Transformers:
     not, with the activation and the norm of the library's own module."""
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Named:
-        return Named(tensors_of(raw, record), release)
+        tensors = tensors_of(raw, record)
+        for entry in record.tensors:
+            if not tensors[entry.name].is_floating_point():  # quantised, and nothing says how
+                raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
+        return Named(tensors, release)
 
     def forward(self, x_TD: Tensor, expert: Named, block: Any) -> Tensor:
         """One expert on its rows: up (with the gate, where there is one), activation, down."""

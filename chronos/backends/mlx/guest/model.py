@@ -21,6 +21,7 @@ from mlx.utils import tree_unflatten
 
 from chronos.backends.mlx.guest.experts import Ahead, Call, Layer, Shared, StreamedLayer
 from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_utils
+from chronos.backends.mlx.guest.spelling import switch_of
 from chronos.backends.mlx.model import Cache, Output
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import UsageError
@@ -165,7 +166,7 @@ def load_guest(
         around = _parent(core, path)
         plain = config.model_type not in _SCALED
         shared = _shared(around) if plain else None
-        switch, encoding = skeleton.switch(block), layout.encodings[layer]
+        switch, encoding = switch_of(block, skeleton.spelling), layout.encodings[layer]
         streamed = StreamedLayer(layer, block, switch, encoding, call, shared, ahead)
         layers.append((path, streamed))
         choose = _chooser(around, block, config.num_experts_per_tok) if plain else None

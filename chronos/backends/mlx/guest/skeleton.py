@@ -1,19 +1,15 @@
-"""A guest's model object without its routed experts, and how its records spell them.
+"""A guest's model object without its routed experts, all else as MLX-LM makes it.
 
 MLX-LM's own loader builds and quantises the model; dense tensors come from the strict reader, and
 experts are stand-ins that are never evaluated. A model's `sanitize` works on a checkpoint as a
-whole and knows it by the names of its experts, so it is run with small numbered experts among the
-dense tensors: what becomes of the numbers says how a record's matrices lie, and a spelling that
-`sanitize` does not know is noticed. Not covered: blocks that compute their experts otherwise.
-
-Shape legend: E experts, F expert hidden, D hidden.
+whole, so it is run with experts among the dense tensors: small numbered ones (`spelling`) where
+records have the names of Transformers' modules. What tensors an expert has, its codec knows.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -24,7 +20,18 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from chronos.backends.mlx.codecs import DTYPES, Raw, Switch, codec_of
+from chronos.backends.mlx.codecs import DTYPES, Raw, codec_of
+from chronos.backends.mlx.guest.spelling import (
+    KNOWN,
+    LAYER,
+    Blocks,
+    Spelling,
+    Weights,
+    experts_in,
+    read_rows,
+    spellings,
+    switch_of,
+)
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors, read_checkpoint, write_tensors
 from chronos.common.errors import (
@@ -38,32 +45,11 @@ from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 
-_LAYER = re.compile(r"(.*?)\b((?:layers|blocks|h)\.(\d+))\.(.+)")
-# MLX-LM reads gpt-oss as it was released, in MXFP4; as Transformers saves it, its `sanitize` loses
-# the experts.
-_KNOWN = {"gpt_oss": ("interleaved", True)}
-# How checkpoints spell experts: one by one (gate, up, down), or stacked (gate and up, down); and
-# what they call the block where MLX-LM calls it otherwise.
-_ONE_BY_ONE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_STACKED = (
-    ("experts.gate_up_proj", "experts.down_proj"),
-    ("gate_up_proj", "down_proj"),
-    ("input_linear.weight", "output_linear.weight"),
-)
-_BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
 _DENSE_DTYPES = DTYPES | {
     "BOOL": mx.bool_,
     "I64": mx.int64,
     "F8_E4M3": mx.uint8,  # as MLX reads it, which `sanitize` methods know
 }
-# An expert in numbers, to be found again: gate rows, up rows [2F, D]; down [D, F]. F = 2, D = 3.
-_GATE_UP = np.arange(12, dtype=np.float32).reshape(4, 3)
-_DOWN = 100 + np.arange(6, dtype=np.float32).reshape(3, 2)
-_EXPERT = (_GATE_UP[:2], _GATE_UP[2:], _DOWN)
-
-Weights = dict[str, mx.array]
-Spelling = tuple[str, bool]  # of Transformers' records: `rows` and `swapped` of a `Switch`
-Blocks = dict[int, tuple[str, nn.Module]]  # by layer: a switch and its path
 
 
 def mlx_lm_utils() -> ModuleType:
@@ -89,7 +75,7 @@ def find_blocks(module: nn.Module, config: GuestConfig) -> Blocks:
     blocks: Blocks = {}
     for path, block in module.named_modules():
         if isinstance(block, SwitchGLU | SwitchMLP):
-            layer = _LAYER.fullmatch(path)
+            layer = LAYER.fullmatch(path)
             if type(block) not in parts or block.children().keys() - parts[type(block)]:
                 raise _unsupported(config, f"computes its experts with more than a switch ({path})")
             if any("global_scale" in b for b in block.children().values()):
@@ -116,7 +102,7 @@ class Skeleton:
 
     def __init__(self, utils: ModuleType, folder: Path, config: GuestConfig) -> None:
         self.folder, self.config = folder, config
-        self._spelling: Spelling = "", False
+        self.spelling: Spelling = "", False
         self._utils, self._json = utils, load_config(folder)[0]
         if "model_file" in self._json:
             raise ConfigError(
@@ -148,18 +134,11 @@ class Skeleton:
             (folder / "config.json").write_text(config)
             return self._load(folder, get_model_classes=self._classes)
 
-    def switch(self, block: nn.Module) -> Switch:
-        """What a switch adds to its experts."""
-        gated = "gate_proj" in block
-        names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
-        quantised = {n: _settings(block[n]) for n in names if "scales" in block[n]}
-        return Switch(block.activation, gated, quantised, *self._spelling)
-
     def fill(self, layout: Layout, blocks: Blocks) -> None:
         """Read the experts of a packed folder in place of their stand-ins."""
         stacks = {
             layer: {
-                t.name: mx.zeros((_count(block), *t.shape), DTYPES[t.dtype])
+                t.name: mx.zeros((experts_in(block), *t.shape), DTYPES[t.dtype])
                 for t in self._records[layer].tensors
             }
             for layer, (_, block) in blocks.items()
@@ -172,7 +151,7 @@ class Skeleton:
                 stack[expert * len(view) : (expert + 1) * len(view)] = view
         for layer, (_, block) in blocks.items():
             codec = codec_of(layout.encodings[layer])
-            own = codec.parameters(stacks[layer], self.switch(block))
+            own = codec.parameters(stacks[layer], switch_of(block, self.spelling))
             block.update(tree_unflatten(list(own.items())))
 
     def _load(self, folder: Path, **options: Any) -> nn.Module:
@@ -214,56 +193,36 @@ class Skeleton:
         if any(record.encoding != TRANSFORMERS for record in self._records.values()):
             return sanitize(self._dense | self._stand_ins(blocks))  # MLX-LM's names already
         wanted = {f"{path}.{name}": a for path, b in blocks.values() for name, a in _flat(b)}
-        if self.config.model_type in _KNOWN:
-            self._spelling = _KNOWN[self.config.model_type]
+        if self.config.model_type in KNOWN:
+            self.spelling = KNOWN[self.config.model_type]
             self._check_shapes(blocks)
             return sanitize(dict(self._dense)) | wanted
-        for swapped, numbered in self._spellings(blocks):
+        for swapped, numbered in spellings(self._dense, blocks, self._records):
             try:
                 found = sanitize(self._dense | numbered)
             except (KeyError, ValueError):  # another spelling was looked for
                 continue
-            rows = _read_rows(found, blocks) if wanted.keys() <= found.keys() else None
+            rows = read_rows(found, blocks) if wanted.keys() <= found.keys() else None
             if rows is not None:
-                self._spelling = rows, swapped
+                self.spelling = rows, swapped
                 self._check_shapes(blocks)
                 return found | wanted
         raise _unsupported(self.config, "reads no experts from this checkpoint")
 
     def _stand_ins(self, blocks: Blocks) -> Weights:
         return {
-            f"{path}.{tensor.name}": mx.zeros((_count(block), *tensor.shape), DTYPES[tensor.dtype])
+            f"{path}.{t.name}": mx.zeros((experts_in(block), *t.shape), DTYPES[t.dtype])
             for layer, (path, block) in blocks.items()
-            for tensor in self._records[layer].tensors
+            for t in self._records[layer].tensors
         }
-
-    def _spellings(self, blocks: Blocks) -> Iterator[tuple[bool, Weights]]:
-        """Numbered experts under the names that checkpoints use, the usual ones first, and whether
-        they are `swapped`."""
-        towers = {m[1]: None for name in self._dense if (m := _LAYER.fullmatch(name))}
-        parents = {layer: _LAYER.fullmatch(path) for layer, (path, _) in blocks.items()}
-        own = {m[4].rpartition(".")[0] for m in parents.values()}
-        biased = any(t.name.endswith("_bias") for r in self._records.values() for t in r.tensors)
-        for tower in towers:
-            for block in dict.fromkeys([*own, *_BLOCKS]):
-                at = {layer: f"{tower}{m[2]}.{block}" for layer, m in parents.items()}
-                counts = [(at[layer], _count(b)) for layer, (_, b) in blocks.items()]
-                gated = any("gate_proj" in b for _, b in blocks.values())
-                for names in _ONE_BY_ONE:
-                    numbers = dict(zip(names, _EXPERT, strict=True))
-                    if not gated:
-                        del numbers[names[0]]
-                    yield False, _one_by_one(numbers, counts, biased)
-                for names in _STACKED:
-                    for swapped in (False, True):
-                        yield swapped, _stacked(names, counts, swapped, biased)
 
     def _check_shapes(self, blocks: Blocks) -> None:
         """A record, as its codec reads it, against the block."""
         for layer, (path, block) in blocks.items():
             record = self._records[layer]
             codec, raw = codec_of(record.encoding), Raw(mx.zeros((8,), mx.uint8), 0, (1, 0))
-            own = codec.parameters(codec.view(raw, record), self.switch(block))  # never evaluated
+            view = codec.view(raw, record)  # of no bytes, never evaluated
+            own = codec.parameters(view, switch_of(block, self.spelling))
             found = {name: tuple(a.shape[1:]) for name, a in own.items()}
             wanted = {name: tuple(array.shape[1:]) for name, array in _flat(block)}
             if found != wanted:
@@ -301,59 +260,3 @@ def _array(entry: TensorEntry, data: memoryview) -> mx.array:
 def _flat(block: nn.Module) -> list[tuple[str, mx.array]]:
     """A switch's parameters by name, without its activation's."""
     return [item for item in tree_flatten(block.parameters()) if not item[0].startswith("act")]
-
-
-def _settings(block: nn.Module) -> dict[str, Any]:
-    return {"group_size": block.group_size, "bits": block.bits, "mode": block.mode}
-
-
-def _count(block: nn.Module) -> int:
-    return (block.fc1 if "fc1" in block else block.gate_proj).weight.shape[0]
-
-
-def _one_by_one(
-    numbers: Mapping[str, np.ndarray], counts: list[tuple[str, int]], biased: bool
-) -> Weights:
-    one = {f"{name}.weight": mx.array(matrix) for name, matrix in numbers.items()}
-    if biased:
-        one |= {f"{name}.bias": mx.array(matrix[:, 0]) for name, matrix in numbers.items()}
-    return {
-        f"{block}.experts.{expert}.{name}": array
-        for block, count in counts
-        for expert in range(count)
-        for name, array in one.items()
-    }
-
-
-def _stacked(
-    names: Sequence[str], counts: list[tuple[str, int]], swapped: bool, biased: bool
-) -> Weights:
-    weights = {}
-    for block, count in counts:
-        for name, matrix in zip(names, (_GATE_UP, _DOWN), strict=True):
-            one = mx.array(matrix.T if swapped else matrix)
-            weights[f"{block}.{name}"] = mx.broadcast_to(one, (count, *one.shape))
-            if biased:
-                bias = mx.array(matrix[:, 0])
-                weights[f"{block}.{name}_bias"] = mx.broadcast_to(bias, (count, *bias.shape))
-    return weights
-
-
-def _read_rows(found: Weights, blocks: Blocks) -> str | None:
-    """`rows` of a `Switch`, by what became of the numbers; None where they do not lie in any way
-    known here."""
-    path, block = next(iter(blocks.values()))
-    first, *rest = [np.array(found[f"{path}.{name}.weight"][0]) for name in _projections(block)]
-    if not np.array_equal(rest[-1], _DOWN):
-        return None
-    if len(rest) == 1:  # no gate: the checkpoint has none either, what stood for it is left over
-        return "" if np.array_equal(first, _GATE_UP[2:]) else None
-    rows = {"halves": (_GATE_UP[:2], _GATE_UP[2:]), "interleaved": (_GATE_UP[::2], _GATE_UP[1::2])}
-    for name, parts in rows.items():
-        if all(np.array_equal(a, b) for a, b in zip((first, rest[0]), parts, strict=True)):
-            return name
-    return None
-
-
-def _projections(block: nn.Module) -> tuple[str, ...]:
-    return ("fc1", "fc2") if "fc1" in block else ("gate_proj", "up_proj", "down_proj")
