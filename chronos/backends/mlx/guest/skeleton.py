@@ -147,7 +147,8 @@ class Skeleton:
         for record, data in read_records(records):
             layer, expert = record.key
             for name, view in record.views(data).items():
-                stack = memoryview(stacks[layer][name]).cast("B")
+                array: Any = stacks[layer][name]  # a buffer, which its stub does not say
+                stack = memoryview(array).cast("B")
                 stack[expert * len(view) : (expert + 1) * len(view)] = view
         for layer, (_, block) in blocks.items():
             codec = codec_of(layout.encodings[layer])

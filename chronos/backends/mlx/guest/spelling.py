@@ -57,7 +57,7 @@ def spellings(
     """Numbered experts under the names that checkpoints use, the usual ones first, and whether they
     are `swapped`. dense: names of the checkpoint's other tensors."""
     towers = {m[1]: None for name in dense if (m := LAYER.fullmatch(name))}
-    parents = {layer: LAYER.fullmatch(path) for layer, (path, _) in blocks.items()}
+    parents = {i: m for i, (path, _) in blocks.items() if (m := LAYER.fullmatch(path))}
     own = {m[4].rpartition(".")[0] for m in parents.values()}
     biased = any(t.name.endswith("_bias") for r in records.values() for t in r.tensors)
     for tower in towers:
@@ -65,14 +65,14 @@ def spellings(
             at = {layer: f"{tower}{m[2]}.{block}" for layer, m in parents.items()}
             counts = [(at[layer], experts_in(b)) for layer, (_, b) in blocks.items()]
             gated = any("gate_proj" in b for _, b in blocks.values())
-            for names in _ONE_BY_ONE:
-                numbers = dict(zip(names, _EXPERT, strict=True))
+            for three in _ONE_BY_ONE:
+                numbers = dict(zip(three, _EXPERT, strict=True))
                 if not gated:
-                    del numbers[names[0]]
+                    del numbers[three[0]]
                 yield False, _one_by_one(numbers, counts, biased)
-            for names in _STACKED:
+            for two in _STACKED:
                 for swapped in (False, True):
-                    yield swapped, _stacked(names, counts, swapped, biased)
+                    yield swapped, _stacked(two, counts, swapped, biased)
 
 
 def read_rows(found: Weights, blocks: Blocks) -> str | None:
