@@ -103,6 +103,8 @@ def _reply(
         steps = engine.generate(
             ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or (), cancel=cancel
         )
+        if tokenizer.leading_space:
+            steps.drop_leading_space()
         show(steps)
         return steps.result
 

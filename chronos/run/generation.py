@@ -7,7 +7,7 @@ whole, and nothing that may begin a stop string is shown before it is known not 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chronos.common.errors import UsageError
@@ -49,13 +49,24 @@ class Generation(Iterator[Step]):
     def __init__(self, steps: Generator[Step, None, GenerationResult]) -> None:
         self._steps = steps
         self._result: GenerationResult | None = None
+        self._dropped, self._at_start = "", True
+
+    def drop_leading_space(self) -> None:
+        """Leave out a space that the text begins with: a SentencePiece model's first piece carries
+        one, which belongs to a text that is continued and not to an answer in a chat."""
+        self._dropped = " "
 
     def __next__(self) -> Step:
         try:
-            return next(self._steps)
+            step = next(self._steps)
         except StopIteration as end:
-            self._result = end.value or self._result
+            if end.value:
+                self._result = replace(end.value, text=end.value.text.removeprefix(self._dropped))
             raise StopIteration from None
+        if self._at_start and step.text:
+            self._at_start = False
+            step = replace(step, text=step.text.removeprefix(self._dropped))
+        return step
 
     @property
     def result(self) -> GenerationResult:
@@ -71,12 +82,20 @@ class Generation(Iterator[Step]):
 
 
 class Text:
-    """Tokens to text that is final: whole characters, no stop string and no beginning of one."""
+    """Tokens to text that is final: whole characters, no stop string and no beginning of one.
+
+    A stop string may name control tokens. They have no text of their own, so a token and its name
+    in the stop strings both become a lone surrogate, which no text has, and which is never shown.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._known = tokenizer.vocab_size if tokenizer else 0  # a model may have spare ids above
-        self._stop = StopText(stop)
+        control = tokenizer.control_ids if tokenizer and stop else {}
+        named = sorted((name for name in control if any(name in s for s in stop)), key=len)
+        marks = {name: chr(0xD800 + at) for at, name in enumerate(reversed(named))}
+        self._marks = {control[name]: mark for name, mark in marks.items()}
+        self._stop = StopText(dict.fromkeys([*stop, *(_marked(text, marks) for text in stop)]))
         self._pieces: list[str] = []
 
     @property
@@ -90,7 +109,8 @@ class Text:
     def push(self, token: int) -> str:
         if self._decoder is None or token >= self._known:
             return ""
-        return self._show(self._stop.push(self._decoder.push(token)))
+        piece = self._decoder.push(token) + self._marks.get(token, "")
+        return self._show(self._stop.push(piece))
 
     def flush(self) -> str:
         """What was held back, once no more tokens come; nothing after a stop string."""
@@ -99,5 +119,13 @@ class Text:
         return self._show(self._stop.push(self._decoder.flush()) + self._stop.flush())
 
     def _show(self, piece: str) -> str:
+        for mark in self._marks.values():
+            piece = piece.replace(mark, "")
         self._pieces.append(piece)
         return piece
+
+
+def _marked(text: str, marks: dict[str, str]) -> str:
+    for name, mark in marks.items():
+        text = text.replace(name, mark)
+    return text

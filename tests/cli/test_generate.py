@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from chronos.testing.tiny import tiny_model
 
@@ -191,6 +194,27 @@ def test_chat_answers_every_line_and_forgets_on_request(
     monkeypatch.setattr(sys, "stdin", Stdin(b"hello\n"))
     first = chronos("chat", packed, "-n", 4, "-q").out
     assert replies.startswith(first) and replies.endswith(first)
+
+
+@pytest.mark.needs_backend
+def test_a_chat_answer_begins_without_the_space_of_its_first_piece(
+    chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SentencePiece's style, with a space in every token: only the answer's first one goes."""
+    model = shutil.copytree(packed, tmp_path / "spaced")
+    words = {f"\u2581w{number}": number for number in range(300)}
+    core = tokenizers.Tokenizer(models.WordLevel(words, unk_token="\u2581w0"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    core.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "chat_template.jinja").write_text(
+        "{{ messages | map(attribute='content') | join(' ') }}"
+    )
+    monkeypatch.setattr(sys, "stdin", Stdin(b"w1 w2\n"))
+    chat = chronos("chat", model, "-n", 4, "-q").out
+    continued = chronos("generate", model, "-p", "w1 w2", "-n", 4, "-q").out
+    assert chat.startswith("w") and chat.split() == continued.split()
+    assert continued == " " + chat
 
 
 @pytest.mark.needs_backend

@@ -6,13 +6,13 @@ nothing shown ever has to be taken back. Knows no tokens and no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class StopText:
     """`push` pieces, show what it returns, end when `found`."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Iterable[str]) -> None:
         self.stop = tuple(stop)
         self.found = False
         self._held = ""

@@ -56,7 +56,9 @@ class Tokenizer:
     ) -> None:
         """template, named: as in `TokenizerFiles`; None for those of Chronos' own
         vocabulary. ends: ids that end a text where no eos_token is named. vocab_size: ids of the
-        model; those that name no token decode to nothing."""
+        model; those that name no token decode to nothing.
+
+        leading_space: whether the first token of a text carries a space that is not in the text."""
         self._core = core
         core.encode_special_tokens = True  # special-token text in the input is text
         core.no_truncation()
@@ -66,7 +68,7 @@ class Tokenizer:
         self.template = ChatTemplate(fallback if template is None else template)
         self._named = (_OWN_NAMES if self._own else {}) | dict(named or {})
         self._ends, self._where = sorted(ends), where
-        self._bytes, self._leading_space = _token_bytes(core, where)
+        self._bytes, self.leading_space = _token_bytes(core, where)
         self._bytes += [b""] * (vocab_size - len(self._bytes))
         self._whole = threading.Lock()  # held while special-token text is not text
 
@@ -186,7 +188,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._leading_space else text
+        return text.removeprefix(" ") if self.leading_space else text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for, empty for special tokens. Raises DataError if unknown."""
