@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import xxhash
@@ -341,3 +342,27 @@ def test_paced_reads_take_their_turns(blob, monkeypatch):
     finally:
         io.close(fd)
     assert bytes(buffers[1]) == data[65:105]
+
+
+def test_a_fault_on_a_readers_thread_fails_its_request_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits hears of it; a worker that died would leave them waiting for ever."""
+    path = tmp_path / "data"
+    path.write_bytes(bytes(4 * ALIGN))
+    check = RangedReader._check
+
+    def fails(reader: RangedReader, request: Request) -> Any:
+        if request.offset == 0:
+            raise ZeroDivisionError("ours")
+        return check(reader, request)
+
+    monkeypatch.setattr(RangedReader, "_check", fails)
+    with RangedReader(threads=1) as reader:
+        requests = [Request(str(path), i * ALIGN, aligned_buffer(ALIGN), True) for i in range(3)]
+        for request in requests:
+            reader.submit_many([request])
+            assert request.wait(20)
+        assert "ZeroDivisionError" in str(requests[0].error)
+        assert [request.error for request in requests[1:]] == [None, None]
+        assert reader.queue_depth() == 0

@@ -49,6 +49,7 @@ class Request:
     digest: bytes | None = None
     label: str = ""
     on_done: Callable[[Request], None] | None = None
+    aligned: bool | None = None  # whether `buffer` begins on a page; None: look
     nbytes: int = 0
     done: bool = False
     error: ChronosError | None = None
@@ -66,7 +67,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.nbytes = len(self.buffer)
-        self._direct = self.offset % ALIGN == 0 and address(self.buffer) % ALIGN == 0
+        aligned = address(self.buffer) % ALIGN == 0 if self.aligned is None else self.aligned
+        self._direct = aligned and self.offset % ALIGN == 0
         self._gate.acquire()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -211,7 +213,20 @@ class RangedReader:
         while not self._closed:
             self._tokens.get()
             while (piece := self._take()) is not None:
-                self._read(*piece)
+                try:
+                    self._read(*piece)
+                except BaseException as error:  # whoever waits must hear of it
+                    self._give_up(piece[0], error)
+
+    def _give_up(self, requests: list[Request], error: BaseException) -> None:
+        """A fault of ours in the middle of a read: its requests fail with it, the worker lives."""
+        _log.error("a reader's thread failed", exc_info=error)
+        for request in requests:
+            with self._lock:
+                done = request.done
+                self._fail(request, StoreError(f"reading failed: {error!r}", request.path))
+            if not done:
+                self._finish(request)
 
     def _take(self) -> tuple[list[Request], int, int, bool] | None:
         """The next piece: whole small neighbours, or bytes [start, stop) of one request."""

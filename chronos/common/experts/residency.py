@@ -162,11 +162,17 @@ class Residency:
         self._empty = list(range(slots))[::-1]
         self._protected: dict[int, int] = {}  # slot -> token its protection ends at
         self._patience, self._token = patience, 0
+        self._scores: NDArray[np.float64] | None = None  # by slot; see `reconsider`
 
     @property
     def live(self) -> int:
         """Slots LOADING or READY."""
         return self.slots - len(self._empty)
+
+    def reconsider(self) -> None:
+        """The policy's ranks may have changed. Until then, what admissions in a row compare is
+        worked out once: each of them takes a slot away and changes nothing else."""
+        self._scores = None
 
     def lookup(self, key: Key) -> int | None:
         """The slot that holds `key` or is being filled with it."""
@@ -191,7 +197,7 @@ class Residency:
         policy.
         """
         assert self.lookup(key) is None, f"{key} is admitted twice"
-        assert all(0 <= i < size for i, size in zip(key, self._shape, strict=True)), key
+        assert 0 <= key[0] < self._shape[0] and 0 <= key[1] < self._shape[1], key
         if self._empty:
             slot, evicted = self._empty.pop(), None
         else:
@@ -202,13 +208,16 @@ class Residency:
             assert evicted is not None
             del self.ready[evicted]
         wasted = slot in self.unused
-        self.touch(slot)
+        self.unused.discard(slot)
+        self._protected.pop(slot, None)
         self._keys[slot] = key
         self._flat[slot] = key[0] * self._shape[1] + key[1]
         self._loading[key] = slot
+        if self._scores is not None:
+            self._scores[slot] = np.inf
         if not demand:
             self.unused.add(slot)
-            self.protect(slot)
+            self._protected[slot] = self._token + self._patience
         self.peak = max(self.peak, self.live)
         return Admission(slot, evicted, wasted)
 
@@ -217,6 +226,7 @@ class Residency:
         assert key is not None
         del self._loading[key]
         self.ready[key] = slot
+        self._scores = None
 
     def mark_failed(self, slot: int) -> None:
         """LOADING back to EMPTY; whoever pinned the slot loses the pin."""
@@ -227,18 +237,22 @@ class Residency:
         self._pins.pop(slot, None)
         self._keys[slot] = None
         self._empty.append(slot)
+        self._scores = None
 
     def pin(self, slot: int) -> None:
         """Hold a slot for use: it is not evicted before as many `unpin`, and no longer unused."""
         pins = self._pins
         pins[slot] = pins.get(slot, 0) + 1
+        if self._scores is not None:
+            self._scores[slot] = np.inf
         if slot in self.unused:
             self.touch(slot)
 
     def touch(self, slot: int) -> None:
         """Its key was needed: not unused any more, and in need of no protection."""
         self.unused.discard(slot)
-        self._protected.pop(slot, None)
+        if self._protected.pop(slot, None) is not None:
+            self._scores = None
 
     def unpin(self, slot: int) -> None:
         count = self._pins[slot] - 1
@@ -246,12 +260,14 @@ class Residency:
             self._pins[slot] = count
         else:
             del self._pins[slot]
+            self._scores = None
 
     def pinned(self, slot: int) -> bool:
         return slot in self._pins
 
     def protect(self, slot: int) -> None:
         """Its key is expected to be needed soon: spare it for `patience` tokens if possible."""
+        self._scores = None
         self._protected[slot] = self._token + self._patience
 
     def end_token(self) -> None:
@@ -260,21 +276,23 @@ class Residency:
         if self._protected:
             kept = {s: until for s, until in self._protected.items() if until > self._token}
             self._protected = kept
+        self._scores = None
 
     def _victim(self, key: Key, demand: bool) -> int | None:
         if not demand and 2 * len(self.unused & self._protected.keys()) >= self.slots:
             return None
-        priority = self.policy.priority
-        score = priority.ravel()[self._flat]
-        _put(score, self._protected, _PROTECTED)
-        _put(score, self._loading.values(), np.inf)
-        _put(score, self._pins, np.inf)
+        score = self._scores
+        if score is None:
+            score = self._scores = self.policy.priority.ravel()[self._flat]
+            _put(score, self._protected, _PROTECTED)
+            _put(score, self._loading.values(), np.inf)
+            _put(score, self._pins, np.inf)
         slot = int(score.argmin())
         lowest = float(score[slot])
         if lowest == np.inf:
             return None
         if not demand:
-            bar = priority[key] if self.policy.forecasts else _PROTECTED
+            bar = self.policy.priority[key] if self.policy.forecasts else _PROTECTED
             if lowest >= bar:
                 return None
         return slot

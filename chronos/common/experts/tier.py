@@ -221,6 +221,7 @@ class Tier(ABC):
             if absent:
                 self._check_known(lease, absent, exact)
             self.policy.observe(layer, wanted)
+            self.residency.reconsider()
             try:
                 if absent:
                     self._seek(lease, absent, exact)
@@ -228,6 +229,7 @@ class Tier(ABC):
                     self._try_complete()
             finally:
                 self.policy.reconsider()
+                self.residency.reconsider()
             return lease
 
     def prefetch(self, keys: Sequence[Key], asked_by: str = "preload") -> list[Key]:
@@ -240,6 +242,7 @@ class Tier(ABC):
             if self.closed or self._complete is not None:
                 return asked
             self.settle()
+            self.residency.reconsider()
             for key in keys:
                 slot = self.residency.lookup(key)
                 if slot is not None:
@@ -270,12 +273,14 @@ class Tier(ABC):
         """What is acquired from now on, pieces of a prompt need."""
         with self.lock:
             self.policy.begin_prompt()
+            self.residency.reconsider()
 
     def end_prompt(self, ids_TLK: Any) -> None:
         """The prompt is over; its tokens were routed like this. Its needs are in no report."""
         with self.lock:
             self.settle()
             self.policy.end_prompt(ids_TLK)
+            self.residency.reconsider()
             self._report = TokenReport()
 
     def resident(self) -> frozenset[Key]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from chronos.common.disk.io import aligned_buffer
+from chronos.common.disk.io import ALIGN, address, aligned_buffer
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import StoreStats
@@ -74,6 +74,8 @@ class SlotTier(Tier):
         self._stride, self._reader, self._verify = layout.record_nbytes, reader, verify
         self._arena = aligned_buffer(slots * self._stride) if arena is None else arena
         self._paths: dict[str, str] = {}
+        # Slots begin where the first one does, to a page: records are whole pages.
+        self._aligned = address(self._arena) % ALIGN == 0 and self._stride % ALIGN == 0
         self._landed: deque[Load] = deque()  # appended to by the reader's threads
         self._changed = threading.Condition(self.lock)
         self._waiting = 0  # threads that wait for `_changed`
@@ -81,6 +83,7 @@ class SlotTier(Tier):
     def claim(self, key: Key, *, demand: bool) -> Load | None:
         """For a tier above: `key`'s load with a pin on its slot, `done` where it is here already.
         None: no slot is free. A load that failed has lost the pin."""
+        self.residency.reconsider()
         slot = self.residency.ready.get(key)
         if slot is not None:
             self.residency.pin(slot)
@@ -122,6 +125,7 @@ class SlotTier(Tier):
             record.digest if self._verify else None,
             f"layer {load.key[0]}, expert {load.key[1]}",
             partial(self._land, load),
+            aligned=self._aligned,
         )
 
     def _land(self, load: Load, request: Request) -> None:
