@@ -18,12 +18,17 @@ from chronos.common.disk.io import drop_page_cache
 
 if TYPE_CHECKING:
     from chronos.common.model.config import ModelConfig
-    from chronos.measure.recorded import Replayed, Results
+    from chronos.measure.recorded import Progress, Replayed, Results
+    from chronos.measure.timebox import Count, Timebox
 
 _COLUMNS = (
     *("budget", "run", "ms/token", "p50", "p95", "p99"),
     *("MB/token", "stall", "hits", "x off"),
 )
+_EPOCHS = 10
+_TRAINING = 0.25  # of the minutes: no epoch of the forecaster begins that would end later
+# Counted tokens and those before them: at least, whatever the time, and at most.
+_TOKENS, _WARMUP = (20, 200), (10, 100)
 _LIMITS = (
     *("budget", "run", "limit", "res.", "bytes", "policy", "overlap"),
     *("x bound", "ahead", "right"),
@@ -51,8 +56,30 @@ def replay(
     expert_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Bytes of one expert of the generated model.")
     ] = "3MB",
-    tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Counted tokens.")] = 200,
-    warmup: Annotated[int, typer.Option(min=0, help="Tokens before them that fill caches.")] = 100,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0.1, metavar="M", help="Measure what fits in; options that are given win."
+        ),
+    ] = 3.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-n",
+            min=1,
+            help="Counted tokens.",
+            show_default=f"{_TOKENS[1]}, fewer where time is short",
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens before them that fill caches.",
+            show_default=f"{_WARMUP[1]}, fewer where time is short",
+        ),
+    ] = None,
     work: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the generated model here; used again next time."),
@@ -62,12 +89,17 @@ def replay(
         typer.Option(
             metavar="FILE",
             help="A forecaster that `chronos fit` wrote.",
-            show_default="one trained on the trace's training sequences, which takes minutes",
+            show_default="one trained on the trace's training sequences",
         ),
     ] = None,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Of that training, at most; 0: no forecaster.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of that training, at most; 0: no forecaster.",
+            show_default=f"{_EPOCHS}, fewer where time is short",
+        ),
+    ] = None,
     cold: Annotated[
         bool,
         typer.Option("--cold", help="Start with empty caches: nothing is warmed up uncounted."),
@@ -88,13 +120,18 @@ def replay(
     without prefetch, with decayed frequency of use (lfu), with a forecaster and by default (auto),
     in turns of ten tokens. That needs memory for the whole generated model (experts x layers x
     --expert-size) and four times the budget beside it. --disk shows what a slower disk would do.
+
+    Within --minutes as many tokens are counted as the machine's pace allows; what was measured
+    stands in the title and in --json. Making and training the model are part of that time.
     """
     from chronos.common.budget import parse_size
     from chronos.common.disk.io import FileIO, PacedIO
     from chronos.common.traces.fit import split as parts
     from chronos.common.traces.trace import RoutingTrace
     from chronos.measure import recorded as room
+    from chronos.measure.timebox import Count, Timebox
 
+    limit = Timebox(60 * minutes)
     if png is not None:
         charts.require()
     trace = RoutingTrace.load(trace_file)
@@ -107,30 +144,33 @@ def replay(
         runs = dict(room.RUNS)
         if forecast is not None:
             room.use_forecaster(folder, forecast)
-        elif epochs:
+        elif epochs != 0:
+            seconds = 60 * minutes * _TRAINING if epochs is None else float("inf")
             with output.progress("training the forecaster") as update:
-                room.train_forecaster(folder, trace, epochs, update)
+                room.train_forecaster(folder, trace, epochs or _EPOCHS, update, seconds)
         else:
             del runs[room.FORECAST], runs[room.AUTO]
+        box = limit.part(1.0, least_s=60 * minutes / 4)  # whatever the parts before took
         with output.progress("replaying") as update:
             results = room.compare(
                 lambda budget, options: run.open(str(folder), budget=budget, io=io, **options),
                 parts(trace).test if room.FORECAST in runs else trace,
                 split(budgets),
                 rounds=rounds,
-                warmup=0 if cold else warmup,
-                tokens=tokens,
+                warmup=Count(0, 0) if cold else _count(warmup, _WARMUP),
+                tokens=_count(tokens, _TOKENS),
+                limit=box,
                 runs=runs,
                 before_each=_drop_page_cache if cold else lambda: None,
                 io=io,
-                progress=update,
+                progress=_told(update, box),
             )
     if png is not None:
         _draw(png, results, f"{trace_file.name} on {_geometry(config)}")
     if out.json:
         print_json(trace_file, config, results, cold=cold, disk=rate)
         return
-    title = f"{trace_file.name} on {_geometry(config)}"
+    title = f"{trace_file.name} on {_geometry(config)}\n{_measured(results, limit)}"
     output.table(_COLUMNS, [_row(results, *key) for key in results], title=title)
     limited = [(key, found) for key, found in results.items() if found[0].limit is not None]
     output.table(_LIMITS, [_limit_row(*key, found) for key, found in limited])
@@ -153,6 +193,37 @@ def print_json(
     ]
     data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
     output.print_json(data | {"runs": runs})
+
+
+def _count(given: int | None, otherwise: tuple[int, int]) -> Count:
+    from chronos.measure.timebox import Count
+
+    return Count(*otherwise) if given is None else Count(given, given)
+
+
+def _told(update: Progress, box: Timebox) -> Progress:
+    """Says once, as soon as the pace is known, how much will be measured and how long it takes."""
+    said: list[bool] = []
+
+    def tell(done: int, expected: int) -> None:
+        update(done, expected)
+        if not said:
+            said.append(True)
+            left_s = box.elapsed_s * (expected - done) / done
+            each = 1e3 * box.elapsed_s / done
+            output.note(
+                f"{each:.0f} ms a token: {expected} tokens of all runs, {left_s:.0f} s left"
+            )
+
+    return tell
+
+
+def _measured(results: Results, limit: Timebox) -> str:
+    counts = sorted({(len(r.seconds_T), r.warmup) for found in results.values() for r in found})
+    told = " or ".join(f"{tokens} tokens after {warmup}" for tokens, warmup in counts)
+    rounds = max(len(found) for found in list(results.values())[1:])
+    times = f", {rounds} rounds" if rounds > 1 else ""
+    return f"each run: {told} of warm-up{times}; {limit.elapsed_s:.0f} s in all"
 
 
 def _drop_page_cache() -> None:

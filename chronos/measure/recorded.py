@@ -41,6 +41,7 @@ from chronos.common.model.weights import (
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.fit import FitOptions, fit, split
 from chronos.common.traces.trace import RoutingTrace
+from chronos.measure.timebox import Count, Pace, Timebox
 from chronos.run.engine import RESIDENT, Engine
 from chronos.run.meter import Machine, Meter, measure_machine
 
@@ -178,17 +179,20 @@ def train_forecaster(
     trace: RoutingTrace,
     epochs: int,
     progress: Progress = lambda done, total: None,
+    seconds: float = float("inf"),
 ) -> float:
     """Fit a forecaster on the trace's training sequences and leave it in the folder; seconds taken.
 
-    One that was trained there on the same sequences in the same way is used again: 0 seconds.
+    seconds: no epoch begins that would end later. One that was trained there on the same sequences
+    in the same way is used again: 0 seconds.
     """
     parts, path, options = split(trace), folder / SIDE_FILE, FitOptions(epochs=epochs)
-    digest = hashlib.sha256(parts.train.ids_TLK.tobytes() + repr(options).encode()).hexdigest()
+    way = repr((options, seconds)).encode()
+    digest = hashlib.sha256(parts.train.ids_TLK.tobytes() + way).hexdigest()
     note = folder / "forecast.trained"
     if path.exists() and note.exists() and note.read_text() == digest:
         return 0.0
-    fitted = fit(parts.train, parts.validation, options, progress=progress)
+    fitted = fit(parts.train, parts.validation, options, progress=progress, seconds=seconds)
     fitted.model.save(path)
     atomic_write(note, [digest.encode()])
     return fitted.seconds
@@ -213,6 +217,7 @@ class Replayed:
     disk_rate: float | None
     bytes_copied: float = 0.0  # from host memory to an accelerator's slots
     copy_rate: float | None = None
+    warmup: int = 0  # tokens before the counted ones
 
     @property
     def serial_s(self) -> float | None:
@@ -251,6 +256,8 @@ class Replayed:
     def to_json(self) -> dict[str, Any]:
         return {
             "token_s": self.token_s,
+            "tokens": len(self.seconds_T),
+            "warmup": self.warmup,
             "p50_s": self.percentile_s(50),
             "p95_s": self.percentile_s(95),
             "p99_s": self.percentile_s(99),
@@ -276,8 +283,9 @@ def compare(
     budgets: Sequence[str],
     *,
     rounds: int,
-    warmup: int,
-    tokens: int,
+    warmup: Count,
+    tokens: Count,
+    limit: Timebox | None = None,
     runs: Mapping[str, Mapping[str, str]] = RUNS,
     before_each: Callable[[], None] = lambda: None,
     io: FileIO | None = None,
@@ -285,17 +293,23 @@ def compare(
 ) -> Results:
     """Rounds of every budget: a resident run, whose time enters the limits, and every run, all open
     at once and taking turns of a few tokens, so that a machine that changes its pace within seconds
-    changes it for all of them. before_each: called before a model is opened. io: what the engines
-    read their experts through, for the disk's rate.
+    changes it for all of them. limit: the groups share what is left of it; within its part a group
+    warms up for a third of the time and then counts, at most as many tokens as `warmup` and
+    `tokens` say and at least as many, whatever the time. before_each: called before a model is
+    opened. io: what the engines read their experts through, for the disk's rate. progress: tokens
+    done, and that will be done at this pace.
     """
-    if trace.num_tokens < warmup + tokens + 2:
+    if trace.num_tokens < warmup.least + tokens.least + 2:
         raise UsageError(f"the trace has {trace.num_tokens} tokens, fewer than were asked for")
+    warmup = warmup.up_to(trace.num_tokens - tokens.least - 2)
+    tokens = tokens.up_to(trace.num_tokens - warmup.most - 2)
+    limit = limit or Timebox()
     results: Results = {(RESIDENT, ""): []}
     results |= {(budget, run): [] for budget in budgets for run in runs}
-    each = (warmup + tokens) * (1 + len(runs))
-    total, finished = each * rounds * len(budgets), 0
+    groups, finished = rounds * len(budgets), 0
     with _opened(open_engine, before_each, RESIDENT, {}) as resident:  # loaded once: it is large
-        for budget in [budget for _ in range(rounds) for budget in budgets]:
+        for number, budget in enumerate(list(budgets) * rounds):
+            box = limit.part(1 / (groups - number))
             group = {(RESIDENT, ""): _Run(resident, trace)}
             with ExitStack() as stack:
                 for run, options in runs.items():
@@ -303,12 +317,12 @@ def compare(
                         stack.enter_context(_opened(open_engine, before_each, budget, options)),
                         trace,
                     )
-                told = functools.partial(_shifted, progress, finished, total)
-                rate = _in_turns(list(group.values()), warmup, tokens, io, told)
+                told = functools.partial(_shifted, progress, finished, groups - number)
+                rate = _in_turns(list(group.values()), warmup, tokens, box, io, told)
                 machine = _machine(group, rate)
                 for key in group:  # no name of a run outlives its group
                     results[key].append(group[key].result(machine))
-            finished += each
+            finished += sum(run.warmup + len(run.seconds) for run in group.values())
             group.clear()
             gc.collect()  # engines are in cycles, and the next ones need their memory
     return results
@@ -327,28 +341,29 @@ class _Run:
     def __init__(self, engine: Engine, trace: RoutingTrace) -> None:
         engine.runner.replay = ReplayedRouting(trace)
         self.engine = engine
+        self.seconds: list[float] = []
         self.begin()
 
     def begin(self) -> None:
         """A prompt of one token; the key/value cache starts empty. Counts from here."""
         store = self.engine.feed
         self._meter = Meter(self.engine.runner, store, record=store is not None)
-        self._seconds: list[float] = []
+        self.warmup, self.seconds = len(self.seconds), []
         self._meter.prefill([0], _GREEDY)
 
     def decode(self, tokens: int) -> None:
         for _ in range(tokens):
             begin = time.perf_counter()
             self._meter.decode(0, _GREEDY)
-            self._seconds.append(time.perf_counter() - begin)
+            self.seconds.append(time.perf_counter() - begin)
 
     @property
     def token_s(self) -> float:
-        return float(np.mean(self._seconds))
+        return float(np.mean(self.seconds))
 
     def result(self, machine: Machine | None) -> Replayed:
         """machine: of the streamed runs."""
-        engine, tokens = self.engine, len(self._seconds)
+        engine, tokens = self.engine, len(self.seconds)
         stats, limit = self._meter.stats() | engine.prefetch_stats(), None
         if machine is not None and engine.layout is not None:
             limit = self._meter.limit(engine.config, machine)
@@ -356,12 +371,13 @@ class _Run:
             self.token_s,
             stats["decode_bytes_read"] / tokens,
             stats["decode_stall_s"] / tokens,
-            tuple(self._seconds),
+            tuple(self.seconds),
             stats,
             limit,
             machine.disk_rate if machine is not None and limit else None,
             stats["decode_bytes_copied"] / tokens,
             machine.copy_rate if machine is not None else None,
+            self.warmup,
         )
 
 
@@ -379,22 +395,22 @@ def _machine(group: Mapping[tuple[str, str], _Run], disk_rate: float | None) -> 
 
 def _in_turns(
     group: list[_Run],
-    warmup: int,
-    tokens: int,
+    warmup: Count,
+    tokens: Count,
+    box: Timebox,
     io: FileIO | None,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> float | None:
     """Warm-up, then the counted tokens, a turn of each run after the other. The disk's rate for
     records in bytes per second: the median of one sample after every counted round of turns."""
-    done, rates = 0, []
-    for counted, count in ((False, warmup), (True, tokens)):
-        for start in range(0, count, _TURN):
+    pace, rates = Pace(warmup, tokens, box), []
+    for counted in (False, True):
+        while length := pace.next(counted, _TURN):
             group = [*group[1:], group[0]]
             for run in group:
-                length = min(_TURN, count - start)
                 run.decode(length)
-                done += length
-                progress(done, 0)
+            pace.done(length)
+            progress(pace.tokens * len(group), pace.expected * len(group))
             if counted and (rate := _disk_rate(group, io)) is not None:
                 rates.append(rate)
         if not counted:
@@ -420,5 +436,6 @@ def ratio_to_off(results: Results, budget: str, run: str) -> float | None:
     return float(np.median(np.concatenate(ratios)))
 
 
-def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
+def _shifted(progress: Progress, before: int, groups: int, done: int, expected: int) -> None:
+    """groups: this one and those to come, taken to be as long."""
+    progress(before + done, before + groups * expected)

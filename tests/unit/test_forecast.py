@@ -380,3 +380,13 @@ def test_recall_is_the_share_of_needs_among_the_guesses() -> None:
 
 def test_decays_are_those_the_file_format_promises() -> None:
     assert DECAYS == (0.5, 0.8, 0.95, 0.99)
+
+
+@pytest.mark.parametrize("seconds,epochs", [(0.0, 1), (25.0, 2), (1e9, 4)])
+def test_no_epoch_begins_that_would_end_too_late(seconds: float, epochs: int) -> None:
+    """Each epoch takes ten seconds of this clock."""
+    now = iter([0.0, *(10.0 * (1 + call) for call in range(99))])
+    parts = split(learnable_trace(800))
+    options = FitOptions(4, 64, hidden=16, rank=4, patience=99)
+    fitted = fit(parts.train, parts.validation, options, seconds=seconds, clock=lambda: next(now))
+    assert len(fitted.losses) == epochs

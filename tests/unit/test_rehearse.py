@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,22 @@ def test_every_decision_is_the_one_made_before_there_was_a_feed(
     run = rehearse(trace, SLOTS, policy, PACES[pace], contest=arms == "arms")
     told = json.dumps([run.decisions, run.token_s.tolist()]).encode()
     assert hashlib.sha256(told).hexdigest()[:16] == BEFORE[name]
+
+
+def test_a_prompt_fills_the_store_and_is_not_counted(trace: RoutingTrace) -> None:
+    result = rehearse(trace, SLOTS, decayed(), IDLE, prompt=60)
+    assert len(result.token_s) == TOKENS - 60
+    assert result.stats.routed == (TOKENS - 60) * LAYERS * TOP_K
+    cold = rehearse(trace.part(60, TOKENS), SLOTS, decayed(), IDLE)
+    first = slice(0, 3)  # what the prompt needed is partly needed again
+    assert result.token_s[first].sum() < cold.token_s[first].sum()
+
+
+def test_a_part_of_reading_ahead_can_be_left_out(trace: RoutingTrace) -> None:
+    def alter(prefetcher: Any) -> None:
+        prefetcher.store.prefetch = lambda keys, source: []
+
+    altered = rehearse(trace, SLOTS, PredictorPolicy(Oracle(trace)), IDLE, alter=alter)
+    assert altered.stats.bytes_prefetched == 0
+    whole = rehearse(trace, SLOTS, PredictorPolicy(Oracle(trace)), IDLE)
+    assert whole.stats.bytes_prefetched > 0

@@ -125,9 +125,12 @@ def fit(
     *,
     fingerprint: str = "",
     progress: Progress = lambda done, total: None,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
 ) -> Fitted:
-    """Train on one part, stop by the other."""
-    begin = time.monotonic()
+    """Train on one part, stop by the other; and before an epoch that would end after `seconds` of
+    the clock, were it as long as those before. One epoch is always trained."""
+    begin = clock()
     samples, held_out = Samples(train), Samples(validation)
     geometry = geometry_for(train, options)
     rng = np.random.default_rng(options.seed)
@@ -154,9 +157,11 @@ def fit(
             best = {name: value.copy() for name, value in average.items()}
         elif len(losses) - 1 - int(np.argmin(losses)) >= options.patience:
             break
+        if (clock() - begin) * (epoch + 2) / (epoch + 1) > seconds:
+            break
     model = ForecastModel(geometry, best, fingerprint, known(train))
     best["blend"] = trust(model, validation)
-    return Fitted(model, losses[1:], time.monotonic() - begin)
+    return Fitted(model, losses[1:], clock() - begin)
 
 
 def known(train: RoutingTrace) -> NDArray[Any]:
