@@ -47,6 +47,10 @@ def pack(
             "--link", help="Leave what is not a routed expert in SRC, which DST then needs."
         ),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Pack a model that no library here can run, too."),
+    ] = False,
 ) -> None:
     """Split a model folder into its dense part and expert records that can be streamed.
 
@@ -64,6 +68,8 @@ def pack(
     if calibrate:  # a misspelt name is told now, and not when all is packed
         documents_of(calibrate)
     folder = resolve_model(source, fetch=True, bars=output.draws())
+    if not force:
+        _check_runnable(folder)
     if calibrate and _streams_only(folder):
         report, choice = _calibrated(folder, to, calibrate, device, link)
     else:
@@ -83,6 +89,27 @@ def pack(
         )
     if choice:
         output.note(choice.reason)
+
+
+def _check_runnable(folder: Path) -> None:
+    """Refuse what would be copied for nobody. Raises ConfigError."""
+    from chronos.backends.libraries import who_runs
+    from chronos.common.disk.io import FileIO
+    from chronos.common.errors import ConfigError
+    from chronos.common.layout.source import open_source
+    from chronos.common.model.guest import GuestConfig
+
+    model = open_source(folder, FileIO())
+    if not isinstance(model.config, GuestConfig):
+        return
+    verdicts = who_runs(model.config.model_type, model.dialect)
+    if not any(verdict.may_run for verdict in verdicts):
+        raise ConfigError(
+            f"no library here runs {model.config.model_type}: "
+            + "; ".join(verdict.text for verdict in verdicts),
+            str(folder),
+            "upgrade the library, or use a checkpoint of the text model; --force packs it anyway",
+        )
 
 
 def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> PackReport:

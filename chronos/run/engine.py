@@ -260,6 +260,7 @@ def load(
     elif str(warm) != "0":
         parse_budget(warm, 1)  # refused if it makes no sense
         _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
+    known = _of_experts(folder, config) if layout is None else {}
     name = backends.select(backend)
     with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
         with fast_import(name, own_process=own_process):
@@ -267,14 +268,13 @@ def load(
         core = module.load(
             folder, device=device, resident=layout is None, dense=dense, layout=layout
         )
-    known: dict[str, Any] = {"backend": name, "device": str(core.device), "context": context}
+    known |= {"backend": name, "device": str(core.device), "context": context}
     if (folder / "tokenizer.json").exists():
         known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
     if isinstance(config, GuestConfig):
         known["stop_ids"] = end_ids(folder)
         known["defaults"] = _defaults(folder)
     if layout is None:
-        known |= _of_experts(folder, config)
         return Engine(module.runner(core, None), config, **known)
     options = FeedOptions(config.num_experts_per_tok, warm_bytes, core.device, miss)
     ahead = prefetch == "auto"

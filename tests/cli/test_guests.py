@@ -48,6 +48,18 @@ def test_generate_has_the_footer_and_the_json_of_a_native_model(
     assert data["stats"]["peak_expert_bytes"] <= data["budget_bytes"]
 
 
+def test_what_no_library_runs_is_not_packed_unless_asked_for(
+    chronos: Any, guest: Path, tmp_path: Path
+) -> None:
+    source = copy(
+        guest.with_name(guest.name + "-unpacked"), tmp_path / "src", model_type="of_no_library"
+    )
+    done = chronos("pack", source, "-o", tmp_path / "packed")
+    assert done.code == 3 and "no library here runs of_no_library" in done.error[0]
+    assert "--force" in "".join(done.error) and not (tmp_path / "packed").exists()
+    assert chronos("pack", source, "-o", tmp_path / "packed", "--force").code == 0
+
+
 def test_every_budget_gives_the_same_tokens(chronos: Any, guest: Path) -> None:
     flags = ("-p", "for line in", "-n", 12, "--json")
     source = guest.with_name(guest.name + "-unpacked")

@@ -216,12 +216,89 @@ def test_a_stack_that_does_not_fit_its_fellow_is_refused(tmp_path):
         ({"num_experts": 10**9}, "num_experts must be"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
         ({"num_hidden_layers": 1}, "no tensor of the checkpoint is named"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\)"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config \(fp8\), but no weight(.|\n)*remove quantization_config",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_the_tensors(tmp_path, config, words):
     assert re.search(words, refused(tiny_guest(tmp_path / "src", config=config)))
+
+
+@pytest.mark.parametrize("name", [EXPERT + "_scale_inv", "model.layers.0.mlp.gate.weight_q"])
+def test_a_quantisation_that_is_not_read_is_named(tmp_path, name):
+    def change(arrays):
+        arrays[name] = ("I8", (2, 2), bytes(4))
+
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    assert "quantised (fp8)" in refused(tiny_guest(tmp_path / "src", change=change, config=config))
+
+
+def resized(arrays):
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        dtype, (rows, columns), data = arrays[name]
+        arrays[name] = (dtype, (rows + 2, columns), data + bytes(8 * columns))
+
+
+def shell(names):
+    def change(arrays):
+        for name in filter(names, arrays):
+            arrays[name] = ("F32", (0,), b"")
+
+    return change
+
+
+def as_integers(arrays):
+    for name, (_, shape, data) in list(arrays.items()):
+        if ".experts." in name:
+            arrays[name] = ("I32", shape, data)
+
+
+def in_four_bits(arrays):
+    arrays["model.table"] = ("F4", (2, 2), bytes(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (resized, r"(lm_head|embed_tokens).weight is F32 \[26, .*implies \[24, .*\n.*\n.*: 26"),
+        (shell(lambda name: True), r"weight has no elements \(\[0\]\)(.|\n)*ZeRO-3"),
+        (shell(lambda name: ".experts." in name), r"experts\.\d.*no elements(.|\n)*ZeRO-3"),
+        (shell(lambda name: ".experts." not in name), r"weight has no elements(.|\n)*zero_to_fp32"),
+        (as_integers, r"experts\..* is I32, which experts are not computed in"),
+        (in_four_bits, r"model\.table is F4, which neither library reads"),
+    ],
+)
+def test_what_no_library_could_load_is_refused_by_name(tmp_path, change, words):
+    assert re.search(words, refused(tiny_guest(tmp_path / "src", change=change), ShapeMismatch))
+
+
+def test_odd_tensors_of_the_dense_part_come_along(tmp_path):
+    odd = {
+        "ids": ("I64", (3,)),
+        "mask": ("BOOL", (2, 2)),
+        "wide": ("F64", (2,)),
+        "none": ("F32", (0,)),
+    }
+
+    def change(arrays):
+        arrays |= {f"model.{n}": (k, s, bytes(tensor_nbytes(k, s))) for n, (k, s) in odd.items()}
+
+    pack(tiny_guest(tmp_path / "src", change=change), tmp_path / "dst")
+    found = {e.name: (e.dtype, e.shape) for e, _ in read_checkpoint(tmp_path / "dst")}
+    assert {name: found[f"model.{name}"] for name in odd} == odd
+
+
+def test_a_packed_folder_keeps_the_dtype_of_its_source(tmp_path):
+    """What named it, an index or a tensor that came first, is not in the packed folder."""
+    source = tiny_guest(tmp_path / "src", shards=2, config={"dtype": None})
+    data = json.loads(index(source).read_text()) | {"metadata": {"dtype": "bfloat16"}}
+    index(source).write_text(json.dumps(data))
+    pack(source, tmp_path / "dst")
+    pack(tmp_path / "dst", tmp_path / "again")
+    found = [inspect(folder)["dtype"] for folder in (source, tmp_path / "dst", tmp_path / "again")]
+    assert found == ["bfloat16"] * 3
 
 
 def test_quantised_experts_in_the_manner_of_gpt_oss_say_what_to_do(tmp_path):

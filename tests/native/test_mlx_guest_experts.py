@@ -13,7 +13,9 @@ mx = pytest.importorskip("mlx.core", reason="tests of the MLX backend")
 pytest.importorskip("mlx_lm.utils", reason="guests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
+from chronos.backends.mlx.guest import skeleton  # noqa: E402
 from chronos.backends.mlx.guest.experts import StreamedLayer  # noqa: E402
+from chronos.common.disk.header import TensorEntry  # noqa: E402
 from chronos.common.experts.feed import Step  # noqa: E402
 from chronos.common.experts.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
@@ -157,3 +159,21 @@ def test_shared_experts_stand_in(folder: Callable[[str], Path], name: str) -> No
             shared = mx.sigmoid(block.shared_expert_gate(x_13D)) * shared
     np.testing.assert_array_equal(y, np.repeat(values(shared)[:, :, None], 2, axis=2))
     assert (seen.fallbacks, seen.fallback_weight) == (4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values_", "dtype"),
+    [
+        ("F64", np.array([[1.5, -2.0]]), mx.float32),
+        ("I64", np.array([[1, -(1 << 40)]]), mx.int64),
+        ("U64", np.array([1, 2], np.uint64), mx.uint64),
+        ("BOOL", np.array([[True, False, True]]), mx.bool_),
+        ("C64", np.array([1 + 2j], np.complex64), mx.complex64),
+        ("F8_E5M2", np.array([1, 2], np.uint8), mx.uint8),
+        ("F64", np.zeros((0, 3)), mx.float32),
+    ],
+)
+def test_dense_tensors_of_every_dtype(kind: str, values_: np.ndarray, dtype: Any) -> None:
+    entry = TensorEntry("x", kind, values_.shape, 0, values_.nbytes)
+    array = skeleton._array(entry, memoryview(values_.tobytes()))
+    assert array.dtype == dtype and np.array_equal(np.array(array), values_)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ BASE = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
 }
+UNKNOWN = BASE | {"model_type": "of_no_library"}
 NATIVE = ModelConfig(hidden_size=64, num_hidden_layers=3)
 
 
@@ -113,6 +116,64 @@ def test_the_context_is_what_the_scaling_of_positions_allows(rope: dict, context
     assert GuestConfig.from_json(BASE | rope).max_position_embeddings == context
 
 
+def test_the_dtype_of_tensors_is_that_of_the_first_name(tmp_path: Path) -> None:
+    """Files begin with the widest tensors, a router's say: that is not what is computed in."""
+    (tmp_path / "config.json").write_text(json.dumps(BASE), "utf-8")
+    data = np.zeros(8, np.uint8)
+    items = [("model.gate", "F32", (2,), data), ("lm_head", "BF16", (4,), data)]
+    write_tensors(tmp_path / "model.safetensors", items)
+    assert GuestConfig.from_json(tmp_path).dtype == "bfloat16"
+    write_tensors(tmp_path / "model.safetensors", [("a", "F64", (1,), data)])
+    with pytest.raises(ConfigError, match=r"not 'float64'(.|\n)*add \"dtype\""):
+        GuestConfig.from_json(tmp_path)
+
+
+CLASSES = """
+class TinyTextConfig(PreTrainedConfig):
+    model_type = "tiny_moe_text"
+    attribute_map = {"num_experts": "num_local_experts"}
+    vocab_size: int = 77
+    max_position_embeddings: int | None = 123
+    num_local_experts: int = 6
+    rope_parameters: dict | None = None
+
+class TinyConfig(PreTrainedConfig):
+    model_type = "tiny_moe"
+    vocab_size: int = 10 * 10
+
+class OldConfig(PreTrainedConfig):
+    model_type = "tiny_old"
+
+    def __init__(self, vocab_size=55, top_k=3, **kwargs):
+        pass
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the installed Transformers."""
+    for name in ("tiny_moe", "tiny_old"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "configuration_x.py").write_text(CLASSES)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+
+@pytest.mark.usefixtures("library")
+def test_what_a_file_leaves_out_is_the_default_of_its_class() -> None:
+    text = {k: v for k, v in BASE.items() if k not in ("vocab_size", "model_type", "num_experts")}
+    del text["max_position_embeddings"]
+    config = GuestConfig.from_json({"model_type": "tiny_moe", "text_config": text})
+    assert (config.vocab_size, config.max_position_embeddings, config.num_experts) == (77, 123, 6)
+    old = BASE | {"model_type": "tiny_old", "num_experts_per_tok": None, "vocab_size": None}
+    config = GuestConfig.from_json(old)
+    assert (config.vocab_size, config.num_experts_per_tok) == (55, 3)
+    with pytest.raises(ConfigError, match="no vocab_size"):  # not written as a plain value
+        GuestConfig.from_json(BASE | {"model_type": "tiny_moe", "vocab_size": None})
+    with pytest.raises(ConfigError, match="no vocab_size"):
+        GuestConfig.from_json(BASE | {"model_type": "../tiny_moe", "vocab_size": None})
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [
@@ -131,14 +192,14 @@ def test_quantization_is_kept_by_name(data: dict, name: str) -> None:
     ("data", "what"),
     [
         (BASE | {"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
-        ({k: v for k, v in BASE.items() if k != "num_experts"}, "no routed experts"),
+        (UNKNOWN | {"num_experts": None}, "no routed experts"),
         (BASE | {"num_experts": 0}, "num_experts must be 1"),
         (BASE | {"num_experts": 10**9}, "num_experts must be 1"),
         (BASE | {"num_experts_per_tok": 9}, "above num_experts"),
         (BASE | {"num_experts_per_tok": True}, "num_experts_per_tok must be"),
         (BASE | {"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
         (BASE | {"vocab_size": "many"}, "vocab_size must be"),
-        ({k: v for k, v in BASE.items() if k != "vocab_size"}, "no vocab_size"),
+        (UNKNOWN | {"vocab_size": None}, 'no vocab_size(.|\n)*add "vocab_size"'),
         (BASE | {"model_type": None}, "no model_type"),
         (BASE | {"text_config": [1]}, "text_config is not an object"),
         (BASE | {"quantization_config": "fp8"}, "quantization_config is not an object"),

@@ -34,6 +34,14 @@ from chronos.common.model.weights import (
 )
 
 _FROM_FILE = {SAFETENSORS_DTYPE[name]: dtype for name, dtype in DTYPES.items()}
+# What a guest's dense part may hold besides (tables of ids, masks, buffers), by torch's names.
+_OTHERS = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
+    "I32": "int32", "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+_EVERY = _FROM_FILE | {k: getattr(torch, v) for k, v in _OTHERS.items() if hasattr(torch, v)}
 _ABSORBED = ("k_up_proj.weight", "v_up_proj.weight")  # used in products other than `linear`
 Named = tuple[str, str, tuple[int, ...], memoryview]  # name, safetensors dtype, shape, bytes
 
@@ -131,8 +139,13 @@ def _read(
 
 
 def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that shares the buffer's memory; `dtype` is safetensors' name."""
-    return torch.frombuffer(data, dtype=_FROM_FILE[dtype]).view(shape)
+    """A tensor that shares the buffer's memory; `dtype` is safetensors' name. Raises ShapeMismatch
+    for one that this PyTorch does not have."""
+    if dtype not in _EVERY:
+        raise ShapeMismatch(f"a tensor is {dtype}, which PyTorch {torch.__version__} does not have")
+    if not data:  # torch wants a buffer of some bytes
+        return torch.empty(shape, dtype=_EVERY[dtype])
+    return torch.frombuffer(data, dtype=_EVERY[dtype]).view(shape)
 
 
 def to_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> Named:

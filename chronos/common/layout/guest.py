@@ -28,6 +28,11 @@ _DIRECTIONS = {
     "fc2.weight": ("fc1.weight",),
 }
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_UNREAD = ("F4", "F6_E2M3", "F6_E3M2")
+# The embedding and the head of the text model; those of other parts have other vocabularies.
+_VOCABULARY = ("model.embed_tokens.weight", "language_model.embed_tokens.weight", "lm_head.weight")
+
 _Where = dict[int | None, Located]  # by expert; None: all of them, stacked
 _Parts = dict[tuple[str, int], _Where]  # by tensor of the record and place in it
 _Tensors = dict[str, list[_Where]]  # in record order, each with its parts in order
@@ -62,11 +67,7 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
     ConfigError for a quantised checkpoint other than MLX-LM's.
     """
     if config.quantization not in ("", "mlx"):
-        raise ConfigError(
-            f"the checkpoint is quantised ({config.quantization}), which Chronos does not unpack",
-            "",
-            "save it with Transformers in bfloat16, or convert it with MLX-LM, and pack that",
-        )
+        raise _quantised(located, config)
     found = {name: part for name in located if (part := _part(name))}
     outside = left_out_of(located, config)
     layers: dict[int, _Parts] = defaultdict(lambda: defaultdict(dict))
@@ -80,6 +81,7 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
                 raise ShapeMismatch(f"{name} and {other[1].name} are the same weights", str(at[0]))
             where[part.expert] = at
         else:
+            _check_dense(at, config)
             dense.append(at)
     if not layers:
         raise ShapeMismatch(
@@ -94,6 +96,59 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
         templates={layer: lay_out(_shapes(tensors[layer])) for layer in tensors},
         _tensors=tensors,
     )
+
+
+def _quantised(located: Mapping[str, Located], config: GuestConfig) -> ConfigError:
+    """Why a file with a quantization_config is refused: weights may have been widened since."""
+    coded = any(
+        "scale" in name or (entry.dtype not in _FLOATS and len(entry.shape) > 1)
+        for name, (_, entry) in located.items()
+    )
+    kind = config.quantization
+    if not coded:
+        return ConfigError(
+            f"config.json has a quantization_config ({kind}), but no weight is quantised",
+            "",
+            "remove quantization_config from config.json: the weights are plain",
+        )
+    return ConfigError(
+        f"the checkpoint is quantised ({kind}), which Chronos does not unpack",
+        "",
+        "save it with Transformers in bfloat16, or convert it with MLX-LM, and pack that",
+    )
+
+
+def _check_dense(at: Located, config: GuestConfig) -> None:
+    """Refuse what no library could load, as far as names tell."""
+    path, entry = at
+    if entry.dtype in _UNREAD:
+        raise ShapeMismatch(
+            f"tensor {entry.name} is {entry.dtype}, which neither library reads",
+            str(path),
+            "save the model with Transformers in bfloat16, and pack that",
+        )
+    if entry.name.endswith("weight"):
+        _check_filled(at)
+    rows = entry.shape[0] if entry.shape else 0
+    if entry.name.endswith(_VOCABULARY) and rows != config.vocab_size:
+        wanted = [config.vocab_size, *entry.shape[1:]]
+        raise ShapeMismatch(
+            f"tensor {entry.name} is {entry.dtype} {list(entry.shape)}, config.json implies"
+            f" {wanted}",
+            str(path),
+            f'if the vocabulary was resized, set "vocab_size": {rows} in config.json',
+        )
+
+
+def _check_filled(at: Located) -> None:
+    path, entry = at
+    if not entry.nbytes:
+        raise ShapeMismatch(
+            f"tensor {entry.name} has no elements ({list(entry.shape)})",
+            str(path),
+            "was it saved under DeepSpeed ZeRO-3? Gather the weights: python zero_to_fp32.py, or"
+            " stage3_gather_16bit_weights_on_model_save",
+        )
 
 
 def left_out_of(names: Iterable[str], config: GuestConfig) -> set[str]:
@@ -129,7 +184,8 @@ def _tower(found: Mapping[str, Part]) -> str:
 def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
     """The layer's tensors as its records have them."""
     stacked = any(None in where for where in parts.values())
-    for where in parts.values():
+    for (tensor, _), where in parts.items():
+        _check_expert(tensor, _some(where))
         if not stacked:
             _check_alike(where, config)
         elif where.keys() == {None}:
@@ -146,6 +202,18 @@ def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
     tensors = {name: found[name] for name in sorted(found, key=ORDER.__getitem__)}
     _check_whole(layer, tensors)
     return tensors
+
+
+def _check_expert(tensor: str, at: Located) -> None:
+    """It has elements, in a dtype that is computed with; MLX-LM's names tell a quantised one."""
+    path, entry = at
+    _check_filled(at)
+    if "." not in tensor and entry.dtype not in _FLOATS[1:]:
+        raise ShapeMismatch(
+            f"tensor {entry.name} is {entry.dtype}, which experts are not computed in",
+            str(path),
+            "save the model with Transformers in bfloat16, and pack that",
+        )
 
 
 def _check_stack(at: Located, config: GuestConfig) -> None:

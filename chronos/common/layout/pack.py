@@ -22,7 +22,7 @@ from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import build_header
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, check_free_space
 from chronos.common.disk.linked import LINK, write_link
-from chronos.common.disk.tensors import read_pieces, read_tensors
+from chronos.common.disk.tensors import DTYPE, read_pieces, read_tensors
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout.ctsr import write_experts
 from chronos.common.layout.finite import check_finite
@@ -262,6 +262,8 @@ def _place_dense(
 
 def _write_dense(dst: Path, model: ModelSource, advance: Callable[[int], None], io: FileIO) -> None:
     metadata = {"format": "pt", FINGERPRINT: model.fingerprint}
+    if isinstance(model.config, GuestConfig):  # in a file of other tensors others come first
+        metadata[DTYPE] = model.config.dtype
     header = build_header(((e.name, e.dtype, e.shape) for _, e in model.dense), metadata)
     if _holds(dst / DENSE, header, len(header) + model.dense_nbytes, io):
         return

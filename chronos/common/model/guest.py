@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from chronos.common.disk.tensors import locate_tensors
+from chronos.common.disk.tensors import first_dtype
 from chronos.common.errors import ConfigError
 from chronos.common.model.config import DTYPE_BYTES, MODEL_TYPE, ModelConfig, load_config
+from chronos.common.model.defaults import class_defaults
 from chronos.common.model.weights import SAFETENSORS_DTYPE
 
 # Spellings of one count, the most usual first. Where a file has several, the first is taken: the
@@ -59,7 +60,7 @@ _LIMITS = {
 # Scalings of positions whose factor stretches the context; LongRoPE's and Llama 3's files name what
 # they reach.
 _STRETCHED = ("yarn", "linear", "dynamic")
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()}
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()} | {"F64": "float64"}
 
 
 class Geometry(Protocol):
@@ -125,6 +126,8 @@ class GuestConfig:
         if not isinstance(model_type, str) or not model_type:
             raise ConfigError("config.json names no model_type", where)
         flat = data | {k: v for key in _NESTED for k, v in _object(data, key, where).items()}
+        if lost := [name for name in _LIMITS if _spelled(flat, name) is None]:
+            flat = _with_defaults(flat, lost, _type_of_text(data, model_type))
         counts = {name: _count(flat, name, where) for name in _LIMITS}
         rope = _scaling(flat)
         counts["max_position_embeddings"] = _context(rope, counts["max_position_embeddings"])
@@ -169,9 +172,29 @@ def _object(data: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return value
 
 
+def _type_of_text(data: dict[str, Any], model_type: str) -> str:
+    """The model_type of the part that writes text, by which its defaults are known."""
+    text = data.get("text_config")
+    if not isinstance(text, dict):
+        return model_type
+    named = text.get("model_type")
+    return named if isinstance(named, str) else f"{model_type}_text"
+
+
+def _with_defaults(flat: dict[str, Any], lost: list[str], model_type: str) -> dict[str, Any]:
+    """Counts that a file leaves out are what Transformers takes for them."""
+    defaults = class_defaults(model_type)
+    keys = {name: _spelled(defaults, name) for name in lost}
+    return flat | {key: defaults[key] for key in keys.values() if key is not None}
+
+
+def _spelled(data: dict[str, Any], name: str) -> str | None:
+    return next((key for key in _SPELLINGS[name] if data.get(key) is not None), None)
+
+
 def _count(data: dict[str, Any], name: str, where: str) -> int:
     """A count in the first spelling that is there; of a list, one a layer, the largest."""
-    key = next((key for key in _SPELLINGS[name] if data.get(key) is not None), None)
+    key = _spelled(data, name)
     if key is None:
         if name == "num_experts":
             raise ConfigError(
@@ -179,7 +202,11 @@ def _count(data: dict[str, Any], name: str, where: str) -> int:
                 where,
                 "Chronos runs Mixture-of-Experts models",
             )
-        raise ConfigError(f"config.json has no {name}", where)
+        raise ConfigError(
+            f"config.json has no {name}, and no default for it is known here",
+            where,
+            f'add "{name}" with the number that the model was made with',
+        )
     value = data[key]
     if key == "layers_block_type" and isinstance(value, list):  # a name for each layer
         value = len(value)
@@ -221,14 +248,18 @@ def _shared(data: dict[str, Any], model_type: str) -> int:
 
 
 def _dtype(data: dict[str, Any], where: str) -> str:
-    """As the file says, else as the first of the floating tensors is stored."""
+    """As the file says, else what Transformers then takes from the tensors."""
     name = data.get("dtype") or data.get("torch_dtype")
     if name is None and where:
-        stored = [entry.dtype for _, entry in locate_tensors(Path(where).parent).values()]
-        name = next((_DTYPES[dtype] for dtype in stored if dtype in _DTYPES), None)
+        stored = first_dtype(Path(where).parent)
+        name = _DTYPES.get(stored, stored)
     name = str(name or "float32").removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise ConfigError(f"dtype must be one of {sorted(DTYPE_BYTES)}, not {name[:80]!r}", where)
+        raise ConfigError(
+            f"dtype must be one of {sorted(DTYPE_BYTES)}, not {name[:80]!r}",
+            where,
+            'add "dtype" with one of these: the weights are then computed in it',
+        )
     return name
 
 

@@ -48,8 +48,12 @@ from chronos.common.model.guest import GuestConfig
 _DENSE_DTYPES = DTYPES | {
     "BOOL": mx.bool_,
     "I64": mx.int64,
-    "F8_E4M3": mx.uint8,  # as MLX reads it, which `sanitize` methods know
-}
+    "U64": mx.uint64,
+    "C64": mx.complex64,
+    "F64": mx.float32,  # narrowed: MLX has float64 on a CPU only
+} | dict.fromkeys(  # as MLX reads them, which `sanitize` methods know
+    ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), mx.uint8
+)
 
 
 def mlx_lm_utils() -> ModuleType:
@@ -253,6 +257,8 @@ def _array(entry: TensorEntry, data: memoryview) -> mx.array:
         raise ShapeMismatch(f"{entry.name} is {entry.dtype}, which MLX does not have")
     if 0 in entry.shape:
         return mx.zeros(entry.shape, _DENSE_DTYPES[entry.dtype])
+    if entry.dtype == "F64":
+        return mx.array(np.frombuffer(data, np.float64).astype(np.float32).reshape(entry.shape))
     # In its own shape: MLX counts a dimension in 31 bits, which bytes in a row may not fit in.
     rows = np.frombuffer(data, np.uint8).reshape(*entry.shape[:-1], -1)
     return mx.array(rows).view(_DENSE_DTYPES[entry.dtype]).reshape(entry.shape)

@@ -12,8 +12,7 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,19 @@ import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
-from chronos.backends.torch.checkpoint import from_bytes
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.fast.steps import Steps, integers
+from chronos.backends.torch.guest.build import (
+    align,
+    built,
+    check_files,
+    check_report,
+    dense_tensors,
+    quiet,
+    text_model,
+    without_experts,
+)
 from chronos.backends.torch.guest.cache import CacheLayers, GuestCache
 from chronos.backends.torch.guest.experts import (
     NAME,
@@ -36,7 +42,6 @@ from chronos.backends.torch.guest.experts import (
     Layer,
     chooser_of,
     is_experts,
-    parameters,
     shared_of,
 )
 from chronos.backends.torch.guest.rope import LengthRope
@@ -44,7 +49,7 @@ from chronos.backends.torch.model import DTYPES, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.products import pack_linears
 from chronos.common.disk.header import TensorEntry
-from chronos.common.disk.tensors import locate_tensors, read_checkpoint
+from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
@@ -53,13 +58,12 @@ from chronos.common.layout.naming import layer_of
 from chronos.common.model.guest import GuestConfig
 from chronos.common.tuning import plain
 
-# Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 # Mamba 1 in Transformers goes on from its state for single tokens only.
 _FORGETFUL = frozenset({"jamba"})
 # Transformers computes their sequences anew in the step that crosses the border of LongRoPE.
 _STARTS_ANEW = frozenset({"phi3", "phimoe"})
 _PIECE = 512  # tokens of a sequence that is computed anew: the runner's own chunks
-_ALIGN = 64  # of everything torch allocates
+# Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 _SAME_BYTES = {"MergeModulelist", "Concatenate"}
 Shapes = dict[str, tuple[int, ...]]  # of one expert, by tensor name
 
@@ -188,25 +192,16 @@ def load_guest(
     config = GuestConfig.from_json(folder)
     _check_runnable(config, folder)
     layout = layout or packed_experts(folder, config, checked=resident)
-    with _quiet():
-        settings = _build(
-            lambda: transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            ),
-            config,
-            folder,
-        )
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
-        if kind is None:
-            raise ConfigError(f"{config.model_type} is no model that writes text", str(folder))
+    with quiet():
+        settings, kind = text_model(config, folder)
         if layout is None:
-            locate_tensors(folder)  # a truncated file is an error here and a signal under mmap
+            check_files(folder)
             options: dict[str, Any] = {"pretrained_model_name_or_path": folder}
         else:
             found = read_checkpoint(folder) if dense is None else dense
-            kind = _without_experts(kind)
-            options = {"pretrained_model_name_or_path": None, "state_dict": _tensors(found)}
-        core, report = _build(
+            kind = without_experts(kind)
+            options = {"pretrained_model_name_or_path": None, "state_dict": dense_tensors(found)}
+        core, report = built(
             lambda: kind.from_pretrained(
                 **options,
                 config=settings,
@@ -214,15 +209,15 @@ def load_guest(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused by name below
             ),
             config,
             folder,
         )
     modules = _find_experts(core, config, folder)
-    if missing := sorted(report["missing_keys"]):
-        raise ShapeMismatch(f"tensor {missing[0]} is missing ({len(missing)} in all)", str(folder))
+    check_report(report, folder)
     if layout is None:
-        _align(core)
+        align(core)
     else:
         _check_records(layout, core, modules)
         if resident:
@@ -249,64 +244,6 @@ def _check_runnable(config: GuestConfig, folder: Path) -> None:
             str(folder),
             "use a bfloat16 checkpoint of the model",
         )
-
-
-def _build(step: Callable[[], Any], config: GuestConfig, folder: Path) -> Any:
-    """The library's answer; whatever it raises over a config, in our words."""
-    try:
-        return step()
-    except Exception as error:  # anything a hostile or unknown config.json can cause
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"Transformers {transformers.__version__} cannot build {config.model_type}: "
-            f"{reason[0][:200]}",
-            str(folder),
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and warnings of the library's loader: errors are raised here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _without_experts(kind: Any) -> Any:
-    """A model class whose experts modules hold no parameters, only the shapes of an expert.
-
-    The library looks its renames up by the class's name and module, so those stay.
-    """
-
-    def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
-        kind.__init__(self, config, *args, **options)
-        for module in filter(is_experts, self.modules()):
-            held = parameters(module)
-            module.chronos_shapes = {name: tuple(p.shape[1:]) for name, p in held.items()}
-            for name in held:
-                del module._parameters[name]
-            module._is_hf_initialized = True  # nothing to initialise
-
-    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
-
-
-def _tensors(found: Iterable[tuple[TensorEntry, memoryview]]) -> dict[str, Tensor]:
-    """The dense part. Copied: what was read lies wherever the file had it, products want 64."""
-    return {e.name: from_bytes(data, e.dtype, e.shape).clone() for e, data in found}
-
-
-def _align(core: Any) -> None:
-    """Copy what the library left in its files' pages: at odd addresses products differ in the last
-    bit, and a page of a file that was cut short ends the process."""
-    for tensor in (*core.parameters(), *core.buffers()):
-        if tensor.data_ptr() % _ALIGN:
-            tensor.data = tensor.data.clone()
 
 
 def _find_experts(core: Any, config: GuestConfig, folder: Path) -> dict[int, tuple[str, Any]]:
