@@ -46,6 +46,7 @@ def evaluate(
     # own_process leaves out parts of a framework that losses of a resident model need.
     with run.open(model, budget=budget, own_process=False) as engine:
         tokenizer, backend = tokenizer_of(engine, model), backends.load(engine.backend)
+        dataset = room.packed(tokenizer, documents, seq_len)
         with output.progress("routing") as update:
             trace = room.record(
                 engine.runner,
@@ -55,14 +56,13 @@ def evaluate(
                 model=model,
                 progress=update,
             )
-        dataset = room.packed(tokenizer, documents, seq_len)
         loaded = engine.runner.model
         if engine.feed is None and isinstance(engine.config, ModelConfig):
             step = backend.train_step(loaded, OptimizerRecipe())
             batches = room.batches(dataset, batch_size=batch_size, max_tokens=max_tokens)
             terms = step.evaluate(batches, NextToken(engine.config.loss_weights))
         else:
-            rows = room.cut(tokenizer, documents, seq_len)
+            rows = room.labelled(tokenizer, documents, seq_len)
             with engine.feed.step() if engine.feed else nullcontext() as source:
                 forward = partial(backend.forward, loaded, source=source)
                 terms = room.sequence_loss(forward, rows, max_tokens=max_tokens)
@@ -84,8 +84,9 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("loss", f"{result['loss']:.4f}", "nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}", ""),
-        ("bits per byte", f"{result['bits_per_byte']:.4f}", ""),
     ]
+    if result["bits_per_byte"] is not None:  # rows of conversations have no text of their own
+        rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}", ""))
     for ahead, recall in enumerate(result["lookahead_recall"]):
         when = "this token" if ahead == 0 else f"{ahead} token{'s' * (ahead > 1)} ahead"
         rows.append(("lookahead recall", output.percent(recall), f"of the experts of {when}"))

@@ -25,6 +25,7 @@ from chronos.common.data import (
     split_documents,
     stdlib_documents,
 )
+from chronos.common.errors import DataError
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.trace import RoutingTrace, TraceRecorder
 
@@ -107,14 +108,61 @@ def _routing(
 
 
 def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Iterator[list[int]]:
-    """Token ids of pieces of text documents, each of at most `length` and more than one: the
-    documents' beginnings first, then what follows further on in each."""
+    """Token ids of pieces of documents, each of at most `length` and more than one.
+
+    Rows of conversations, completions and prompts come first, each piece by piece, a prompt of
+    messages opened for the answer; then the beginnings of texts, then what follows further on in
+    each. Raises DataError for preference rows.
+    """
+    for document in documents:
+        if document.kind != "text":
+            for ids, _ in _windows(_row(tokenizer, document), (), length):
+                yield ids
+    yield from _cut_texts(tokenizer, documents, length)
+
+
+def labelled(
+    tokenizer: Tokenizer, documents: Sequence[Document], length: int
+) -> Iterator[tuple[list[int], Sequence[bool]]]:
+    """The pieces of `cut`, each with the ids that count as labels, as training has them. Raises
+    DataError for rows without any."""
+    for document in documents:
+        if document.kind != "text":
+            encoded = encode_documents(tokenizer, [document])
+            yield from _windows(encoded.ids[0].tolist(), encoded.trained[0].tolist(), length)
+    for ids in _cut_texts(tokenizer, documents, length):
+        yield ids, [True] * len(ids)
+
+
+def _cut_texts(
+    tokenizer: Tokenizer, documents: Sequence[Document], length: int
+) -> Iterator[list[int]]:
     texts, stride = [document.text for document in documents], 8 * length
     for start in range(0, max(map(len, texts), default=0), stride):
         for text in texts:
             ids = tokenizer.encode_prompt(text[start : start + 2 * stride])[:length]
-            if len(ids) > 1:
+            if start < len(text) and len(ids) > 1:
                 yield ids
+
+
+def _row(tokenizer: Tokenizer, document: Document) -> list[int]:
+    """Ids of a row as the model would read it."""
+    if document.kind == "messages":
+        return tokenizer.apply_chat(document.messages, reply=False)
+    if document.kind not in ("prompt", "completion"):
+        raise DataError(f"{document.where}: a {document.kind!r} row has no one text to read")
+    prompt, completion = document.prompt, document.completion
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt) + tokenizer.encode(str(completion))
+    return tokenizer.apply_chat([*prompt, *completion], reply=not completion)
+
+
+def _windows(
+    ids: list[int], trained: Sequence[bool], length: int
+) -> Iterator[tuple[list[int], Sequence[bool]]]:
+    for start in range(0, len(ids), length):
+        if len(ids) - start > 1:
+            yield ids[start : start + length], trained[start : start + length]
 
 
 def locality(trace: RoutingTrace) -> dict[str, Any]:
@@ -171,22 +219,27 @@ def batches(dataset: PackedDataset, *, batch_size: int, max_tokens: int) -> list
 
 def sequence_loss(
     forward: Callable[[npt.NDArray[Any]], Observed],
-    sequences: Iterable[Sequence[int]],
+    sequences: Iterable[tuple[Sequence[int], Sequence[bool]]],
     *,
     max_tokens: int,
 ) -> dict[str, float]:
-    """The loss of what takes no packed rows, as guests: each sequence from an empty context."""
-    nats, count = 0.0, 0
-    for ids in sequences:
-        ids_T = np.array(ids[: max_tokens - count + 1])
+    """`loss` without packed rows, which guests do not take: each sequence, with its labels as
+    `labelled` gives them, from an empty context. Raises DataError where no token is a label."""
+    nats, count, done = 0.0, 0, 0
+    for ids, trained in sequences:
+        ids_T = np.array(ids[: max_tokens - done + 1])
         if len(ids_T) < 2:
             break
+        is_label_T = np.array(trained[1 : len(ids_T)], bool)
         logits_TV = forward(ids_T[None]).logits_BTV[0, :-1]
         top_T = logits_TV.max(-1)
         mass_T = np.exp(logits_TV - top_T[:, None]).sum(-1, dtype=np.float64)
         right_T = logits_TV[np.arange(len(logits_TV)), ids_T[1:]]
-        nats += float((np.log(mass_T) + top_T - right_T).sum())
-        count += len(logits_TV)
+        nats += float((np.log(mass_T) + top_T - right_T)[is_label_T].sum())
+        count += int(is_label_T.sum())
+        done += len(logits_TV)
+    if not count:
+        raise DataError("no token of the data is a label", "", "raise --max-tokens or --seq-len")
     return {"ce": nats / count}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,32 @@ def test_eval_measures_loss_recall_and_locality_beside_its_entropy(
 
 
 @pytest.mark.slow
+@pytest.mark.needs_backend
+@pytest.mark.parametrize("kind", ["messages", "completion", "prompt"])
+def test_rows_that_training_takes_are_traced_and_measured(
+    chronos: Any, packed: Path, tmp_path: Path, kind: str
+) -> None:
+    user, reply = {"role": "user", "content": "def add"}, {"role": "assistant", "content": "(a):"}
+    row = {
+        "messages": {"messages": [user, reply]},
+        "completion": {"prompt": "def add", "completion": "(a):"},
+        "prompt": {"prompt": [user]},
+    }[kind]
+    data, file = tmp_path / "rows.jsonl", tmp_path / "t.npz"
+    data.write_text("\n".join([json.dumps(row)] * 3))
+    assert chronos("trace", packed, "-o", file, "--data", data, "--json").json["sequences"] == 3
+    for budget in ("all", "50%"):
+        done = chronos(
+            "eval", packed, "--data", data, "--budget", budget, "--seq-len", 32, "--json"
+        )
+        if kind == "prompt":
+            assert done.code == 3 and "rows.jsonl:1: a 'prompt' row" in done.err
+        else:
+            assert 0 < done.json["loss"] < 20 and done.json["bits_per_byte"] is None
+    if kind != "prompt":
+        assert "loss" in chronos("eval", packed, "--data", data).out
+
+
 @pytest.mark.needs_backend
 def test_eval_in_a_process_of_its_own_has_all_of_its_framework(packed: Path, text: Path) -> None:
     """Start-up leaves out what generating needs none of; a loss of packed rows does."""

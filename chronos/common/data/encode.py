@@ -56,7 +56,7 @@ def _encode_row(tokenizer: Tokenizer, document: Document) -> tuple[list[int], Ma
         raise DataError(f"{document.where}: a {document.kind!r} row cannot be trained on here")
     prompt, completion = document.prompt, document.completion
     if isinstance(prompt, str) or isinstance(completion, str):
-        before, after = tokenizer.encode(str(prompt)), tokenizer.encode(str(completion))
+        before, after = tokenizer.encode_prompt(str(prompt)), tokenizer.encode(str(completion))
         ids = before + after
         return ids, np.arange(len(ids)) >= len(before)
     return _encode_chat(tokenizer, prompt + completion, len(prompt), document.where)
