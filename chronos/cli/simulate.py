@@ -227,7 +227,6 @@ def fit(
     fitted = _trained(parts, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
     test, slots = parts.test, slots_for(recorded, share)
-    preload = _train_intent(parts, fitted.model, slots, file)
     with output.progress("replaying") as update:
         tested = measure(test, [slots], fitted.model, warmup=0.1, progress=update)
     result = result_json(*tested[0], 1)
@@ -240,15 +239,10 @@ def fit(
             "validation_losses": fitted.losses,
             "geometry": dataclasses.asdict(fitted.model.geometry),
             "budget": budget_tested,
-            "preload_hits": preload,
         }
         output.print_json(about | {"test": result})
         return
     print(f"{file}: trained in {fitted.seconds:.0f} s on {describe(recorded)}")
-    if preload:
-        kept = "kept" if preload["intent"] > preload["predictor"] else "left out"
-        own, other = (output.percent(preload[name]) for name in ("intent", "predictor"))
-        print(f"intent classifier {kept}: {own} hits after a prompt, {other} without it")
     rows = [
         (
             name,
@@ -262,20 +256,6 @@ def fit(
     title = f"{test.num_tokens} test tokens, {budget_tested} of the experts"
     columns = ("policy", "hits", "gap closed", "right of k", "of k + 3")
     output.table(columns, rows, title=title)
-
-
-def _train_intent(parts: Parts, model: ForecastModel, slots: int, file: Path) -> dict[str, float]:
-    """Leaves intent.safetensors beside the forecaster where it wins, and removes an older one."""
-    from chronos.common.experts.foresight.intent import INTENT
-    from chronos.common.traces.intent import train_if_it_wins
-
-    with output.progress("training the intent classifier"):
-        found, hits = train_if_it_wins(parts.train, parts.validation, slots, model.predictor)
-    path = file.with_name(INTENT)
-    path.unlink(missing_ok=True)
-    if found is not None:
-        found.save(path)
-    return hits
 
 
 def _recorded(

@@ -11,7 +11,6 @@ import pytest
 from chronos.common.errors import CorruptFileError, ShapeMismatch, UsageError
 from chronos.common.experts.foresight.choose import choose_policy
 from chronos.common.experts.foresight.forecast import FORECAST, Forecaster, ForecastModel
-from chronos.common.experts.foresight.intent import INTENT, IntentModel
 from chronos.common.experts.foresight.network import Geometry, initial
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
@@ -112,40 +111,3 @@ def test_in_a_prompt_the_layer_just_served_gives_its_slots_first(layout: Layout)
     assert ranks[1, 7] > ranks[1].mean() > ranks[2].mean() > ranks[0].mean()
     policy.observe(1, range(EXPERTS))
     assert policy.priority[1].max() < policy.priority[0].min() < policy.priority[2].min()
-
-
-def test_an_intent_speaks_of_the_first_tokens_and_fades(layout: Layout) -> None:
-    hope = np.zeros((LAYERS, EXPERTS))
-    hope[1, 4] = 0.8
-    told: list[np.ndarray] = []
-    policy = PredictorPolicy(
-        DecayedUse(LAYERS, EXPERTS), intent=lambda ids_TLK: (told.append(ids_TLK), hope)[1]
-    )
-    policy.end_prompt(np.full((3, LAYERS, 1), 6))
-    assert told[0].shape == (3, LAYERS, 1)
-    assert policy.next_uses()[1, 4] == 0.8 and policy.priority[1].argmax() == 4
-    assert (policy.next_uses()[0] > 0).nonzero()[0].tolist() == [6]  # the predictor's own, beside
-    chances = []
-    for _ in range(40):
-        chances.append(policy.next_uses()[1, 4])
-        policy.end_token()
-    assert chances == sorted(chances, reverse=True) and chances[-1] == 0.0
-
-
-def test_the_intent_beside_a_forecaster_is_used_where_it_fits(layout: Layout) -> None:
-    def params(layers: int) -> dict[str, np.ndarray]:
-        count = layers * EXPERTS
-        shapes = {"bias": (layers, EXPERTS), "own": (layers, EXPERTS)}
-        shapes |= {"enter": (count, 2), "leave": (2, count)}
-        own = {"bias": 1.0, "own": 0.0, "enter": 0.0, "leave": 0.0}
-        return {name: np.full(shape, own[name], np.float32) for name, shape in shapes.items()}
-
-    prompt = np.full((3, LAYERS, 1), 6)
-    for layers, expected in ((LAYERS, True), (LAYERS + 1, False)):
-        IntentModel(params(layers)).save(layout.folder / INTENT)
-        policy = choose_policy("lfu", layout, TOP_K)
-        policy.end_prompt(prompt)
-        assert bool(policy.priority[0, 1] > 0) is expected
-    (layout.folder / INTENT).write_bytes(b"damaged")
-    with pytest.raises(CorruptFileError):
-        choose_policy("lfu", layout, TOP_K)

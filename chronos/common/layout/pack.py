@@ -43,7 +43,7 @@ SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json", "lookahead.safetensors", "intent.safetensors",
+    "processor_config.json", "lookahead.safetensors",
     "forecast.safetensors", "config.json",
 )  # fmt: skip
 DENSE = "model.safetensors"

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.foresight.forecast import Forecaster, ForecastModel, find_forecast
-from chronos.common.experts.foresight.intent import INTENT, IntentModel
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
-    Intent,
     PredictorPolicy,
     RestingPolicy,
     TokenTable,
@@ -55,13 +53,12 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
         if name == "auto":
             return _untrained(layout)
         raise
-    layers, intent = layout.moe_layers, _intent(path.parent, layout)
-    return (RestingPolicy if name == "auto" else PredictorPolicy)(forecaster, layers, intent)
+    return (RestingPolicy if name == "auto" else PredictorPolicy)(forecaster, layout.moe_layers)
 
 
 def _untrained(layout: Layout, kind: type[DecayedUse] = TokenTable) -> PredictorPolicy:
     predictor = kind(len(layout.moe_layers), layout.num_experts)
-    return PredictorPolicy(predictor, layout.moe_layers, _intent(layout.folder, layout))
+    return PredictorPolicy(predictor, layout.moe_layers)
 
 
 def _forecaster(path: Path, layout: Layout, top_k: int) -> Forecaster:
@@ -69,13 +66,3 @@ def _forecaster(path: Path, layout: Layout, top_k: int) -> Forecaster:
     rows = len(layout.moe_layers)
     model.check_fits(rows, layout.num_experts, top_k, layout.fingerprint, str(path))
     return model.predictor()
-
-
-def _intent(folder: Path, layout: Layout) -> Intent | None:
-    """The folder's intent classifier, which `chronos fit` leaves only where it wins."""
-    path = folder / INTENT
-    if not path.is_file():
-        return None
-    model = IntentModel.load(path)
-    fits = model.shape == (len(layout.moe_layers), layout.num_experts)
-    return model.use if fits else None

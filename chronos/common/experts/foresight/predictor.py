@@ -13,7 +13,7 @@ Shape legend: T tokens, L layers, E experts, K top-k.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,11 +61,6 @@ class Predictor(Protocol):
         needs the expert."""
 
 
-# A prompt's routing [T, L, K] to the chance [L, E] that a token of the reply needs an expert.
-Intent = Callable[[NDArray[Any]], Scores]
-_FADING, _FORGOTTEN = 0.85, 0.05  # per token: an intent speaks of the first 16 or so
-
-
 class PredictorPolicy:
     """A `residency.Policy` that keeps what a predictor scores highest.
 
@@ -78,13 +73,10 @@ class PredictorPolicy:
         self,
         predictor: Predictor,
         layers: Sequence[int] | None = None,
-        intent: Intent | None = None,
     ) -> None:
         """layers: the model's layer that each row of the predictor stands for, where some of the
-        model's layers have no experts. intent: what a prompt says of the reply's first tokens."""
+        model's layers have no experts."""
         self.predictor, self.forecasts = predictor, True
-        self._intent = intent
-        self._hope: Scores | None = None  # what the intent said, fading
         rows = len(predictor.scores())
         self._layers = list(range(rows)) if layers is None else list(layers)
         self._row = {layer: row for row, layer in enumerate(self._layers)}
@@ -99,8 +91,7 @@ class PredictorPolicy:
 
     def next_uses(self) -> Scores:
         """[L, E], the chance that a layer, when asked next, needs the expert."""
-        chance = self.predictor.next_uses()
-        return self._by_layer(chance if self._hope is None else np.maximum(chance, self._hope))
+        return self._by_layer(self.predictor.next_uses())
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
         (self._pass or self.predictor).observe(self._row[layer], experts)
@@ -114,8 +105,6 @@ class PredictorPolicy:
     def end_token(self) -> None:
         self.predictor.end_token()
         self._priority = None
-        if self._hope is not None:
-            self._hope = self._hope * _FADING if self._hope.max() > _FORGOTTEN else None
 
     @property
     def by_token(self) -> bool:
@@ -147,12 +136,9 @@ class PredictorPolicy:
         self.predictor.prime(ids_TLK)
         self._pass, self._priority = None, None
         self.forecasts = True
-        self._hope = self._intent(ids_TLK) if self._intent else None
 
     def _rank(self) -> Scores:
         scores = self.predictor.scores()
-        if self._hope is not None:
-            scores = np.maximum(scores, self._hope / (1.0 - DISCOUNT))
         if self._pass is None:
             return scores
         within = scores / (1.0 + scores.max())  # decides between experts of one layer
@@ -178,9 +164,8 @@ class RestingPolicy(PredictorPolicy):
         self,
         forecaster: Predictor,
         layers: Sequence[int] | None = None,
-        intent: Intent | None = None,
     ) -> None:
-        super().__init__(forecaster, layers, intent)
+        super().__init__(forecaster, layers)
         self._forecaster, self._plain = forecaster, DecayedUse(*forecaster.scores().shape)
         self._missed: deque[list[list[int]]] = deque(maxlen=REMEMBERED)  # [T][L][K]
         self._token: list[list[int]] = []
