@@ -26,6 +26,7 @@ import chronos
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
 from chronos.backends.torch import products
+from chronos.backends.torch.arena import Arena
 from chronos.backends.torch.guest.experts import is_experts
 from chronos.backends.torch.products import PackedLinear, packs
 from chronos.common.disk.header import read_header
@@ -244,9 +245,10 @@ def test_a_sequence_that_an_error_cut_is_not_continued(
 
 @pytest.mark.parametrize("model_type", RUN)
 def test_packed_products_have_the_librarys_bits(
-    model_type: str, guest: Callable[..., Guest]
+    model_type: str, guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = guest(model_type, torch.bfloat16)
+    tiny, released, release = guest(model_type, torch.bfloat16), [], Arena._release
+    monkeypatch.setattr(Arena, "_release", lambda *at: (released.append(at[1]), release(*at)))
     expected = by_library(tiny.model, PROMPT, 12)
     with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
         for _ in range(2):
@@ -260,6 +262,8 @@ def test_packed_products_have_the_librarys_bits(
         could = all(packs(matrix, transposed=experts.is_transposed) for matrix in matrices)
         packed = [w.is_mkldnn for w in weights.tensors.values() if w.is_mkldnn or w.dim() > 1]
         assert packed == [could] * len(matrices)
+        assert (len(released) > 0) == could  # the bytes that were read are not kept beside
+        assert len(set(released)) == len(released)
 
 
 def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:
