@@ -150,7 +150,8 @@ def replay(
                 room.train_forecaster(folder, trace, epochs or _EPOCHS, update, seconds)
         else:
             del runs[room.FORECAST], runs[room.AUTO]
-        box = limit.part(1.0, least_s=60 * minutes / 4)  # whatever the parts before took
+        # A tenth is for closing and for the limits; whatever the parts before took, some is left.
+        box = limit.part(0.9, least_s=60 * minutes / 4)
         with output.progress("replaying") as update:
             results = room.compare(
                 lambda budget, options: run.open(str(folder), budget=budget, io=io, **options),
@@ -191,7 +192,12 @@ def print_json(
         }
         for (budget, run), rounds in results.items()
     ]
-    data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
+    data: dict[str, object] = {
+        "trace": str(trace_file),
+        "cold": cold,
+        "disk": disk,
+        "config": config.to_json(),
+    }
     output.print_json(data | {"runs": runs})
 
 
