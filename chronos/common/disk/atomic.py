@@ -9,7 +9,6 @@ across hosts on file systems that keep `flock` local.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io as _io
 import itertools
 import os
@@ -20,6 +19,9 @@ from typing import Any, BinaryIO, cast
 
 from chronos.common.disk.io import FileIO, StrPath, check_free_space, write_error
 from chronos.common.errors import ResourceError
+
+with contextlib.suppress(ImportError):  # Windows, where `FileIO` opens nothing that could be locked
+    import fcntl
 
 _TEMP_NAME = re.compile(r"\..+\.\d+-\d+\.chronos-tmp")
 _counter = itertools.count()

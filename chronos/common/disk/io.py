@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import random
-import resource
 import stat
 import threading
 import time
@@ -34,26 +32,38 @@ from chronos.common.errors import (
     StoreError,
 )
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: everything can be imported there, and `FileIO` opens nothing
+    POSIX, _F_NOCACHE, _F_FULLFSYNC = False, 0, 0
+else:
+    POSIX = True
+    # macOS: it has no O_DIRECT, and its fsync does not reach the platter.
+    _F_NOCACHE = getattr(fcntl, "F_NOCACHE", 0)
+    _F_FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", 0)
+
 ALIGN = 4096  # what O_DIRECT needs of offsets, lengths and addresses on every disk we met
 RETRY_DELAYS_S = (0.005, 0.02, 0.08)  # a bad block stays bad; a flaky bus or link recovers
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RETRIED = frozenset({errno.EIO, errno.EAGAIN})
 _HUGE_PAGE = 2 << 20
-# macOS: it has no O_DIRECT, and its fsync does not reach the platter.
-_F_NOCACHE = getattr(fcntl, "F_NOCACHE", 0)
-_F_FULLFSYNC = getattr(fcntl, "F_FULLFSYNC", 0)
 
 StrPath = str | os.PathLike[str]
 
 
 class FileIO:
-    """System calls on regular files, one method each; all raise OSError. Tests subclass it."""
+    """System calls on regular files, one method each; all raise OSError. Tests subclass it.
+
+    On Windows, which has none of them in this form, opening raises ResourceError.
+    """
 
     def open(self, path: StrPath, direct: bool = False) -> int:
         """Open a regular file for reading; a final symlink or a FIFO is refused, without blocking.
 
         `direct` bypasses the page cache where the file system can; elsewhere it is ignored.
         """
+        _check_system(path)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         o_direct = getattr(os, "O_DIRECT", 0) if direct else 0
         try:
@@ -71,6 +81,7 @@ class FileIO:
 
     def create(self, path: StrPath) -> int:
         """Open a new or existing file for writing; a new one gets 0666 & ~umask."""
+        _check_system(path)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -112,6 +123,15 @@ class FileIO:
                 raise
         finally:
             os.close(fd)
+
+
+def _check_system(path: StrPath) -> None:
+    if not POSIX:
+        raise ResourceError(
+            "Chronos reads and writes files by preadv and file locks, which Windows does not have",
+            os.fspath(path),
+            "run it in WSL 2 or in a Linux container",
+        )
 
 
 class PacedIO(FileIO):
