@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chronos.common.disk.header import read_header
 from chronos.common.errors import CorruptFileError, DataError, ShapeMismatch
 from chronos.common.experts.foresight.forecast import DECAYS, Forecaster, ForecastModel, History
 from chronos.common.experts.foresight.network import (
@@ -347,10 +348,12 @@ def test_a_file_cut_short_or_with_a_nan_is_refused(tmp_path: Path, learnt: Fitte
     path = tmp_path / "forecast.safetensors"
     learnt.model.save(path)
     whole = path.read_bytes()
+    first = next(e for e in read_header(path).entries.values() if e.dtype == "F32")
     path.write_bytes(whole[:-1])
     with pytest.raises(CorruptFileError):
         ForecastModel.load(path)
-    path.write_bytes(whole[:-4] + struct.pack("<f", float("nan")))
+    nan = struct.pack("<f", float("nan"))
+    path.write_bytes(whole[: first.offset] + nan + whole[first.offset + 4 :])
     with pytest.raises(CorruptFileError, match="NaN"):
         ForecastModel.load(path)
 

@@ -190,6 +190,19 @@ def read_small(path: StrPath, limit: int, io: FileIO | None = None) -> bytes:
         return file.read(0, file.nbytes)
 
 
+def read_whole(path: StrPath, limit: int, io: FileIO | None = None) -> bytes:
+    """A safetensors file that fits into memory, its header checked: what may go to the library.
+
+    Raises CorruptFileError for a bad header, or above `limit` bytes before reading any.
+    """
+    raw = read_small(os.path.realpath(path), limit, io)
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or length > min(MAX_HEADER, len(raw) - 8):
+        raise corrupt(path, f"is cut short: {len(raw)} bytes there", _FOREIGN)
+    parse_header(raw[8 : 8 + length], len(raw), path)
+    return raw
+
+
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:

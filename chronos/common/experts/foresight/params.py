@@ -1,7 +1,8 @@
 """Parameters of the small NumPy models of routing: kept as side files, stepped by Adam.
 
 Float32 tensors by name (and ids beside them), in a safetensors file whose metadata says whose they
-are. Not known here: which names and shapes a model has; it checks the header before it reads.
+are. Such a file fits into memory, so the safetensors library writes and reads it; the strict header
+check and the atomic write are ours. Not known here: which names and shapes a model has.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chronos.common.disk.atomic import atomic_write
+from chronos.common.disk.header import read_whole
 from chronos.common.disk.io import FileIO, StrPath, corrupt
-from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.experts.foresight.network import Params
 
 DTYPES = {"F32": np.float32, "U8": np.uint8, "U16": np.uint16}  # by safetensors' names
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_BYTES = 4 << 30
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def write_params(path: StrPath, params: Arrays, metadata: Mapping[str, str]) -> None:
     """Write the side file atomically."""
-    tensors = [
-        (name, _NAMES[value.dtype.type], value.shape, np.ascontiguousarray(value).data)
-        for name, value in params.items()
-    ]
-    write_tensors(path, tensors, metadata)
+    from safetensors.numpy import save
+
+    plain = {name: np.ascontiguousarray(value) for name, value in params.items()}
+    raw = save(plain, dict(metadata))
+    atomic_write(path, [raw], nbytes=len(raw))
 
 
 def read_params(path: StrPath, io: FileIO | None = None) -> dict[str, NDArray[Any]]:
     """The tensors of a side file, all known to be of DTYPES. Raises CorruptFileError for a NaN."""
-    params = {
-        entry.name: np.frombuffer(view, DTYPES[entry.dtype]).reshape(entry.shape)
-        for entry, view in read_tensors(path, io=io)
-    }
+    from safetensors.numpy import load
+
+    params: dict[str, NDArray[Any]] = load(read_whole(path, _MAX_BYTES, io))
     if not all(np.isfinite(value).all() for value in params.values()):
         raise corrupt(path, "holds a NaN or an infinity")
     return params
