@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chronos.common.text.stop import StopText
@@ -36,6 +36,7 @@ def test_the_earliest_of_several_stop_strings_wins() -> None:
     assert shown(["cd", "bc"], ["a", "b", "c", "d"]) == ("a", True)
 
 
+@settings(deadline=None)
 @given(
     st.text("ab<>", max_size=30),
     st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3),

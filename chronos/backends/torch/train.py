@@ -141,10 +141,8 @@ class TrainStep:
 
 def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused where this torch can: a CPU from 2.4 on only, and Intel Macs end at 2.2."""
-    try:
-        return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=True)
-    except RuntimeError:
-        return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8)
+    fused = torch.__version__ >= "2.4"  # a TorchVersion: compared as numbers
+    return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=fused)
 
 
 def _part(found: Losses) -> Part:
