@@ -43,10 +43,17 @@ def command(
     """Register a function as a command: flags unfolded, environment twins set, errors handled."""
 
     def register(function: _F) -> _F:
-        on.command(name, rich_help_panel=panel, **kwargs)(unfold(function))
+        path = name if on is app else f"{on.info.name} {name}"
+        kwargs.setdefault("help", paragraphs(function.__doc__ or ""))
+        on.command(name, rich_help_panel=panel, **kwargs)(unfold(function, path))
         return function
 
     return register
+
+
+def paragraphs(text: str) -> str:
+    """Each paragraph on one line, for whoever shows it to fold."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _version(wanted: bool) -> None:

@@ -9,14 +9,26 @@ from typer.core import TyperGroup
 
 from chronos.cli import footer, output
 from chronos.cli.app import app, command
-from chronos.cli.options import JsonOptions, ModelArg, RunOptions, SamplingOptions
-from chronos.common.errors import UsageError
+from chronos.cli.options import (
+    BenchOptions,
+    JsonOptions,
+    ModelArg,
+    SamplingOptions,
+    check_budgets,
+    split,
+)
 
 if TYPE_CHECKING:
     from chronos.measure.benchmark import Bench, Runs
 
 BudgetsOption = Annotated[
-    str, typer.Option("--budgets", metavar="SIZES", help="Budgets to measure, with commas.")
+    str,
+    typer.Option(
+        "--budgets",
+        metavar="SIZES",
+        help="Budgets to measure, with commas.",
+        callback=check_budgets,
+    ),
 ]
 RoundsOption = Annotated[
     int, typer.Option("--rounds", min=1, help="Interleaved rounds; medians count.")
@@ -39,9 +51,11 @@ class _DefaultGroup(TyperGroup):
 
 
 bench = typer.Typer(
+    name="bench",
     cls=_DefaultGroup,
     no_args_is_help=True,
-    help="Measure decode speed: `bench MODEL` by budget, `bench replay T.npz` on recorded routing.",
+    help="Measure decode speed: `bench MODEL` by budget, `bench replay T.npz` on recorded routing. "
+    "`chronos bench decode --help` lists the flags of `bench MODEL`.",
 )
 app.add_typer(bench, name="bench", rich_help_panel="Measure")
 
@@ -49,7 +63,7 @@ app.add_typer(bench, name="bench", rich_help_panel="Measure")
 @command("decode", on=bench)
 def decode(
     model: ModelArg,
-    run: RunOptions,
+    run: BenchOptions,
     sampling: SamplingOptions,
     out: JsonOptions,
     budgets: BudgetsOption = "all,50%,25%,12.5%",
@@ -91,14 +105,6 @@ def decode(
     title = f"{model}: {output.size(result.expert_bytes_total)} of experts"
     output.table(_COLUMNS, [_row(result, runs) for runs in result.runs], title=title)
     output.legend(footer.LEGEND)
-
-
-def split(budgets: str) -> list[str]:
-    """The budgets of a list with commas."""
-    found = [text.strip() for text in budgets.split(",") if text.strip()]
-    if not found:
-        raise UsageError("no budget was given", "--budgets", "use for example 50%,25%")
-    return found
 
 
 def _row(result: Bench, runs: Runs) -> tuple[str, ...]:

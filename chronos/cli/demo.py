@@ -9,7 +9,7 @@ import typer
 from chronos.cli import footer, output
 from chronos.cli.app import command
 from chronos.cli.generate import show, tokenizer_of
-from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions
+from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions, check_budget
 
 if TYPE_CHECKING:
     from chronos.run.engine import Engine, GenerationResult
@@ -33,7 +33,10 @@ def demo(
         ),
     ] = _PROMPT,
     budget: Annotated[
-        str, typer.Option(metavar="SIZE", help="Expert memory of the second run.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="Expert memory of the second run.", callback=check_budget
+        ),
     ] = "25%",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=2, help="Tokens of each run.")

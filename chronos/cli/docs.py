@@ -14,6 +14,7 @@ from typing import Any
 
 import typer.main
 
+from chronos.cli.app import paragraphs
 from chronos.cli.main import app
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,7 +28,8 @@ _HEAD = """# Commands
 Generated from the commands by `make docs`; do not edit.
 
 Data goes to stdout, progress and numbers to stderr. `--json` prints one JSON object on stdout.
-Every flag has an environment twin, named beside it; a flag on the command line wins. An error is
+Every flag has an environment twin, named beside it; a flag on the command line wins. Where commands
+mean different things by a flag of one name, the variable names the command too. An error is
 one line each for what happened, where, and how to fix it; `-v` adds the traceback.
 
 `chronos --install-completion` teaches the shell it is typed in (bash, zsh, fish, PowerShell) to
@@ -45,7 +47,10 @@ complete commands and flags; `chronos --show-completion` prints what it would in
 
 ## Environment
 
-`CHRONOS_<FLAG>` stands for a flag; the table of each command names them. One variable has no flag:
+`CHRONOS_<FLAG>` stands for a flag, `CHRONOS_<COMMAND>_<FLAG>` where commands mean different things
+by it; the table of each command names them. `CHRONOS_STOP` holds one text, or several as a JSON
+list. A `CHRONOS_` name that no command reads is told, with the one that was meant. One variable has
+no flag:
 
 `CHRONOS_PLAIN=1` helps to find what causes a wrong token. Steps then run as their model is written,
 more slowly: no CUDA graphs, no recorded steps, no packed weights, no products by oneDNN. Graphs,
@@ -78,7 +83,7 @@ def _section(path: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
     usage = " ".join([path, *(_argument(p) for p in arguments), "[OPTIONS]"])
-    text = f"## {path}\n\n    {usage}\n\n{_paragraphs(command.help)}\n"
+    text = f"## {path}\n\n    {usage}\n\n{paragraphs(command.help or '')}\n"
     if arguments:
         text += "\n" + "".join(f"- `{_argument(p)}`: {p.help}\n" for p in arguments)
     text += "\n| flag | environment | default | |\n|---|---|---|---|\n"
@@ -105,10 +110,6 @@ def _default(option: Any) -> str:
     if option.default is None or option.default is False or option.default == "":
         return ""
     return f"`{option.default}`"
-
-
-def _paragraphs(text: str | None) -> str:
-    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
 
 
 def module_table(package: Path = _PACKAGE) -> str:

@@ -30,8 +30,11 @@ def on_sigterm(number: int, frame: Any) -> NoReturn:
     raise Terminated
 
 
-def guard(call: Callable[[], None], *, verbose: bool = False) -> None:
-    """Run a command's body; every failure leaves as `typer.Exit` with its code."""
+def guard(
+    call: Callable[[], None], *, verbose: bool = False, spell: Callable[[str], str] = str
+) -> None:
+    """Run a command's body; every failure leaves as `typer.Exit` with its code. spell: a flag that
+    an error names, as the user gave it."""
     try:
         call()
     except typer.Exit:
@@ -46,7 +49,8 @@ def guard(call: Callable[[], None], *, verbose: bool = False) -> None:
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        report(*describe(error, verbose))
+        what, where, fix = describe(error, verbose)
+        report(what, spell(where), fix)
         raise typer.Exit(exit_code(error)) from None
 
 

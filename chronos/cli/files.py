@@ -149,7 +149,7 @@ def _calibrated(
     report = _pack(folder, to, None, link)
     layout, top_k = open_layout(to), read_config(to).num_experts_per_tok
     budget = max(layout.total_bytes // 4, minimum_bytes(layout, top_k))
-    choice = _order(to, None, text, RunOptions(device.backend, device.device, str(budget)))
+    choice = _order(to, None, text, RunOptions(device.backend, device.device, budget=str(budget)))
     if choice is not None and choice.order != layout.clusters():
         with output.progress("reordering", rate=True) as update:
             report = reorder(to, choice.order, choice.to_json(), progress=update)

@@ -7,6 +7,7 @@ framework at module level.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from chronos.cli import (
     bench,
     demo,
     doctor,
+    environment,
     errors,
     evaluate,
     files,
@@ -30,6 +32,7 @@ from chronos.cli import (
     train,
 )
 from chronos.cli.app import app
+from chronos.common.errors import ChronosError
 
 __all__ = ["app", "main", "run"]
 
@@ -56,6 +59,9 @@ def run(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
+    except ChronosError as error:  # of a flag's value, before its command began
+        errors.report(error.what, error.where, error.fix)
+        return error.exit_code
     except Exception as error:
         return _usage_error(error)
     return code if isinstance(code, int) else 0
@@ -68,7 +74,12 @@ def _usage_error(error: Any) -> int:
     message, context = error.format_message(), getattr(error, "ctx", None)
     if message:
         path = context.command_path if context else "chronos"
-        errors.report(message.rstrip("."), "", f"`{path} --help` lists what it takes")
+        param = getattr(error, "param", None)
+        where = ""
+        if param is not None and context and environment.is_set(context, param.name):
+            where = str(param.envvar)
+        message = re.sub(r" \(env var: '\w+'\)", "", message.rstrip("."))
+        errors.report(message, where, f"`{path} --help` lists what it takes")
     elif context:
         print(context.get_help())
     return int(getattr(error, "exit_code", 2))

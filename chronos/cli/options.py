@@ -1,8 +1,8 @@
 """Flags declared once, shared by every command that takes them.
 
 A command names a bundle, `def generate(model: ModelArg, run: RunOptions, ...)`; `unfold` turns it
-into single flags for Typer, gives each flag its environment twin CHRONOS_<NAME>, and runs the
-function inside the error handling of `chronos.cli.errors`.
+into single flags for Typer, gives each flag its environment twin (`chronos.cli.environment`), and
+runs the function inside the error handling of `chronos.cli.errors`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,69 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from chronos.cli import errors, output
+from chronos.cli import environment, errors, output
+from chronos.common.budget import parse_budget, parse_size
+from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.text.sampling import SamplingParams
     from chronos.run.engine import Engine
 
 own_process = False  # set by main(): then start-up may leave out what only compilers need
+_NUMBERS = (int, float, int | None, float | None)
 _RUN, _SAMPLE, _OUT = "Where and how it runs", "Sampling", "Output"
+
+
+def checked(parse: Callable[[str], object]) -> Callable[..., Any]:
+    """A callback for a flag: what `parse` refuses is refused before any work, and it named."""
+
+    def check(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> str | None:
+        try:
+            if value:
+                parse(value)
+        except UsageError as error:
+            flag = environment.as_given(ctx, max(param.opts, key=len))
+            raise UsageError(error.what, flag, error.fix) from None
+        return value
+
+    return check
+
+
+def _budget(text: str) -> None:
+    if text.strip().lower() != "resident":
+        parse_budget(text, 1 << 50)
+
+
+def _warm(text: str) -> None:
+    if text != "0":
+        parse_budget(text, 1 << 50, "a warm tier")
+
+
+def _budgets(text: str) -> None:
+    for budget in split(text):
+        _budget(budget)
+
+
+def split(budgets: str) -> list[str]:
+    """The budgets of a list with commas."""
+    found = [text.strip() for text in budgets.split(",") if text.strip()]
+    if not found:
+        raise UsageError("no budget was given", "--budgets", "use for example 50%,25%")
+    return found
+
+
+def size_of(what: str) -> Callable[[str], int]:
+    """Reads `2GiB` or a byte count; `what` names it in errors."""
+    return functools.partial(parse_size, what=what)
+
+
+check_budget = checked(_budget)
+check_budgets = checked(_budgets)
 
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model folder, or `demo` for the one that ships.")
@@ -35,6 +85,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
+        envvar="CHRONOS_DATA",
         help="A .txt, .jsonl or .jsonl.gz file or a folder; `stdlib` is Python's own sources.",
     ),
 ]
@@ -72,8 +123,10 @@ class RunOptions(DeviceOptions):
     budget: Annotated[
         str,
         typer.Option(
-            help="Memory for routed experts: 25% of them, 2GiB, or all.",
+            help="Memory for routed experts: 25% of them, 2GiB, or all (resident: all, in the "
+            "model itself). kB, MB, GB count by 1000; KiB or K, MiB or M, GiB or G by 1024.",
             metavar="SIZE",
+            callback=check_budget,
             rich_help_panel=_RUN,
         ),
     ] = "all"
@@ -82,6 +135,7 @@ class RunOptions(DeviceOptions):
         typer.Option(
             help="Second tier in host memory behind the device's: 4GiB, 50%.",
             metavar="SIZE",
+            callback=checked(_warm),
             rich_help_panel=_RUN,
         ),
     ] = "0"
@@ -140,6 +194,13 @@ class RunOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
+class BenchOptions(RunOptions):
+    """For commands that measure several budgets, which --budgets names."""
+
+    left_out: ClassVar = ("budget",)
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen."""
 
@@ -191,8 +252,10 @@ class SamplingOptions:
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Stop where this text appears; may be repeated.",
+            help="Stop where this text appears; may be repeated. The variable holds one text, or "
+            "several as a JSON list.",
             metavar="TEXT",
+            callback=environment.texts,
             rich_help_panel=_SAMPLE,
         ),
     ] = None
@@ -237,8 +300,9 @@ class JsonOptions(OutputOptions):
     ] = False
 
 
-def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of single flags that builds the bundles `function` asks for."""
+def unfold(function: Callable[..., Any], command: str = "") -> Callable[..., Any]:
+    """A function of single flags that builds the bundles `function` asks for. command: its path,
+    for the environment twins of flags that it alone means so."""
     hints = get_type_hints(function, include_extras=True)
     bundles: dict[str, type[Any]] = {}
     flat: list[inspect.Parameter] = []
@@ -246,18 +310,16 @@ def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
         hint = hints[parameter.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             bundles[parameter.name] = hint
-            flat += _fields(hint)
+            flat += _parameters(hint)
         else:
-            flat.append(parameter.replace(annotation=hint))
-    flat = [
-        p.replace(annotation=_with_twin(p.name, p.annotation), kind=p.KEYWORD_ONLY) for p in flat
-    ]
+            own = _with_twin(parameter.name, hint, command)
+            flat.append(parameter.replace(annotation=own, kind=parameter.KEYWORD_ONLY))
 
     @functools.wraps(function)
-    def run(**values: Any) -> None:
+    def run(ctx: typer.Context, **values: Any) -> None:
         def call() -> None:
             made = {
-                name: bundle(**{f.name: values.pop(f.name) for f in dataclasses.fields(bundle)})
+                name: bundle(**{field.name: values.pop(field.name) for field in _fields(bundle)})
                 for name, bundle in bundles.items()
             }
             flags = next((b for b in made.values() if isinstance(b, OutputOptions)), None)
@@ -265,27 +327,40 @@ def unfold(function: Callable[..., Any]) -> Callable[..., Any]:
                 quiet=flags is not None and flags.quiet,
                 json=isinstance(flags, JsonOptions) and flags.json,
             )
+            for line in environment.unknown(ctx):
+                output.note(line)
             function(**values, **made)
 
-        errors.guard(call, verbose=bool(values.get("verbose")))
+        errors.guard(
+            call,
+            verbose=bool(values.get("verbose")),
+            spell=functools.partial(environment.as_given, ctx),
+        )
 
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    flat.append(context)
     run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in flat}
     return run
 
 
-def _fields(bundle: type[Any]) -> list[inspect.Parameter]:
+def _fields(bundle: type[Any]) -> list[dataclasses.Field[Any]]:
+    left_out = getattr(bundle, "left_out", ())
+    return [field for field in dataclasses.fields(bundle) if field.name not in left_out]
+
+
+def _parameters(bundle: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(bundle, include_extras=True)
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-            annotation=hints[field.name],
+            annotation=_with_twin(field.name, hints[field.name], ""),
         )
-        for field in dataclasses.fields(bundle)
+        for field in _fields(bundle)
     ]  # fmt: skip
 
 
-def _with_twin(name: str, hint: Any) -> Any:
+def _with_twin(name: str, hint: Any, command: str) -> Any:
     """The annotation with `envvar` set on its Option; arguments have no twin."""
     if get_origin(hint) is not Annotated:
         raise TypeError(f"parameter {name!r} needs an Annotated typer.Option or typer.Argument")
@@ -297,6 +372,6 @@ def _with_twin(name: str, hint: Any) -> Any:
     # In Annotated, the first flag name given sits where a default would.
     names = [str(text) for text in (info.default, *(info.param_decls or ()))]
     flag = next((text[2:] for text in names if text.startswith("--")), name)
-    info.envvar = f"CHRONOS_{flag.upper().replace('-', '_')}"
-    info.show_envvar = False
+    info.metavar = info.metavar or ("N" if base in _NUMBERS else None)
+    info.envvar = info.envvar or environment.twin(flag.replace("_", "-"), command)
     return Annotated[base, info]

@@ -12,7 +12,7 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.files import PANEL, PathArg, path_of
-from chronos.cli.options import JsonOptions
+from chronos.cli.options import JsonOptions, check_budget
 
 
 @command("inspect", panel=PANEL)
@@ -21,7 +21,11 @@ def inspect(
     out: JsonOptions,
     budget: Annotated[
         str,
-        typer.Option(metavar="SIZE", help="What this much would hold, as generate takes it."),
+        typer.Option(
+            metavar="SIZE",
+            help="What this much would hold, as generate takes it.",
+            callback=check_budget,
+        ),
     ] = "",
 ) -> None:
     """Explain a model folder or file: its experts, what budgets would hold, whether it fits.

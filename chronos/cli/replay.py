@@ -12,8 +12,8 @@ import typer
 
 from chronos.cli import charts, footer, output
 from chronos.cli.app import command
-from chronos.cli.bench import BudgetsOption, RoundsOption, bench, split
-from chronos.cli.options import JsonOptions, RunOptions
+from chronos.cli.bench import BudgetsOption, RoundsOption, bench
+from chronos.cli.options import BenchOptions, JsonOptions, checked, size_of, split
 from chronos.common.disk.io import drop_page_cache
 
 if TYPE_CHECKING:
@@ -49,12 +49,17 @@ _LEGEND = (
 @command("replay", on=bench)
 def replay(
     trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
-    run: RunOptions,
+    run: BenchOptions,
     out: JsonOptions,
     budgets: BudgetsOption = "25%",
     rounds: RoundsOption = 1,
     expert_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Bytes of one expert of the generated model.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes of one expert of the generated model.",
+            callback=checked(size_of("an expert size")),
+        ),
     ] = "3MB",
     minutes: Annotated[
         float,
@@ -109,6 +114,7 @@ def replay(
         typer.Option(
             metavar="RATE",
             help="Read experts as from a disk of so many bytes a second, such as 1GB.",
+            callback=checked(size_of("a disk's rate")),
             show_default="as fast as the disk gives them",
         ),
     ] = None,

@@ -94,6 +94,11 @@ def share_of(text: str) -> float:
     return share
 
 
+def shares_of(text: str) -> list[tuple[str, float]]:
+    """The shares of a list with commas, beside how each is written."""
+    return [(part.strip(), share_of(part)) for part in text.split(",")]
+
+
 def trace_json(recorded: RoutingTrace) -> dict[str, object]:
     return {
         "tokens": recorded.num_tokens,

@@ -11,8 +11,8 @@ import typer
 
 from chronos.cli import charts, output
 from chronos.cli.app import command
-from chronos.cli.options import JsonOptions, RunOptions
-from chronos.cli.routing import describe, record, share_of, trace_json
+from chronos.cli.options import JsonOptions, RunOptions, checked, size_of
+from chronos.cli.routing import describe, record, share_of, shares_of, trace_json
 from chronos.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ def simulate(
     trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
     out: JsonOptions,
     budget: Annotated[
-        str, typer.Option(metavar="PERCENT", help="Share of all experts; several with commas.")
+        str,
+        typer.Option(
+            metavar="PERCENT",
+            help="Share of all experts; several with commas.",
+            callback=checked(shares_of),
+        ),
     ] = "12.5%,25%,37.5%,50%",
     warmup: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the tokens that only fills caches.")
@@ -44,7 +49,12 @@ def simulate(
         bool, typer.Option("--per-layer", help="Equal slots in every layer, not one pool.")
     ] = False,
     expert_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Size of one expert, for bytes read.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of one expert, for bytes read.",
+            callback=checked(size_of("an expert size")),
+        ),
     ] = "3MB",
     forecast: Annotated[
         Path | None,
@@ -68,7 +78,7 @@ def simulate(
     if png is not None:
         charts.require()
     record_bytes = parse_size(expert_size, "an expert size")
-    shares = [(text.strip(), share_of(text)) for text in budget.split(",")]
+    shares = shares_of(budget)
     recorded = tested = RoutingTrace.load(trace_file)
     for _, share in shares:
         check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
@@ -187,7 +197,11 @@ def fit(
     out: JsonOptions,
     data: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="With MODEL: text to record routing of, as for trace."),
+        typer.Option(
+            metavar="PATH",
+            envvar="CHRONOS_DATA",
+            help="With MODEL: text to record routing of, as for trace.",
+        ),
     ] = None,
     to: Annotated[
         Path | None,
@@ -202,7 +216,13 @@ def fit(
     epochs: EpochsOption = 10,
     seed: SeedOption = 0,
     budget_tested: Annotated[
-        str, typer.Option("--test-budget", metavar="PERCENT", help="Cache to report on.")
+        str,
+        typer.Option(
+            "--test-budget",
+            metavar="PERCENT",
+            help="Cache to report on.",
+            callback=checked(share_of),
+        ),
     ] = "25%",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="With MODEL: tokens to record.")

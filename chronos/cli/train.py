@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chronos.common.training.recipe import Recipe, S
     from chronos.train import Report
 
-train = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
+train = typer.Typer(name="train", no_args_is_help=True, help="Train a model from a recipe.")
 app.add_typer(train, name="train", rich_help_panel="Train")
 
 _SHOWN = ("loss", "ce", "lookahead", "valid_ce", "effective_experts", "largest_share")

@@ -24,16 +24,17 @@ _SIZES = "2GiB, 500MB, a number of bytes"
 _EXAMPLES = f"use for example 25%, {_SIZES}, or all"
 
 
-def parse_budget(text: str | int, total_bytes: int) -> int:
+def parse_budget(text: str | int, total_bytes: int, what: str = "a budget") -> int:
     """Bytes meant by `25%` (of total_bytes), `2GiB`, `500MB`, a byte count or `all`.
 
-    Raises UsageError for anything else, for 0 and for more than 100 %.
+    what: names it in the UsageError for anything else, for 0, for more than 100 % and for so few
+    bytes that a share was meant.
     """
     if isinstance(text, bool):
-        raise UsageError(f"a budget cannot be {text!r}", "", _EXAMPLES)
+        raise UsageError(f"{what} cannot be {text!r}", "", _EXAMPLES)
     if str(text).strip().lower() == "all":
         return total_bytes
-    return _parse(str(text), "a budget", _EXAMPLES, _UNITS | {"%": Fraction(total_bytes, 100)})
+    return _parse(str(text), what, _EXAMPLES, _UNITS | {"%": Fraction(total_bytes, 100)})
 
 
 def parse_size(text: str, what: str) -> int:
@@ -49,6 +50,9 @@ def _parse(text: str, what: str, examples: str, units: Mapping[str, int | Fracti
     quantity, unit = Fraction(match[1]), match[2]
     if unit == "" and quantity.denominator != 1:
         raise UsageError(f"{cleaned} bytes is not a whole number", "", examples)
+    if unit == "" and "%" in units and 0 < quantity <= 100:
+        few = f"{what} of {cleaned} bytes holds nothing"
+        raise UsageError(few, "", f"did you mean {cleaned}%?")
     if quantity == 0 or (unit == "%" and quantity > 100):
         raise UsageError(f"{what} cannot be {cleaned}", "", examples)
     return int(quantity * units[unit])

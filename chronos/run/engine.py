@@ -45,6 +45,7 @@ __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load
 _log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
+_WARM = "a warm tier"
 _NO_DEFAULTS = ReplyDefaults()
 _NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
 
@@ -258,7 +259,7 @@ def load(
         if capacity < layout.total_bytes:
             policy = choose_policy(predictor, layout, config.num_experts_per_tok)
     elif str(warm) != "0":
-        parse_budget(warm, 1)  # refused if it makes no sense
+        parse_budget(warm, 1, _WARM)  # refused if it makes no sense
         _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
     known = _of_experts(folder, config) if layout is None else {}
     name = backends.select(backend)
@@ -323,7 +324,7 @@ def _open_layout(
 ) -> Layout | None:
     """The packed experts, or None where the model is to hold them itself."""
     refuse_unfinished(folder)
-    if budget == RESIDENT:
+    if str(budget).strip().lower() == RESIDENT:
         return None
     if is_packed(folder):
         return open_layout(folder, config=config, allow_missing=allow_missing)
@@ -338,9 +339,9 @@ def _open_layout(
 
 def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
     """Bytes of the warm tier, 0 for none; refused here if they could not work."""
-    nbytes = 0 if str(warm) == "0" else parse_budget(warm, layout.total_bytes)
+    nbytes = 0 if str(warm) == "0" else parse_budget(warm, layout.total_bytes, _WARM)
     if nbytes:
-        slots_within(layout, nbytes, top_k)
+        slots_within(layout, nbytes, top_k, _WARM)
     return nbytes
 
 
@@ -360,4 +361,4 @@ def _check_context(context: int | None, config: Geometry) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{name} cannot be {value!r}", "", f"use {' or '.join(choices)}")
+        raise UsageError(f"{name} cannot be {value!r}", f"--{name}", f"use {' or '.join(choices)}")

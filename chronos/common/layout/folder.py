@@ -295,12 +295,15 @@ def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
     return min(top_k, max(1, len(layout.records))) * layout.record_nbytes
 
 
-def slots_within(layout: Layout, capacity_bytes: int, top_k: int = 1) -> int:
-    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum."""
+def slots_within(
+    layout: Layout, capacity_bytes: int, top_k: int = 1, what: str = "an expert budget"
+) -> int:
+    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum and
+    what is too small."""
     least = minimum_bytes(layout, top_k)
     if capacity_bytes < least:
         raise BudgetError(
-            f"an expert budget of {capacity_bytes} bytes is too small:"
+            f"{what} of {capacity_bytes} bytes is too small:"
             f" one token needs {top_k} experts of {layout.record_nbytes} bytes at once",
             str(layout.folder),
             f"give at least {least} bytes ({100 * least / max(1, layout.total_bytes):.1f} %)",

@@ -25,7 +25,11 @@ PREDICTORS = ("auto", "forecast", "token-table", "lfu", "lru")
 def check_predictor(name: str | Path) -> None:
     """Raises UsageError for what names no predictor."""
     if str(name) not in PREDICTORS and Path(name).suffix != ".safetensors":
-        raise UsageError(f"predictor cannot be {str(name)!r}", "", f"use {', '.join(PREDICTORS)}")
+        raise UsageError(
+            f"predictor cannot be {str(name)!r}",
+            "--predictor",
+            f"use {', '.join(PREDICTORS)}, or the path of a forecaster (.safetensors)",
+        )
 
 
 def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
@@ -45,7 +49,9 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
         return _untrained(layout)
     if path is None:
         raise UsageError(
-            "the model has no forecaster", str(layout.folder), f"chronos fit {layout.folder}"
+            "the model has no forecaster",
+            str(layout.folder),
+            f"chronos fit {layout.folder} --data PATH makes one",
         )
     try:
         forecaster = _forecaster(path, layout, top_k)
