@@ -198,12 +198,7 @@ def print_json(
         }
         for (budget, run), rounds in results.items()
     ]
-    data: dict[str, object] = {
-        "trace": str(trace_file),
-        "cold": cold,
-        "disk": disk,
-        "config": config.to_json(),
-    }
+    data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
     output.print_json(data | {"runs": runs})
 
 
