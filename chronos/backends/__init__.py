@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, cast
 
 from chronos.backends import probe
+from chronos.backends.startup import wait_asleep
 from chronos.common.errors import MissingBackendError, UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def select(prefer: str | None = None) -> str:
 def load(prefer: str | None = None) -> Backend:
     """Select a backend and import it. Raises as `select` does."""
     name = select(prefer)
+    wait_asleep()
     try:
         return cast("Backend", importlib.import_module(f"chronos.backends.{name}"))
     except (ImportError, OSError) as error:

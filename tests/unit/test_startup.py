@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chronos.backends.startup import ReadAhead, _Deferred, fast_import
+from chronos.backends.startup import ReadAhead, _Deferred, fast_import, wait_asleep
 
 
 def test_read_ahead_yields_everything_in_order() -> None:
@@ -93,3 +93,13 @@ def test_only_the_first_import_is_kept_from_collection() -> None:
         assert gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("named", ["", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_threads_wait_asleep_unless_the_environment_says_how(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {named: "7"} if named else {}
+    monkeypatch.setattr("chronos.backends.startup.os.environ", environment)
+    wait_asleep()
+    assert environment == ({named: "7"} if named else {"OMP_WAIT_POLICY": "passive"})
