@@ -28,7 +28,6 @@ def chronos(args: argparse.Namespace) -> Generate:
 
     budget = args.memory or "all"
     loaded = engine.load(args.model, budget=budget, backend="torch", own_process=True)
-    loaded.with_limit = False  # the share of the physical limit is not asked for
 
     def generate(prompt: list[int], tokens: int, tick: Tick) -> None:
         _each(loaded.generate(prompt, SamplingParams(1.0, seed=1), max_tokens=tokens), tick)

@@ -15,6 +15,7 @@ from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.trace import RoutingTrace
 from chronos.measure.recorded import ReplayedRouting
 from chronos.run import engine
+from chronos.run.sequence import OneSequence
 
 
 def main() -> None:
@@ -27,11 +28,11 @@ def main() -> None:
     trace = RoutingTrace.load(args.trace)
     greedy = SamplingParams()
     with engine.load(args.folder, budget=args.budget, own_process=True) as loaded:
-        loaded.runner.replay = ReplayedRouting(trace)
-        token = loaded.runner.prefill([0], greedy)
+        sequence = OneSequence(loaded.session, route_override=ReplayedRouting(trace))
+        token = sequence.prefill([0], greedy)
         first = time.time()
         for _ in range(args.tokens - 1):
-            token = loaded.runner.decode(token, greedy)
+            token = sequence.decode(token, greedy)
         stats = loaded.feed.stats().to_json() if loaded.feed else {}
     print(json.dumps({"first_token_at": first, **stats}))
 

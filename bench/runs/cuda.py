@@ -33,6 +33,7 @@ from chronos.common.traces.fit import split
 from chronos.common.traces.trace import RoutingTrace
 from chronos.measure import recorded as replay
 from chronos.run import engine
+from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
 LAUNCHES = "resident, without graphs"
@@ -60,11 +61,11 @@ def link_rate(nbytes: int = 1 << 30) -> float:
     return best
 
 
-def decode(opened: engine.Engine, tokens: int) -> list[float]:
+def decode(sequence: OneSequence, tokens: int) -> list[float]:
     seconds = []
     for _ in range(tokens):
         begin = time.perf_counter()
-        opened.runner.decode(0, GREEDY)  # ends with the token's id on the host
+        sequence.decode(0, GREEDY)  # ends with the token's id on the host
         seconds.append(time.perf_counter() - begin)
     return seconds
 
@@ -95,10 +96,10 @@ def shared(ours: list[Interval], theirs: list[Interval]) -> float:
     return total
 
 
-def profiled(opened: engine.Engine, out: Path) -> dict[str, Any]:
+def profiled(sequence: OneSequence, out: Path) -> dict[str, Any]:
     """Per token: kernels, copies to the device beside them, waits of the host."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        decode(opened, _PROFILED)
+        decode(sequence, _PROFILED)
     found.export_chrome_trace(str(out))
     events = [e for e in json.loads(out.read_text())["traceEvents"] if e.get("ph") == "X"]
     spans: dict[str, list[Interval]] = {"kernel": [], "to device": [], "to host": []}
@@ -195,28 +196,31 @@ def main() -> None:
     with ExitStack() as stack:
         opened = {"resident": stack.enter_context(engine.load(args.work, budget="resident"))}
         opened[LAUNCHES] = stack.enter_context(engine.load(args.work, budget="resident"))
-        opened[LAUNCHES].runner.steps = None
+        opened[LAUNCHES].session.steps = None
         for budget in args.budgets.split(","):
             for run, options in RUNS.items():
                 opened[f"{budget}, {run}"] = stack.enter_context(
                     engine.load(args.work, budget=budget, warm="all", **options)
                 )
-        for each in opened.values():
-            each.runner.replay = replay.ReplayedRouting(test)
-            each.runner.prefill([0], GREEDY)
-            decode(each, args.warmup)
+        sequences = {
+            name: OneSequence(each.session, route_override=replay.ReplayedRouting(test))
+            for name, each in opened.items()
+        }
+        for sequence in sequences.values():
+            sequence.prefill([0], GREEDY)
+            decode(sequence, args.warmup)
         before = {name: e.feed and e.feed.stats() for name, e in opened.items()}
         seconds: dict[str, list[float]] = {name: [] for name in opened}
         for _ in range(0, args.tokens, _TURN):
-            for name, each in opened.items():
-                seconds[name] += decode(each, _TURN)
+            for name, sequence in sequences.items():
+                seconds[name] += decode(sequence, _TURN)
         runs = {name: summary(e, before[name], seconds[name]) for name, e in opened.items()}
         for name, each in opened.items():
             runs[name]["x_resident"] = runs[name]["ms"] / runs["resident"]["ms"]
             if each.feed is not None:
                 report["copy_bytes_per_s"] = each.feed.copy_rate()
             out = args.trace_out.with_suffix(f".{re.sub('[^a-z0-9]+', '-', name)}.json")
-            runs[name]["profile"] = profiled(each, out)
+            runs[name]["profile"] = profiled(sequences[name], out)
             print(name, json.dumps(runs[name]), flush=True)
         report["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     print(json.dumps(report | {"runs": runs}))

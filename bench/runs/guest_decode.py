@@ -24,6 +24,7 @@ import transformers
 
 import chronos
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
 PROMPT = "The history of the town begins with a small settlement on the river, where"
@@ -91,10 +92,11 @@ def main() -> None:
                     engine.feed.preload(sorted(engine.layout.records))
                 assert engine.tokenizer is not None
                 prompt = engine.tokenizer.encode_prompt(PROMPT)
-                first = engine.runner.prefill(prompt, GREEDY)
+                sequence = OneSequence(engine.session)
+                first = sequence.prefill(prompt, GREEDY)
                 name = f"{budget}, prefetch {prefetch}"
                 engines[name] = engine
-                contenders[name] = (lambda t, e=engine: e.runner.decode(t, GREEDY), first)
+                contenders[name] = (lambda t, s=sequence: s.decode(t, GREEDY), first)
         contenders["transformers"] = library(args.model, prompt, None, args.device)
         contenders["transformers eager"] = library(args.model, prompt, "eager", args.device)
         found = measure(contenders, args.turns, args.tokens)

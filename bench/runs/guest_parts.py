@@ -24,31 +24,31 @@ from chronos.common.budget import parse_size
 from chronos.common.data.documents import split_documents, stdlib_documents
 from chronos.common.disk.io import FileIO, PacedIO
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
 _AS_IT_IS = "as it is"
 
 
 def without_steps(engine: chronos.Engine) -> None:
-    engine.runner.model.steps = None
+    engine.session.model.steps = None
 
 
 def without_next_gate(engine: chronos.Engine) -> None:
-    for module in engine.runner.model.core.modules():
+    for module in engine.session.model.core.modules():
         if hasattr(module, "chronos"):
             module.chronos._ahead = None
 
 
 def turn(engine: chronos.Engine, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
     """Seconds and CPU seconds a decoded token after a prompt, and the tokens."""
-    runner = engine.runner
-    runner.reset()
-    made = [runner.prefill(prompt, GREEDY)]
+    sequence = OneSequence(engine.session)
+    made = [sequence.prefill(prompt, GREEDY)]
     for _ in range(4):  # the library's own steps, which are recorded
-        made.append(runner.decode(made[-1], GREEDY))
+        made.append(sequence.decode(made[-1], GREEDY))
     begin, cpu = time.perf_counter(), time.process_time()
     for _ in range(tokens):
-        made.append(runner.decode(made[-1], GREEDY))
+        made.append(sequence.decode(made[-1], GREEDY))
     cpu_s = (time.process_time() - cpu) / tokens
     return (time.perf_counter() - begin) / tokens, cpu_s, made
 
@@ -103,7 +103,7 @@ def main() -> None:
                     "speed": statistics.median(ratios),
                     "cpu_ms": 1e3 * statistics.median(cpus[name]),
                     "least_cpu_ms": 1e3 * min(cpus[name]),
-                    "replayed": getattr(engines[name].runner.model.steps, "replayed", 0),
+                    "replayed": getattr(engines[name].session.model.steps, "replayed", 0),
                     "least": min(ratios),
                     "most": max(ratios),
                     "same_tokens": same,

@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.engine import Engine, load
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import tiny_packed
 
 GREEDY = SamplingParams()
@@ -82,23 +83,21 @@ def counted(counts: Counts) -> Iterator[None]:
 
 
 def count(engine: Engine, tokens: int) -> dict[str, float]:
-    counts, runner = Counts(), engine.runner
-    runner.reset()
-    token = runner.prefill(PROMPT, GREEDY)
+    counts, sequence = Counts(), OneSequence(engine.session)
+    token = sequence.prefill(PROMPT, GREEDY)
     with counted(counts):
         for _ in range(tokens):
-            token = runner.decode(token, GREEDY)
+            token = sequence.decode(token, GREEDY)
     return counts.per_token(tokens)
 
 
 def block(engine: Engine, tokens: int) -> tuple[float, float, list[int]]:
     """Wall and processor seconds per token, and the tokens."""
-    runner = engine.runner
-    runner.reset()
-    found = [runner.prefill(PROMPT, GREEDY)]
+    sequence = OneSequence(engine.session)
+    found = [sequence.prefill(PROMPT, GREEDY)]
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(tokens):
-        found.append(runner.decode(found[-1], GREEDY))
+        found.append(sequence.decode(found[-1], GREEDY))
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     return wall / tokens, processor / tokens, found
 

@@ -24,6 +24,7 @@ import chronos.backends.mlx as backend
 from chronos.common.experts.feed import FeedOptions, open_feed
 from chronos.common.layout import open_layout, pack
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
 IDS = [5, 80, 41, 7, 3, 9] * 8
@@ -187,12 +188,12 @@ def architectures() -> list[str]:
 
 
 def logits(model: Any, feed: Any = None) -> np.ndarray:
-    runner = backend.runner(model, feed)
-    runner.prefill(IDS, GREEDY)
-    rows = [runner.logits()]
+    sequence = OneSequence(backend.session(model, feed))
+    sequence.prefill(IDS, GREEDY)
+    rows = [sequence.logits()]
     for token in (5, 9):
-        runner.decode(token, GREEDY)
-        rows.append(runner.logits())
+        sequence.decode(token, GREEDY)
+        rows.append(sequence.logits())
     return np.stack(rows)
 
 

@@ -14,20 +14,20 @@ import json
 import statistics
 import time
 
-from chronos.backends.protocol import Runner
 from chronos.backends.torch import products
 from chronos.common.text.sampling import SamplingParams
 from chronos.run import engine
+from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
 
 
-def turn(runner: Runner, token: int, tokens: int) -> tuple[float, int]:
+def turn(sequence: OneSequence, token: int, tokens: int) -> tuple[float, int]:
     """Seconds a token, the median, and the last token."""
     seconds = []
     for _ in range(tokens):
         begin = time.perf_counter()
-        token = runner.decode(token, GREEDY)
+        token = sequence.decode(token, GREEDY)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds), token
 
@@ -43,11 +43,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in libraries}
     options = {"backend": "torch", "device": "cpu", "own_process": True, "prefetch": "off"}
     with engine.load(args.model, budget=args.budget, **options) as loaded:
-        token = loaded.runner.prefill([1, 2, 3], GREEDY)
+        sequence = OneSequence(loaded.session)
+        token = sequence.prefill([1, 2, 3], GREEDY)
         for number in range(args.turns + 1):  # the first one warms up
             for name, has in libraries.items():
                 products._has_onednn = has
-                taken, token = turn(loaded.runner, token, args.tokens)
+                taken, token = turn(sequence, token, args.tokens)
                 if number:
                     seconds[name].append(taken)
     ratio = statistics.median(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chronos.common.experts.feed import Feed, OpenArena
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
-    from chronos.common.text.sampling import SamplingParams
+    from chronos.common.text.sampling import Work
     from chronos.common.training.objectives import Objective, Terms
     from chronos.common.training.recipe import OptimizerRecipe
 
@@ -43,36 +43,50 @@ class Observed(NamedTuple):
     lookahead_BTJLE: np.ndarray | None  # logits; None where the model has no LookaheadRouter
 
 
-class Runner(Protocol):
-    """One sequence on one model: owns the key/value cache and the sampling on the device."""
+class Session(Protocol):
+    """Sequences on one model, by number: their caches, their draws, the sampling on the device.
+
+    A sequence is there from its first work on. It computes what it would compute alone, whatever
+    the others of a pass are.
+    """
 
     model: Any  # the backend's own, as `Backend.forward` takes it
-    recording: bool  # whether routing() gets what calls are routed to
-    replay: Callable[[int], tuple[np.ndarray, np.ndarray]] | None  # layer -> (ids, weights) [T, K]
 
-    @property
-    def position(self) -> int:
-        """Tokens the cache holds."""
+    def run(
+        self,
+        work: Sequence[Work],
+        *,
+        record: bool = ...,
+        route_override: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = ...,
+    ) -> list[int | None | Exception]:
+        """One pass: of each work the token drawn, -1 where the logits hold a NaN or an infinity,
+        None where its prompt goes on, or the error that ended the sequence, which can only be
+        dropped then. A seed's draws start at the end of a prompt.
 
-    def prefill(self, tokens: Sequence[int], sampling: SamplingParams, prompt: int = 0) -> int:
-        """Process the prompt, or its next piece, and sample a token; a seed's draws start here.
-
-        prompt: tokens of the sequence once its whole prompt is in, where `tokens` are a piece.
-
-        -1 where the logits hold a NaN or an infinity: nothing is sampled from those.
+        record: keep the routing for `routing`. route_override: (seq, layer) -> (ids, weights)
+        [T, K], in place of the gates' choice. Raises UsageError for work that makes no sense.
         """
 
-    def decode(self, token: int, sampling: SamplingParams) -> int:
-        """Append one token and sample the next, or return -1 as `prefill` does."""
+    def position(self, seq: int) -> int:
+        """Tokens the sequence has, 0 for one that is not there."""
 
-    def logits(self) -> np.ndarray:
+    def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
 
-    def routing(self) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
+    def routing(self, seq: int) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
         """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens; weights are
         None where the model does not show them."""
 
-    def reset(self) -> None: ...
+    def keep(self, seq: int, tokens: int) -> int:
+        """Forget what came after the first `tokens`; returns how many are there, a multiple of
+        PIECE: whole pieces of its prompt, or 0 where the cache cannot go back (`fork` before)."""
+
+    def fork(self, seq: int, new: int) -> None:
+        """Make sequence `new` of one that is there: the same tokens, draws and caches, its own
+        from here on."""
+
+    def drop(self, seq: int) -> None:
+        """Forget a sequence, if it is there; the experts stay where they are."""
 
 
 class TrainStep(Protocol):
@@ -137,7 +151,7 @@ class Backend(Protocol):
     def open_arena(self) -> OpenArena:
         """Memory for routed experts."""
 
-    def runner(self, model: Any, feed: Feed | None) -> Runner: ...
+    def session(self, model: Any, feed: Feed | None) -> Session: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
     def devices(self) -> Iterable[str]:
         """Names accepted as `device`, the one taken by default first."""

@@ -54,17 +54,16 @@ def demo(
     facts: list[dict[str, Any]] = []
     for number, size in enumerate(("resident", budget), start=1):
         with runs.open(model, budget=size) as engine:
-            if results:
-                engine.resident_token_s = 1 / results[0].stats["decode_tps"]
             if not out.json:
                 _announce(number, engine, model)
                 print(prompt, end="", flush=True)
             ids = tokenizer_of(engine, model).encode(prompt)
-            steps = engine.generate(ids, sampling, max_tokens=max_tokens)
+            steps = engine.generate(ids, sampling, max_tokens=max_tokens, record=True)
             if not out.json:
                 show(steps)
-            results.append(steps.result)
-            facts.append(footer.to_json(engine, steps.result))
+            resident_s = 1 / results[0].stats["decode_tps"] if results else None
+            results.append(footer.with_limit(engine, steps.result, resident_s))
+            facts.append(footer.to_json(engine, results[-1]))
     same = results[0].tokens == results[1].tokens
     if out.json:
         output.print_json({"model": model, "tokens_identical": same, "runs": facts})

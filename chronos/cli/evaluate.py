@@ -49,14 +49,14 @@ def evaluate(
         dataset = room.packed(tokenizer, documents, seq_len)
         with output.progress("routing") as update:
             trace = room.record(
-                engine.runner,
+                engine.session,
                 engine.config,
                 room.cut(tokenizer, documents, seq_len),
                 max_tokens=max_tokens,
                 model=model,
                 progress=update,
             )
-        loaded = engine.runner.model
+        loaded = engine.session.model
         if engine.feed is None and isinstance(engine.config, ModelConfig):
             step = backend.train_step(loaded, OptimizerRecipe())
             batches = room.batches(dataset, batch_size=batch_size, max_tokens=max_tokens)

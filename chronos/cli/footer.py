@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,16 @@ def hit_rate(stats: dict[str, Any]) -> float | None:
 def per_token(stats: dict[str, Any], name: str) -> float:
     """A decode counter per decoded token; the prompt is left out."""
     return float(stats.get(f"decode_{name}", 0)) / max(1, int(stats["decode_tokens"]))
+
+
+def with_limit(
+    engine: Engine, result: GenerationResult, resident_token_s: float | None = None
+) -> GenerationResult:
+    """The result with the limit among its numbers, where experts were streamed."""
+    if engine.feed is None:
+        return result
+    limit = engine.limit(result, resident_token_s)
+    return dataclasses.replace(result, stats=result.stats | {"limit": limit})
 
 
 def limit_share(stats: dict[str, Any]) -> float | None:

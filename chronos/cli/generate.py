@@ -53,7 +53,11 @@ def generate(
             output.note(f"the first {len(ids) - engine.context} tokens of the prompt are cut off")
             ids = ids[-engine.context :]
         steps = engine.generate(
-            ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or ()
+            ids,
+            params,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop or (),
+            record=True,
         )
         if not out.json:
             show(steps)
@@ -128,6 +132,7 @@ def show(steps: Iterable[Step]) -> None:
 
 def finish(engine: Engine, result: GenerationResult, out: JsonOptions) -> None:
     """JSON or footer; exit code 1 where the generation ended in an error."""
+    result = footer.with_limit(engine, result)
     if out.json:
         output.print_json(footer.to_json(engine, result))
     else:

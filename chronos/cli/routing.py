@@ -72,7 +72,7 @@ def record(
     sequences = evaluate.cut(tokenizer_of(engine, model), documents, min(seq_len, room))
     with output.progress("recording") as update:
         return evaluate.record(
-            engine.runner,
+            engine.session,
             engine.config,
             sequences,
             max_tokens=max_tokens,

@@ -35,7 +35,7 @@ from torch import Tensor, nn  # noqa: E402
 from chronos.backends.torch import pick_device  # noqa: E402
 from chronos.backends.torch.checkpoint import load_model, save_model  # noqa: E402
 from chronos.backends.torch.model import Cache, Model, Output  # noqa: E402
-from chronos.backends.torch.runner import PREFILL_CHUNK  # noqa: E402
+from chronos.common.text.sampling import PIECE  # noqa: E402
 
 try:
     import huggingface_hub
@@ -258,7 +258,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         for ids_T, own in zip(rows, cache.rows, strict=True):
             chunks: list[Output] = [
                 self.native(ids_C[None], cache=own, last_only=last)
-                for ids_C in ids_T.split(PREFILL_CHUNK)
+                for ids_C in ids_T.split(PIECE)
             ]
             logits.append(
                 chunks[-1].logits[0] if last else torch.cat([c.logits[0] for c in chunks])

@@ -8,6 +8,7 @@ these ratios counts, since machines drift. Knows no framework and prints nothing
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -110,9 +111,12 @@ def run(
         turn = number % len(bench.runs) if resident_s else 0
         for runs in bench.runs[turn:] + bench.runs[:turn]:
             with open_engine(runs.budget) as engine:
-                engine.resident_token_s = resident_s
-                for _ in range(warmup + 1):
-                    result = engine.generate(prompt, sampling, max_tokens=max_tokens).result
+                for answer in range(warmup + 1):
+                    last = answer == warmup
+                    steps = engine.generate(prompt, sampling, max_tokens=max_tokens, record=last)
+                    result = steps.result
+                stats = result.stats | {"limit": engine.limit(result, resident_s)}
+                result = dataclasses.replace(result, stats=stats, meter=None)
                 runs.results.append(result)
                 runs.budget_bytes = engine.budget_bytes
                 bench.expert_bytes_total = engine.expert_bytes_total

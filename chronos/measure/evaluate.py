@@ -1,6 +1,6 @@
 """What a model does on text: its routing as a trace, its loss, how well its lookahead is right.
 
-Given a backend's model or runner; tokens in, plain numbers out. Locality is always reported with
+Given a backend's model or session; tokens in, plain numbers out. Locality is always reported with
 the entropy it may have been bought with. Not covered: task quality.
 
 Shape legend: T tokens, L layers, K top-k, E experts.
@@ -28,9 +28,10 @@ from chronos.common.data import (
 from chronos.common.errors import DataError
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.trace import RoutingTrace, TraceRecorder
+from chronos.run.sequence import OneSequence
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Observed, Runner
+    from chronos.backends.protocol import Observed, Session
     from chronos.common.model.guest import Geometry
     from chronos.common.text.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ def documents_of(data: str, held_out: float | None = None, skip_bad: int = 0) ->
 
 
 def record(
-    runner: Runner,
+    session: Session,
     config: Geometry,
     sequences: Iterable[Sequence[int]],
     *,
@@ -72,16 +73,16 @@ def record(
     recorder = TraceRecorder(
         config.num_experts, config.num_experts_per_tok, model=model, phase=phase, layers=layers
     )
-    runner.recording = True
+    sequence = OneSequence(session, record=True)
     done = 0
     for ids in sequences:
         if done >= max_tokens:
             break
-        runner.reset()
+        sequence.reset()
         recorder.new_sequence()
         ids = list(ids) if new_tokens else list(ids)[: max_tokens - done]
         count = min(new_tokens, max_tokens - done)
-        tokens, parts = _routing(runner, ids, count)
+        tokens, parts = _routing(sequence, ids, count)
         for ids_TLK, weights_TLK in parts:
             recorder.append(ids_TLK, weights_TLK, tokens[: len(ids_TLK)])
             tokens = tokens[len(ids_TLK) :]
@@ -91,20 +92,19 @@ def record(
 
 
 def _routing(
-    runner: Runner, ids: list[int], new_tokens: int
+    sequence: OneSequence, ids: list[int], new_tokens: int
 ) -> tuple[list[int], Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]]:
     """The tokens that were run, and the routing of them in parts."""
     greedy = SamplingParams()
-    runner.routing()
-    token = runner.prefill(ids, greedy)
+    token = sequence.prefill(ids, greedy)
     if not new_tokens:
-        return ids, runner.routing()
-    runner.routing()
+        return ids, sequence.routing()
+    sequence.routing()
     written = []
     for _ in range(new_tokens):
         written.append(token)
-        token = runner.decode(token, greedy)
-    return written, runner.routing()
+        token = sequence.decode(token, greedy)
+    return written, sequence.routing()
 
 
 def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Iterator[list[int]]:

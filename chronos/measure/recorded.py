@@ -38,7 +38,7 @@ from chronos.common.model.weights import (
     dense_tensors,
     expert_tensors,
 )
-from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.sampling import SamplingParams, Work
 from chronos.common.traces.fit import FitOptions, fit, split
 from chronos.common.traces.trace import RoutingTrace
 from chronos.measure.timebox import Count, Pace, Timebox
@@ -64,7 +64,7 @@ RUNS: dict[str, dict[str, str]] = {
 
 
 class ReplayedRouting:
-    """What a runner's `replay` is set to: the trace's next token each time layer 0 is asked."""
+    """A `route_override` for one sequence: the trace's next token each time layer 0 is asked."""
 
     def __init__(self, trace: RoutingTrace) -> None:
         self._ids_TLK = trace.ids_TLK.astype(np.int64)
@@ -339,22 +339,22 @@ class _Run:
     """One engine on the trace, and the seconds of its counted tokens."""
 
     def __init__(self, engine: Engine, trace: RoutingTrace) -> None:
-        engine.runner.replay = ReplayedRouting(trace)
-        self.engine = engine
+        routing = ReplayedRouting(trace)
+        self.engine, self._override = engine, lambda seq, layer: routing(layer)
         self.seconds: list[float] = []
         self.begin()
 
     def begin(self) -> None:
         """A prompt of one token; the key/value cache starts empty. Counts from here."""
-        store = self.engine.feed
-        self._meter = Meter(self.engine.runner, store, record=store is not None)
+        self.engine.session.drop(0)
+        self._meter = Meter(self.engine.session, self.engine.feed, record=True)
         self.warmup, self.seconds = len(self.seconds), []
-        self._meter.prefill([0], _GREEDY)
+        self._meter.run(Work(0, [0], _GREEDY, prompt=1), route_override=self._override)
 
     def decode(self, tokens: int) -> None:
         for _ in range(tokens):
             begin = time.perf_counter()
-            self._meter.decode(0, _GREEDY)
+            self._meter.run(Work(0, [0], _GREEDY), route_override=self._override)
             self.seconds.append(time.perf_counter() - begin)
 
     @property
@@ -364,6 +364,7 @@ class _Run:
     def result(self, machine: Machine | None) -> Replayed:
         """machine: of the streamed runs."""
         engine, tokens = self.engine, len(self.seconds)
+        self._meter.end()
         stats, limit = self._meter.stats() | engine.prefetch_stats(), None
         if machine is not None and engine.layout is not None:
             limit = self._meter.limit(engine.config, machine)

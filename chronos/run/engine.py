@@ -1,14 +1,15 @@
 """Generation on one model: stop rules, limits and numbers. Token ids in, token ids out.
 
-`load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result.
-The engine imports no framework: it is given a runner and a feed, or asks `chronos.backends` for
-them in `load`. One generation runs at a time; starting the next one ends the one before.
-Not covered: several sequences at once, keeping the key/value cache between prompts.
+`load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result,
+`generate_many` answers several prompts at once. The engine imports no framework: it is given a
+session and a feed, or asks `chronos.backends` for them in `load`. One call generates at a time;
+starting the next one ends the one before. Not covered: keeping caches between prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Generator, Sequence
@@ -33,12 +34,13 @@ from chronos.common.model.weights import dense_tensors
 from chronos.common.text.generation_config import ReplyDefaults, read_defaults
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.tokenizer import Tokenizer
-from chronos.run.generation import Generation, GenerationResult, Step, Text
-from chronos.run.meter import Machine, Meter, measure_machine
+from chronos.run.batch import Batch
+from chronos.run.generation import Generation, GenerationResult, Step
+from chronos.run.meter import Machine, measure_machine
 from chronos.run.models import resolve_model
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Runner
+    from chronos.backends.protocol import Session
     from chronos.common.layout import Layout
 
 __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
@@ -47,18 +49,14 @@ GREEDY = SamplingParams()
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
 _WARM = "a warm tier"
 _NO_DEFAULTS = ReplyDefaults()
-_NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
 
 
 class Engine:
-    """One model, ready to generate. `feed` is None where the model holds its own experts.
-
-    `with_limit` adds the share of the physical limit to the stats of streamed generations.
-    """
+    """One model, ready to generate. `feed` is None where the model holds its own experts."""
 
     def __init__(
         self,
-        runner: Runner,
+        session: Session,
         config: Geometry,
         *,
         feed: Feed | None = None,
@@ -72,20 +70,19 @@ class Engine:
         backend: str = "",
         device: str = "",
     ) -> None:
-        """feed: the runner's; the engine closes it. stop_ids: end a reply, beside the tokenizer's
+        """feed: the session's; the engine closes it. stop_ids: end a reply, beside the tokenizer's
         own. defaults: what the model asks of every reply. expert_bytes, moe_layers: where there is
         no layout. context: tokens of prompt and reply; None: as the config says."""
-        self.runner, self.config, self.feed, self.layout = runner, config, feed, layout
+        self.session, self.config, self.feed, self.layout = session, config, feed, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.context = context or config.max_position_embeddings
         self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self.defaults = defaults
-        self.with_limit = feed is not None
-        self.resident_token_s: float | None = None  # for the limit, where it was measured
         self.moe_layers = moe_layers if layout is None else layout.moe_layers
         self._expert_bytes = expert_bytes
         self._machine: Machine | None = None
         self._running: Generation | None = None
+        self._numbers = itertools.count()  # of sequences
 
     @property
     def expert_bytes_total(self) -> int:
@@ -105,19 +102,60 @@ class Engine:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         cancel: threading.Event | None = None,
+        record: bool = False,
     ) -> Generation:
-        """Stream up to `max_tokens` tokens after `prompt`.
+        """Stream up to `max_tokens` tokens after `prompt`. record: `limit` will be asked for.
 
         Raises UsageError at once for a prompt that is empty, foreign or longer than the context.
         A read that fails for good raises while iterating; the engine stays usable. A prompt may
         fill the context: one token is still sampled from it, then finish_reason is "context".
         """
         self._check(prompt, max_tokens, stop)
-        if self._running is not None:
-            self._running.close()
+        batch, seq = self._batch(slots=1), next(self._numbers)
         sampling = self.defaults.fill(sampling)
-        self._running = Generation(self._steps(list(prompt), sampling, max_tokens, stop, cancel))
+        batch.add(seq, list(prompt), sampling, max_tokens=max_tokens, stop=stop, record=record)
+        self._running = Generation(_steps(batch, seq, cancel))
         return self._running
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        max_sequences: int = 8,
+    ) -> list[GenerationResult]:
+        """Answer prompts, texts or token ids, side by side: what an expert is read for once serves
+        all that need it. Each answer is, token for token, what `generate` gives for its prompt.
+
+        sampling: for all, or one a prompt. max_sequences: answered at a time; each has a cache.
+        Raises what `generate` raises; a read that fails for good ends all.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts) or max_sequences < 1:
+            raise UsageError(
+                f"{len(prompts)} prompts, {len(each)} sampling, max_sequences {max_sequences}",
+                "",
+                "give one SamplingParams or one a prompt, and max_sequences of at least 1",
+            )
+        ids = [self._ids(prompt) for prompt in prompts]
+        for prompt in ids:
+            self._check(prompt, max_tokens, stop)
+        batch = self._batch(max_sequences)
+        numbers = [next(self._numbers) for _ in ids]
+        for seq, prompt, params in zip(numbers, ids, each, strict=True):
+            params = self.defaults.fill(params)
+            batch.add(seq, prompt, params, max_tokens=max_tokens, stop=stop)
+        try:
+            while len(batch.results) < len(numbers):
+                batch.step()
+                for result in batch.results.values():
+                    if isinstance(result, Exception):
+                        raise result
+            return [_result(batch, seq) for seq in numbers]
+        finally:
+            batch.close()
 
     def close(self) -> None:
         """End the running generation, stop the readers, free the slots. Safe to call twice."""
@@ -136,6 +174,26 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def limit(
+        self, result: GenerationResult, resident_token_s: float | None = None
+    ) -> dict[str, Any] | None:
+        """The least time a token could have taken here and the shares of it, as JSON; None where
+        nothing was streamed or decoded. Takes up to a second for 256 tokens.
+
+        result: of `generate(record=True)`. resident_token_s: seconds a token takes with all experts
+        in the model, where that was measured.
+        """
+        if self.feed is None or self.layout is None:
+            return None
+        if result.meter is None:
+            raise UsageError(
+                "the routing was not recorded", "", "ask for it: generate(record=True)"
+            )
+        if self._machine is None:
+            self._machine = measure_machine(self.layout, self.config, self.feed, self.device)
+        machine = dataclasses.replace(self._machine, resident_token_s=resident_token_s)
+        return result.meter.limit(self.config, machine)
 
     def prefetch_stats(self) -> dict[str, Any]:
         """What each source of forecasts came to since the model was opened, as JSON."""
@@ -164,53 +222,47 @@ class Engine:
         if stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this model has none")
 
-    def _steps(
-        self,
-        prompt: list[int],
-        sampling: SamplingParams,
-        max_tokens: int,
-        stop: Sequence[str],
-        cancel: threading.Event | None,
-    ) -> Generator[Step, None, GenerationResult]:
-        record = self.feed is not None and self.with_limit
-        meter, text = Meter(self.runner, self.feed, record=record), Text(self.tokenizer, stop)
-        tokens: list[int] = []
-        cancelled = cancel.is_set if cancel else lambda: False
-        token = meter.prefill(prompt, sampling, cancelled)
-        reason = ""
-        while not reason:
-            if token is None or token < 0 or token in self.stop_ids:
-                reason = "cancelled" if token is None else "error" if token < 0 else "stop"
-                break
-            tokens.append(token)
-            piece = text.push(token)
-            reason = self._ending(text, len(tokens) == max_tokens)
-            yield Step(token, piece + text.flush() if reason else piece)
-            if not reason:
-                token = None if cancelled() else meter.decode(token, sampling)
-        if tail := text.flush():
-            yield Step(None, tail)
-        stats = meter.stats()
-        stats |= self.prefetch_stats()
-        if record:
-            stats["limit"] = self._limit(meter)
-        error = _NOT_FINITE.format(self.runner.position) if reason == "error" else ""
-        return GenerationResult(len(prompt), tokens, text.shown, reason, stats, error)
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UsageError("this model has no tokenizer.json, so it takes no text")
+        return self.tokenizer.encode_prompt(prompt)
 
-    def _ending(self, text: Text, is_last: bool) -> str:
-        """Why the generation ends with the token just taken, or ""."""
-        if text.stopped:
-            return "stop"
-        if is_last:
-            return "length"
-        return "context" if self.runner.position >= self.context else ""
+    def _batch(self, slots: int) -> Batch:
+        """Ends the generation before."""
+        if self._running is not None:
+            self._running.close()
+        return Batch(
+            self.session,
+            self.feed,
+            context=self.context,
+            tokenizer=self.tokenizer,
+            stop_ids=self.stop_ids,
+            slots=slots,
+            facts=self.prefetch_stats,
+        )
 
-    def _limit(self, meter: Meter) -> dict[str, Any] | None:
-        assert self.layout is not None and self.feed is not None
-        if self._machine is None:
-            self._machine = measure_machine(self.layout, self.config, self.feed, self.device)
-        machine = dataclasses.replace(self._machine, resident_token_s=self.resident_token_s)
-        return meter.limit(self.config, machine)
+
+def _steps(
+    batch: Batch, seq: int, cancel: threading.Event | None
+) -> Generator[Step, None, GenerationResult]:
+    """The steps of the only sequence of a batch, then its result."""
+    try:
+        while seq not in batch.results:
+            cancelled = cancel is not None and cancel.is_set()
+            for _, step in batch.cancel(seq) if cancelled else batch.step():
+                yield step
+        return _result(batch, seq)
+    finally:
+        batch.close()
+
+
+def _result(batch: Batch, seq: int) -> GenerationResult:
+    result = batch.results[seq]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def load(
@@ -276,7 +328,7 @@ def load(
         known["stop_ids"] = end_ids(folder)
         known["defaults"] = _defaults(folder)
     if layout is None:
-        return Engine(module.runner(core, None), config, **known)
+        return Engine(module.session(core, None), config, **known)
     options = FeedOptions(config.num_experts_per_tok, warm_bytes, core.device, miss)
     ahead = prefetch == "auto"
     # Where every expert has room, forecasts have no use.
@@ -287,7 +339,7 @@ def load(
     try:
         if ahead and capacity >= layout.total_bytes:
             feed.preload(sorted(layout.records))  # all have room: filled in the background
-        return Engine(module.runner(core, feed), config, feed=feed, layout=layout, **known)
+        return Engine(module.session(core, feed), config, feed=feed, layout=layout, **known)
     except BaseException:
         feed.close()
         raise

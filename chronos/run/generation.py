@@ -7,12 +7,15 @@ whole, and nothing that may begin a stop string is shown before it is known not 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from chronos.common.errors import UsageError
 from chronos.common.text.stop import StopText
 from chronos.common.text.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from chronos.run.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class GenerationResult:
     finish_reason: str
     stats: dict[str, Any]
     error: str = ""
+    meter: Meter | None = field(default=None, repr=False, compare=False)  # for `Engine.limit`
 
 
 class Generation(Iterator[Step]):

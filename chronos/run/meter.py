@@ -1,16 +1,16 @@
 """The numbers of one generation: seconds, expert traffic, and the share of the physical limit.
 
-A `Meter` times the model, without what the caller does between two tokens, and reads the store's
-counters at the ends of prompt and reply. The limit is that of the decode phase, on the routing that
-was executed, from the experts resident when it began. Where no resident run was measured, decode
-time without its stalls stands for one: reads slow the compute beside them, so it errs on the high
-side. Not covered: printing; the key/value cache's bytes, small beside the weights.
+A `Meter` is told of a sequence's passes and how long they took, and reads the store's counters at
+the ends of prompt and reply: what others read meanwhile is in them. The limit is that of the decode
+phase, on the routing that was executed, from the experts resident when it began. Where no resident
+run was measured, decode time without its stalls stands for one: reads slow the compute beside them,
+so it errs on the high side. Not covered: printing; the key/value cache's bytes, small beside the
+weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,14 +27,13 @@ from chronos.common.traces.simulate import simulate
 from chronos.common.traces.trace import TraceRecorder
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Runner
+    from chronos.backends.protocol import Session
     from chronos.common.experts.feed import Feed
     from chronos.common.layout import Layout
     from chronos.common.model.guest import Geometry
-    from chronos.common.text.sampling import SamplingParams
+    from chronos.common.text.sampling import Work
 
 _RATE_SAMPLE_BYTES = 64 << 20
-_PIECE = 512  # tokens of a prompt between two looks at `cancelled`: the runners' own chunks
 # An accelerator's memory rate is not measured: its roofline stands aside for the kernel time.
 _UNKNOWN_RATE = 1e18
 
@@ -84,49 +83,58 @@ def _dense_bytes(layout: Layout, config: Geometry, on_cpu: bool) -> int:
 
 
 class Meter:
-    """Runs the model and counts, from its creation on. With `record`, `limit` can be asked for."""
+    """Counts one sequence, from the meter's creation on. With `record`, `limit` can be asked for,
+    where the sequence is alone."""
 
-    def __init__(self, runner: Runner, feed: Feed | None, *, record: bool) -> None:
-        self.runner, self.feed = runner, feed
+    def __init__(
+        self, session: Session, feed: Feed | None, seq: int = 0, *, record: bool
+    ) -> None:
+        self.session, self.feed, self.seq = session, feed, seq
+        self.record = record and feed is not None
         self.prompt_tokens = self.decoded = 0
         self.prefill_s = self.decode_s = 0.0
-        self._start = self._middle = self._count()
+        self._start = self._count()
+        self._middle: StoreStats | None = None
+        self._end: StoreStats | None = None
+        self._routing: list[Any] = []
         self._resident = self._held = frozenset[tuple[int, int]]()
-        runner.reset()
-        runner.recording = record
 
-    def prefill(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> int | None:
-        """The first token, or None where it was cancelled: a long prompt is given in pieces."""
-        begin, token = time.perf_counter(), None
-        for start in range(0, len(prompt), _PIECE):
-            if cancelled():
-                token = None
-                break
-            token = self.runner.prefill(prompt[start : start + _PIECE], sampling, len(prompt))
-        self.prefill_s = time.perf_counter() - begin
-        self.prompt_tokens = len(prompt)
-        self._middle = self._count()
-        if self.runner.recording and self.feed:
-            self.runner.routing()  # the prompt's is not asked for
-            self._resident, self._held = self.feed.resident(), self.feed.held()
-        return token
+    def records(self, work: Work) -> bool:
+        """Whether the pass that does this work is to keep its routing: the prompt's has no use."""
+        return self.record and not work.prompt
 
-    def decode(self, token: int, sampling: SamplingParams) -> int:
+    def run(self, work: Work, **options: Any) -> int | None:
+        """One pass for this sequence alone, counted. options: as `Session.run` takes them."""
         begin = time.perf_counter()
-        token = self.runner.decode(token, sampling)
-        self.decode_s += time.perf_counter() - begin
-        self.decoded += 1
-        return token
+        [out] = self.session.run([work], record=self.records(work), **options)
+        self.note(work, time.perf_counter() - begin)
+        if isinstance(out, Exception):
+            raise out
+        return out
+
+    def note(self, work: Work, seconds: float) -> None:
+        """A pass did this work of the sequence."""
+        if not work.prompt:
+            self.decode_s += seconds
+            self.decoded += 1
+            return
+        self.prefill_s += seconds
+        self.prompt_tokens += len(work.tokens)
+        if work.last:
+            self._middle = self._count()
+            if self.record and self.feed is not None:
+                self._resident, self._held = self.feed.resident(), self.feed.held()
+
+    def end(self) -> None:
+        """The sequence has ended and is about to be dropped."""
+        if self.record and self.decoded:
+            self._routing = list(self.session.routing(self.seq))
+        self._end = self._count()
 
     def stats(self) -> dict[str, Any]:
         """The numbers of spec section 5; those named decode_* leave the prompt out."""
-        now = self._count()
-        decode = now.minus(self._middle)
+        now = self._end or self._count()
+        decode = now.minus(self._middle or now)
         return {
             "ttft_s": self.prefill_s,
             "prefill_tps": _per_second(self.prompt_tokens, self.prefill_s),
@@ -139,11 +147,12 @@ class Meter:
         } | now.minus(self._start).to_json()
 
     def limit(self, config: Geometry, machine: Machine) -> dict[str, Any] | None:
-        """The limit of the decoded tokens and the shares of it; None if there are none."""
+        """The limit of the decoded tokens and the shares of it; None if there are none. After
+        `end`."""
         recorder = TraceRecorder(
             config.num_experts, config.num_experts_per_tok, layers=machine.moe_layers
         )
-        for ids_TLK, _ in self.runner.routing():
+        for ids_TLK, _ in self._routing:
             recorder.append(ids_TLK)
         if not self.decoded or machine.slots < config.num_experts_per_tok:
             return None
@@ -159,7 +168,8 @@ class Meter:
         copies = 0.0
         if machine.copy_rate:
             copies = simulate(trace, machine.slots, "min", resident=resident).reads_per_token
-        decode = self._count().minus(self._middle)
+        assert self._middle is not None and self._end is not None
+        decode = self._end.minus(self._middle)
         stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
         # What this run computed in is possible: a resident run that took longer was disturbed.
         busy_s = max(0.0, token_s - stall_s)

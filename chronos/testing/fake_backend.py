@@ -2,7 +2,7 @@
 
 `FakeBackend` offers `open_arena` as a backend module does. `FakeArena` shows what is left to write
 for a backend whose slots are host memory: the views. Each wrong store breaks one promise, and
-`WRONG` names the test of `StoreTests` that must notice. Not covered: models and runners.
+`WRONG` names the test of `StoreTests` that must notice. Not covered: models and sessions.
 """
 
 from __future__ import annotations

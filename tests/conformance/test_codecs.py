@@ -27,6 +27,7 @@ from chronos.common.layout.source import encoded, open_source
 from chronos.common.model.guest import read_config
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.engine import load
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import tiny_model
 from tests.support.toy_codec import NAME, decoded, register
 
@@ -70,7 +71,7 @@ def twin(source: Path, folder: Path, layers: set[int]) -> Path:
 def logits(backend: Any, folder: Path, budget: str) -> np.ndarray:
     """Of a prompt and of each of eight tokens after it."""
     with load(folder, backend=backend.name, budget=budget) as engine:
-        runner = engine.runner
+        runner = OneSequence(engine.session)
         token, found = runner.prefill(PROMPT, GREEDY), [runner.logits()]
         for _ in range(8):
             token = runner.decode(token, GREEDY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 from chronos.common.errors import BudgetError, UsageError
 from chronos.common.layout import open_layout
 from chronos.common.text.generation_config import ReplyDefaults
-from chronos.common.text.sampling import Rules, SamplingParams, adjust_logits, draw
+from chronos.common.text.sampling import Rules, SamplingParams, Work, adjust_logits, draw
 from chronos.run.engine import Engine, load
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_packed
 
 PROMPT = [5, 80, 41]
@@ -98,8 +99,7 @@ def test_penalties_choose_by_the_ids_so_far(engine: Engine) -> None:
     params = SamplingParams(repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2)
     found = engine.generate(PROMPT, params, max_tokens=24).result.tokens
     assert found != greedy(engine)
-    runner, expected = engine.runner, []
-    runner.reset()
+    runner, expected = OneSequence(engine.session), []
     runner.prefill(PROMPT, SamplingParams())
     for _ in found:
         logits = adjust_logits(runner.logits(), PROMPT + expected, len(PROMPT), params)
@@ -166,17 +166,17 @@ def test_cancel_takes_effect_within_a_long_prompt(backend: Any, tmp_path: Path) 
     folder = tiny_packed(tmp_path / "model", max_position_embeddings=4096)
     cancel = threading.Event()
     with load(folder, backend=backend.name, budget="25%") as engine:
-        prefill, calls = engine.runner.prefill, []
+        run, calls = engine.session.run, []
 
-        def counted(tokens: list[int], sampling: SamplingParams, prompt: int) -> int:
-            calls.append(len(tokens))
+        def counted(work: Sequence[Work], **options: Any) -> list[int | None | Exception]:
+            calls.append([len(each.tokens) for each in work])
             cancel.set()
-            return prefill(tokens, sampling, prompt)
+            return run(work, **options)
 
-        engine.runner.prefill = counted  # type: ignore[method-assign]
+        engine.session.run = counted  # type: ignore[method-assign]
         result = engine.generate([7] * 2000, cancel=cancel).result
     assert (result.finish_reason, result.tokens) == ("cancelled", [])
-    assert calls == [512]
+    assert calls == [[512]]
 
 
 def test_a_new_generation_ends_the_one_before(engine: Engine) -> None:
@@ -210,7 +210,7 @@ def test_seeds_repeat_and_differ(engine: Engine) -> None:
 )
 def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams) -> None:
     """Every backend takes what `common.sampling.draw` takes; a seed is that of `random.Random`."""
-    runner = engine.runner
+    runner = OneSequence(engine.session)
     for seed in range(20):
         runner.reset()
         token = runner.prefill(PROMPT, dataclasses.replace(params, seed=seed))
@@ -218,7 +218,7 @@ def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams
 
 
 def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
-    steps = engine.generate(PROMPT, max_tokens=24)
+    steps = engine.generate(PROMPT, max_tokens=24, record=True)
     for _ in steps:
         assert engine.feed is not None
         assert engine.feed.stats().live_bytes <= engine.budget_bytes
@@ -231,8 +231,24 @@ def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
     assert stats["decode_tokens"] == 23
     shares = {"prefetch_precision", "prefetch_recall"}  # of what may not have happened
     assert all(value is not None for name, value in stats.items() if name not in shares)
-    assert set(LIMIT) <= stats["limit"].keys()
-    assert 0 < stats["limit"]["eta_bytes"] <= 1
+    limit = engine.limit(steps.result)
+    assert limit is not None and set(LIMIT) <= limit.keys()
+    assert 0 < limit["eta_bytes"] <= 1
+
+
+def test_the_limit_is_computed_where_it_is_asked_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engine.generate(PROMPT, max_tokens=24, record=True).result
+    limit = engine.limit(first)
+    with monkeypatch.context() as patch:
+        patch.delattr("chronos.run.meter.simulate")
+        plain = engine.generate(PROMPT, max_tokens=24).result
+    assert "limit" not in plain.stats
+    with pytest.raises(UsageError, match="not recorded") as caught:
+        engine.limit(plain)
+    assert "record=True" in caught.value.fix
+    assert engine.limit(first) == limit  # whatever has run since
 
 
 def test_a_resident_model_reads_nothing(backend: Any, folder: Path, engine: Engine) -> None:

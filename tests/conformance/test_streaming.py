@@ -27,6 +27,7 @@ from chronos.common.layout import open_layout, pack
 from chronos.common.model.weights import Key
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.engine import Engine, load
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model, tiny_packed
 
 LAYERS, EXPERTS, TOP_K = CONFIG.num_hidden_layers, CONFIG.num_experts, CONFIG.num_experts_per_tok
@@ -66,10 +67,8 @@ class Rollout:
     """What a model answered: logits after the prompt and after each token, tokens, routed needs."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], steps: int = 12) -> None:
-        runner, store = engine.runner, engine.feed
+        runner, store = OneSequence(engine.session, record=True), engine.feed
         self.live: list[int] = []
-        runner.reset()
-        runner.recording = True
         before = store.stats() if store else None
         self.tokens = [runner.prefill(prompt, GREEDY)]
         self.logits = [runner.logits()]
@@ -194,7 +193,7 @@ def test_what_a_forecaster_saw_of_a_prompt_is_its_tokens_one_by_one(
     seen = {}
     for at_once in (True, False):
         with open_slots(backend, folders["layer"], 12, predictor=forecast) as engine:
-            runner = engine.runner
+            runner = OneSequence(engine.session)
             if at_once:
                 runner.prefill(LONG, GREEDY)
             else:
@@ -270,7 +269,7 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
 ) -> None:
     """Some layers have the token then and some do not: the next would be wrong."""
     with load(folders["layer"], backend=backend.name, budget="50%", prefetch="off") as engine:
-        runner = engine.runner
+        runner = OneSequence(engine.session)
         acquire = Step.acquire
 
         def fails(step: Step, layer: int, experts: Sequence[int]) -> Any:
@@ -332,7 +331,6 @@ _MEASURE = """
     backend, small, large, budget = sys.argv[1:]
     def answer(folder):
         with chronos.load(folder, backend=backend, device="cpu", budget=budget) as engine:
-            engine.with_limit = False
             engine.generate([1, 2, 3], max_tokens=12).result
         return peak()
     before = answer(small)  # the framework's own memory comes first

@@ -21,6 +21,7 @@ from chronos.common.layout import open_layout, pack
 from chronos.common.model.weights import Key, expert_name
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.engine import Engine, load
+from chronos.run.sequence import OneSequence
 from chronos.testing.faults import FaultyIO
 from chronos.testing.tiny import CONFIG, tiny_packed
 
@@ -38,7 +39,6 @@ def open_small(folder: Path, io: FaultyIO | None = None, **options: Any) -> Engi
     options = {"budget": "25%", "prefetch": "off"} | options
     engine = load(folder, backend="torch", io=io, **options)
     engine.stop_ids = frozenset()
-    engine.with_limit = False
     return engine
 
 
@@ -116,9 +116,7 @@ def test_a_nan_is_an_error_and_never_a_token(folder: Path, budget: str, temperat
 
 def first_uses(engine: Engine, tokens: list[int]) -> dict[Key, int]:
     """How many tokens were made before each expert was first needed."""
-    runner = engine.runner
-    runner.reset()
-    runner.recording = True
+    runner = OneSequence(engine.session, record=True)
     runner.prefill(PROMPT, SamplingParams())
     for token in tokens[:-1]:
         runner.decode(token, SamplingParams())
@@ -169,7 +167,7 @@ _CHILD = """
     from chronos.run.engine import load
     from chronos.common.errors import ChronosError
     with load(sys.argv[1], backend="torch", budget="10%", prefetch="off") as engine:
-        engine.stop_ids, engine.with_limit = frozenset(), False
+        engine.stop_ids = frozenset()
         steps = engine.generate([5, 80, 41], max_tokens=200)
         next(steps)
         print("running", flush=True)

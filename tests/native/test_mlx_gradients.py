@@ -45,7 +45,7 @@ def gradient(model: Any, tokens: int, source: Any) -> Any:
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_gradient_through_streamed_experts_is_refused(folder: Path, tokens: int) -> None:
     with load(folder, backend="mlx", budget="50%") as engine:
-        model = engine.runner.model
+        model = engine.session.model
         with pytest.raises(UsageError, match="gradients through streamed experts"):
             gradient(model, tokens, engine.feed.step())
         assert mx.isfinite(model(mx.array(IDS), source=engine.feed.step()).logits).all()

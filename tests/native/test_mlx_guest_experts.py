@@ -14,11 +14,12 @@ pytest.importorskip("mlx_lm.utils", reason="guests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.backends.mlx.guest import skeleton  # noqa: E402
-from chronos.backends.mlx.guest.experts import StreamedLayer  # noqa: E402
+from chronos.backends.mlx.guest.experts import CALL, Call, StreamedLayer  # noqa: E402
 from chronos.common.disk.header import TensorEntry  # noqa: E402
 from chronos.common.experts.feed import Step  # noqa: E402
 from chronos.common.experts.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
+from chronos.run.sequence import OneSequence  # noqa: E402
 from tests.support.mlx_guests import (  # noqa: E402
     GREEDY,
     PROMPT,
@@ -38,7 +39,8 @@ def test_a_token_waits_once_a_layer_and_once_at_its_end(
     waits = []
     evaluate = mx.eval
     with open_feed(layout, 1.0) as feed:
-        runner = backend.runner(backend.load(layout.folder, resident=False), feed)
+        session = backend.session(backend.load(layout.folder, resident=False), feed)
+        runner = OneSequence(session)
         token = runner.prefill(PROMPT, GREEDY)
         monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), evaluate(*arrays)))
         for _ in range(5):
@@ -118,7 +120,7 @@ def test_no_expert_is_allocated_but_in_the_store(
     model = backend.load(layout.folder, resident=False)
     assert mx.get_peak_memory() - before < 4 * dense
     with open_feed(layout, 1.0) as feed:
-        runner = backend.runner(model, feed)
+        runner = OneSequence(backend.session(model, feed))
         runner.prefill(PROMPT[:3], GREEDY)
         held = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -132,9 +134,11 @@ def test_replayed_ids_are_the_experts_used(folder: Callable[[str], Path]) -> Non
     model = backend.load(layout.folder, resident=False)
     ids_TK = np.array([[6, 1]])
     with open_feed(layout, 1.0) as feed:
-        runner = backend.runner(model, feed)
-        runner.recording = True
-        runner.replay = lambda layer: (ids_TK + layer, np.full((1, 2), 0.5, np.float32))
+        runner = OneSequence(
+            backend.session(model, feed),
+            record=True,
+            route_override=lambda layer: (ids_TK + layer, np.full((1, 2), 0.5, np.float32)),
+        )
         runner.decode(7, GREEDY)
         assert feed.resident() == {(0, 6), (0, 1), (1, 7), (1, 2)}
     ids_TLK, weights_TLK = runner.routing()[0]
@@ -150,8 +154,9 @@ def test_shared_experts_stand_in(folder: Callable[[str], Path], name: str) -> No
     x_13D = mx.random.normal((1, 3, 32))
     seen = {}
     with open_feed(layout, 1.0, miss="fallback") as feed:
-        model._call.source, model._call.routing = feed.step(), []
+        before = CALL.set(Call(feed.step()))
         y = values(block.switch_mlp(x_13D, mx.array([[[0, 1], [2, 1], [3, 0]]])))
+        CALL.reset(before)
         seen = feed.stats()
         expected = block.shared_experts if name == "deepseek_v3" else block.shared_expert
         shared = expected(x_13D)

@@ -24,6 +24,7 @@ from chronos.common.errors import (  # noqa: E402
     UsageError,
 )
 from chronos.common.layout import open_layout, pack  # noqa: E402
+from chronos.run.sequence import OneSequence  # noqa: E402
 from tests.support.mlx_guests import (  # noqa: E402
     GREEDY,
     HUB,
@@ -45,7 +46,7 @@ def test_fallback_needs_shared_experts(folder: Callable[[str], Path]) -> None:
         open_feed(layout, 1.0, miss="fallback") as store,
         pytest.raises(UsageError, match="mixtral"),
     ):
-        backend.runner(model, store).decode(7, GREEDY)
+        OneSequence(backend.session(model, store)).prefill([7], GREEDY)
 
 
 def test_a_scaling_that_the_library_leaves_out_is_told(
@@ -67,7 +68,7 @@ def test_pieces_of_a_prompt_whose_length_scales_positions(
     keys = {"max_position_embeddings": 16, "rope_parameters": scaled, "rope_scaling": scaled}
     at = changed(packed(folder("granitemoe")), tmp_path / "model", **keys)
     model = backend.load(at, resident=True)
-    runner = backend.runner(model)
+    runner = OneSequence(backend.session(model))
     runner.prefill(list(range(20)), GREEDY)  # in one piece: as MLX-LM computes it
     runner.reset()
     runner.prefill(list(range(8)), GREEDY, 16)

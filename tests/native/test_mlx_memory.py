@@ -24,6 +24,7 @@ from chronos.common.errors import BudgetError  # noqa: E402
 from chronos.common.layout import open_layout  # noqa: E402
 from chronos.common.text.sampling import SamplingParams  # noqa: E402
 from chronos.run.engine import load  # noqa: E402
+from chronos.run.sequence import OneSequence  # noqa: E402
 from chronos.testing.store_rig import (  # noqa: E402
     EXPERTS,
     LAYERS,
@@ -68,13 +69,14 @@ def test_the_budget_is_what_is_allocated_and_evicting_allocates_nothing(tmp_path
 def test_computing_with_slots_copies_no_expert(folder: Path) -> None:
     """The gather reads the slots where they are: no stack of experts is ever made of them."""
     with load(folder, backend="mlx", budget="all", prefetch="off") as engine:
-        token = engine.runner.prefill(PROMPT, GREEDY)
+        runner = OneSequence(engine.session)
+        token = runner.prefill(PROMPT, GREEDY)
         for _ in range(20):
-            token = engine.runner.decode(token, GREEDY)
+            token = runner.decode(token, GREEDY)
         held = active()
         mx.clear_cache()
         mx.reset_peak_memory()
-        engine.runner.decode(token, GREEDY)
+        runner.decode(token, GREEDY)
         assert mx.get_peak_memory() - held < open_layout(folder).total_bytes / 4
 
 
@@ -110,12 +112,13 @@ def test_a_token_waits_no_more_than_it_must(
     folder: Path, waits: Waits, budget: str, prefetch: str, least: int
 ) -> None:
     with load(folder, backend="mlx", budget=budget, prefetch=prefetch) as engine:
-        token = engine.runner.prefill(PROMPT, GREEDY)
+        runner = OneSequence(engine.session)
+        token = runner.prefill(PROMPT, GREEDY)
         for _ in range(8):
-            token = engine.runner.decode(token, GREEDY)
+            token = runner.decode(token, GREEDY)
         waits.count = 0
         for _ in range(10):
-            token = engine.runner.decode(token, GREEDY)
+            token = runner.decode(token, GREEDY)
         assert waits.count == 10 * least
 
 

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import chronos
-from chronos.backends.torch.runner import draw
+from chronos.backends.torch.sampling import draw
 from chronos.common.layout import open_layout, pack
 from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model
 
 pytestmark = [
@@ -40,8 +41,7 @@ def load(folder: Path | str, **options: Any) -> chronos.Engine:
 
 def rollout(engine: chronos.Engine, prompt: list[int], steps: int = STEPS) -> np.ndarray:
     """Logits after the prompt and after each greedy token."""
-    runner = engine.runner
-    runner.reset()
+    runner = OneSequence(engine.session)
     token = runner.prefill(prompt, GREEDY)
     found = [runner.logits()]
     for _ in range(steps):
@@ -109,12 +109,12 @@ def test_a_guest_gives_the_same_bits_at_every_budget(
 @pytest.mark.parametrize("budget", ["resident", "50%"])
 def test_graphs_give_the_bits_of_single_launches(packed: Path, budget: str) -> None:
     with load(packed, budget=budget) as engine:
-        assert engine.runner.steps is not None
+        assert engine.session.steps is not None
         captured = rollout(engine, PROMPT)
-        stages = engine.runner.steps._blocks[-1]
+        stages = engine.session.steps._blocks[-1]
         for stage in (stages._front, stages._middle, stages._experts):
             assert stage._graph is not None
-        engine.runner.steps = None
+        engine.session.steps = None
         np.testing.assert_array_equal(captured, rollout(engine, PROMPT))
 
 

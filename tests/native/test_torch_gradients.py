@@ -36,7 +36,7 @@ def parts(model: Any) -> Any:
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_gradient_through_streamed_experts_is_refused(folder: Path, tokens: int) -> None:
     with load(folder, backend="torch", budget="50%") as engine:
-        model, ids = engine.runner.model, IDS[:, :tokens]
+        model, ids = engine.session.model, IDS[:, :tokens]
         embedding(model).requires_grad_()
         with pytest.raises(UsageError, match="gradients through streamed experts"):
             model(ids, source=engine.feed.step())

@@ -18,6 +18,7 @@ from chronos.backends.torch import checkpoint
 from chronos.backends.torch.fast.graphs import Stage, Steps, usable
 from chronos.common.layout import pack
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model
 from tests.support.toy_codec import NAME, register
 
@@ -35,17 +36,17 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def rollout(engine: Any, staged: bool, replay: Any = None) -> tuple[np.ndarray, Any]:
     """Logits after the prompt and each token, and the routing, of two sequences."""
-    runner, logits = engine.runner, []
-    runner.steps = Steps(runner.model, capture=False) if staged else None
-    runner.recording, runner.replay = True, replay
+    session, logits, routing = engine.session, [], []
+    session.steps = Steps(session.model, capture=False) if staged else None
     for prompt in (PROMPT, PROMPT[:5]):
-        runner.reset()
+        runner = OneSequence(session, record=True, route_override=replay)
         token = runner.prefill(prompt, GREEDY)
         logits.append(runner.logits())
         for _ in range(STEPS):
             token = runner.decode(token, GREEDY)
             logits.append(runner.logits())
-    ids, weights = (np.concatenate(found) for found in zip(*runner.routing(), strict=True))
+        routing += runner.routing()
+    ids, weights = (np.concatenate(found) for found in zip(*routing, strict=True))
     return np.stack(logits), (ids, weights)
 
 
@@ -70,7 +71,7 @@ def test_dense_matrices_of_16_bits_are_widened_wherever_they_are_used(
             with chronos.load(
                 tmp_path / "packed", backend="torch", device="cpu", budget=budget
             ) as engine:
-                dtype = engine.runner.model.model.embed_tokens.weight.dtype
+                dtype = engine.session.model.model.embed_tokens.weight.dtype
                 assert (dtype == torch.bfloat16) == (large == 1)
                 results += [rollout(engine, staged)[0] for staged in (False, True)]
     for logits in results[1:]:  # below the size from which on libraries differ: the same bits
@@ -83,11 +84,10 @@ def test_replayed_routing_takes_the_gates_place(packed: Path) -> None:
         return ids, np.array([[0.75, 0.5]] * len(ids), np.float32)
 
     with chronos.load(packed, backend="torch", device="cpu", budget="50%") as engine:
-        runner = engine.runner
-        found = []
-        for steps in (None, Steps(runner.model, capture=False)):
-            runner.steps, runner.replay, runner.recording = steps, replay, True
-            runner.reset()
+        session, found = engine.session, []
+        for steps in (None, Steps(session.model, capture=False)):
+            session.steps = steps
+            runner = OneSequence(session, record=True, route_override=replay)
             replay.tokens = 3  # type: ignore[attr-defined]
             runner.prefill([1, 2, 3], GREEDY)
             replay.tokens = 1  # type: ignore[attr-defined]
@@ -122,13 +122,13 @@ def test_a_stage_keeps_its_place() -> None:
 
 def test_only_models_of_ours_on_a_gpu_are_captured(packed: Path) -> None:
     with chronos.load(packed, backend="torch", device="cpu", budget="all") as engine:
-        assert engine.runner.steps is None
-        assert not usable(engine.runner.model, exact=True)
+        assert engine.session.steps is None
+        assert not usable(engine.session.model, exact=True)
 
 
 def test_none_is_captured_in_a_plain_run(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with chronos.load(packed, backend="torch", device="cpu", budget="all") as engine:
-        model = engine.runner.model
+        model = engine.session.model
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
         assert usable(model, exact=True)
         monkeypatch.setenv("CHRONOS_PLAIN", "1")

@@ -17,6 +17,7 @@ import transformers
 import chronos
 from chronos.common.layout import pack
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 from tests.support.guests import ARCHITECTURES, BASE
 
 IDS = np.random.default_rng(3).integers(3, 64, 700).tolist()
@@ -95,11 +96,10 @@ def test_a_prompt_behind_kept_keys_is_what_it_is_alone(tmp_path: Path) -> None:
     build("qwen3_moe", tmp_path, context=64, rope_type="dynamic", factor=16.0)
     greedy = SamplingParams()
     with streamed(tmp_path) as engine:
-        runner = engine.runner
+        runner = OneSequence(engine.session, record=True)
         runner.prefill(IDS[:100], greedy)
         alone = runner.logits()
         runner.reset()
-        runner.recording = True
         runner.prefill(IDS[:80], greedy)
         runner.routing()
         runner.prefill(IDS[80:100], greedy)

@@ -18,14 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import chronos
 import chronos.interop.transformers
 from chronos.backends import torch as backend
-from chronos.backends.torch import Runner
 from chronos.cli import main
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.layout import pack
 from chronos.common.model.config import ModelConfig
+from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
 from chronos.interop.transformers import ChronosConfig, ChronosForCausalLM
 from chronos.run.models import resolve_model
+from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, TEXTS, tiny_model, tiny_packed
 from tests.support.toy_codec import NAME, register
 
@@ -121,12 +122,12 @@ def test_a_batch_padded_on_the_left_generates_what_its_rows_do(packed: Path, mod
             assert found[row].tolist() == wanted
 
 
-def test_long_prompts_run_in_the_chunks_of_the_runner(
+def test_long_prompts_run_in_the_pieces_of_a_session(
     packed: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chronos.interop.transformers, "PREFILL_CHUNK", 8)
-    monkeypatch.setattr(sys.modules[Runner.__module__], "PREFILL_CHUNK", 8)
-    runner = backend.runner(backend.load(packed))
+    monkeypatch.setattr(chronos.interop.transformers, "PIECE", 8)
+    monkeypatch.setattr(sampling, "PIECE", 8)
+    runner = OneSequence(backend.session(backend.load(packed)))
     runner.prefill(IDS[0].tolist(), SamplingParams())
     with torch.no_grad():
         ids = torch.from_numpy(IDS[:1])

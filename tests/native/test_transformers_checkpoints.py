@@ -60,7 +60,7 @@ def written(folder: Path, budget: str, count: int = 6) -> tuple[list[int], str]:
     with chronos.load(folder, backend="torch", budget=budget) as engine:
         engine.stop_ids = frozenset()
         tokens = engine.generate(PROMPT, max_tokens=count).result.tokens
-        return tokens, str(engine.runner.model.core.dtype)
+        return tokens, str(engine.session.model.core.dtype)
 
 
 def test_the_text_model_of_a_multimodal_file(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from chronos.common.errors import (
 from chronos.common.experts.prefetch import NEXT_GATE
 from chronos.common.layout import open_layout, pack
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 from tests.support.guests import ARCHITECTURES, BASE
 
 GREEDY = SamplingParams()
@@ -113,8 +114,10 @@ def by_library(model: Any, prompt: list[int], steps: int = STEPS) -> list[np.nda
 
 
 def by_engine(engine: Any, prompt: list[int], steps: int = STEPS) -> list[np.ndarray]:
-    runner = engine.runner
-    runner.reset()
+    return by_runner(OneSequence(engine.session), prompt, steps)
+
+
+def by_runner(runner: OneSequence, prompt: list[int], steps: int = STEPS) -> list[np.ndarray]:
     token = runner.prefill(prompt, GREEDY)
     found = [runner.logits()]
     for _ in range(steps):
@@ -145,11 +148,12 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(
     tiny = guest(model_type)
     expected = by_library(tiny.model, PROMPT, 1)
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        runner = OneSequence(engine.session)
         for piece in (PROMPT[:7], PROMPT[7:30], PROMPT[30:]):
-            token = engine.runner.prefill(piece, GREEDY)
-        found = [engine.runner.logits()]
-        engine.runner.decode(token, GREEDY)
-        found.append(engine.runner.logits())
+            token = runner.prefill(piece, GREEDY)
+        found = [runner.logits()]
+        runner.decode(token, GREEDY)
+        found.append(runner.logits())
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found, expected, atol=2e-5 * scale)
 
@@ -183,7 +187,7 @@ def test_bfloat16_is_computed_as_the_library_does(
     for folder, budget in ((tiny.packed, "50%"), (tiny.packed, "resident"), (tiny.source, "all")):
         with chronos.load(folder, backend="torch", budget=budget) as engine:
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-            layers = engine.runner.model.core.modules()
+            layers = engine.session.model.core.modules()
             found = sum(isinstance(layer, PackedLinear) for layer in layers)
             assert found == could_be_packed(tiny.model)
 
@@ -196,7 +200,7 @@ def test_replayed_steps_are_the_librarys_bit_for_bit(
     Against the library's forward with our experts: products of prompts are tested elsewhere."""
     tiny = guest(model_type)
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        steps = engine.runner.model.steps
+        steps = engine.session.model.steps
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(steps, "run", lambda ids, position, forward: forward(ids))
             expected = by_engine(engine, PROMPT[:9], 54)
@@ -217,7 +221,7 @@ def test_a_plain_run_records_and_packs_nothing_and_has_the_same_bits(
             cached.cache_clear()
         with chronos.load(tiny.packed, backend="torch", budget="all") as engine:
             found.append(by_engine(engine, PROMPT[:9], 12))
-            model = engine.runner.model
+            model = engine.session.model
         plain = [not isinstance(m, PackedLinear) for m in model.core.modules()]
         assert model.steps is None or word == "0" and model.steps.replayed > 0
         assert all(plain) or word == "0"
@@ -231,11 +235,13 @@ def test_a_sequence_that_an_error_cut_is_not_continued(
 ) -> None:
     tiny = guest("qwen2_moe")
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        runner = engine.runner
+        model = engine.session.model
         expected = by_engine(engine, PROMPT[:9], 12)
+        runner = OneSequence(engine.session)
+        runner.prefill(PROMPT[:9], GREEDY)
         with monkeypatch.context() as patch:
-            patch.setattr(runner.model.core, "forward", lambda **_: 1 / 0)
-            patch.setattr(runner.model.steps, "run", lambda ids, position, forward: forward(ids))
+            patch.setattr(model.core, "forward", lambda **_: 1 / 0)
+            patch.setattr(model.steps, "run", lambda ids, position, forward: forward(ids))
             with pytest.raises(ZeroDivisionError):
                 runner.decode(5, GREEDY)
         with pytest.raises(UsageError, match="middle of a step"):
@@ -254,9 +260,11 @@ def test_packed_products_have_the_librarys_bits(
         for _ in range(2):
             np.testing.assert_array_equal(by_engine(engine, PROMPT, 12), expected)
         assert engine.feed is not None
-        used = int(engine.runner.model._call.routing[0].ids_TK[0, 0])
+        runner = OneSequence(engine.session, record=True)
+        runner.prefill(PROMPT[:1], GREEDY)
+        used = int(runner.routing()[0][0][0, 0, 0])
         ((_, weights),) = engine.feed.step().acquire(open_layout(tiny.packed).moe_layers[0], [used])
-        experts = next(m for m in engine.runner.model.core.modules() if is_experts(m))
+        experts = next(m for m in engine.session.model.core.modules() if is_experts(m))
         shapes = [shape for shape in experts.chronos_shapes.values() if len(shape) > 1]
         matrices = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
         could = all(packs(matrix, transposed=experts.is_transposed) for matrix in matrices)
@@ -269,9 +277,9 @@ def test_packed_products_have_the_librarys_bits(
 def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:
     tiny = guest("deepseek_v2")
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        engine.runner.recording = True
-        expected = by_engine(engine, PROMPT)
-        recorded = engine.runner.routing()
+        runner = OneSequence(engine.session, record=True)
+        expected = by_runner(runner, PROMPT)
+        recorded = runner.routing()
         ids_TLK = np.concatenate([ids for ids, _ in recorded])
         weights_TLK = np.concatenate([weights for _, weights in recorded])
         assert ids_TLK.shape == (len(PROMPT) + STEPS, 2, 2)  # the first of three layers is dense
@@ -284,10 +292,11 @@ def test_routing_is_recorded_and_replayed(guest: Callable[..., Guest]) -> None:
                 place[0] += count
             return forced[rows, layer - 1].astype(np.int64), weights_TLK[rows, layer - 1]
 
-        engine.runner.replay = replay
-        np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+        replayed = OneSequence(engine.session, route_override=replay)
+        np.testing.assert_array_equal(by_runner(replayed, PROMPT), expected)
+        replayed.reset()
         place[0], forced = 0, (ids_TLK + 1) % 4
-        assert not np.array_equal(by_engine(engine, PROMPT), expected)
+        assert not np.array_equal(by_runner(replayed, PROMPT), expected)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +426,7 @@ def test_without_transformers_the_pip_line_is_given(
 def test_experts_are_never_materialised(guest: Callable[..., Guest]) -> None:
     tiny = guest("qwen3_moe")
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        core = engine.runner.model.core
+        core = engine.session.model.core
         held = sum(p.nbytes for p in core.parameters())
         dense = [p for n, p in tiny.model.named_parameters() if ".experts." not in n]
         assert held == sum(p.nbytes for p in dense)

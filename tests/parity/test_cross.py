@@ -15,6 +15,7 @@ from chronos.common.text.sampling import SamplingParams
 from chronos.common.training.recipe import OptimizerRecipe
 from chronos.run.engine import Engine, load
 from chronos.run.models import resolve_model
+from chronos.run.sequence import OneSequence
 from chronos.testing.model_tests import CONFIG, tokens
 from chronos.testing.tiny import tiny_packed
 from chronos.testing.tolerances import TOLERANCE, assert_close
@@ -114,7 +115,7 @@ def test_the_same_tokens_greedily(both: Both, tmp_path: Path, model: str, budget
 def follow(first: Engine, second: Engine, prompt: list[int], steps: int) -> None:
     """Let both engines go where the first one goes."""
     greedy = SamplingParams()
-    runners = (first.runner, second.runner)
+    runners = [OneSequence(each.session) for each in (first, second)]
     chosen = [runner.prefill(prompt, greedy) for runner in runners]
     for step in range(steps):
         logits = [runner.logits() for runner in runners]

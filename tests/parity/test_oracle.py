@@ -152,7 +152,7 @@ def test_shared_experts_stand_in(backend: Any, tmp_path: Path, length: int) -> N
     ids=str,
 )
 def test_draws(backend: Any, params: SamplingParams) -> None:
-    draw = importlib.import_module(f"{backend.__name__}.runner").draw
+    draw = importlib.import_module(f"{backend.__name__}.sampling").draw
     logits = np.random.default_rng(5).standard_normal(60).astype(np.float32) * 2
     for uniform in np.linspace(0, 0.999, 37):
         found = int(draw(as_array(backend, logits), params, float(uniform)))

@@ -22,6 +22,7 @@ import chronos.backends.mlx as backend
 from chronos.common.experts.feed import Feed
 from chronos.common.layout import Layout
 from chronos.common.text.sampling import SamplingParams
+from chronos.run.sequence import OneSequence
 from chronos.testing.store_rig import feed_over
 
 GREEDY = SamplingParams()
@@ -182,8 +183,7 @@ def run(
     model: Any, feed: Feed | None = None, ahead: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits behind the prompt and each decoded token, and the routing of all tokens, TLK."""
-    runner = backend.runner(model, feed)
-    runner.recording = True
+    runner = OneSequence(backend.session(model, feed), record=True)
     runner.prefill(PROMPT, GREEDY)
     logits = [runner.logits()]
     for number, token in enumerate(DECODED):

@@ -139,7 +139,7 @@ def test_the_protocol_is_offered(backend: str) -> None:
     for name, wanted in protocol["Backend"].items():
         assert_takes(module[f"__init__.{name}"], wanted[1:], name)
     assert_takes(module["__init__.open_arena"], protocol["OpenArena"]["forward"][1:], "open_arena")
-    for file, owner in (("arena", "Arena"), ("runner", "Runner"), ("train", "TrainStep")):
+    for file, owner in (("arena", "Arena"), ("session", "Session"), ("train", "TrainStep")):
         offered = definitions(backend, f"{file}.py")
         for name, wanted in protocol[owner].items():
             assert_takes(offered[f"{file}.{owner}.{name}"], wanted, f"{owner}.{name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,25 @@ from chronos.common.experts.together import together
 Forward = Callable[[Any], Any]
 
 
+class Taken:
+    """A lease: what was yielded last is overwritten when the next is asked for, unless kept."""
+
+    waits = True
+
+    def __init__(self, items: Generator[tuple[int, Any], bool, None]) -> None:
+        self._items, self._kept = items, None
+
+    def __iter__(self) -> Taken:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        kept, self._kept = self._kept, False
+        return next(self._items) if kept is None else self._items.send(kept)
+
+    def keep(self) -> None:
+        self._kept = True
+
+
 class Disk:
     """Experts that read "(layer, expert)" until the next is asked for."""
 
@@ -22,15 +41,15 @@ class Disk:
         self.acquired: list[tuple[int, list[int]]] = []
         self.reads: list[tuple[int, int]] = []
         self.fallbacks: list[float] = []
-        self.label = "a disk"
+        self.exact = not absent
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
         self.acquired.append((layer, list(experts)))
         if layer > 8:
             raise StoreError(f"no layer {layer}")
-        return self._items(layer, list(experts))
+        return Taken(self._items(layer, list(experts)))
 
-    def _items(self, layer: int, experts: list[int]) -> Iterator[tuple[int, Any]]:
+    def _items(self, layer: int, experts: list[int]) -> Generator[tuple[int, Any], bool, None]:
         for expert in experts[::-1]:  # in another order than asked for
             if (layer, expert) in self.broken:
                 raise StoreError(f"cannot read {layer, expert}")
@@ -39,8 +58,9 @@ class Disk:
                 continue
             self.reads.append((layer, expert))
             view = [f"{layer}.{expert}"]
-            yield expert, view
-            view[0] = "overwritten"
+            kept = yield expert, view
+            if not kept:
+                view[0] = "overwritten"
 
     def record_fallback(self, weight: float) -> None:
         self.fallbacks.append(weight)
@@ -102,20 +122,30 @@ def test_without_room_for_the_union_they_take_turns() -> None:
     ]  # fmt: skip
 
 
+def test_those_wider_than_the_room_take_what_they_need_one_by_one_together() -> None:
+    disk, wide = Disk(), {0: [1, 2, 3, 4]}
+    found = together(
+        disk, [forward(wide), forward({0: [1, 5]}), forward({0: [2, 3, 4, 6]})], room=3
+    )
+    assert found == [alone(wide), ["0.1", "0.5"], alone({0: [2, 3, 4, 6]})]
+    assert disk.acquired == [(0, [1, 5]), (0, [1, 2, 3, 4, 6])]
+
+
 def test_what_is_held_is_used_before_the_next_acquire() -> None:
     """A forward that took all it asked for runs on until it asks again: nothing that it holds is
     needed when the next group begins."""
     log: list[str] = []
 
     class Noting(Disk):
-        def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
             log.append(f"acquire {layer}")
             return super().acquire(layer, experts)
 
     def holds(name: str, plan: dict[int, list[int]]) -> Forward:
         def run(source: Any) -> None:
             for layer, experts in plan.items():
-                taken = list(source.acquire(layer, experts))
+                taken = source.acquire(layer, experts).all()
+                assert [taken[e] for e in experts] == [[f"{layer}.{e}"] for e in experts]
                 log.append(f"{name} computes {layer} with {len(taken)}")
 
         return run
@@ -132,14 +162,14 @@ def test_reads_have_begun_when_acquire_returns_to_each() -> None:
     log: list[str] = []
 
     class Noting(Disk):
-        def _items(self, layer: int, experts: list[int]) -> Iterator[tuple[int, Any]]:
+        def _items(self, layer: int, experts: list[int]) -> Generator[tuple[int, Any], bool, None]:
             for item in super()._items(layer, experts):
                 log.append(f"expert {item[0]}")
                 yield item
 
-        def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
             log.append("reads begin")
-            return self._items(layer, list(experts))
+            return super().acquire(layer, experts)
 
     together(Noting(), [forward({0: [1]}, log, "a"), forward({0: [1, 2]}, log, "b")])
     assert log == ["reads begin", "a waits", "b waits", "expert 2", "expert 1"]
@@ -180,23 +210,26 @@ def test_an_error_of_one_is_its_own_outcome() -> None:
     assert isinstance(found[1], ZeroDivisionError)
 
 
-@pytest.mark.parametrize("room", [None, 100])
-def test_a_read_that_fails_fails_those_who_need_it(room: int | None) -> None:
+def test_a_read_that_fails_fails_those_who_need_it() -> None:
     plans = [{0: [1, 2], 1: [1]}, {0: [2, 3]}, {0: [4, 1], 1: [5]}]
     disk = Disk(broken=[(1, 5), (0, 3)])
-    found = together(disk, [forward(plan) for plan in plans], room)
+    found = together(disk, [forward(plan) for plan in plans])
+    assert found[0] == alone(plans[0])
     assert isinstance(found[1], StoreError) and "(0, 3)" in str(found[1])
-    assert isinstance(found[2], StoreError)  # of layer 1, or of 0 where it held what it took
-    if room is None:
-        assert found[0] == alone(plans[0])
-        assert "(1, 5)" in str(found[2])
+    assert isinstance(found[2], StoreError) and "(1, 5)" in str(found[2])
 
 
 def test_what_one_holds_is_not_kept_behind_a_failed_read() -> None:
-    """With `room` a new acquire ends the holding: who has some experts of a layer fails too."""
-    forwards = [forward({0: [2]}), forward({0: [3]}), forward({0: [2, 4]})]  # 4 comes first
+    """A new acquire ends the holding: who has kept some experts of the layer fails too."""
+
+    def holds(experts: list[int]) -> Forward:
+        return lambda source: source.acquire(0, experts).all()
+
+    forwards = [holds([2]), holds([3]), holds([2, 4])]  # 4 comes first
     found = together(Disk(broken=[(0, 3)]), forwards, room=9)
     assert [isinstance(outcome, StoreError) for outcome in found] == [False, True, True]
+    assert found[0] == {2: ["0.2"]}
+    forwards = [forward({0: [2]}), forward({0: [3]}), forward({0: [2, 4]})]
     found = together(Disk(broken=[(0, 3)]), forwards)
     assert [isinstance(outcome, StoreError) for outcome in found] == [False, True, False]
     assert found[2] == ["0.2", "0.4"]
@@ -210,7 +243,7 @@ def test_a_refused_acquire_is_that_of_those_who_asked() -> None:
 
 def test_experts_that_never_come_end_the_iteration_as_they_do_alone() -> None:
     class Forgetful(Disk):
-        def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
             return super().acquire(layer, list(experts)[:-1])
 
     found = together(Forgetful(), [forward({0: [1, 2]}), forward({0: [1]})])
@@ -236,30 +269,13 @@ def test_an_interrupt_ends_all_and_each_leaves_through_its_finally() -> None:
     assert left == ["waits", "waits"]
 
 
-def test_the_source_is_otherwise_its_own() -> None:
-    found = together(Disk(), [lambda s: s.label, lambda s: hasattr(s, "places")])
-    assert found == ["a disk", False]
+def test_forecasts_are_not_asked_for() -> None:
+    def asks(source: Any) -> tuple[bool, bool, bool]:
+        lease = source.acquire(0, [1])
+        source.foresee("lookahead", [1.0])
+        return source.exact, source.wants("lookahead"), lease.waits
 
-
-def test_an_expert_that_one_replaced_is_what_the_next_get() -> None:
-    """Packed weights: the memory they were made of is given back."""
-
-    class Replacing(Disk):
-        def replace(self, layer: int, expert: int, view: Any) -> None:
-            self.reads.append((-layer, -expert))
-
-    def packs(source: Any) -> list[Any]:
-        seen = []
-        for expert, view in source.acquire(1, [2]):
-            seen.append(view)
-            if isinstance(view, list):
-                view[0] = "freed"
-                source.replace(1, expert, "packed")
-        return seen
-
-    disk = Replacing()
-    assert together(disk, [packs, packs, packs]) == [[["overwritten"]], ["packed"], ["packed"]]
-    assert disk.reads == [(1, 2), (-1, -2)]
+    assert together(Disk(), [asks, asks]) == 2 * [(True, False, True)]
 
 
 def test_context_variables_are_each_ones_own() -> None:

@@ -19,8 +19,8 @@ from chronos.backends.mlx.checkpoint import (
 )
 from chronos.backends.mlx.model import Model
 
-# Here and not in `runner`: a first import later would bind the module's name over the function's.
-from chronos.backends.mlx.runner import Runner
+# Here and not in `session`: a first import later would bind the module's name over the function's.
+from chronos.backends.mlx.session import Session
 from chronos.backends.protocol import Observed
 from chronos.common.errors import MissingBackendError, UsageError
 from chronos.common.model.guest import GuestConfig, read_config
@@ -128,9 +128,9 @@ def open_arena(layout: Layout, slots: int, options: FeedOptions) -> Arena:
     return Arena(layout, slots, options)
 
 
-def runner(model: Any, feed: Feed | None = None) -> Runner:
-    """One sequence on a model, with its experts from `feed` (None: the model's own)."""
-    return Runner(model, feed)
+def session(model: Any, feed: Feed | None = None) -> Session:
+    """Sequences on a model, with their experts from `feed` (None: the model's own)."""
+    return Session(model, feed)
 
 
 def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:

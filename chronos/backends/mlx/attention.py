@@ -13,6 +13,7 @@ r rope_dim, z latent, W window.
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import mlx.core as mx
 from mlx import nn
@@ -69,6 +70,16 @@ class LatentCache:
         self.length = end
         return self.buffer_BSC[:, :end]
 
+    def copied(self) -> LatentCache:
+        twin = copy(self)
+        twin.buffer_BSC = mx.array(self.buffer_BSC)  # the same memory until one is written to
+        return twin
+
+    def cut(self, length: int) -> bool:
+        """Forget what came after the first `length` tokens; False where that is not possible."""
+        self.length = length
+        return True
+
 
 class WindowCache:
     """The last W keys and values in a ring, [2, B, G, W, d]; entry p sits at slot p mod W."""
@@ -93,6 +104,18 @@ class WindowCache:
         kept = mx.arange(first, self.length) % size
         self.ring_2BGWd[:, :, :, kept] = kv_2BGTd[:, :, :, first - start :]
         return seen
+
+    def copied(self) -> WindowCache:
+        twin = copy(self)
+        twin.ring_2BGWd = mx.array(self.ring_2BGWd)
+        return twin
+
+    def cut(self, length: int) -> bool:
+        """See LatentCache; not possible once the ring went round: what was there is gone."""
+        if self.length > self.window and length < self.length:
+            return False
+        self.length = length
+        return True
 
     def _grow(self, needed: int) -> None:
         """Before the ring is full slot p is entry p, so growing appends room."""

@@ -12,6 +12,7 @@ r rope_dim, z latent, W window.
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,16 @@ class LatentCache:
         self.length = end
         return self.buffer_BSC[:, :end]
 
+    def copied(self) -> LatentCache:
+        twin = copy(self)
+        twin.buffer_BSC = self.buffer_BSC.clone()
+        return twin
+
+    def cut(self, length: int) -> bool:
+        """Forget what came after the first `length` tokens; False where that is not possible."""
+        self.length = length
+        return True
+
 
 class WindowCache:
     """The last W keys and values in a ring, [2, B, G, W, d]; entry p sits at slot p mod W."""
@@ -120,6 +131,18 @@ class WindowCache:
         kept = torch.arange(max(start, self.length - self.window), self.length, device=device)
         self.ring_2BGWd[:, :, :, kept % size] = kv_2BGTd[:, :, :, kept - start]
         return seen
+
+    def copied(self) -> WindowCache:
+        twin = copy(self)
+        twin.ring_2BGWd = self.ring_2BGWd.clone()
+        return twin
+
+    def cut(self, length: int) -> bool:
+        """See LatentCache; not possible once the ring went round: what was there is gone."""
+        if self.length > self.window and length < self.length:
+            return False
+        self.length = length
+        return True
 
     def _grow(self, needed: int) -> None:
         """Before the ring is full slot p is entry p, so growing is a copy of the prefix."""

@@ -59,6 +59,15 @@ class Cache:
     position: int = 0
     prompt: int = 0
 
+    def copied(self) -> Cache:
+        """One of its own with the same tokens."""
+        return Cache([layer.copied() for layer in self.layers], self.position)
+
+    def cut(self, tokens: int) -> bool:
+        """Keep the first `tokens` tokens; False where a layer cannot: it is worthless then."""
+        self.position = tokens
+        return all(layer.cut(tokens) for layer in self.layers)
+
 
 class Block(nn.Module):
     """Pre-norm attention and mixture of experts, each added to the residual stream."""
@@ -101,6 +110,8 @@ class Decoder(nn.Module):
 
 class Model(nn.Module):
     """A Chronos language model; `resident` says whether it holds its own routed experts."""
+
+    step = None  # single tokens are run as prompts are
 
     def __init__(
         self,

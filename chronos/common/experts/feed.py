@@ -115,7 +115,7 @@ class Step:
     def __init__(self, feed: Feed, work: Sequence[Work]) -> None:
         self._feed, self.work = feed, work
         self._lease: Lease | None = None
-        self.ids_TLK: npt.NDArray[Any] | None = None
+        self.finished: list[tuple[Work, npt.NDArray[Any] | None]] = []
         self._deferred: Callable[[], Floats] | None = None
         self.in_prompt = any(map(feed.reads_prompt, work))
 
@@ -172,9 +172,10 @@ class Step:
         else:
             ahead.forecast(np.asarray(scores))
 
-    def routed(self, ids_TLK: npt.NDArray[Any]) -> None:
-        """The experts that the step's tokens were routed to, in order; asked for of prompts."""
-        self.ids_TLK = ids_TLK
+    def done(self, work: Work, ids_TLK: npt.NDArray[Any] | None = None) -> None:
+        """A sequence's work went through. ids_TLK: the experts that its tokens were routed to, in
+        order; asked for of prompts."""
+        self.finished.append((work, ids_TLK))
 
     def __enter__(self) -> Step:
         self._feed._begin(self)
@@ -230,6 +231,11 @@ class Feed:
         self._decoding: set[int] = set()  # sequences whose prompt is over
         self._reading_prompt = False
 
+    @property
+    def slots(self) -> int:
+        """Experts that can be held at once."""
+        return self._arena.slots
+
     def step(self, work: Sequence[Work] = ()) -> Step:
         """One pass of the model, as a context. Without `work` it is neither prompt nor token: needs
         are met and counted, and say nothing of what comes next."""
@@ -263,12 +269,23 @@ class Feed:
 
     def drop(self, seq: int) -> None:
         """A sequence is given up, perhaps in the middle of its prompt."""
-        self._prompts.pop(seq, None)
         self._decoding.discard(seq)
+        pieces = self._prompts.pop(seq, None)
+        if pieces and not self._prompts and self._reading_prompt:
+            self._reading_prompt = False
+            self.tier.end_prompt(np.concatenate([ids_TLK for _, ids_TLK in pieces]))
+
+    def fork(self, seq: int, new: int) -> None:
+        """A sequence `new` begins where `seq` is."""
+        if seq in self._decoding:
+            self._decoding.add(new)
+        if seq in self._prompts:
+            self._prompts[new] = [*self._prompts[seq]]
 
     def reads_prompt(self, work: Work) -> bool:
         """Whether a sequence's next tokens are a piece of a prompt."""
-        return len(work.tokens) > 1 or not work.last or work.seq not in self._decoding
+        decoding = work.last and work.seq in self._decoding and not work.prompt
+        return len(work.tokens) > 1 or not decoding
 
     def close(self) -> None:
         """End the reads and free the memory. Safe to call twice."""
@@ -293,20 +310,22 @@ class Feed:
             self.ahead.begin_token(step.work[0].tokens[0])
 
     def _end(self, step: Step) -> None:
-        if not step.work:
+        if not step.finished:
             return
-        if not step.in_prompt:
+        if not step.in_prompt:  # several sequences' tokens are one that needs what all need
             report = self.tier.end_token()
             if self.ahead is not None:
                 self.ahead.end_token(report)
             return
-        work = step.work[0]
-        pieces = self._prompts.setdefault(work.seq, [])
-        if step.ids_TLK is not None:
-            pieces.append((work.tokens, step.ids_TLK))
-        if work.last:
-            self._decoding.add(work.seq)
-            self._end_prompt(self._prompts.pop(work.seq))
+        for work, ids_TLK in step.finished:
+            if not self.reads_prompt(work):
+                continue
+            pieces = self._prompts.setdefault(work.seq, [])
+            if ids_TLK is not None:
+                pieces.append((work.tokens, ids_TLK))
+            if work.last:
+                self._decoding.add(work.seq)
+                self._end_prompt(self._prompts.pop(work.seq))
 
     def _end_prompt(self, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> None:
         self._reading_prompt = False

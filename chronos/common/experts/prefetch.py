@@ -1,4 +1,4 @@
-"""Forecasts into reads: what a runner puts between its model and its store to prefetch.
+"""Forecasts into reads: what a session puts between its model and its store to prefetch.
 
 Forecasts come from several sources: the store's own predictor, a few times in a token and at its
 end; the model's LookaheadRouter after block 0; the next layer's gate. What they name goes through

@@ -66,6 +66,9 @@ class Lease(Protocol):
         """All that were not taken yet, waited for: valid until `close`, or until the step that gave
         the lease asks for the next layer."""
 
+    def keep(self) -> None:
+        """What was yielded last is valid as long as what `all` gives."""
+
     def close(self) -> None:
         """Give everything back. Reads under way go on."""
 
@@ -86,6 +89,9 @@ class HeldLease:
 
     def all(self) -> dict[int, Any]:
         return dict(self._experts)
+
+    def keep(self) -> None:
+        pass
 
     def close(self) -> None:
         self._experts = iter(())
@@ -133,10 +139,13 @@ class SlotLease:
         views = {}
         for expert, view in self:
             views[expert] = view
-            if self._held >= 0:
-                self._kept.append(self._held)
-                self._held = -1
+            self.keep()
         return views
+
+    def keep(self) -> None:
+        if self._held >= 0:
+            self._kept.append(self._held)
+            self._held = -1
 
     def close(self) -> None:
         with self._tier.lock:

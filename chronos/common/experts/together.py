@@ -11,15 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from greenlet import greenlet
 
+if TYPE_CHECKING:
+    from chronos.common.experts.tier import Lease
+
 
 class Source(Protocol):
-    """Where experts come from; see `chronos.backends.protocol.ExpertStore`."""
+    """What is used of a step of a feed."""
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterable[tuple[int, Any]]: ...
+    @property
+    def exact(self) -> bool: ...
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease: ...
+    def record_fallback(self, weight: float) -> None: ...
 
 
 Forward = Callable[[Any], Any]
@@ -31,8 +37,8 @@ def together(source: Source, forwards: Sequence[Forward], room: int | None = Non
     A forward that raises an Exception has that as its outcome, and so has one whose experts could
     not be had; the others go on. Anything else that is raised (KeyboardInterrupt) ends all.
 
-    room: experts that can be held at once, where forwards compute with what they took until they
-    ask again (MLX: `hold`). Forwards that need more than that between them then take turns.
+    room: experts that can be held at once, where forwards take all of a lease before they compute.
+    Those that need more than that between them then take turns.
     """
     lanes = [_Lane(source, forward) for forward in forwards]
     try:
@@ -41,7 +47,7 @@ def together(source: Source, forwards: Sequence[Forward], room: int | None = Non
         while asking := [lane for lane in lanes if lane.asked is not None]:
             layer = min(lane.layer for lane in asking)  # the others wait to be caught up with
             for group in _groups([lane for lane in asking if lane.layer == layer], room):
-                _serve(source, layer, group, held=room is not None)
+                _serve(source, layer, group)
     finally:
         for lane in lanes:
             lane.close()
@@ -56,8 +62,8 @@ class _Lane:
         self.layer = -1
         self.asked: list[int] | None = None  # `acquire` was called and has not returned
         self.pending: set[int] = set()  # asked for, not taken yet
-        self.taken = 0  # experts of this layer
-        self.replaced: Any = None  # by the forward, for those after it
+        self.holds = False  # it keeps what it took of this layer until it asks again
+        self.lease: Lease | None = None  # what it is served from
         self.outcome: Any = None
         self._greenlet = greenlet(self._run)
         self._greenlet.gr_context = copy_context()
@@ -72,17 +78,11 @@ class _Lane:
     # Called by the forward.
 
     def ask(self, layer: int, experts: Sequence[int]) -> None:
-        self.layer, self.asked, self.pending, self.taken = layer, list(experts), set(), 0
-        self._wait()
+        self.layer, self.asked, self.pending = layer, list(experts), set()
+        self.holds = False
+        self.wait()
 
-    def experts(self) -> Iterator[tuple[int, Any]]:
-        while self.pending:
-            item = self._wait()
-            if item is None:
-                return
-            yield item
-
-    def _wait(self) -> Any:
+    def wait(self) -> Any:
         return self._greenlet.parent.switch()
 
     # Called by whoever serves it.
@@ -91,21 +91,18 @@ class _Lane:
     def wanted(self) -> Iterable[int]:
         return self.pending if self.asked is None else self.asked
 
-    def begin(self) -> None:
+    def begin(self, lease: Lease) -> None:
         """`acquire` returns: reads have begun, and there may be something else to compute."""
+        self.lease = lease
         if self.asked is not None:
             self.pending, self.asked = set(self.asked), None
             self.switch()
 
-    def take(self, expert: int, view: Any) -> Any:
-        """Hand over an expert if it is needed here; what the next lane is to get."""
-        if expert not in self.pending:
-            return view
-        self.pending.remove(expert)
-        self.taken += 1
-        self.replaced = view
-        self.switch((expert, view))
-        return self.replaced
+    def take(self, expert: int, view: Any) -> None:
+        """Hand over an expert, if it is needed here."""
+        if expert in self.pending:
+            self.pending.remove(expert)
+            self.switch((expert, view))
 
     def end(self) -> None:
         """There are no more experts than those taken."""
@@ -127,51 +124,92 @@ class _Lane:
 
 
 class _Seen:
-    """The source as a forward sees it: its own way to experts, everything else as it is."""
+    """The source as a forward sees it. Forecasts follow one sequence, so none are asked for."""
 
     def __init__(self, lane: _Lane) -> None:
         self._lane = lane
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    @property
+    def exact(self) -> bool:
+        return self._lane.source.exact
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
         self._lane.ask(layer, experts)
-        return self._lane.experts()
+        return _Portion(self._lane)
 
-    def replace(self, layer: int, expert: int, view: Any) -> None:
-        """What the expert was lies there no longer: the lanes that come next get `view`."""
-        self._lane.source.replace(layer, expert, view)  # type: ignore[attr-defined]
-        self._lane.replaced = view
+    def record_fallback(self, weight: float) -> None:
+        self._lane.source.record_fallback(weight)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lane.source, name)
+    def wants(self, source: str) -> bool:
+        return False
+
+    def foresee(self, source: str, scores: Any, layer: int = -1) -> None:
+        pass
 
 
-def _serve(source: Source, layer: int, lanes: Sequence[_Lane], held: bool) -> None:
+class _Portion:
+    """What one forward gets of a lease on the union."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+
+    @property
+    def waits(self) -> bool:
+        return self._lane.lease is not None and self._lane.lease.waits
+
+    def __iter__(self) -> _Portion:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        item: tuple[int, Any] | None = self._lane.wait() if self._lane.pending else None
+        if item is None:
+            raise StopIteration
+        return item
+
+    def all(self) -> dict[int, Any]:
+        views = {}
+        for expert, view in self:
+            views[expert] = view
+            self.keep()
+        return views
+
+    def keep(self) -> None:
+        self._lane.holds = True
+        if self._lane.lease is not None:
+            self._lane.lease.keep()
+
+    def close(self) -> None:
+        """The lease itself is closed by whoever made it."""
+        self._lane.pending.clear()
+
+
+def _serve(source: Source, layer: int, lanes: Sequence[_Lane]) -> None:
     """Give lanes that wait at a layer what they asked for."""
     begun = False
     try:
-        ready = iter(source.acquire(layer, list(dict.fromkeys(_wanted(lanes)))))
+        lease = source.acquire(layer, list(dict.fromkeys(_wanted(lanes))))
         begun = True
         for lane in lanes:
-            lane.begin()
-        for expert, view in ready:
+            lane.begin(lease)
+        for expert, view in lease:
             for lane in lanes:
-                view = lane.take(expert, view)
+                lane.take(expert, view)
     except Exception as error:  # the source's: those of a forward are its outcome
-        _part(source, layer, [x for x in lanes if x.pending or not begun], held, error)
+        _part(source, layer, [x for x in lanes if x.pending or not begun], error)
         return
     for lane in lanes:
         lane.end()
 
 
-def _part(source: Source, layer: int, lanes: Sequence[_Lane], held: bool, error: Exception) -> None:
+def _part(source: Source, layer: int, lanes: Sequence[_Lane], error: Exception) -> None:
     """An expert cannot be had: serve each alone, so that only those that need it fail. What one
     holds is its own until the next acquire only, so one that holds some fails too."""
     for lane in lanes:
-        if len(lanes) == 1 or (held and lane.taken):
+        if len(lanes) == 1 or lane.holds:
             lane.fail(error)
     for lane in lanes:
         if lane.asked is not None or lane.pending:
-            _serve(source, layer, [lane], held)
+            _serve(source, layer, [lane])
 
 
 def _wanted(lanes: Iterable[_Lane]) -> Iterator[int]:
@@ -180,12 +218,14 @@ def _wanted(lanes: Iterable[_Lane]) -> Iterator[int]:
 
 
 def _groups(lanes: Sequence[_Lane], room: int | None) -> list[list[_Lane]]:
-    """Lanes that are served at once: all, or as many as there is room for what they need."""
+    """Lanes that are served at once: all, or as many as there is room for what they need. Those
+    that have no room for all they need, even alone, take it one by one."""
     if room is None:
         return [list(lanes)]
     groups: list[list[_Lane]] = []
     union: set[int] = set()
-    for lane in lanes:
+    wide = [lane for lane in lanes if len(set(lane.wanted)) > room]
+    for lane in [lane for lane in lanes if lane not in wide]:
         joined = union | set(lane.wanted)
         if groups and len(joined) <= room:
             groups[-1].append(lane)
@@ -193,4 +233,4 @@ def _groups(lanes: Sequence[_Lane], room: int | None) -> list[list[_Lane]]:
         else:
             groups.append([lane])
             union = set(lane.wanted)
-    return groups
+    return [*groups, wide] if wide else groups

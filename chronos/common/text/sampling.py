@@ -119,6 +119,44 @@ class Work:
     prompt: int = 0
 
 
+PIECE = 512  # tokens of a prompt that go through a model at once: another cut is other bits
+
+
+def pieces(
+    seq: int,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    start: int = 0,
+    mask: npt.NDArray[np.bool_] | None = None,
+) -> Iterator[Work]:
+    """The work that takes a prompt in, piece by piece; from token `start` on, where the sequence
+    has those before it already."""
+    for at in range(start, len(prompt), PIECE):
+        end = min(at + PIECE, len(prompt))
+        last = end == len(prompt)
+        yield Work(seq, prompt[at:end], sampling, last, mask if last else None, len(prompt))
+
+
+def check_work(work: Sequence[Work], vocab_size: int) -> None:
+    """Raises UsageError for what no pass can do."""
+    if len({each.seq for each in work}) < len(work):
+        raise UsageError("a pass has two works for one sequence")
+    for each in work:
+        if not 0 < len(each.tokens) <= PIECE:
+            raise UsageError(
+                f"a work has {len(each.tokens)} tokens",
+                f"sequence {each.seq}",
+                f"give 1 to {PIECE}",
+            )
+        if each.mask is not None and (each.mask.shape != (vocab_size,) or not each.mask.any()):
+            raise UsageError(
+                f"a mask of shape {each.mask.shape} that allows {int(each.mask.sum())} tokens",
+                f"sequence {each.seq}",
+                f"give {vocab_size} values, one of them true at least",
+            )
+
+
 def adjust_logits(
     logits_V: npt.ArrayLike, ids: Sequence[int], prompt_tokens: int, params: SamplingParams
 ) -> npt.NDArray[np.float32]:

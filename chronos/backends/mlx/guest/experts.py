@@ -12,6 +12,7 @@ Shape legend: T tokens, D hidden, F expert hidden, E experts, S slots, K top-k, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,12 +44,21 @@ class Call:
     held: mx.array | None = None  # computed, not evaluated, with slots that the next layer frees
 
 
+# Passes of several sequences take turns inside the library's code, so it is no attribute.
+CALL: ContextVar[Call] = ContextVar("CALL")
+
+
+def current() -> Call:
+    """What the pass under way tells; nothing in particular outside of one."""
+    return CALL.get(None) or Call()
+
+
 class Layer(nn.Module):
     """One layer's routed experts, for a guest that holds them: records the routing, replays one."""
 
-    def __init__(self, layer: int, block: nn.Module, call: Call) -> None:
+    def __init__(self, layer: int, block: nn.Module) -> None:
         super().__init__()
-        self.layer, self.block, self._call = layer, block, call
+        self.layer, self.block = layer, block
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         return self.block(x, self._routed(ids))
@@ -56,7 +66,7 @@ class Layer(nn.Module):
     def _routed(self, ids: mx.array) -> mx.array:
         """The ids to compute: the block's, or those that are replayed. Both in the block's order of
         weights."""
-        call, K = self._call, ids.shape[-1]
+        call, K = current(), ids.shape[-1]
         if call.replay is not None:
             ids = call.replay(self.layer)[0].reshape(ids.shape)
         ids_TK = ids.reshape(-1, K)
@@ -74,25 +84,25 @@ class StreamedLayer(Layer):
         block: nn.Module,
         switch: Switch,
         encoding: str,
-        call: Call,
         shared: Shared,
         ahead: Ahead,
     ) -> None:
         """shared: what the layer's shared experts make of x, for fallback; None where they are not
         known."""
-        super().__init__(layer, block, call)
+        super().__init__(layer, block)
         del self.block  # its weights are stand-ins
         self._switch, self._codec = switch, codec_of(encoding)
         self.shared = shared
         self._ahead = ahead
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
-        ids, source = self._routed(ids), self._call.source
+        ids, call = self._routed(ids), current()
+        source = call.source
         next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
         # The one wait of this layer, with the input in it as in the native MoE; and the last
         # layer's output, which the input need not depend on in every architecture.
-        refuse_gradients(x, ids, next_ids, self._call.held)
-        mx.eval(x, ids, next_ids, self._call.held)
+        refuse_gradients(x, ids, next_ids, call.held)
+        mx.eval(x, ids, next_ids, call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()
         lease = source.acquire(self.layer, used)  # its reads go first
@@ -101,7 +111,7 @@ class StreamedLayer(Layer):
             source.foresee(NEXT_GATE, next_ids.reshape(-1).tolist(), self._ahead[0])
         compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
         y_NA, missing = compute(x_TD, ids_TK, lease)
-        self._call.held = y_NA
+        call.held = y_NA
         y_TKA = y_NA.reshape(*ids_TK.shape, -1)
         if missing:
             assert self.shared is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from chronos.backends.mlx.guest.experts import Ahead, Call, Layer, Shared, StreamedLayer
+from chronos.backends.mlx.guest.experts import (
+    CALL,
+    Ahead,
+    Call,
+    Layer,
+    Shared,
+    StreamedLayer,
+    current,
+)
 from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_utils
 from chronos.backends.mlx.guest.spelling import switch_of
 from chronos.backends.mlx.model import Cache, Output
@@ -39,9 +48,9 @@ class Model(nn.Module):
 
     lookahead = None
 
-    def __init__(self, config: GuestConfig, core: nn.Module, call: Call, resident: bool) -> None:
+    def __init__(self, config: GuestConfig, core: nn.Module, resident: bool) -> None:
         super().__init__()
-        self.config, self.core, self.resident, self._call = config, core, resident, call
+        self.config, self.core, self.resident = config, core, resident
         self._unscaled = min((m.max_position_embeddings for m in _dynamic(core)), default=None)
 
     @property
@@ -51,7 +60,7 @@ class Model(nn.Module):
     def new_cache(self, batch: int = 1) -> Cache:
         from mlx_lm.models.cache import make_prompt_cache
 
-        return Cache(make_prompt_cache(self.core))
+        return GuestCache(make_prompt_cache(self.core))
 
     def __call__(
         self,
@@ -77,12 +86,12 @@ class Model(nn.Module):
             self._check_fallback()
         if cache is not None:
             self._check_prompt(cache, ids_BT.shape[1])
-        call = self._call
-        call.source, call.replay, call.last_only, call.routing = source, replay, last_only, []
+        call = Call(source, replay, last_only)
+        before = CALL.set(call)
         try:
             logits = self.core(ids_BT, cache=cache.layers if cache else None)
         finally:
-            call.source = call.replay = None
+            CALL.reset(before)
         if cache is not None:
             cache.position += ids_BT.shape[1]
         return Output(logits, call.routing)
@@ -119,15 +128,29 @@ def _scales_positions(core: nn.Module) -> bool:
     return not ropes or any(type(m) is not nn.RoPE or m.scale != 1.0 for m in ropes)
 
 
+class GuestCache(Cache):
+    """The library's caches."""
+
+    def copied(self) -> GuestCache:
+        return GuestCache(deepcopy(self.layers), self.position)
+
+    def cut(self, tokens: int) -> bool:
+        """The library says which of its caches can be trimmed: rings that are full cannot."""
+        fewer, self.position = self.position - tokens, tokens
+        if not all(layer.is_trimmable() for layer in self.layers):
+            return False
+        return all(layer.trim(fewer) == fewer for layer in self.layers)
+
+
 class _Head(nn.Module):
     """A head that computes the last position only where no other is wanted."""
 
-    def __init__(self, head: nn.Module, call: Call) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.head, self._call = head, call
+        self.head = head
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
-        return self.head(x_BTD[:, -1:] if self._call.last_only else x_BTD)
+        return self.head(x_BTD[:, -1:] if current().last_only else x_BTD)
 
 
 def load_guest(
@@ -144,7 +167,7 @@ def load_guest(
     ShapeMismatch, CorruptFileError, MissingBackendError.
     """
     config = GuestConfig.from_json(folder)
-    call, skeleton = Call(), Skeleton(mlx_lm_utils(), folder, config)
+    skeleton = Skeleton(mlx_lm_utils(), folder, config)
     layout = layout or packed_experts(folder, config, checked=resident)
     core = skeleton.whole() if layout is None else skeleton.without_experts(layout, dense)
     if config.rope_type and not _scales_positions(core):
@@ -161,22 +184,22 @@ def load_guest(
     ahead: Ahead = None
     for layer, (path, block) in sorted(blocks.items(), reverse=True):
         if resident or layout is None:
-            layers.append((path, Layer(layer, block, call)))
+            layers.append((path, Layer(layer, block)))
             continue
         around = _parent(core, path)
         plain = config.model_type not in _SCALED
         shared = _shared(around) if plain else None
         switch, encoding = switch_of(block, skeleton.spelling), layout.encodings[layer]
-        streamed = StreamedLayer(layer, block, switch, encoding, call, shared, ahead)
+        streamed = StreamedLayer(layer, block, switch, encoding, shared, ahead)
         layers.append((path, streamed))
         choose = _chooser(around, block, config.num_experts_per_tok) if plain else None
         ahead = None if choose is None else (layer, choose)
     core.update_modules(tree_unflatten(layers))
-    _place_head(core, call)
+    _place_head(core)
     if device == mx.cpu and not config.quantization:
         core.set_dtype(mx.float32)  # as the native model's: it has no fast 16-bit products
     mx.eval(core.parameters())
-    return Model(config, core, call, resident).eval()
+    return Model(config, core, resident).eval()
 
 
 def _parent(module: nn.Module, path: str) -> nn.Module:
@@ -216,17 +239,17 @@ def _chooser(
     return choose if fits else None
 
 
-def _place_head(module: nn.Module, call: Call) -> None:
+def _place_head(module: nn.Module) -> None:
     """Logits of a whole prompt, of which one row is read, would be the largest array of all."""
     heads = [path for path, _ in module.named_modules() if path.split(".")[-1] == "lm_head"]
     for path in heads:
         parent = _parent(module, path)
-        parent.lm_head = _Head(parent.lm_head, call)
+        parent.lm_head = _Head(parent.lm_head)
     for embedding in module.modules():
         if isinstance(embedding, nn.Embedding | nn.QuantizedEmbedding):
-            _shorten(embedding, call)
+            _shorten(embedding)
 
 
-def _shorten(embedding: nn.Module, call: Call) -> None:
+def _shorten(embedding: nn.Module) -> None:
     whole = embedding.as_linear
-    embedding.as_linear = lambda x: whole(x[:, -1:] if call.last_only else x)
+    embedding.as_linear = lambda x: whole(x[:, -1:] if current().last_only else x)

@@ -5,7 +5,9 @@ Not known here: what a cache holds, and when it is thrown away (`model`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chronos.backends.torch.fast.capture import opaque
+from chronos.backends.torch.guest.experts import current
 from chronos.backends.torch.model import Cache
 
 
@@ -25,27 +28,47 @@ class GuestCache(Cache):
     ids: Tensor | None = None
 
 
-class CacheLayers:
-    """The layers of the cache in use, which a replayed step appends to by their index."""
+    def copied(self) -> GuestCache:
+        return replace(self, layers=deepcopy(self.layers))
 
-    def __init__(self) -> None:
-        self._layers: list[Any] = []
+    def cut(self, tokens: int) -> bool:
+        """Keys and values can be cut, recurrent states and windows that are full cannot."""
+        layers = layers_of(self)
+        if not is_watched(layers) or any(map(_is_full, layers)):
+            return False
+        for layer in layers:
+            layer.crop(tokens - self.position)
+        self.position = tokens
+        return True
 
-    def watch(self, cache: Any) -> Any:
-        """Have a cache's layers updated in calls that a recording keeps whole."""
-        for index, layer in enumerate(cache.layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                layer.update = partial(self._update, index)
-        return cache
 
-    def enter(self, cache: Any) -> bool:
-        """Make a cache the one in use. Whether all that it keeps is keys and values."""
-        self._layers = getattr(cache, "layers", [])
-        return bool(self._layers) and all("update" in vars(layer) for layer in self._layers)
+def layers_of(cache: Cache | None) -> Sequence[Any]:
+    """The library's layers, where its cache has some."""
+    return () if cache is None else getattr(cache.layers[0], "layers", ())
 
-    def _update(self, index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-        return opaque(self._append, index, keys, values)
 
-    def _append(self, index: int, keys: Tensor, values: Tensor) -> Any:
-        layer = self._layers[index]
-        return type(layer).update(layer, keys, values)
+def watched(cache: Any) -> Any:
+    """Have a cache's layers updated in calls that a recording keeps whole."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layer.update = partial(_update, index)
+    return cache
+
+
+def is_watched(layers: Sequence[Any]) -> bool:
+    """Whether all that they keep is keys and values."""
+    return bool(layers) and all("update" in vars(layer) for layer in layers)
+
+
+def _is_full(layer: Any) -> bool:
+    sliding = type(layer) is DynamicSlidingWindowLayer
+    return sliding and layer.cumulative_length >= layer.sliding_window
+
+
+def _update(index: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+    return opaque(_append, index, keys, values)
+
+
+def _append(index: int, keys: Tensor, values: Tensor) -> Any:
+    layer = current().caches[index]
+    return type(layer).update(layer, keys, values)

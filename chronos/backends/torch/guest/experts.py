@@ -13,6 +13,7 @@ Shape legend: T tokens, D hidden, F expert hidden, K top-k, N = T * K routed pai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +41,16 @@ class Call:
     source: Source | None = None
     replay: Replay | None = None
     routing: list[Routing] = field(default_factory=list)
+    caches: Sequence[Any] = ()  # of the library's layers, which recorded steps find by their index
+
+
+# Passes of several sequences take turns inside the library's code, so it is no attribute.
+CALL: ContextVar[Call] = ContextVar("CALL")
+
+
+def current() -> Call:
+    """What the pass under way tells; nothing in particular outside of one."""
+    return CALL.get(None) or Call()
 
 
 class Layer:
@@ -48,7 +59,6 @@ class Layer:
     def __init__(
         self,
         layer: int,
-        call: Call,
         shared: Callable[[Tensor], Tensor] | None,
         kernel: Callable[..., Tensor],
         ahead: tuple[int, Callable[[Tensor], Tensor]] | None = None,
@@ -56,11 +66,11 @@ class Layer:
     ) -> None:
         """kernel: Transformers' own function, for experts that the module holds itself.
         ahead: the next layer with experts, and what its own gate would choose."""
-        self.layer, self._call, self._shared, self._kernel = layer, call, shared, kernel
+        self.layer, self._shared, self._kernel = layer, shared, kernel
         self._ahead, self._codec = ahead, codec_of(encoding)
 
     def __call__(self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        call = self._call
+        call = current()
         if call.replay is not None:
             ids_TK, weights_TK = call.replay(self.layer)
             weights_TK = weights_TK.to(x_TD.dtype)

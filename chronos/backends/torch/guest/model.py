@@ -35,8 +35,9 @@ from chronos.backends.torch.guest.build import (
     text_model,
     without_experts,
 )
-from chronos.backends.torch.guest.cache import CacheLayers, GuestCache
+from chronos.backends.torch.guest.cache import GuestCache, is_watched, layers_of, watched
 from chronos.backends.torch.guest.experts import (
+    CALL,
     NAME,
     Call,
     Layer,
@@ -56,13 +57,13 @@ from chronos.common.layout import Layout, packed_experts, read_records
 from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.layout.naming import layer_of
 from chronos.common.model.guest import GuestConfig
+from chronos.common.text.sampling import PIECE
 from chronos.common.tuning import plain
 
 # Mamba 1 in Transformers goes on from its state for single tokens only.
 _FORGETFUL = frozenset({"jamba"})
 # Transformers computes their sequences anew in the step that crosses the border of LongRoPE.
 _STARTS_ANEW = frozenset({"phi3", "phimoe"})
-_PIECE = 512  # tokens of a sequence that is computed anew: the runner's own chunks
 # Steps from a checkpoint's tensors to an experts parameter that a record's bytes have taken.
 _SAME_BYTES = {"MergeModulelist", "Concatenate"}
 Shapes = dict[str, tuple[int, ...]]  # of one expert, by tensor name
@@ -73,10 +74,10 @@ class Model:
 
     lookahead = None
 
-    def __init__(self, config: GuestConfig, core: Any, call: Call, resident: bool) -> None:
-        self.config, self.core, self.resident, self._call = config, core, resident, call
+    def __init__(self, config: GuestConfig, core: Any, resident: bool) -> None:
+        self.config, self.core, self.resident = config, core, resident
         self.steps = None if plain() else Steps(integers(core.config.to_dict()))
-        self._layers, self._rope = CacheLayers(), LengthRope(core)
+        self._rope = LengthRope(core)
         self.device: torch.device = core.device
 
     def eval(self) -> Model:
@@ -87,8 +88,7 @@ class Model:
         class of its own makes it in its first call."""
         if not self.core._supports_default_dynamic_cache():
             return GuestCache([None])
-        watched = self._layers.watch(transformers.DynamicCache(config=self.core.config))
-        return GuestCache([watched])
+        return GuestCache([watched(transformers.DynamicCache(config=self.core.config))])
 
     def __call__(
         self,
@@ -99,27 +99,33 @@ class Model:
         source: Source | None = None,
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         last_only: bool = False,
+        recorded: bool = False,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
 
         The routing is that of the layers with experts, in order; its probabilities are the weights.
-        replay(layer) gives (ids, weights) [T, K] in place of the gates' choice.
+        replay(layer) gives (ids, weights) [T, K] in place of the gates' choice. recorded: a single
+        token may run as a recorded step, which needs that no other pass is under way.
         """
         if segments_BT is not None:
             raise UsageError("a guest model takes no packed rows")
-        call = self._call
-        call.source, call.replay, call.routing = source, replay, []
+        call = Call(source, replay)
         pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
+        before = CALL.set(call)
         try:
-            logits = [self._run(piece, cache, last_only) for piece in pieces]
+            logits = [self._run(piece, cache, last_only, recorded) for piece in pieces]
         finally:
-            call.source = call.replay = None
+            CALL.reset(before)
         if pieces[0] is ids_BT:
             return Output(logits[0], call.routing)
         T = ids_BT.shape[1]  # a sequence computed anew has more
         logits_BTV = logits[-1] if last_only else torch.cat(logits, 1)[:, -T:]
         return Output(logits_BTV, _joined(call, pieces, T))
+
+    def step(self, ids_BT: Tensor, **options: Any) -> Output:
+        """A single token behind a cache, recorded where that is possible; see `fast.steps`."""
+        return self(ids_BT, recorded=True, **options)
 
     def _pieces(self, ids_BT: Tensor, cache: GuestCache) -> list[Tensor]:
         """What to run for new tokens: them; the whole sequence, where its keys in the cache were
@@ -135,19 +141,22 @@ class Model:
         if not follows or not cache.position or self._same_table(before, cache.length):
             return [ids_BT]
         cache.layers, cache.position = self.new_cache().layers, 0
-        return list(cache.ids.split(_PIECE, dim=1))
+        return list(cache.ids.split(PIECE, dim=1))
 
     def _same_table(self, one: int, other: int) -> bool:
         return self._rope.table(one) == self._rope.table(other)
 
-    def _run(self, ids_BT: Tensor, cache: GuestCache | None, last_only: bool) -> Tensor:
+    def _run(
+        self, ids_BT: Tensor, cache: GuestCache | None, last_only: bool, recorded: bool
+    ) -> Tensor:
         if cache is None:
             self._rope.enter(0, 0)
             return self._forward(ids_BT, None, last_only)
         self._rope.enter(cache.length, cache.position + ids_BT.shape[1])
         forward = partial(self._forward, cache=cache, last_only=last_only)
-        single = last_only and cache.position > 0 and ids_BT.shape == (1, 1)
-        if self._layers.enter(cache.layers[0]) and single and self.steps is not None:
+        layers = CALL.get().caches = layers_of(cache)
+        single = recorded and last_only and cache.position > 0 and ids_BT.shape == (1, 1)
+        if single and self.steps is not None and is_watched(layers):
             logits = self.steps.run(ids_BT, cache.position, forward)
         else:
             logits = forward(ids_BT)
@@ -225,10 +234,9 @@ def load_guest(
     if device.type == "cpu":
         options.clear()  # holds the weights too, which are freed as they are packed
         pack_linears(core)
-    call = Call()
-    _connect(core, modules, call, {} if layout is None else layout.encodings)
+    _connect(core, modules, {} if layout is None else layout.encodings)
     core.to(device).requires_grad_(False).eval()
-    return Model(config, core, call, resident)
+    return Model(config, core, resident)
 
 
 def _check_runnable(config: GuestConfig, folder: Path) -> None:
@@ -312,7 +320,7 @@ def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.d
 
 
 def _connect(
-    core: Any, modules: Mapping[int, tuple[str, Any]], call: Call, encodings: Mapping[int, str]
+    core: Any, modules: Mapping[int, tuple[str, Any]], encodings: Mapping[int, str]
 ) -> None:
     """Send every experts module to its `Layer`."""
     kernel = core.get_correct_experts_implementation(None)  # the library's choice for this device
@@ -326,7 +334,7 @@ def _connect(
         )  # "eager": its own
         shared = shared_of((block, around))
         encoding = encodings.get(layer, TRANSFORMERS)
-        module.chronos = Layer(layer, call, shared, own, ahead, encoding)
+        module.chronos = Layer(layer, shared, own, ahead, encoding)
         module.config._experts_implementation = NAME
         choose = chooser_of(block, like_1D)
         ahead = None if choose is None else (layer, choose)

@@ -9,11 +9,16 @@ what a model does whose keys were rotated by another table.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# A sequence's length with its whole prompt, and its tokens after the pass under way: sequences take
+# turns inside the library's code.
+_LENGTHS: ContextVar[tuple[int, int]] = ContextVar("_LENGTHS", default=(0, 0))
 
 
 class LengthRope:
@@ -21,7 +26,6 @@ class LengthRope:
 
     def __init__(self, core: nn.Module) -> None:
         self._modules: list[Any] = [m for m in core.modules() if _is_dynamic(m) or _borders(m)]
-        self._length = self._seen = 0
         for module in self._modules:
             module.forward = partial(self._forward, module)
 
@@ -30,7 +34,7 @@ class LengthRope:
 
     def enter(self, length: int, seen: int) -> None:
         """length: of the sequence with its whole prompt. seen: its tokens after the next call."""
-        self._length, self._seen = length, seen
+        _LENGTHS.set((length, seen))
 
     def table(self, length: int) -> list[int]:
         """Equal for two lengths that have the same frequencies."""
@@ -43,9 +47,10 @@ class LengthRope:
         if _is_dynamic(module):
             _forget(module)
         forward = type(module).forward
-        if self._length <= self._seen:
+        length, seen = _LENGTHS.get()
+        if length <= seen:
             return forward(module, x, position_ids, *args, **kw)
-        last = torch.full_like(position_ids[..., :1], self._length - 1)
+        last = torch.full_like(position_ids[..., :1], length - 1)
         out = forward(module, x, torch.cat([position_ids, last], -1), *args, **kw)
         if isinstance(out, tuple):
             return tuple(table[..., :-1, :] for table in out)

@@ -1,0 +1,145 @@
+"""Sequences answered side by side on one session: each has its own rules, numbers and result.
+
+`add` and `cancel` between two calls of `step`, which is one pass of the model. A sequence's tokens
+are those it would have alone. Knows no framework. Not covered: which prefixes of prompts are worth
+keeping.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from chronos.common.text.sampling import SamplingParams
+from chronos.run.generation import GenerationResult, Step, Text
+from chronos.run.meter import Meter
+from chronos.run.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from chronos.backends.protocol import Session
+    from chronos.common.experts.feed import Feed
+    from chronos.common.text.tokenizer import Tokenizer
+
+_NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
+
+
+@dataclass
+class _Reply:
+    """One reply in the making."""
+
+    prompt_tokens: int
+    max_tokens: int
+    text: Text
+    meter: Meter
+    tokens: list[int] = field(default_factory=list)
+
+
+class Batch:
+    """`results` has those that ended: what they came to, or the error that ended them."""
+
+    def __init__(
+        self,
+        session: Session,
+        feed: Feed | None,
+        *,
+        context: int,
+        tokenizer: Tokenizer | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        slots: int = 1,
+        facts: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """context: tokens of a prompt and its reply. slots: sequences under way at a time; others
+        wait. facts: what else to write into the stats of a result."""
+        self.results: dict[int, GenerationResult | Exception] = {}
+        self._session, self._feed, self._context = session, feed, context
+        self._tokenizer, self._stop_ids, self._facts = tokenizer, stop_ids, facts
+        self._scheduler = Scheduler(slots)
+        self._replies: dict[int, _Reply] = {}
+
+    def add(
+        self,
+        seq: int,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        record: bool = False,
+    ) -> None:
+        """seq: a number that the session does not know. record: keep what the limit is computed
+        from, for a sequence that is alone."""
+        meter = Meter(self._session, self._feed, seq, record=record)
+        text = Text(self._tokenizer, stop)
+        self._replies[seq] = _Reply(len(prompt), max_tokens, text, meter)
+        self._scheduler.add(seq, prompt, sampling)
+
+    def step(self) -> list[tuple[int, Step]]:
+        """One pass; the tokens it made, by sequence. Nothing to do where all have ended."""
+        work = self._scheduler.next()
+        if not work:
+            return []
+        record = len(work) == 1 and self._replies[work[0].seq].meter.records(work[0])
+        begin = time.perf_counter()
+        outs = self._session.run(work, record=record)
+        seconds = time.perf_counter() - begin
+        steps = []
+        for each, out in zip(work, outs, strict=True):
+            self._replies[each.seq].meter.note(each, seconds)
+            if isinstance(out, Exception):
+                self._leave(each.seq, out)
+                continue
+            self._scheduler.took(each, out)
+            if out is not None:
+                steps += [(each.seq, step) for step in self._take(each.seq, out)]
+        return steps
+
+    def cancel(self, seq: int) -> list[tuple[int, Step]]:
+        """End a sequence; what was held back of its text."""
+        return [(seq, step) for step in self._end(seq, "cancelled")]
+
+    def close(self) -> None:
+        """Drop the sequences that have not ended."""
+        for seq in list(self._replies):
+            self._leave(seq, None)
+
+    def _take(self, seq: int, token: int) -> list[Step]:
+        reply = self._replies[seq]
+        if token < 0:
+            return self._end(seq, "error")
+        if token in self._stop_ids:
+            return self._end(seq, "stop")
+        reply.tokens.append(token)
+        piece = reply.text.push(token)
+        reason = ""
+        if reply.text.stopped:
+            reason = "stop"
+        elif len(reply.tokens) == reply.max_tokens:
+            reason = "length"
+        elif self._session.position(seq) >= self._context:
+            reason = "context"
+        if not reason:
+            return [Step(token, piece)]
+        step = Step(token, piece + reply.text.flush())
+        return [step, *self._end(seq, reason)]
+
+    def _end(self, seq: int, reason: str) -> list[Step]:
+        reply = self._replies[seq]
+        tail = reply.text.flush()
+        error = _NOT_FINITE.format(self._session.position(seq)) if reason == "error" else ""
+        reply.meter.end()
+        stats = reply.meter.stats() | self._facts()
+        shown, meter = reply.text.shown, reply.meter if reply.meter.record else None
+        self._leave(
+            seq,
+            GenerationResult(reply.prompt_tokens, reply.tokens, shown, reason, stats, error, meter),
+        )
+        return [Step(None, tail)] if tail else []
+
+    def _leave(self, seq: int, result: GenerationResult | Exception | None) -> None:
+        self._scheduler.drop(seq)
+        self._session.drop(seq)
+        del self._replies[seq]
+        if result is not None:
+            self.results[seq] = result
