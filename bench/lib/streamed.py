@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.trace import RoutingTrace
-from chronos.measure.recorded import ReplayedRouting
+from chronos.measure.recorded import RecordedRouting
 from chronos.run import engine
 from chronos.run.sequence import OneSequence
 
@@ -28,7 +28,7 @@ def main() -> None:
     trace = RoutingTrace.load(args.trace)
     greedy = SamplingParams()
     with engine.load(args.folder, budget=args.budget, own_process=True) as loaded:
-        sequence = OneSequence(loaded.session, route_override=ReplayedRouting(trace))
+        sequence = OneSequence(loaded.session, route_override=RecordedRouting(trace))
         token = sequence.prefill([0], greedy)
         first = time.time()
         for _ in range(args.tokens - 1):

@@ -31,7 +31,7 @@ from chronos.common.disk.io import measure_read_rate
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.fit import split
 from chronos.common.traces.trace import RoutingTrace
-from chronos.measure import recorded as replay
+from chronos.measure import recorded
 from chronos.run import engine
 from chronos.run.sequence import OneSequence
 
@@ -180,9 +180,9 @@ def main() -> None:
     parser.add_argument("--trace-out", type=Path, default=Path("cuda-trace.json"))
     args = parser.parse_args()
     trace = RoutingTrace.load(args.trace)
-    config = replay.config_for(trace, parse_size(args.expert_size, "an expert size"))
-    replay.make_model(args.work, config)
-    replay.use_forecaster(args.work, args.forecast)
+    config = recorded.config_for(trace, parse_size(args.expert_size, "an expert size"))
+    recorded.make_model(args.work, config)
+    recorded.use_forecaster(args.work, args.forecast)
     test = split(trace).test
     file = next(args.work.glob("experts/*.ctsr"))
     record = config.expert_parameters * config.dtype_bytes
@@ -203,7 +203,7 @@ def main() -> None:
                     engine.load(args.work, budget=budget, warm="all", **options)
                 )
         sequences = {
-            name: OneSequence(each.session, route_override=replay.ReplayedRouting(test))
+            name: OneSequence(each.session, route_override=recorded.RecordedRouting(test))
             for name, each in opened.items()
         }
         for sequence in sequences.values():

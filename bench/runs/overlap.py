@@ -3,7 +3,7 @@
     python -m bench.runs.overlap T.npz [--forecast FILE] [--budgets 25%] [--rates 0.6,1.2] ...
 
 Ceiling: an oracle that has read the trace. The store, the policy and the prefetcher are the real
-ones, clock and disk are numbers (`common/rehearse.py`), so the figures are the same on any machine.
+ones, clock and disk are numbers (`common/traces/rehearse.py`), so figures repeat anywhere.
 What reads and forecasts cost the computation beside them is nothing, as on a GPU, unless
 --read-ms-per-mb and --predict-ms say what: then `auto`, whose ways compete, is the row to look at.
 Test sequences only. `x bound` is time per token by max(resident time, bytes read / disk rate).

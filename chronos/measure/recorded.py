@@ -63,7 +63,7 @@ RUNS: dict[str, dict[str, str]] = {
 }
 
 
-class ReplayedRouting:
+class RecordedRouting:
     """A `route_override` for one sequence: the trace's next token each time layer 0 is asked."""
 
     def __init__(self, trace: RoutingTrace) -> None:
@@ -339,7 +339,7 @@ class _Run:
     """One engine on the trace, and the seconds of its counted tokens."""
 
     def __init__(self, engine: Engine, trace: RoutingTrace) -> None:
-        routing = ReplayedRouting(trace)
+        routing = RecordedRouting(trace)
         self.engine, self._override = engine, lambda seq, layer: routing(layer)
         self.seconds: list[float] = []
         self.begin()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from chronos.common.errors import StoreError, UsageError
-from chronos.common.experts.feed import Step
+from chronos.common.experts.feed import FeedStep
 from chronos.common.layout import open_layout, pack
 from chronos.common.text.sampling import PIECE, SamplingParams, Work, draw, pieces
 from chronos.run.engine import Engine, load
@@ -183,9 +183,9 @@ def test_one_that_fails_leaves_the_others_as_they_are(
         ]
         assert first[1] == expected[0]
         needed: list[list[int]] = []
-        acquire = Step.acquire
+        acquire = FeedStep.acquire
 
-        def fails(step: Step, layer: int, experts: Sequence[int]) -> Any:
+        def fails(step: FeedStep, layer: int, experts: Sequence[int]) -> Any:
             if layer == LAYERS - 1:
                 needed.append(list(experts))
                 if len(experts) > TOP_K or len(needed) == 2:  # the union, then the first alone
@@ -194,7 +194,7 @@ def test_one_that_fails_leaves_the_others_as_they_are(
 
         work = [Work(0, [9], GREEDY), Work(1, [9], GREEDY)]
         with monkeypatch.context() as patch:
-            patch.setattr(Step, "acquire", fails)
+            patch.setattr(FeedStep, "acquire", fails)
             broken, fine = session.run(work)
         assert isinstance(broken, StoreError) and fine == expected[1]
         again, fine = session.run([Work(0, [8], GREEDY), Work(1, [8], GREEDY)])
@@ -217,7 +217,7 @@ def test_a_read_that_fails_for_good_ends_generate_many_and_not_the_engine(
             raise StoreError("a disk that is gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Step, "acquire", fails)
+            patch.setattr(FeedStep, "acquire", fails)
             with pytest.raises(StoreError, match="gone"):
                 engine.generate_many(PROMPTS[:2])
         results = engine.generate_many(PROMPTS, SAMPLED, max_tokens=12)

@@ -20,7 +20,7 @@ import pytest
 
 from chronos.common.disk.io import FileIO
 from chronos.common.errors import StoreError, UsageError
-from chronos.common.experts.feed import Step
+from chronos.common.experts.feed import FeedStep
 from chronos.common.experts.foresight.forecast import ForecastModel
 from chronos.common.experts.foresight.network import Geometry
 from chronos.common.layout import open_layout, pack
@@ -270,9 +270,9 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
     """Some layers have the token then and some do not: the next would be wrong."""
     with load(folders["layer"], backend=backend.name, budget="50%", prefetch="off") as engine:
         runner = OneSequence(engine.session)
-        acquire = Step.acquire
+        acquire = FeedStep.acquire
 
-        def fails(step: Step, layer: int, experts: Sequence[int]) -> Any:
+        def fails(step: FeedStep, layer: int, experts: Sequence[int]) -> Any:
             if layer == LAYERS - 1:
                 raise StoreError("a disk that is gone")
             return acquire(step, layer, experts)
@@ -283,7 +283,7 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
         runner.prefill(SHORT, GREEDY)
         assert runner.decode(9, GREEDY) == expected[0]
         with monkeypatch.context() as patch:
-            patch.setattr(Step, "acquire", fails)
+            patch.setattr(FeedStep, "acquire", fails)
             with pytest.raises(StoreError, match="gone"):
                 runner.decode(8, GREEDY)
         for again in (lambda: runner.decode(8, GREEDY), lambda: runner.prefill(SHORT, GREEDY)):

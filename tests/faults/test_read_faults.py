@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from chronos.common.disk import io as fileio
 from chronos.common.disk.io import ALIGN, PacedIO, aligned_buffer
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.disk.tensors import read_tensors
@@ -30,7 +29,7 @@ SIZE = 24 * ALIGN + 99
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(fileio, "RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("chronos.common.disk.io.RETRY_DELAYS_S", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ pytest.importorskip("mlx_lm.utils", reason="guests of the MLX backend")
 
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.backends.mlx.guest import skeleton  # noqa: E402
-from chronos.backends.mlx.guest.experts import CALL, Call, StreamedLayer  # noqa: E402
+from chronos.backends.mlx.guest.experts import CALL, ExpertsCall, StreamedLayer  # noqa: E402
 from chronos.common.disk.header import TensorEntry  # noqa: E402
-from chronos.common.experts.feed import Step  # noqa: E402
+from chronos.common.experts.feed import FeedStep  # noqa: E402
 from chronos.common.experts.prefetch import NEXT_GATE  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
 from chronos.run.sequence import OneSequence  # noqa: E402
@@ -51,7 +51,7 @@ def test_a_token_waits_once_a_layer_and_once_at_its_end(
 class Everything:
     """A source of experts that wants every forecast of next gates."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: FeedStep) -> None:
         self._step = step
         self.forecasts: dict[int, list[int]] = {}
 
@@ -154,7 +154,7 @@ def test_shared_experts_stand_in(folder: Callable[[str], Path], name: str) -> No
     x_13D = mx.random.normal((1, 3, 32))
     seen = {}
     with open_feed(layout, 1.0, miss="fallback") as feed:
-        before = CALL.set(Call(feed.step()))
+        before = CALL.set(ExpertsCall(feed.step()))
         y = values(block.switch_mlp(x_13D, mx.array([[[0, 1], [2, 1], [3, 0]]])))
         CALL.reset(before)
         seen = feed.stats()

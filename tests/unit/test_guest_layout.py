@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chronos.common.disk import tensors as tensorfile
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import DiskFullError, ResourceError, ShapeMismatch, UsageError
 from chronos.common.layout import inspect, open_layout, pack, read_records, reorder, verify
@@ -165,8 +164,8 @@ def test_what_no_decoder_runs_is_left_out_and_told(tmp_path):
 
 def test_large_tensors_go_in_pieces(tmp_path, monkeypatch):
     """With pieces of 64 bytes and windows of 200, a record comes from many of both."""
-    monkeypatch.setattr(tensorfile, "_EXTENT", 64)
-    monkeypatch.setattr(tensorfile, "_AHEAD", 200)
+    monkeypatch.setattr("chronos.common.disk.tensors._EXTENT", 64)
+    monkeypatch.setattr("chronos.common.disk.tensors._AHEAD", 200)
     for style in ("mixtral", "gpt_oss"):
         source = tiny_guest(tmp_path / style, style, shards=2)
         pack(source, tmp_path / f"{style}-dst")
@@ -175,7 +174,7 @@ def test_large_tensors_go_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_nan_is_named_by_its_place_in_the_whole_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorfile, "_EXTENT", 64)
+    monkeypatch.setattr("chronos.common.disk.tensors._EXTENT", 64)
 
     def poison(name):
         def change(arrays):

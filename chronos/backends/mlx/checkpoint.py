@@ -1,6 +1,6 @@
 """Model folders in and out of the MLX backend, and nothing else: no policy, no arithmetic.
 
-Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap; never `mx.load`),
+Reads go through `common.disk.tensors` (strict header check, no mmap; never `mx.load`),
 writes through its atomic writer (never `mx.save`). The dense part is widened to float32 on a CPU;
 routed experts keep the dtype they are stored in. On disk every expert has tensors of its own; here
 they are filled into the stacks that a layer computes with, each byte once.

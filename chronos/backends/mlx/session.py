@@ -27,7 +27,7 @@ from chronos.backends.mlx.model import Cache, Model, Output
 from chronos.backends.mlx.moe import Routing
 from chronos.backends.mlx.sampling import adjust, draw
 from chronos.common.errors import UsageError
-from chronos.common.experts.feed import Feed, Source, Step
+from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
 from chronos.common.experts.together import together
 from chronos.common.text.sampling import PIECE, Work, check_work
@@ -128,7 +128,7 @@ class Session:
         return _Part(work, row, prompt=not single)
 
     def _pass(
-        self, parts: Sequence[_Part], step: Step | None, override: RouteOverride | None
+        self, parts: Sequence[_Part], step: FeedStep | None, override: RouteOverride | None
     ) -> list[Output | Exception]:
         """What the model makes of each part."""
         forwards = [partial(self._forward, part, override, len(parts) == 1) for part in parts]
@@ -248,7 +248,9 @@ class _Part:
     prompt: bool
 
 
-def _tell(step: Step | None, parts: Sequence[_Part], outs: Sequence[Output | Exception]) -> None:
+def _tell(
+    step: FeedStep | None, parts: Sequence[_Part], outs: Sequence[Output | Exception]
+) -> None:
     """Tell a step what went through, and what a prompt was routed to."""
     for part, out in zip(parts, outs, strict=True):
         if step is not None and isinstance(out, Output):

@@ -1,6 +1,6 @@
 """Model folders in and out of the torch backend, and nothing else: no policy, no arithmetic.
 
-Reads go through `common.tensorfile` (strict header check, ranged reads, no mmap, no pickle). A CPU
+Reads go through `common.disk.tensors` (strict header check, no mmap, no pickle). A CPU
 computes in float32, as 16-bit matrix products are slow there: small tensors are widened here, large
 matrices and experts keep the dtype they are stored in and are widened where they are used.
 """

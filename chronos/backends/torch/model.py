@@ -2,7 +2,7 @@
 
 A model is built with its routed experts (training, resident inference) or without (streaming); the
 arithmetic is the same. A CPU computes in float32, an accelerator in the stored dtype.
-Checkpoints go through `common.tensorfile` only: no mmap, no pickle.
+Checkpoints go through `common.disk.tensors` only: no mmap, no pickle.
 Not covered: batched generation with padding (batches are for training).
 
 Shape legend: B batch, T new tokens, D hidden, V vocabulary, L layers, E experts, J lookahead

@@ -2,7 +2,7 @@
 
 It refuses what the format forbids and some of what its other readers let through: duplicate keys,
 overlaps, holes, trailing bytes, odd names, unknown fields. Nothing is allocated before the sizes
-are known to fit the file. Not here: the tensors' data (`tensorfile`).
+are known to fit the file. Not here: the tensors' data (`tensors`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every open, read, write, fsync, rename and unlink of model, trace and checkpoint files goes through
 a `FileIO`, so a test can make the Nth one fail. Nothing here maps a file: a file truncated under
 mmap kills the process by a signal, a short `preadv` is an error with a name. Reads that fail with
-EIO or EAGAIN are tried again, within bounds. Not here: the reader (`files`), writing (`atomic`).
+EIO or EAGAIN are tried again, within bounds. Not here: the reader (`reader`), writing (`atomic`).
 """
 
 from __future__ import annotations

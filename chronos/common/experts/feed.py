@@ -106,10 +106,10 @@ class Source(Protocol):
         """Whether forecasts of a source could lead to a read now: spares making them if not."""
 
     def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None:
-        """What a source of forecasts expects to be needed; `Step.foresee` says in which form."""
+        """What a source of forecasts expects to be needed; see `FeedStep.foresee`."""
 
 
-class Step:
+class FeedStep:
     """One pass of the model. Layers acquire in order; each lease ends with the next one's start."""
 
     def __init__(self, feed: Feed, work: Sequence[Work]) -> None:
@@ -151,9 +151,7 @@ class Step:
             return source == LOOKAHEAD and len(self.work[0].tokens) >= _PROMPT_AHEAD
         return ahead.wanted(source)
 
-    def foresee(
-        self, source: str, scores: Foreseen, layer: int = -1
-    ) -> None:
+    def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None:
         """What a source expects to be needed.
 
         LOOKAHEAD, of a token: router probabilities [J, L, E] after block 0, or a function that
@@ -177,7 +175,7 @@ class Step:
         order; asked for of prompts."""
         self.finished.append((work, ids_TLK))
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> FeedStep:
         self._feed._begin(self)
         return self
 
@@ -236,10 +234,10 @@ class Feed:
         """Experts that can be held at once."""
         return self._arena.slots
 
-    def step(self, work: Sequence[Work] = ()) -> Step:
+    def step(self, work: Sequence[Work] = ()) -> FeedStep:
         """One pass of the model, as a context. Without `work` it is neither prompt nor token: needs
         are met and counted, and say nothing of what comes next."""
-        return Step(self, work)
+        return FeedStep(self, work)
 
     def preload(self, keys: Sequence[Key]) -> int:
         """Read records ahead of any need, best first, as far as there is room. Returns how many."""
@@ -301,7 +299,7 @@ class Feed:
 
     # What a step calls.
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: FeedStep) -> None:
         if step.in_prompt:
             if not self._reading_prompt:
                 self.tier.begin_prompt()
@@ -309,7 +307,7 @@ class Feed:
         elif step.work and self.ahead is not None:
             self.ahead.begin_token(step.work[0].tokens[0])
 
-    def _end(self, step: Step) -> None:
+    def _end(self, step: FeedStep) -> None:
         if not step.finished:
             return
         if not step.in_prompt:  # several sequences' tokens are one that needs what all need
@@ -349,9 +347,7 @@ def make_tier(
     policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
     host_slots = len(arena.host) // layout.record_nbytes
     view = arena.view if arena.copies is None else None
-    host = SlotTier(
-        layout, host_slots, reader, policy, arena=arena.host, view=view, verify=verify
-    )
+    host = SlotTier(layout, host_slots, reader, policy, arena=arena.host, view=view, verify=verify)
     if arena.copies is None:
         return host
     return StagedTier(host, arena.slots, arena.copies, policy, arena.view)

@@ -34,7 +34,7 @@ Ahead = tuple[int, Callable[[mx.array], mx.array]] | None
 
 
 @dataclass
-class Call:
+class ExpertsCall:
     """What one forward pass tells all layers of a guest, and what they tell it."""
 
     source: Any = None  # a store with guest records; None: the layers hold their experts
@@ -45,12 +45,12 @@ class Call:
 
 
 # Passes of several sequences take turns inside the library's code, so it is no attribute.
-CALL: ContextVar[Call] = ContextVar("CALL")
+CALL: ContextVar[ExpertsCall] = ContextVar("CALL")
 
 
-def current() -> Call:
+def current() -> ExpertsCall:
     """What the pass under way tells; nothing in particular outside of one."""
-    return CALL.get(None) or Call()
+    return CALL.get(None) or ExpertsCall()
 
 
 class Layer(nn.Module):

@@ -23,7 +23,7 @@ from mlx.utils import tree_unflatten
 from chronos.backends.mlx.guest.experts import (
     CALL,
     Ahead,
-    Call,
+    ExpertsCall,
     Layer,
     Shared,
     StreamedLayer,
@@ -86,7 +86,7 @@ class Model(nn.Module):
             self._check_fallback()
         if cache is not None:
             self._check_prompt(cache, ids_BT.shape[1])
-        call = Call(source, replay, last_only)
+        call = ExpertsCall(source, replay, last_only)
         before = CALL.set(call)
         try:
             logits = self.core(ids_BT, cache=cache.layers if cache else None)

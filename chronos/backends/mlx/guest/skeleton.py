@@ -45,14 +45,18 @@ from chronos.common.layout.codecs import TRANSFORMERS
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 
-_DENSE_DTYPES = DTYPES | {
-    "BOOL": mx.bool_,
-    "I64": mx.int64,
-    "U64": mx.uint64,
-    "C64": mx.complex64,
-    "F64": mx.float32,  # narrowed: MLX has float64 on a CPU only
-} | dict.fromkeys(  # as MLX reads them, which `sanitize` methods know
-    ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), mx.uint8
+_DENSE_DTYPES = (
+    DTYPES
+    | {
+        "BOOL": mx.bool_,
+        "I64": mx.int64,
+        "U64": mx.uint64,
+        "C64": mx.complex64,
+        "F64": mx.float32,  # narrowed: MLX has float64 on a CPU only
+    }
+    | dict.fromkeys(  # as MLX reads them, which `sanitize` methods know
+        ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), mx.uint8
+    )
 )
 
 

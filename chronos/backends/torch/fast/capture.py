@@ -42,7 +42,7 @@ class Ref:
 
 
 @dataclass
-class Call:
+class RecordedCall:
     """A function, its arguments with `Ref`s in them, and the slots of what it gives."""
 
     function: Callable[..., Any]
@@ -59,18 +59,18 @@ class Call:
         return self.in_place or self.given is not None
 
 
-class Recorder(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """Notes the calls of torch's functions, and of `opaque` ones, while it is entered."""
 
     def __init__(self, ids: Tensor) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.reason = ""  # why there can be no program
         self._slots = {id(ids): 0}
         self._next = 1
         self._alive: list[Any] = []  # an id means its tensor for as long as that lives
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> CallRecorder:
         _here.recorder = self
         super().__enter__()
         return self
@@ -134,7 +134,9 @@ class Recorder(TorchFunctionMode):
         slots = range(self._next, self._next + len(tensors))
         self._next = slots.stop
         self._slots |= {id(t): s for t, s in zip(tensors, slots, strict=True)}
-        self.calls.append(Call(function, call_args, call_kwargs, slots, many, in_place, given))
+        self.calls.append(
+            RecordedCall(function, call_args, call_kwargs, slots, many, in_place, given)
+        )
 
     def _copied(self, value: Any) -> Any:
         """Arguments of an opaque call; a tensor that the step did not make is itself or nothing."""
@@ -151,7 +153,7 @@ class Recorder(TorchFunctionMode):
 
 def opaque(function: Callable[..., Any], *args: Any) -> Any:
     """Call what a program calls whole, whatever it does inside."""
-    recorder: Recorder | None = getattr(_here, "recorder", None)
+    recorder: CallRecorder | None = getattr(_here, "recorder", None)
     if recorder is None:
         return function(*args)
     return recorder.opaque(function, args)

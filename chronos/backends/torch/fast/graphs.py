@@ -36,7 +36,7 @@ Tensors = tuple[Tensor, ...]
 class Stage:
     """A function of tensors that stay where they are, captured once; its results stay too."""
 
-    def __init__(self, function: Callable[[], Tensors], recorder: Recorder | None) -> None:
+    def __init__(self, function: Callable[[], Tensors], recorder: GraphRecorder | None) -> None:
         self._function, self._graph = function, None
         if recorder is not None:
             self.out, self._graph = recorder.capture(function)
@@ -52,7 +52,7 @@ class Stage:
         return self.out
 
 
-class Recorder:
+class GraphRecorder:
     """Captures functions on a stream of its own; all graphs share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
@@ -163,7 +163,7 @@ class Steps:
     def __init__(self, model: Model, capture: bool = True) -> None:
         """capture: False computes stage by stage without graphs, for tests on a CPU."""
         config = model.config
-        self._model, self._recorder = model, Recorder(model.device) if capture else None
+        self._model, self._recorder = model, GraphRecorder(model.device) if capture else None
         like = model.model.norm.weight
         self._x_11D = like.new_empty((1, 1, config.hidden_size))
         self.rope: dict[str, tuple[Tensor, Tensor]] = {

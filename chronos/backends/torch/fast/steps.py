@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chronos.backends.torch.fast.capture import Call, Recorder, Ref, Refused, flat, mapped, storage
+from chronos.backends.torch.fast.capture import (
+    CallRecorder,
+    RecordedCall,
+    Ref,
+    Refused,
+    flat,
+    mapped,
+    storage,
+)
 
 _RECORDINGS = 3
 _CHECK_EVERY = 64  # replayed tokens
@@ -45,7 +53,7 @@ class Counted:
 class Program:
     """The calls that three recordings share, in order, each with a way to its arguments."""
 
-    def __init__(self, recordings: Sequence[tuple[list[Call], Ref]], position: int) -> None:
+    def __init__(self, recordings: Sequence[tuple[list[RecordedCall], Ref]], position: int) -> None:
         """position: that of the last recording. Raises Refused."""
         self._values: list[Any] = [None]  # 0: the ids
         self._place: dict[int, int] = {0: 0}  # slots of the recordings to places in `_values`
@@ -83,7 +91,7 @@ class Program:
         logits: Tensor = values[self._logits]
         return logits
 
-    def agrees(self, calls: list[Call], position: int) -> bool:
+    def agrees(self, calls: list[RecordedCall], position: int) -> bool:
         """Whether a later step that was watched is what this program runs."""
         try:
             _common([[_at_position(call, position) for call in self._template], calls], None)
@@ -111,7 +119,7 @@ class Program:
             if not torch.equal(found, expected):
                 raise Refused("the replay gives an opaque call something else")
 
-    def _add(self, call: Call, written: set[int]) -> None:
+    def _add(self, call: RecordedCall, written: set[int]) -> None:
         args, kwargs = self._resolved(call.args), self._resolved(call.kwargs)
         leaves = list(_leaves((args, kwargs)))
         if not leaves and not call.must_run and not written & set(call.slots):
@@ -169,7 +177,7 @@ class Steps:
         """edges: positions at which the library may do something else."""
         self._edges = sorted({e + d for e in edges for d in (-1, 0, 1)})
         self._programs: dict[int, Program | None] = {}  # by the gap between two edges
-        self._recordings: list[tuple[list[Call], Ref]] = []
+        self._recordings: list[tuple[list[RecordedCall], Ref]] = []
         self._next = -1
         self.replayed = 0
 
@@ -185,7 +193,7 @@ class Steps:
             self.replayed += 1
             if self.replayed % _CHECK_EVERY:
                 return program.run(ids, position)
-            recorder = Recorder(ids)
+            recorder = CallRecorder(ids)
             with recorder:
                 logits = forward(ids)
             if recorder.reason or not program.agrees(recorder.calls, position):
@@ -195,7 +203,7 @@ class Steps:
         if position != self._next or gap != bisect(self._edges, position - 1):
             self._recordings.clear()
         self._next = position + 1
-        recorder, chance = Recorder(ids), torch.get_rng_state()
+        recorder, chance = CallRecorder(ids), torch.get_rng_state()
         with recorder:
             logits = forward(ids)
         try:
@@ -222,7 +230,7 @@ class Steps:
         return logits
 
 
-def _lighten(calls: list[Call]) -> None:
+def _lighten(calls: list[RecordedCall]) -> None:
     """Not a cache per recording."""
     for call in calls:
         call.given = None if call.given is None else True
@@ -239,7 +247,7 @@ def _leaves(value: Any) -> list[Ref | Counted]:
     return [leaf for leaf in flat(value) if isinstance(leaf, Ref | Counted)]
 
 
-def _at_position(call: Call, position: int) -> Call:
+def _at_position(call: RecordedCall, position: int) -> RecordedCall:
     """A call of a template with its numbers as they are at a position."""
 
     def fill(value: Any) -> Any:
@@ -248,7 +256,7 @@ def _at_position(call: Call, position: int) -> Call:
     return replace(call, args=fill(call.args), kwargs=fill(call.kwargs))
 
 
-def _common(recordings: Sequence[list[Call]], position: int | None) -> list[Call]:
+def _common(recordings: Sequence[list[RecordedCall]], position: int | None) -> list[RecordedCall]:
     """The calls of the last recording, with the numbers that count told apart from constants.
     Without a position none may count."""
     if len({len(calls) for calls in recordings}) > 1:
@@ -295,7 +303,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return (value.start, value.stop, value.step) if isinstance(value, slice) else value
 
 
-def _kept(calls: Sequence[Call], logits: Ref) -> list[Call]:
+def _kept(calls: Sequence[RecordedCall], logits: Ref) -> list[RecordedCall]:
     """The calls that the logits or the caches depend on."""
     needed, kept = {logits.slot}, []
     for call in reversed(calls):

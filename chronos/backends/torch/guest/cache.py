@@ -27,7 +27,6 @@ class GuestCache(Cache):
     length: int = 0
     ids: Tensor | None = None
 
-
     def copied(self) -> GuestCache:
         return replace(self, layers=deepcopy(self.layers))
 

@@ -35,7 +35,7 @@ Replay = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Call:
+class ExpertsCall:
     """What one forward pass shares with its layers."""
 
     source: Source | None = None
@@ -45,12 +45,12 @@ class Call:
 
 
 # Passes of several sequences take turns inside the library's code, so it is no attribute.
-CALL: ContextVar[Call] = ContextVar("CALL")
+CALL: ContextVar[ExpertsCall] = ContextVar("CALL")
 
 
-def current() -> Call:
+def current() -> ExpertsCall:
     """What the pass under way tells; nothing in particular outside of one."""
-    return CALL.get(None) or Call()
+    return CALL.get(None) or ExpertsCall()
 
 
 class Layer:

@@ -39,7 +39,7 @@ from chronos.backends.torch.guest.cache import GuestCache, is_watched, layers_of
 from chronos.backends.torch.guest.experts import (
     CALL,
     NAME,
-    Call,
+    ExpertsCall,
     Layer,
     chooser_of,
     is_experts,
@@ -110,7 +110,7 @@ class Model:
         """
         if segments_BT is not None:
             raise UsageError("a guest model takes no packed rows")
-        call = Call(source, replay)
+        call = ExpertsCall(source, replay)
         pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
         before = CALL.set(call)
         try:
@@ -176,7 +176,7 @@ class Model:
         return out.logits
 
 
-def _joined(call: Call, pieces: list[Tensor], count: int) -> list[Routing]:
+def _joined(call: ExpertsCall, pieces: list[Tensor], count: int) -> list[Routing]:
     """The routing of the last of the tokens that ran one after the other, layer by layer."""
     layers = len(call.routing) // len(pieces)
     return [

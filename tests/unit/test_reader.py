@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import xxhash
 
-from chronos.common.disk import io as fileio
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.io import ALIGN, FileIO, PacedIO, aligned_buffer, measure_read_rate
 from chronos.common.disk.reader import RangedReader, Request
@@ -329,7 +328,9 @@ def test_paced_reads_take_their_turns(blob, monkeypatch):
         nonlocal now
         now += seconds
 
-    monkeypatch.setattr(fileio, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(
+        "chronos.common.disk.io.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    )
     io, buffers = PacedIO(1000.0), [memoryview(bytearray(60)), memoryview(bytearray(40))]
     fd = io.open(path)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from chronos.common.disk import tensors as tensorfile
+from chronos.common.disk import tensors
 from chronos.common.disk.header import DTYPE_BITS, read_header, tensor_nbytes
 from chronos.common.disk.tensors import (
     first_dtype,
@@ -60,8 +60,8 @@ def test_only_the_asked_tensors_are_read(tmp_path):
 
 
 def test_views_stay_valid_and_large_tensors_span_extents(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorfile, "_EXTENT", 10_000)
-    monkeypatch.setattr(tensorfile, "_AHEAD", 20_000)
+    monkeypatch.setattr(tensors, "_EXTENT", 10_000)
+    monkeypatch.setattr(tensors, "_AHEAD", 20_000)
     path = tmp_path / "x.safetensors"
     random = np.random.default_rng(1)
     arrays = {
