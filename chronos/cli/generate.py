@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,18 +41,34 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from here.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Many: one a line; .jsonl: `prompt` of each."),
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="Of --prompts, answered at a time: each expert is read once.")
+    ] = 8,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut the start of a prompt that does not fit.")
     ] = False,
 ) -> None:
     """Continue a text. The text goes to stdout, the numbers to stderr."""
-    text = _prompt(prompt, file)
+    if prompts is not None and (prompt is not None or file is not None):
+        raise UsageError("--prompts excludes --prompt and --file")
+    texts = [_prompt(prompt, file)] if prompts is None else _prompts(prompts)
     params = sampling.params()
     with run.open(model) as engine:
-        ids = tokenizer_of(engine, model).encode_prompt(text)
-        if truncate and len(ids) > engine.context:
-            output.note(f"the first {len(ids) - engine.context} tokens of the prompt are cut off")
-            ids = ids[-engine.context :]
+        many = [_encoded(engine, model, text, truncate) for text in texts]
+        if prompts is not None:
+            results = engine.generate_many(
+                many,
+                params,
+                max_tokens=sampling.max_tokens,
+                stop=sampling.stop or (),
+                max_sequences=max_sequences,
+            )
+            return finish_many(engine, results, out)
+        [ids] = many
         steps = engine.generate(
             ids,
             params,
@@ -62,6 +79,14 @@ def generate(
         if not out.json:
             show(steps)
         finish(engine, steps.result, out)
+
+
+def _encoded(engine: Engine, model: str, text: str, truncate: bool) -> list[int]:
+    ids = tokenizer_of(engine, model).encode_prompt(text)
+    if truncate and len(ids) > engine.context:
+        output.note(f"the first {len(ids) - engine.context} tokens of the prompt are cut off")
+        ids = ids[-engine.context :]
+    return ids
 
 
 @command("chat", panel=_PANEL)
@@ -143,6 +168,21 @@ def finish(engine: Engine, result: GenerationResult, out: JsonOptions) -> None:
         raise typer.Exit(1)
 
 
+def finish_many(engine: Engine, results: Sequence[GenerationResult], out: JsonOptions) -> None:
+    """A JSON list or the texts, each behind its number; exit code 1 where one ended in an error."""
+    if out.json:
+        output.print_json([footer.to_json(engine, result) for result in results])
+    else:
+        for number, result in enumerate(results, start=1):
+            output.note(f"[{number}] {len(result.tokens)} tokens, {result.finish_reason}")
+            print(result.text, flush=True)
+    for number, result in enumerate(results, start=1):
+        if result.error:
+            errors.report(f"prompt {number}: {result.error}", "", "`chronos verify`")
+    if any(result.error for result in results):
+        raise typer.Exit(1)
+
+
 @contextmanager
 def stop_on_sigint() -> Iterator[threading.Event]:
     """Ctrl-C sets the event; a second one interrupts as usual."""
@@ -160,6 +200,29 @@ def stop_on_sigint() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _prompts(path: Path) -> list[str]:
+    """One prompt a line, without empty lines; of a .jsonl file the `prompt` of each object."""
+    lines = _decoded(_read(path), str(path)).splitlines()
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line]
+    return [
+        _prompt_of(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"the line is not JSON: {error}", where) from None
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise UsageError("the line has no `prompt`", where, 'write {"prompt": "..."}')
+    return text
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         if prompt is not None:
@@ -171,6 +234,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise UsageError("no prompt", "", "give one with -p TEXT, --file PATH or on stdin")
     else:
         data, where = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1), "stdin"
+    return _decoded(data, where)
+
+
+def _decoded(data: bytes, where: str) -> str:
     if len(data) > _MAX_PROMPT_BYTES:
         raise UsageError(f"the prompt is larger than {_MAX_PROMPT_BYTES >> 20} MiB", where)
     try:

@@ -66,14 +66,15 @@ RUNS: dict[str, dict[str, str]] = {
 class RecordedRouting:
     """A `route_override` for one sequence: the trace's next token each time layer 0 is asked."""
 
-    def __init__(self, trace: RoutingTrace) -> None:
+    def __init__(self, trace: RoutingTrace, start: int = 0) -> None:
+        """start: the trace's token that comes first."""
         self._ids_TLK = trace.ids_TLK.astype(np.int64)
         if trace.weights_TLK is not None:
             self._weights_TLK = trace.weights_TLK.astype(np.float32)
         else:
             shape = self._ids_TLK.shape
             self._weights_TLK = np.full(shape, 1 / trace.top_k, np.float32)
-        self._token = -1
+        self._token = start - 1
 
     def __call__(self, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """(ids, weights) [1, K] of this token's layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -48,6 +49,40 @@ def test_json_has_what_the_specification_names(chronos: Any, packed: Path, chose
     assert data["stats"]["peak_expert_bytes"] <= data["budget_bytes"]
     needs = data["stats"]["hits"] + data["stats"]["late"] + data["stats"]["misses"]
     assert needs == data["stats"]["routed"] > 0
+
+
+@pytest.mark.needs_backend
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_many_prompts_are_answered_as_each_is_alone(
+    chronos: Any, packed: Path, tmp_path: Path, name: str
+) -> None:
+    file, prompts = tmp_path / name, ["def add", "x", "for line in file:"]
+    lines = [json.dumps({"prompt": text, "id": 1}) if "json" in name else text for text in prompts]
+    file.write_text("\n\n".join(lines) + "\n", "utf-8")
+    flags = ("-n", 8, "--budget", "25%", "--temp", 1.0, "--seed", 7)
+    alone = [chronos("generate", packed, "-p", text, *flags, "--json").json for text in prompts]
+    done = chronos("generate", packed, "--prompts", file, *flags, "--json", "--max-sequences", 2)
+    assert [row["tokens"] for row in done.json] == [row["tokens"] for row in alone]
+    assert [row["prompt_tokens"] for row in done.json] == [row["prompt_tokens"] for row in alone]
+    plain = chronos("generate", packed, "--prompts", file, *flags)
+    assert plain.out == "".join(row["text"] + "\n" for row in alone)
+    assert [line[:3] for line in plain.err.splitlines()] == ["[1]", "[2]", "[3]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ('{"text": "x"}', "no `prompt`"), ('{"prompt": 3}', "no `prompt`")],
+)
+def test_a_file_of_prompts_that_is_none_is_refused(
+    chronos: Any, packed: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n' + text, "utf-8")
+    done = chronos("generate", packed, "--prompts", tmp_path / "p.jsonl")
+    assert done.code == 2 and message in done.err and "p.jsonl:2" in done.err
+    done = chronos("generate", packed, "--prompts", tmp_path / "p.jsonl", "-p", "x")
+    assert done.code == 2 and "--prompts excludes" in done.err
+    done = chronos("generate", packed, "--prompts", tmp_path / "absent")
+    assert done.code == 2 and "absent" in done.err
 
 
 @pytest.mark.needs_backend

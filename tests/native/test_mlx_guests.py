@@ -5,6 +5,7 @@ What they compute is here; how their experts come and what is refused have files
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import chronos.backends.mlx as backend  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
+from chronos.common.text import sampling  # noqa: E402
 from chronos.run.engine import load  # noqa: E402
 from chronos.testing.tolerances import assert_close  # noqa: E402
+from tests.support import company  # noqa: E402
 from tests.support.mlx_guests import (  # noqa: E402
     BUDGETS,
     COMMON,
@@ -158,3 +161,35 @@ def test_the_last_position_alone(folder: Callable[[str], Path], name: str) -> No
     last = values(model(mx.array([PROMPT]), last_only=True).logits)
     assert last.shape == (1, 1, COMMON["vocab_size"])
     assert_close(last[0, 0], whole[0, -1], "logits")
+
+
+@pytest.mark.parametrize("name", [*HUB, *SAVED, *QUANTISED])
+def test_sequences_together_have_the_bits_of_each_alone(
+    folder: Callable[[str], Path], name: str
+) -> None:
+    layout = open_layout(packed(folder(name)))
+    prompts, tokens = [PROMPT, PROMPT[:1], PROMPT[5:9], PROMPT[::-1]], [9, 8, 7]
+    whole = backend.session(backend.load(layout.folder, resident=True))
+    expected = [company.alone(whole, prompt, tokens) for prompt in prompts]
+    model = backend.load(layout.folder, resident=False)
+    for share in BUDGETS:
+        with open_feed(layout, share) as feed:
+            found = company.together(backend.session(model, feed), prompts, tokens)
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs, f"{share}")
+
+
+@pytest.mark.parametrize("name", [*HUB, *SAVED])
+def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
+    folder: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sampling, sys.modules["chronos.backends.mlx.session"]):
+        monkeypatch.setattr(module, "PIECE", 8)
+    layout = open_layout(packed(folder(name)))
+    model = backend.load(layout.folder, resident=False)
+    with open_feed(layout, 0.5) as feed:
+        kept, forked = company.kept_and_forked(backend.session(model, feed), PROMPT[:20], 16)
+    assert forked == 16
+    caches = [type(cache).__name__ for cache in model.new_cache().layers]
+    stuck = {"ArraysCache", "RotatingKVCache"}  # recurrent states; a window that is full by then
+    assert kept == (0 if stuck & set(caches) else 16), caches

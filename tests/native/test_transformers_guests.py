@@ -40,8 +40,10 @@ from chronos.common.errors import (
 )
 from chronos.common.experts.prefetch import NEXT_GATE
 from chronos.common.layout import open_layout, pack
+from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.sequence import OneSequence
+from tests.support import company
 from tests.support.guests import ARCHITECTURES, BASE
 
 GREEDY = SamplingParams()
@@ -454,3 +456,34 @@ def test_the_next_gate_names_experts_that_are_read_ahead(
         layers = {layer for layer, _ in asked}
         assert layers and layers <= set(engine.moe_layers[1:])
         assert all(len(set(experts)) == 2 for _, experts in asked)
+
+
+@pytest.mark.parametrize("model_type", RUN)
+def test_sequences_together_have_the_bits_of_each_alone(
+    model_type: str, guest: Callable[..., Guest]
+) -> None:
+    """Inside the library's own code, at every budget, with other caches than keys and values."""
+    tiny, prompts = guest(model_type), [PROMPT, PROMPT[:1], PROMPT[5:20], PROMPT[::-1]]
+    tokens = [9, 8, 7, 6, 5]
+    with chronos.load(tiny.packed, backend="torch", budget="resident") as engine:
+        expected = [company.alone(engine.session, prompt, tokens) for prompt in prompts]
+    for budget in (tiny.slots(2), "50%", "all", "resident"):
+        with chronos.load(tiny.packed, backend="torch", budget=budget) as engine:
+            for _ in range(2):  # and behind recorded steps of a sequence alone
+                found = company.together(engine.session, prompts, tokens)
+                for mine, theirs in zip(found, expected, strict=True):
+                    np.testing.assert_array_equal(mine, theirs)
+                company.alone(engine.session, prompts[1], tokens)
+
+
+@pytest.mark.parametrize("model_type", RUN)
+def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
+    model_type: str, guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sampling, sys.modules["chronos.backends.torch.session"]):
+        monkeypatch.setattr(module, "PIECE", 8)
+    tiny = guest(model_type)
+    with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
+        kept, forked = company.kept_and_forked(engine.session, PROMPT[:20], 16)
+    assert forked == 16
+    assert kept == (0 if model_type in OTHER_STATES else 16)

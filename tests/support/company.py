@@ -1,0 +1,73 @@
+"""Sequences of one session in company and alone, for tests that compare their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chronos.common.text.sampling import SamplingParams, Work, pieces
+from chronos.run.sequence import OneSequence
+
+GREEDY = SamplingParams()
+
+
+def alone(session: Any, prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+    """Logits after a prompt and after each of some tokens, [1 + tokens, V]."""
+    sequence = OneSequence(session, seq=99)
+    sequence.prefill(prompt, GREEDY)
+    found = [sequence.logits()]
+    for token in tokens:
+        sequence.decode(token, GREEDY)
+        found.append(sequence.logits())
+    sequence.reset()
+    return np.stack(found)
+
+
+def together(
+    session: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+) -> list[np.ndarray]:
+    """The same of several sequences, each of which begins a pass after the one before, so that
+    pieces of prompts and single tokens meet; then all are dropped."""
+    work = [
+        [*pieces(seq, prompt, GREEDY), *(Work(seq, [token], GREEDY) for token in tokens)]
+        for seq, prompt in enumerate(prompts)
+    ]
+    found: list[list[np.ndarray]] = [[] for _ in prompts]
+    for turn in range(max(seq + len(todo) for seq, todo in enumerate(work))):
+        now = [todo.pop(0) for seq, todo in enumerate(work) if todo and turn >= seq]
+        for each, out in zip(now, session.run(now), strict=True):
+            if isinstance(out, Exception):
+                raise out
+            if each.last:
+                found[each.seq].append(session.logits(each.seq))
+    for seq in range(len(prompts)):
+        session.drop(seq)
+    return [np.stack(rows) for rows in found]
+
+
+def kept_and_forked(session: Any, prompt: Sequence[int], whole: int) -> tuple[int, int]:
+    """Check that a sequence cut or forked after `whole` tokens of its prompt, which are whole
+    pieces, has the bits of a cold one. Returns the tokens a cut kept, and those of the fork."""
+    other, tokens = [*prompt[:whole], 3, 4, 5], (6, 7, 8)
+    cold = alone(session, other, tokens)
+    for work in pieces(0, prompt, GREEDY):
+        if session.position(0) == whole:
+            session.fork(0, 1)
+        session.run([work])
+    session.run([Work(0, [9], GREEDY)])
+    forked, kept = session.position(1), session.keep(0, whole)
+    for seq, start in ((1, forked), (0, kept)):
+        found = []
+        for work in [
+            *pieces(seq, other, GREEDY, start=start),
+            *(Work(seq, [token], GREEDY) for token in tokens),
+        ]:
+            [out] = session.run([work])
+            assert not isinstance(out, Exception), out
+            if work.last:
+                found.append(session.logits(seq))
+        np.testing.assert_array_equal(found, cold, f"sequence {seq}")
+        session.drop(seq)
+    return kept, forked
