@@ -12,14 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chronos.cli import output
 from chronos.common.disk.atomic import atomic_write
-from chronos.common.errors import MissingBackendError
+from chronos.common.errors import MissingBackendError, UsageError
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 4.0, 110  # inches, dots per inch
 
 
-def require() -> None:
-    """Raises MissingBackendError unless charts can be drawn: to be asked before long work."""
+def check(path: Path) -> None:
+    """Raises UsageError or MissingBackendError unless a chart can be drawn there: asked before long
+    work."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"a chart is a PNG file, not {path.name!r}", "--png", "name it FILE.png")
+    output.check_target(path, "--png")
+    _require()
+
+
+def _require() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingBackendError(
             "charts need matplotlib, which is not installed",
@@ -74,7 +83,7 @@ def bars(
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    require()
+    _require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

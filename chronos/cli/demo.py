@@ -47,6 +47,7 @@ def demo(
     """Answer a prompt with all experts in memory, then with a quarter of them, and compare."""
     from chronos.common.text.sampling import SamplingParams
 
+    _check(model, budget)
     runs = RunOptions(backend=device.backend, device=device.device)
     # Sampled: greedy text of a small model goes in circles, which would flatter the cache.
     sampling = SamplingParams(temperature=temp, top_p=0.95, seed=seed)
@@ -69,6 +70,23 @@ def demo(
         output.print_json({"model": model, "tokens_identical": same, "runs": facts})
     else:
         _table(facts, same, budget)
+
+
+def _check(model: str, budget: str) -> None:
+    """Whether both runs can be made, before the first one."""
+    from chronos.common.budget import parse_budget
+    from chronos.common.layout import open_layout
+    from chronos.common.layout.folder import slots_within
+    from chronos.common.model.guest import read_config
+    from chronos.run.engine import RESIDENT
+    from chronos.run.models import resolve_model
+
+    folder = resolve_model(model)
+    config = read_config(folder)
+    layout = open_layout(folder, config=config)
+    if budget.strip().lower() != RESIDENT:
+        capacity = parse_budget(budget, layout.total_bytes)
+        slots_within(layout, capacity, config.num_experts_per_tok)
 
 
 def _announce(number: int, engine: Engine, model: str) -> None:

@@ -11,7 +11,15 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.generate import tokenizer_of
-from chronos.cli.options import DataOption, HeldOutOption, JsonOptions, ModelArg, RunOptions
+from chronos.cli.options import (
+    DataOption,
+    HeldOutOption,
+    JsonOptions,
+    ModelArg,
+    RunOptions,
+    SkipBadOption,
+)
+from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.data import Document
@@ -31,7 +39,7 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows at a time; 1 for guests and within a budget.")
     ] = 8,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Pass over this many bad rows.")] = 0,
+    skip_bad: SkipBadOption = 0,
 ) -> None:
     """Measure a model on text; lookahead recall where all its experts are in memory."""
     from chronos import backends
@@ -45,6 +53,12 @@ def evaluate(
     budget = RESIDENT if run.budget == "all" else run.budget
     # own_process leaves out parts of a framework that losses of a resident model need.
     with run.open(model, budget=budget, own_process=False) as engine:
+        if seq_len > engine.context:
+            raise UsageError(
+                f"a row of {seq_len} tokens is longer than the context of {engine.context}",
+                "--seq-len",
+                f"use at most {engine.context}",
+            )
         tokenizer, backend = tokenizer_of(engine, model), backends.load(engine.backend)
         dataset = room.packed(tokenizer, documents, seq_len)
         with output.progress("routing") as update:

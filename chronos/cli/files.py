@@ -9,7 +9,7 @@ import typer
 
 from chronos.cli import errors, output
 from chronos.cli.app import command
-from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions
+from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions, folder_named
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def pack(
         str,
         typer.Argument(metavar="SRC", help="A model folder, packed or not, or an id of the hub."),
     ],
-    to: Annotated[Path, typer.Option("--out", "-o", metavar="DST", help="The folder to write.")],
+    out_folder: Annotated[
+        str, typer.Option("--out", "-o", metavar="DST", help="The folder to write.")
+    ],
     device: DeviceOptions,
     out: JsonOptions,
     trace: Annotated[
@@ -63,6 +65,7 @@ def pack(
     from chronos.measure.evaluate import documents_of
     from chronos.run.models import resolve_model
 
+    to = folder_named(out_folder)
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
     if calibrate:  # a misspelt name is told now, and not when all is packed
@@ -165,13 +168,14 @@ def _order(
     from chronos.common.layout.source import open_source
     from chronos.common.traces.clusters import choose_order
     from chronos.common.traces.trace import RoutingTrace
+    from chronos.measure.evaluate import documents_of
 
     if trace is not None:
         recorded = RoutingTrace.load(trace)
     elif calibrate is not None:
         tokens = _CALIBRATION_TOKENS if run.budget == "all" else _STREAMED_TOKENS
         with run.open(str(folder)) as engine:
-            recorded = record(engine, str(folder), calibrate, tokens, 512, 0)
+            recorded = record(engine, str(folder), documents_of(calibrate), tokens, 512, 0)
     else:
         return None
     model = open_source(folder, FileIO())

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -69,6 +70,13 @@ def split(budgets: str) -> list[str]:
     return found
 
 
+def folder_named(text: str) -> Path:
+    """A folder to write. An empty name, which an unset variable gives, is not the current one."""
+    if not text.strip():
+        raise UsageError("the folder to write has no name", "--out", "name one; `.` is this one")
+    return Path(text)
+
+
 def size_of(what: str) -> Callable[[str], int]:
     """Reads `2GiB` or a byte count; `what` names it in errors."""
     return functools.partial(parse_size, what=what)
@@ -98,6 +106,9 @@ HeldOutOption = Annotated[
         help="Only the documents that a recipe with this validation_share keeps from training; "
         "0: all.",
     ),
+]
+SkipBadOption = Annotated[
+    int, typer.Option("--skip-bad", min=0, help="Pass over this many bad rows or files.")
 ]
 
 
@@ -264,6 +275,13 @@ class SamplingOptions:
         """As `chronos.common.text.sampling.SamplingParams`; raises UsageError on a bad value."""
         from chronos.common.text.sampling import SamplingParams
 
+        shaping = {"--top-p": self.top_p < 1, "--top-k": self.top_k, "--min-p": self.min_p}
+        idle = [flag for flag, given in shaping.items() if given]
+        idle += ["--seed"] if self.seed is not None else []
+        if self.temp == 0 and idle:
+            output.note(
+                f"{', '.join(idle)}: no effect at --temp 0, which takes the likeliest token"
+            )
         return SamplingParams(
             temperature=self.temp,
             top_k=self.top_k,

@@ -7,13 +7,17 @@ flags. Rich is imported when something is drawn, never at start-up.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,6 +121,20 @@ def progress(label: str, *, rate: bool = False) -> Iterator[Callable[[int, int],
     with bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_target(path: Path, flag: str) -> None:
+    """Raises UsageError where no file can be written at `path`: asked before long work."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        what, fix = "a folder is there: name a file", ""
+    elif not folder.is_dir():
+        what, fix = "the folder does not exist", f"make it first: {folder}"
+    elif not os.access(folder, os.W_OK):
+        what, fix = "the folder may not be written to", "choose another one"
+    else:
+        return
+    raise UsageError(f"{flag} {path}: {what}", flag, fix)
 
 
 def size(nbytes: float) -> str:

@@ -139,7 +139,7 @@ def replay(
 
     limit = Timebox(60 * minutes)
     if png is not None:
-        charts.require()
+        charts.check(png)
     trace = RoutingTrace.load(trace_file)
     config = room.config_for(trace, parse_size(expert_size, "an expert size"))
     rate = None if disk is None else parse_size(disk, "a disk's rate")

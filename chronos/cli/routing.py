@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,18 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.generate import tokenizer_of
-from chronos.cli.options import DataOption, HeldOutOption, JsonOptions, ModelArg, RunOptions
+from chronos.cli.options import (
+    DataOption,
+    HeldOutOption,
+    JsonOptions,
+    ModelArg,
+    RunOptions,
+    SkipBadOption,
+)
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
+    from chronos.common.data import Document
     from chronos.common.traces.trace import RoutingTrace
     from chronos.run.engine import Engine
 
@@ -36,12 +45,15 @@ def trace(
         typer.Option(min=0, help="Record what the model writes after each prompt, not the text."),
     ] = 0,
     held_out: HeldOutOption = None,
+    skip_bad: SkipBadOption = 0,
 ) -> None:
     """Record which experts each token of a text is routed to."""
-    if to.is_dir() or not to.parent.is_dir():  # now, and not when all is recorded
-        raise UsageError("the trace cannot be written there", str(to), "name a file in a folder")
+    from chronos.measure.evaluate import documents_of
+
+    output.check_target(to, "--out")  # now, and not when all is recorded
+    documents = documents_of(data, held_out, skip_bad)
     with run.open(model) as engine:
-        recorded = record(engine, model, data, max_tokens, seq_len, new_tokens, held_out=held_out)
+        recorded = record(engine, model, documents, max_tokens, seq_len, new_tokens)
     recorded.save(to)
     if out.json:
         output.print_json(trace_json(recorded) | {"file": str(to)})
@@ -52,23 +64,17 @@ def trace(
 def record(
     engine: Engine,
     model: str,
-    data: str,
+    documents: Sequence[Document],
     max_tokens: int,
     seq_len: int,
     new_tokens: int,
-    *,
-    held_out: float | None = None,
-    from_the_end: bool = False,
 ) -> RoutingTrace:
-    """The routing of a text, with a progress bar. from_the_end: the last documents first."""
+    """The routing of a text, with a progress bar."""
     from chronos.measure import evaluate
 
     room = engine.context - new_tokens
     if room < 1:
         raise UsageError(f"--new-tokens {new_tokens} leaves no room in {engine.context} tokens")
-    documents = evaluate.documents_of(data, held_out)
-    if from_the_end:
-        documents.reverse()
     sequences = evaluate.cut(tokenizer_of(engine, model), documents, min(seq_len, room))
     with output.progress("recording") as update:
         return evaluate.record(
@@ -79,8 +85,18 @@ def record(
             new_tokens=new_tokens,
             model=model,
             layers=engine.moe_layers,
+            expert_bytes=_record_bytes(engine),
             progress=update,
         )
+
+
+def _record_bytes(engine: Engine) -> int:
+    """Bytes of the largest expert as it is stored."""
+    if engine.layout is not None:
+        return engine.layout.record_nbytes
+    config = engine.config
+    layers = len(engine.moe_layers or range(config.num_hidden_layers))
+    return engine.expert_bytes_total // (layers * config.num_experts)
 
 
 def share_of(text: str) -> float:
@@ -108,6 +124,7 @@ def trace_json(recorded: RoutingTrace) -> dict[str, object]:
         "sequences": len(set(recorded.seq_T.tolist())),
         "model": recorded.meta["model"],
         "phase": recorded.meta["phase"],
+        "expert_bytes": recorded.expert_bytes,
     }
 
 

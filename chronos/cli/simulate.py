@@ -11,7 +11,7 @@ import typer
 
 from chronos.cli import charts, output
 from chronos.cli.app import command
-from chronos.cli.options import JsonOptions, RunOptions, checked, size_of
+from chronos.cli.options import JsonOptions, RunOptions, SkipBadOption, checked, size_of
 from chronos.cli.routing import describe, record, share_of, shares_of, trace_json
 from chronos.common.errors import DataError, UsageError
 
@@ -49,13 +49,14 @@ def simulate(
         bool, typer.Option("--per-layer", help="Equal slots in every layer, not one pool.")
     ] = False,
     expert_size: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SIZE",
             help="Size of one expert, for bytes read.",
             callback=checked(size_of("an expert size")),
+            show_default="as the trace says; without, reads are counted",
         ),
-    ] = "3MB",
+    ] = None,
     forecast: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A forecaster that `chronos fit` wrote."),
@@ -76,10 +77,12 @@ def simulate(
     from chronos.common.traces.trace import RoutingTrace
 
     if png is not None:
-        charts.require()
-    record_bytes = parse_size(expert_size, "an expert size")
+        charts.check(png)
     shares = shares_of(budget)
     recorded = tested = RoutingTrace.load(trace_file)
+    record_bytes = recorded.expert_bytes
+    if expert_size is not None:
+        record_bytes = parse_size(expert_size, "an expert size")
     for _, share in shares:
         check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
     model: ForecastModel | None = None
@@ -113,6 +116,7 @@ def simulate(
                 "trace": trace_json(recorded),
                 "replayed": trace_json(tested),
                 "warmup": warmup,
+                "expert_bytes": record_bytes,
                 "budgets": {
                     text: result_json(*result, record_bytes) for text, result in results.items()
                 },
@@ -135,7 +139,9 @@ _LEGEND = (
 )
 
 
-def _table(text: str, caches: Comparison, measured: dict[str, Measured], record_bytes: int) -> None:
+def _table(
+    text: str, caches: Comparison, measured: dict[str, Measured], record_bytes: int | None
+) -> None:
     slots, pooled = caches.replays[0].slots, caches.replays[0].pooled
     right = {
         name: f"{output.percent(m.recall.at_k)} / {output.percent(m.recall.at_k3)}"
@@ -145,14 +151,18 @@ def _table(text: str, caches: Comparison, measured: dict[str, Measured], record_
         (
             replay.policy,
             output.percent(replay.hit_rate),
-            output.size(replay.reads_per_token * record_bytes),
+            f"{replay.reads_per_token:.1f}"
+            if record_bytes is None
+            else output.size(replay.reads_per_token * record_bytes),
             output.percent(caches.eta_policy(replay.reads_per_token)),
             right.get(replay.policy, ""),
         )
         for replay in sorted(_replays(caches, measured), key=lambda replay: -replay.misses)
     ]
     title = f"{text} of the experts: {slots} slots{'' if pooled else ' per layer'}"
-    output.table(("policy", "hits", "read a token", "gap closed", "right"), rows, title=title)
+    title += f", {output.size(record_bytes)} an expert" if record_bytes else ""
+    read = "read a token" if record_bytes else "experts read a token"
+    output.table(("policy", "hits", read, "gap closed", "right"), rows, title=title)
 
 
 def _replays(caches: Comparison, measured: dict[str, Measured]) -> list[Replay]:
@@ -160,16 +170,18 @@ def _replays(caches: Comparison, measured: dict[str, Measured]) -> list[Replay]:
 
 
 def result_json(
-    caches: Comparison, measured: dict[str, Measured], record_bytes: int
+    caches: Comparison, measured: dict[str, Measured], record_bytes: int | None
 ) -> dict[str, Any]:
-    """One budget: caches, predictors and their recall; what the best predictor closes."""
+    """One budget: caches, predictors and their recall; what the best predictor closes. Bytes are
+    null where the size of an expert is not known."""
     from chronos.common.traces.measure import best
 
     top = best(measured)
     data = caches.to_json()
     data["policies"] |= {name: m.to_json() for name, m in measured.items()}
     for policy in data["policies"].values():
-        policy["bytes_per_token"] = policy["reads_per_token"] * record_bytes
+        reads = policy["reads_per_token"]
+        policy["bytes_per_token"] = None if record_bytes is None else reads * record_bytes
     requests = caches.replays[0].requests
     return data | {
         "requests": requests,
@@ -231,6 +243,7 @@ def fit(
         int,
         typer.Option(min=0, help="With MODEL: half of them are what it writes, so many at once."),
     ] = 128,
+    skip_bad: SkipBadOption = 0,
 ) -> None:
     """Train a forecaster of expert use, and say what it is worth on sequences it never saw."""
     from chronos.common.traces.fit import FitOptions
@@ -239,17 +252,18 @@ def fit(
     from chronos.common.traces.trace import RoutingTrace
 
     share, fingerprint = share_of(budget_tested), ""
+    file = _target(to, source)
     if source.endswith(".npz"):
-        recorded, folder = RoutingTrace.load(source), None
+        recorded = RoutingTrace.load(source)
     else:
-        recorded, folder, fingerprint = _recorded(source, run, data, max_tokens, new_tokens)
-    file, parts = _target(to, folder), _parts(recorded)
+        recorded, fingerprint = _recorded(source, run, data, max_tokens, new_tokens, skip_bad)
+    parts = _parts(recorded)
     fitted = _trained(parts, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
     test, slots = parts.test, slots_for(recorded, share)
     with output.progress("replaying") as update:
         tested = measure(test, [slots], fitted.model, warmup=0.1, progress=update)
-    result = result_json(*tested[0], 1)
+    result = result_json(*tested[0], recorded.expert_bytes)
     if out.json:
         about = {
             "file": str(file),
@@ -263,54 +277,42 @@ def fit(
         output.print_json(about | {"test": result})
         return
     print(f"{file}: trained in {fitted.seconds:.0f} s on {describe(recorded)}")
-    rows = [
-        (
-            name,
-            output.percent(policy["hit_rate"]),
-            output.percent(policy["eta_policy"]),
-            output.percent(policy.get("recall_at_k")),
-            output.percent(policy.get("recall_at_k3")),
-        )
-        for name, policy in result["policies"].items()
-    ]
-    title = f"{test.num_tokens} test tokens, {budget_tested} of the experts"
-    columns = ("policy", "hits", "gap closed", "right of k", "of k + 3")
-    output.table(columns, rows, title=title)
+    print(f"Tested on sequences it never saw: {describe(test)}")
+    _table(budget_tested, *tested[0], recorded.expert_bytes)
+    output.legend(_LEGEND)
 
 
 def _recorded(
-    model: str, run: RunOptions, data: str | None, max_tokens: int, new_tokens: int
-) -> tuple[RoutingTrace, Path, str]:
+    model: str, run: RunOptions, data: str | None, max_tokens: int, new_tokens: int, skip_bad: int
+) -> tuple[RoutingTrace, str]:
     """Routing of a text, and of what the model writes after its beginnings, other ones where there
     are enough documents. All of them: the forecaster's own split decides what is held out."""
     from chronos.common.traces.trace import join
-    from chronos.run.models import resolve_model
+    from chronos.measure.evaluate import documents_of
 
     if data is None:
         raise UsageError("a model needs text to be recorded on", "", "give --data PATH, or a T.npz")
-    folder = resolve_model(model)
     with run.open(model) as engine:
         fingerprint = engine.layout.fingerprint if engine.layout is not None else ""
         text = max_tokens - max_tokens // 2 if new_tokens else max_tokens
-        traces = [record(engine, model, data, text, 512, 0, held_out=0.0)]
+        documents = documents_of(data, 0.0, skip_bad)
+        traces = [record(engine, model, documents, text, 512, 0)]
         if new_tokens:
             written = max_tokens // 2
-            traces.append(
-                record(
-                    engine, model, data, written, 64, new_tokens, held_out=0.0, from_the_end=True
-                )
-            )
-    return join(traces), folder, fingerprint
+            last_first = documents[::-1]
+            traces.append(record(engine, model, last_first, written, 64, new_tokens))
+    return join(traces), fingerprint
 
 
-def _target(to: Path | None, folder: Path | None) -> Path:
+def _target(to: Path | None, source: str) -> Path:
+    """The file to write, checked before anything is recorded."""
     from chronos.common.experts.foresight.forecast import FORECAST
+    from chronos.run.models import resolve_model
 
-    if to is None and folder is None:
+    if to is None and source.endswith(".npz"):
         raise UsageError("a trace has no folder to keep a forecaster in", "", "give -o FILE")
-    file = to or (folder or Path()) / FORECAST
-    if not file.absolute().parent.is_dir():
-        raise UsageError("the folder does not exist", str(file.parent), "make it first")
+    file = resolve_model(source) / FORECAST if to is None else to
+    output.check_target(file, "--out")
     return file
 
 

@@ -12,7 +12,7 @@ import typer
 
 from chronos.cli import output
 from chronos.cli.app import app, command
-from chronos.cli.options import DeviceOptions, JsonOptions
+from chronos.cli.options import DeviceOptions, JsonOptions, folder_named
 
 if TYPE_CHECKING:
     from chronos.common.training.recipe import Recipe, S
@@ -37,7 +37,7 @@ def pretrain(
         typer.Option(metavar="PATH", help="Text to train on, instead of the recipe's."),
     ] = None,
     to: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--out", "-o", metavar="RUN", help="Run folder.",
                      show_default="runs/<recipe>"),
     ] = None,
@@ -60,7 +60,7 @@ def pretrain(
     from chronos.train.pretrain import PretrainRecipe
 
     recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad)
-    folder = to or Path("runs") / config.stem
+    folder = Path("runs") / config.stem if to is None else folder_named(to)
     with _events(recipe.cadence.steps) as on_event:
         report = room.pretrain(
             recipe,

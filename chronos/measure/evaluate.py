@@ -48,7 +48,16 @@ def documents_of(data: str, held_out: float | None = None, skip_bad: int = 0) ->
         held_out = STDLIB_HELD_OUT if held_out is None else held_out
     else:
         documents = list(read_documents(data, skip_bad))
-    return split_documents(documents, held_out)[1] if held_out else documents
+    if not held_out:
+        return documents
+    kept = split_documents(documents, held_out)[1]
+    if not kept:
+        raise DataError(
+            f"a share of {held_out} keeps none of the {len(documents)} documents from training",
+            data,
+            "a text file is one document: give more files or rows, or --held-out 0 for all",
+        )
+    return kept
 
 
 def record(
@@ -60,18 +69,24 @@ def record(
     new_tokens: int = 0,
     model: str = "",
     layers: Sequence[int] | None = None,
+    expert_bytes: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> RoutingTrace:
     """Routing of the sequences, each from an empty context, up to `max_tokens` tokens in all.
 
-    layers: those with experts, where others have none.
+    layers: those with experts, where others have none. expert_bytes: of one record, kept in meta.
 
     With `new_tokens` every sequence is a prompt, and only what the model writes after it, greedily,
     is recorded.
     """
     phase = "generation" if new_tokens else "prefill"
     recorder = TraceRecorder(
-        config.num_experts, config.num_experts_per_tok, model=model, phase=phase, layers=layers
+        config.num_experts,
+        config.num_experts_per_tok,
+        model=model,
+        phase=phase,
+        layers=layers,
+        extra={"expert_bytes": expert_bytes} if expert_bytes else None,
     )
     sequence = OneSequence(session, record=True)
     done = 0

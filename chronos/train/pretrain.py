@@ -25,10 +25,16 @@ from chronos.common.data import (
     split_documents,
     stdlib_documents,
 )
+from chronos.common.errors import ConfigError, DataError
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import NextToken
 from chronos.common.training.recipe import Recipe, at_least_one, load_recipe
 from chronos.train.loop import Event, Report, Task, checkpoints, run
+
+_NONE_HELD_OUT = (
+    "no evaluation: of {} documents a validation_share of {} holds out none; a text file is one"
+    " document, so give more files or rows"
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ def prepare(
     The tokenizer of a run that has a checkpoint is used again. The model's vocabulary size is set
     to the tokenizer's. Raises DataError, ConfigError.
     """
+    _check_rows(recipe)
     report = ReadReport()
     if recipe.data.path == "stdlib":
         documents = stdlib_documents(report)
@@ -94,6 +101,14 @@ def prepare(
         documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))
     on_event({"message": str(report)})
     training, validation = split_documents(documents, recipe.data.validation_share)
+    if not training:
+        raise DataError(
+            f"nothing to train on: all {len(documents)} documents are held out",
+            str(recipe.data.path),
+            "a text file is one document: give more files or rows, or validation_share = 0",
+        )
+    if recipe.data.validation_share and not validation:
+        on_event({"warning": _NONE_HELD_OUT.format(len(documents), recipe.data.validation_share)})
     tokenizer = _tokenizer(recipe, out, training, on_event)
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     recipe = dataclasses.replace(recipe, model=config)
@@ -116,6 +131,16 @@ def prepare(
         NextToken(config.loss_weights, stage.lookahead_into_trunk),
         valid,
     )
+
+
+def _check_rows(recipe: Recipe[PretrainRecipe]) -> None:
+    rows, context = recipe.stage.seq_len, recipe.model.max_position_embeddings
+    if rows > context:
+        raise ConfigError(
+            f"rows of pretrain.seq_len {rows} tokens do not fit the model's context of {context}",
+            "",
+            "lower seq_len, or raise model.max_position_embeddings",
+        )
 
 
 def _tokenizer(

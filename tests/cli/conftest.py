@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chronos.cli import main
+from chronos.common.traces.trace import TraceRecorder
 from chronos.testing.tiny import tiny_packed
 
 TEXT = "def add(left, right):\n    return left + right\n"
@@ -76,6 +78,30 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(6):
         (folder / f"{number}.txt").write_text(TEXT * (number + 3) + f"# {number}\n", "utf-8")
     return folder
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """120 tokens of uneven routing: 2 layers, 4 experts, top-2."""
+    random = np.random.default_rng(0)
+    recorder = TraceRecorder(4, 2, model="none")
+    for _ in range(120):
+        layers = [random.choice(4, 2, False, [0.5, 0.3, 0.1, 0.1]) for _ in range(2)]
+        recorder.append(np.stack(layers))
+    recorder.trace().save(tmp_path / "trace.npz")
+    return tmp_path / "trace.npz"
+
+
+@pytest.fixture
+def long_trace(tmp_path: Path) -> Path:
+    """600 tokens in 12 sequences that walk over 8 experts: 2 layers, top-2."""
+    recorder = TraceRecorder(8, 2, model="walk")
+    for token in range(600):
+        if token % 50 == 0:
+            recorder.new_sequence()
+        recorder.append(np.array([[token % 8, (token + 3) % 8], [(token + 1) % 8, token % 8]]))
+    recorder.trace().save(tmp_path / "walk.npz")
+    return tmp_path / "walk.npz"
 
 
 @pytest.fixture

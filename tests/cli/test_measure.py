@@ -13,19 +13,7 @@ import numpy as np
 import pytest
 
 from chronos.common.experts.foresight.forecast import ForecastModel
-from chronos.common.traces.trace import RoutingTrace, TraceRecorder, join
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Path:
-    """120 tokens of uneven routing: 2 layers, 4 experts, top-2."""
-    random = np.random.default_rng(0)
-    recorder = TraceRecorder(4, 2, model="none")
-    for _ in range(120):
-        layers = [random.choice(4, 2, False, [0.5, 0.3, 0.1, 0.1]) for _ in range(2)]
-        recorder.append(np.stack(layers))
-    recorder.trace().save(tmp_path / "trace.npz")
-    return tmp_path / "trace.npz"
+from chronos.common.traces.trace import RoutingTrace, join
 
 
 @pytest.mark.needs_backend
@@ -102,18 +90,6 @@ def test_simulate_refuses(
 ) -> None:
     done = chronos("simulate", trace, *args)
     assert done.code == code and words in done.error[0]
-
-
-@pytest.fixture
-def long_trace(tmp_path: Path) -> Path:
-    """600 tokens in 12 sequences that walk over 8 experts: 2 layers, top-2."""
-    recorder = TraceRecorder(8, 2, model="walk")
-    for token in range(600):
-        if token % 50 == 0:
-            recorder.new_sequence()
-        recorder.append(np.array([[token % 8, (token + 3) % 8], [(token + 1) % 8, token % 8]]))
-    recorder.trace().save(tmp_path / "walk.npz")
-    return tmp_path / "walk.npz"
 
 
 def test_fit_writes_a_forecaster_that_simulate_uses_on_test_sequences(
@@ -370,3 +346,43 @@ def test_doctor_goes_on_without_a_model(chronos: Any, tmp_path: Path) -> None:
     data = chronos("doctor", tmp_path / "none", "--json").json
     assert "does not exist" in data["disk"]["reason"]
     assert "not measured" in chronos("doctor", tmp_path / "none").out
+
+
+def test_simulate_prints_no_bytes_that_it_does_not_know(chronos: Any, trace: Path) -> None:
+    """A trace without the size of an expert: reads are counted, unless a size is given."""
+    flags = ("simulate", trace, "--budget", "50%", "--no-fit")
+    shown, data = chronos(*flags).out, chronos(*flags, "--json").json
+    assert "experts read a token" in shown and "B" not in shown.split("gap closed")[1]
+    assert data["expert_bytes"] is None
+    policies = data["budgets"]["50%"]["policies"].values()
+    assert {policy["bytes_per_token"] for policy in policies} == {None}
+    assert "3.00 MB an expert" in chronos(*flags, "--expert-size", "3MB").out
+
+
+@pytest.mark.needs_backend
+def test_traces_carry_the_size_of_an_expert(
+    chronos: Any, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    from chronos.common.layout import open_layout
+
+    size, file = open_layout(packed).record_nbytes, tmp_path / "t.npz"
+    flags = ("--data", text, "-n", 60)
+    assert chronos("trace", packed, "-o", file, *flags, "--json").json["expert_bytes"] == size
+    assert RoutingTrace.load(file).expert_bytes == size
+    data = chronos("simulate", file, "--budget", "50%", "--no-fit", "--json").json
+    policy = data["budgets"]["50%"]["policies"]["lru"]
+    assert data["expert_bytes"] == size
+    assert policy["bytes_per_token"] == policy["reads_per_token"] * size
+    unpacked = packed.with_name(packed.name + "-unpacked")
+    chronos("trace", unpacked, "-o", file, *flags)
+    found = RoutingTrace.load(file).expert_bytes
+    assert found is not None and 0 < found <= size  # its records are not padded
+
+
+def test_fit_shows_what_simulate_shows(chronos: Any, long_trace: Path, tmp_path: Path) -> None:
+    """The same table, in the same order, with the same legend."""
+    file = tmp_path / "f.safetensors"
+    fitted = chronos("fit", long_trace, "-o", file, "--epochs", 1, "--test-budget", "50%")
+    replayed = chronos("simulate", long_trace, "--forecast", file, "--budget", "50%")
+    table = fitted.out[fitted.out.index("50% of the experts") :]
+    assert table in replayed.out and fitted.err == replayed.err

@@ -114,7 +114,7 @@ def test_a_single_token_still_leads_to_its_end(documents) -> None:
     if documents == [[5]]:
         assert len(pack_documents(documents, seq_len=4, eos_id=EOS)) == 1
         return
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="nothing to learn from"):
         pack_documents(documents, seq_len=4, eos_id=EOS)
 
 

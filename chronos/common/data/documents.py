@@ -118,11 +118,12 @@ class _Budget:
     def __init__(self, allowed: int, report: ReadReport) -> None:
         self.allowed, self.report = allowed, report
 
-    def spend(self, where: str, reason: str) -> None:
+    def spend(self, where: str, reason: str, fix: str = "correct the row") -> None:
         message = f"{where}: {reason}"
         if len(self.report.bad) >= self.allowed:
             skipped = f" ({self.allowed} bad rows were skipped before it)" if self.allowed else ""
-            raise DataError(message + skipped, "", "correct the row, or allow more with --skip-bad")
+            more = f", or pass over it: --skip-bad {self.allowed + 1}"
+            raise DataError(message + skipped, "", fix + more)
         self.report.bad.append(message)
 
 
@@ -172,7 +173,7 @@ def _rows(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
         kind = document.kind
         yield document
     if not number:
-        budget.spend(name, "the file is empty")
+        budget.spend(name, "the file is empty", "remove it")
 
 
 def _text(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
@@ -184,7 +185,7 @@ def _text(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
         if not text.strip():
             raise RowError("the file is empty")
     except (RowError, OSError) as error:
-        budget.spend(name, str(error))
+        budget.spend(name, str(error), "save it as UTF-8 text, or remove it")
         return
     yield Document(name, text=text, key=name)
 

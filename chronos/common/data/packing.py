@@ -62,7 +62,11 @@ class PackedDataset:
         self._rows_R = rows_R.astype(np.int64)
         self.dropped_rows = -(-max(len(tokens_N) - 1, 0) // seq_len) - len(rows_R)
         if not len(rows_R):
-            raise DataError(f"nothing to train on: {len(tokens_N)} tokens, no label among them")
+            raise DataError(
+                f"nothing to learn from: of {len(tokens_N)} tokens none is to be predicted",
+                "",
+                "give longer texts: a token needs one before it, and a row an answer",
+            )
 
     def __len__(self) -> int:
         return len(self._rows_R)

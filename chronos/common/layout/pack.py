@@ -33,7 +33,7 @@ from chronos.common.layout.folder import (
     is_unfinished,
     open_layout,
 )
-from chronos.common.layout.manifest import EXPERTS
+from chronos.common.layout.manifest import EXPERTS, read_manifest
 from chronos.common.layout.source import ModelSource, encoded, open_source, pick
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
@@ -94,6 +94,7 @@ def pack(
     _check_side_files(src, io)
     if encoding is not None and set(model.encodings.values()) != {encoding}:
         model = encoded(model, encoding)
+    _refuse_another(dst, model, io)
     clusters = _clusters(order, model)
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
     if dst.exists() and src.resolve() == dst.resolve():
@@ -179,17 +180,26 @@ def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[
     return clusters
 
 
+def _refuse_another(dst: Path, model: ModelSource, io: FileIO) -> None:
+    """UsageError where a finished folder holds a model of another fingerprint."""
+    if is_packed(dst) and read_manifest(dst, io).fingerprint != model.fingerprint:
+        raise _another(dst)
+
+
 def _same_model(dst: Path, model: ModelSource, clusters: list[list[Key]]) -> Layout:
     """The layout of a finished folder of the same model and clusters; others are refused."""
     layout = open_layout(dst, config=model.config)
-    same = layout.fingerprint == model.fingerprint and layout.encodings == model.encodings
-    if not same or layout.clusters() != clusters:
-        raise UsageError(
-            "the destination already holds another packed model",
-            str(dst),
-            "remove it or choose another folder: cluster files are never changed in place",
-        )
+    if layout.encodings != model.encodings or layout.clusters() != clusters:
+        raise _another(dst)
     return layout
+
+
+def _another(dst: Path) -> UsageError:
+    return UsageError(
+        "the destination already holds another packed model",
+        str(dst),
+        "remove it or choose another folder: cluster files are never changed in place",
+    )
 
 
 def _complete(

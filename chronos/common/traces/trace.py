@@ -3,7 +3,8 @@
 The `.npz` holds `ids` uint8 (uint16 above 256 experts) [tokens, layers, k], `weights` float16 of
 the same shape (optional), `seq` int32 [tokens], `tokens` int32 [tokens], the id of each token
 (optional), and `meta`, a JSON string with at least model,
-num_experts, top_k and phase; `layer_ids` where the rows are not layers 0, 1, 2 ...
+num_experts, top_k and phase; `layer_ids` where the rows are not layers 0, 1, 2 ...; `expert_bytes`,
+the size of the largest expert's record, where it is known.
 Files are read strictly and never unpickled: sizes are checked against the archive before anything
 is allocated. Not covered: router probabilities of the experts that were not chosen.
 """
@@ -92,6 +93,11 @@ class RoutingTrace:
     def num_experts(self) -> int:
         """Routed experts per layer."""
         return int(self.meta["num_experts"])
+
+    @property
+    def expert_bytes(self) -> int | None:
+        """Bytes of the largest expert's record, where the recorder knew it."""
+        return self.meta.get("expert_bytes")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -190,7 +196,7 @@ class TraceRecorder:
     def trace(self) -> RoutingTrace:
         """Everything appended so far. Raises DataError if that is nothing."""
         if not self._ids:
-            raise DataError("no token was recorded")
+            raise DataError("no token was recorded", "", "give longer texts, of two tokens or more")
         weights = None
         if self._weights:
             if len(self._weights) != len(self._ids):
@@ -232,7 +238,10 @@ def _as_tokens(values: npt.ArrayLike) -> npt.NDArray[Any]:
 def _check_meta(meta: Any) -> None:
     if not isinstance(meta, dict):
         raise DataError("meta is not a JSON object")
-    for name, highest in (("num_experts", 1 << 16), ("top_k", 1 << 10)):
+    bounds = [("num_experts", 1 << 16), ("top_k", 1 << 10)]
+    if "expert_bytes" in meta:
+        bounds.append(("expert_bytes", 1 << 50))
+    for name, highest in bounds:
         value = meta.get(name)
         if type(value) is not int or not 1 <= value <= highest:
             raise DataError(f"meta: {name} must be a whole number of 1 to {highest}, not {value!r}")
