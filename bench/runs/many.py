@@ -25,7 +25,7 @@ from typing import Any
 from chronos.common.disk.io import measure_read_rate
 from chronos.common.text.sampling import SamplingParams, Work
 from chronos.common.traces.trace import RoutingTrace
-from chronos.measure.recorded import ReplayedRouting, config_for, make_model
+from chronos.measure.recorded import RecordedRouting, config_for, make_model
 from chronos.run import engine
 
 GREEDY = SamplingParams()
@@ -40,7 +40,7 @@ class Company:
         self.engine, self.count = opened, count
         self.seconds: list[float] = []
         part = trace.num_tokens // _PARTS
-        self._routing = [ReplayedRouting(trace, seq % _PARTS * part) for seq in range(count)]
+        self._routing = [RecordedRouting(trace, seq % _PARTS * part) for seq in range(count)]
         for seq in range(count):
             self._run([Work(seq, [0], GREEDY, prompt=1)])
 
