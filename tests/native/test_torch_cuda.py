@@ -25,6 +25,7 @@ from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model
+from tests.support import company
 
 pytestmark = [
     pytest.mark.cuda,
@@ -116,6 +117,21 @@ def test_graphs_give_the_bits_of_single_launches(packed: Path, budget: str) -> N
             assert stage._graph is not None
         engine.session.steps = None
         np.testing.assert_array_equal(captured, rollout(engine, PROMPT))
+
+
+@pytest.mark.parametrize("warm", [0, "all"])
+@pytest.mark.parametrize("budget", ["resident", "25%", "50%", "all"])
+def test_sequences_together_have_the_bits_of_each_alone(
+    packed: Path, budget: str, warm: str | int
+) -> None:
+    """Those alone run in graphs, those in company do not."""
+    prompts, tokens = [PROMPT, PROMPT[:1], PROMPT[3:9]], [5, 6, 7, 8]
+    with load(packed, budget="resident") as engine:
+        expected = [company.alone(engine.session, prompt, tokens) for prompt in prompts]
+    with load(packed, budget=budget, warm=0 if budget == "resident" else warm) as engine:
+        found = company.together(engine.session, prompts, tokens)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_fallback_runs_without_a_read_in_the_way(tmp_path: Path) -> None:
