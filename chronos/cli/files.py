@@ -204,13 +204,15 @@ def verify(path: PathArg, out: JsonOptions) -> None:
         output.print_json(report.to_json())
     else:
         for problem in report.problems:
-            what, *where = problem.splitlines()
-            errors.report(what, " ".join(where))
+            errors.report(problem["what"], problem["where"], problem["fix"])
         coded = f" ({', '.join(report.encodings)})" if report.encodings else ""
+        count = len(report.problems)
         print(
             f"{path}: {output.size(report.bytes)} in {report.files} files, {report.records} "
-            f"experts{coded}, {report.tensors} tensors: {len(report.problems) or 'no'} problems"
+            f"experts{coded}, {report.tensors} tensors: {count or 'no'} problem{'s' * (count != 1)}"
         )
+        for what in report.unchecked:
+            output.note(f"not checked: {what}")
     if report.problems:
         raise typer.Exit(3)
 

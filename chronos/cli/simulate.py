@@ -246,6 +246,8 @@ def fit(
     skip_bad: SkipBadOption = 0,
 ) -> None:
     """Train a forecaster of expert use, and say what it is worth on sequences it never saw."""
+    from chronos.common.layout import is_packed
+    from chronos.common.layout.digests import renew
     from chronos.common.traces.fit import FitOptions
     from chronos.common.traces.measure import measure
     from chronos.common.traces.simulate import slots_for
@@ -260,6 +262,8 @@ def fit(
     parts = _parts(recorded)
     fitted = _trained(parts, FitOptions(epochs=epochs, seed=seed), fingerprint)
     fitted.model.save(file)
+    if is_packed(file.parent):
+        renew(file.parent, [file.name])
     test, slots = parts.test, slots_for(recorded, share)
     with output.progress("replaying") as update:
         tested = measure(test, [slots], fitted.model, warmup=0.1, progress=update)

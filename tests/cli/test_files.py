@@ -177,3 +177,30 @@ def test_an_id_of_the_hub_that_is_not_cached(
     extra = ("-p", "x") if name == "generate" else ()
     done = chronos(name, "some-org/some-model", *extra)
     assert done.code == 5 and "there is no folder 'some-org/some-model'" in done.error[0]
+
+
+def test_verify_gives_what_where_and_fix_a_line_each(
+    chronos: Any, packed: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    dense = copy / "model.safetensors"
+    data = bytearray(dense.read_bytes())
+    data[len(data) // 2] ^= 1  # a weight of the embedding, still a number
+    dense.write_bytes(data)
+    for path in (copy, dense):
+        done = chronos("verify", path)
+        assert done.code == 3 and done.out.endswith("tensors: 1 problem\n")
+        assert done.err.splitlines() == [
+            "error: model.safetensors is not what was packed",
+            f"where: {dense}",
+            "fix: restore it, or pack the model again into a new folder",
+        ]
+
+
+def test_verify_of_an_unpacked_folder_counts_its_experts_and_says_what_it_cannot_know(
+    chronos: Any, source: Path
+) -> None:
+    done = chronos("verify", source)
+    assert done.code == 0 and ", 24 experts, " in done.out and "no problems" in done.out
+    assert done.err.startswith("not checked: whether bytes are the ones that were written")

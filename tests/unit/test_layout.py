@@ -192,7 +192,7 @@ def test_verify_reads_everything(source, packed):
         report.records == 8 and report.problems == [] and seen[-1] == (report.bytes, report.bytes)
     )
     assert verify(source).tensors == report.tensors + 16
-    assert verify(open_layout(packed).files[0]).tensors > 8
+    assert verify(open_layout(packed).files[0]).records == 4
     json.dumps(report.to_json())
 
 

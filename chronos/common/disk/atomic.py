@@ -23,6 +23,7 @@ from chronos.common.errors import ResourceError
 with contextlib.suppress(ImportError):  # Windows, where `FileIO` opens nothing that could be locked
     import fcntl
 
+LOCK = "run.lock"  # held while a folder is written
 _TEMP_NAME = re.compile(r"\..+\.\d+-\d+\.chronos-tmp")
 _counter = itertools.count()
 
@@ -150,7 +151,7 @@ class RunLock:
     """One writer per run folder. The kernel drops the lock with its process, so none goes stale."""
 
     def __init__(self, folder: StrPath) -> None:
-        self.path = Path(folder) / "run.lock"
+        self.path = Path(folder) / LOCK
         self._fd = -1
 
     def __enter__(self) -> RunLock:

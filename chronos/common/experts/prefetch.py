@@ -240,9 +240,7 @@ class Prefetcher:
         source.planning_s += self._clock() - begin
         self._asked += len(self.store.prefetch(keys, source.name))
 
-    def _account(
-        self, source: Source, report: TokenReport, seconds: float, link: float
-    ) -> None:
+    def _account(self, source: Source, report: TokenReport, seconds: float, link: float) -> None:
         came = report.of(source.name)
         spared_s = came.used * (self._wait_s or 0.0)
         paid = spared_s >= _PRICE[source.name] * source.planning_s

@@ -90,14 +90,16 @@ def write_experts(
     order: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     finite: bool = True,
+    seal: Callable[[Mapping[str, int], bytes], None] = lambda headers, manifest: None,
     io: FileIO | None = None,
 ) -> Written:
     """Write `experts/` of the model folder: one file per cluster, the manifest last.
 
     specs: the tensors of one expert, all experts alike; or each layer's record. `source` is called
     once per cluster; the memory held is what it holds. With `finite` a NaN or infinity is refused
-    by name. Raises ShapeMismatch, CorruptFileError, DiskFullError, ResourceError; what was complete
-    stays complete, and the same call again continues behind it.
+    by name. seal: called with each file's header size and the manifest's bytes before these are
+    published. Raises ShapeMismatch, CorruptFileError, DiskFullError, ResourceError; what was
+    complete stays complete, and the same call again continues behind it.
     """
     if not isinstance(specs, Mapping):
         specs = dict.fromkeys(
@@ -105,6 +107,7 @@ def write_experts(
         )
     home, advance = folder / EXPERTS, progress or (lambda nbytes: None)
     files: dict[str, int] = {}
+    headers: dict[str, int] = {}
     records: dict[Key, Record] = {}
     done = reused = 0
     make_folder(home, io)
@@ -117,6 +120,7 @@ def write_experts(
             chunks = cluster.chunks(source, finite, advance, done)
             atomic_write(cluster.path, chunks, io, nbytes=cluster.nbytes)
         files[cluster.path.name] = cluster.nbytes
+        headers[cluster.path.name] = len(cluster.header)
         records.update({record.key: record for record in cluster.records})
         done += cluster.nbytes
         advance(done)
@@ -125,6 +129,7 @@ def write_experts(
     for path in home.glob("cluster-*.ctsr"):  # of an unfinished run with other clusters
         if path.name not in files:
             path.unlink()
+    seal(headers, raw)
     atomic_write(home / MANIFEST, [raw], io, nbytes=len(raw))
     return Written(manifest, reused)
 

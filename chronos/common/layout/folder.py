@@ -61,6 +61,14 @@ class Layout:
         return tuple(self.folder / EXPERTS / file for file in self.manifest.files)
 
     @cached_property
+    def by_file(self) -> Mapping[str, list[Record]]:
+        """The records of each cluster file."""
+        found: dict[str, list[Record]] = {file: [] for file in self.manifest.files}
+        for record in self.records.values():
+            found[record.file].append(record)
+        return found
+
+    @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for layer, _ in self.records}))
 
@@ -144,6 +152,24 @@ def open_layout(
     `fingerprint` their model. `allow_missing` lets cluster files be absent and lists their experts.
     Raises CorruptClusterError, ShapeMismatch, ConfigError (not packed), ResourceError.
     """
+    layout = described_layout(folder, fingerprint=fingerprint, config=config, io=io)
+    missing: set[Key] = set()
+    for path in layout.files:
+        if allow_missing and not os.path.lexists(path):
+            missing.update(record.key for record in layout.by_file[path.name])
+        else:
+            check_cluster(layout, path, io)
+    return Layout(layout.folder, layout.manifest, frozenset(missing))
+
+
+def described_layout(
+    folder: StrPath,
+    *,
+    fingerprint: str | None = None,
+    config: ModelConfig | GuestConfig | None = None,
+    io: FileIO | None = None,
+) -> Layout:
+    """What `open_layout` opens, with no cluster file looked at: those are `check_cluster`'s."""
     folder = Path(folder)
     manifest = read_manifest(folder, io)
     for expected, what in _fingerprints(folder, fingerprint, io):
@@ -156,17 +182,12 @@ def open_layout(
             )
     if config is not None:
         check_geometry(manifest, config)
-    by_file: dict[str, list[Record]] = {file: [] for file in manifest.files}
-    for record in manifest.records.values():
-        by_file[record.file].append(record)
-    missing: set[Key] = set()
-    for file, records in by_file.items():
-        path = folder / EXPERTS / file
-        if allow_missing and not os.path.lexists(path):
-            missing.update(record.key for record in records)
-        else:
-            _check_cluster(path, manifest, records, io)
-    return Layout(folder, manifest, frozenset(missing))
+    return Layout(folder, manifest)
+
+
+def check_cluster(layout: Layout, path: Path, io: FileIO | None = None) -> None:
+    """Compare a cluster file's size, metadata and header with the manifest."""
+    _check_cluster(path, layout.manifest, layout.by_file[path.name], io)
 
 
 def packed_experts(

@@ -25,6 +25,7 @@ from chronos.common.disk.linked import LINK, write_link
 from chronos.common.disk.tensors import DTYPE, read_pieces, read_tensors
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout.ctsr import write_experts
+from chronos.common.layout.digests import renew, seal
 from chronos.common.layout.finite import check_finite
 from chronos.common.layout.folder import (
     FINGERPRINT,
@@ -127,6 +128,7 @@ def pack(
             fingerprint=model.fingerprint,
             order=how,
             progress=lambda nbytes: advance(dense + nbytes),
+            seal=lambda headers, manifest: seal(dst, _packed_files(dst), headers, manifest, io),
             io=io,
         )
     return PackReport(
@@ -209,9 +211,13 @@ def _complete(
     other folders may be linked to it, the source too."""
     lost = [path for path in _side_files(src) if not (dst / path.name).exists()]
     _copy_side_files(lost, dst, model.config, io)
+    put_back = [path.name for path in lost]
     if not (dst / DENSE).exists():
         check_free_space(dst, 0 if link else model.dense_nbytes, io)
         _place_dense(dst, model, link, advance, io)
+        put_back += [DENSE, LINK]
+    if put_back:
+        renew(dst, put_back, io)
 
 
 def _already_packed(layout: Layout, model: ModelSource, began: float) -> PackReport:
@@ -225,6 +231,12 @@ def _already_packed(layout: Layout, model: ModelSource, began: float) -> PackRep
         fingerprint=layout.fingerprint,
         left_out=model.left_out,
     )
+
+
+def _packed_files(dst: Path) -> list[str]:
+    """Names of what packing wrote beside the experts."""
+    written = (DENSE, LINK, *(path.name for path in _side_files(dst)))
+    return [name for name in written if (dst / name).exists()]
 
 
 def _overhead(src: Path, clusters: list[list[Key]]) -> int:

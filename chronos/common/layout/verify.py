@@ -1,32 +1,45 @@
 """Reading all of a model to see whether it is whole.
 
-`verify` checks headers, geometry, fingerprints, every record's checksum and every value for NaN and
-infinity, of a model folder of any kind or a single safetensors or `.ctsr` file. A lone `.ctsr` has
-its digests in the manifest and is checked without. Another library's dense part has no shapes to
-compare with: those are that library's to check. Not here: looking without reading (`overview`).
+`verify` checks headers, geometry, fingerprints, digests and every value for NaN and infinity, of a
+model folder of any kind or a single file; a file of a packed folder is compared with the digests
+beside it. What has no digests, as all of an unpacked folder, is named as not checked. Another
+library's dense part has no shapes to compare with: those are that library's to check. Not here:
+looking without reading (`overview`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chronos.common.disk.atomic import LOCK
 from chronos.common.disk.header import Located, read_header
 from chronos.common.disk.io import FileIO, StrPath
+from chronos.common.disk.linked import LINK
 from chronos.common.disk.tensors import locate_tensors, read_pieces
-from chronos.common.errors import ChronosError, ShapeMismatch
+from chronos.common.errors import ChronosError, CorruptClusterError, ShapeMismatch
 from chronos.common.layout.ctsr import read_records
+from chronos.common.layout.digests import DIGESTS, compare, read_digests
 from chronos.common.layout.finite import check_finite
-from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
+from chronos.common.layout.folder import (
+    Layout,
+    check_cluster,
+    described_layout,
+    is_packed,
+    refuse_unfinished,
+)
 from chronos.common.layout.guest import find_experts, left_out_of
+from chronos.common.layout.manifest import EXPERTS
+from chronos.common.layout.source import open_source
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
+    Key,
     TensorSpec,
     dense_tensors,
     lookahead_tensors,
@@ -36,7 +49,8 @@ from chronos.common.model.weights import (
 
 @dataclass
 class VerifyReport:
-    """What was read, and what was found wrong (only where problems are collected)."""
+    """What was read, what was found wrong (only where problems are collected: `what`, `where` and
+    `fix` of each), and what no digest vouches for."""
 
     path: str
     files: int = 0
@@ -45,7 +59,8 @@ class VerifyReport:
     encodings: list[str] = field(default_factory=list)
     bytes: int = 0
     seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)
+    problems: list[dict[str, str]] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +80,17 @@ class _Verifier:
     def problem(self, error: ChronosError) -> None:
         if not self.collect:
             raise error
-        self.report.problems.append(str(error))
+        found = {"what": error.what, "where": error.where, "fix": error.fix}
+        if found not in self.report.problems:
+            self.report.problems.append(found)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """An error within is a problem, and the rest of the folder is still read."""
+        try:
+            yield
+        except ChronosError as error:
+            self.problem(error)
 
     def advance(self, nbytes: int) -> None:
         self.report.bytes += nbytes
@@ -79,24 +104,63 @@ class _Verifier:
             self.problem(error)
 
     def folder(self, folder: Path) -> None:
-        config = read_config(folder)
         refuse_unfinished(folder, self.io)
-        guest = config if isinstance(config, GuestConfig) and not is_packed(folder) else None
+        if not is_packed(folder):
+            self.unpacked(folder, read_config(folder))
+            return
+        with self.noting():
+            config = read_config(folder)
+            with self.noting():
+                self.dense(folder, config)
+            layout = described_layout(folder, config=config, io=self.io)
+            self.report.encodings = sorted(set(layout.encodings.values()))
+            self.total += layout.total_bytes
+            self.records(layout, layout.files)
+        with self.noting():
+            self.digests(folder)
+
+    def unpacked(self, folder: Path, config: ModelConfig | GuestConfig) -> None:
+        guest = config if isinstance(config, GuestConfig) else None
         unused = partial(left_out_of, config=guest) if guest else None
         located = locate_tensors(folder, self.io, unused=unused)
-        layout = None
-        if is_packed(folder):
-            layout = open_layout(folder, config=config, io=self.io)
-            self.total += layout.total_bytes
-            self.report.encodings = sorted(set(layout.encodings.values()))
         if guest:
             find_experts(located, guest)
         elif isinstance(config, ModelConfig):
-            located |= self.native(folder, config, located, layout is not None)
+            located |= self.native(folder, config, located, packed=False)
+        with self.noting():
+            self.report.records = len(_experts_of(folder, self.io))
         self.total += sum(entry.nbytes for _, entry in located.values())
         self.tensors(located.values())
-        if layout is not None:
-            self.records(layout)
+        self.report.unchecked.append("whether bytes are the ones that were written: only `pack` "
+                                     "keeps digests")  # fmt: skip
+
+    def dense(self, folder: Path, config: ModelConfig | GuestConfig) -> None:
+        located = locate_tensors(folder, self.io)
+        if isinstance(config, ModelConfig):
+            located |= self.native(folder, config, located, packed=True)
+        self.total += sum(entry.nbytes for _, entry in located.values())
+        self.tensors(located.values())
+
+    def digests(self, folder: Path, only: str | None = None) -> None:
+        """Compare the folder's files with what was packed, all or one; a file with a problem of its
+        own is not told twice."""
+        known, unchecked = read_digests(folder, self.io), self.report.unchecked
+        if known is None:
+            unchecked.append("dense part, side files, manifest and headers: packed before Chronos "
+                             "kept their digests; pack again for those")  # fmt: skip
+            return
+        told = {problem["where"] for problem in self.report.problems}
+        for name, digest in known.items():
+            path = folder / name
+            if str(path) not in told and only in (None, name):
+                with self.noting():
+                    compare(path, digest, not name.endswith(".ctsr"), self.io)
+        if (folder / LINK).exists() and only is None:
+            unchecked.append(f"the dense part, which {LINK} leaves in another folder")
+        listed = set(known) | {LOCK, f"{EXPERTS}/{DIGESTS}"}
+        found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        if only is None and (others := sorted(found - listed)):
+            unchecked.append("files that packing did not write: " + ", ".join(others))
 
     def native(
         self, folder: Path, config: ModelConfig, located: dict[str, Located], packed: bool
@@ -136,10 +200,16 @@ class _Verifier:
                 self.finite(data, piece.dtype, piece.name, str(path), piece.offset - start)
                 self.advance(piece.nbytes)
 
-    def records(self, layout: Layout) -> None:
-        wanted = [(layout.path(key), record) for key, record in layout.records.items()]
+    def records(self, layout: Layout, files: Iterable[Path]) -> None:
+        """Experts of these cluster files; of one whose header or size is wrong, only that."""
+        sound = set()
+        for path in files:
+            with self.noting():
+                check_cluster(layout, path, self.io)
+                sound.add(path.name)
+        wanted = [(layout.path(r.key), r) for name in sorted(sound) for r in layout.by_file[name]]
         wanted.sort(key=lambda at: (at[1].file, at[1].offset))
-        self.report.files += len(layout.files)
+        self.report.files += len(sound)
         with closing(read_records(wanted, self.io, self.problem)) as stream:
             for record, data in stream:
                 views, where = record.views(data), str(layout.path(record.key))
@@ -148,6 +218,27 @@ class _Verifier:
                     self.finite(views[tensor.name], tensor.dtype, name, where)
                 self.report.records += 1
                 self.advance(record.nbytes)
+
+    def file(self, path: Path) -> None:
+        """One file: of a packed folder, as that knows it; else its own header and values."""
+        inside = path.parent.name == EXPERTS
+        folder = path.parent.parent if inside else path.parent
+        packed = is_packed(folder)
+        if packed and inside and path.suffix == ".ctsr":
+            layout = described_layout(folder, io=self.io)
+            if path not in layout.files:
+                raise CorruptClusterError("the manifest names no such cluster", str(path))
+            self.total += sum(record.nbytes for record in layout.by_file[path.name])
+            self.records(layout, [path])
+        elif path.suffix in (".safetensors", ".ctsr") or not packed:
+            located = _located(path, self.io)
+            self.total = sum(entry.nbytes for _, entry in located.values())
+            self.tensors(located.values())
+        if packed:
+            self.digests(folder, path.relative_to(folder).as_posix())
+        else:
+            self.report.unchecked.append("whether these are the bytes that were written: no packed "
+                                         "folder is around the file")  # fmt: skip
 
 
 def verify(
@@ -167,11 +258,14 @@ def verify(
     if path.is_dir():
         verifier.folder(path)
     else:
-        located = _located(path, io)
-        verifier.total = sum(entry.nbytes for _, entry in located.values())
-        verifier.tensors(located.values())
+        verifier.file(path)
     verifier.report.seconds = time.perf_counter() - began
     return verifier.report
+
+
+def _experts_of(folder: Path, io: FileIO | None) -> list[Key]:
+    """Of a folder that is not packed, as packing would find them."""
+    return [key for layer in open_source(folder, io or FileIO()).layers for key in layer]
 
 
 def _located(path: Path, io: FileIO | None) -> dict[str, Located]:
