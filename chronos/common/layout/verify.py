@@ -22,7 +22,7 @@ from chronos.common.disk.header import Located, read_header
 from chronos.common.disk.io import FileIO, StrPath
 from chronos.common.disk.linked import LINK
 from chronos.common.disk.tensors import locate_tensors, read_pieces
-from chronos.common.errors import ChronosError, CorruptClusterError, ShapeMismatch
+from chronos.common.errors import ChronosError, CorruptClusterError, ResourceError, ShapeMismatch
 from chronos.common.layout.ctsr import read_records
 from chronos.common.layout.digests import DIGESTS, compare, read_digests
 from chronos.common.layout.finite import check_finite
@@ -78,7 +78,7 @@ class _Verifier:
         self.progress, self.total = progress, 0
 
     def problem(self, error: ChronosError) -> None:
-        if not self.collect:
+        if not self.collect or isinstance(error, ResourceError):  # the machine's, not the file's
             raise error
         found = {"what": error.what, "where": error.where, "fix": error.fix}
         if found not in self.report.problems:
