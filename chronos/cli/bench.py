@@ -35,9 +35,14 @@ RoundsOption = Annotated[
 ]
 
 _COLUMNS = (
-    *("budget", "tok/s", "of resident", "same tokens"),
+    *("budget", "tok/s", "spread", "of resident", "same"),
     *("hits", "MB/token", "stall ms", "of limit"),
 )
+_LEGEND = (
+    "tok/s: median of the rounds. spread: from the slowest to the fastest of them, by the median. "
+    "of resident: ratio of the medians. same: the resident model's very tokens. " + footer.LEGEND
+)
+_NOISY = 0.2  # rounds further apart say little about a budget
 _PROMPT = "import os\n\n\ndef "
 
 
@@ -104,16 +109,18 @@ def decode(
         return
     title = f"{model}: {output.size(result.expert_bytes_total)} of experts"
     output.table(_COLUMNS, [_row(result, runs) for runs in result.runs], title=title)
-    output.legend(footer.LEGEND)
+    output.legend(_LEGEND)
+    if max(runs.spread() or 0.0 for runs in result.runs) > _NOISY:
+        output.note("Rounds lie far apart: something else used this machine. More --rounds help.")
 
 
 def _row(result: Bench, runs: Runs) -> tuple[str, ...]:
-    speed = f"{runs.median('decode_tps'):.1f}"
+    speed = f"{runs.median('decode_tps'):.1f}", output.percent(runs.spread())
     if runs is result.runs[0]:
-        return ("resident", speed, "100.0 %", *("-",) * 5)
+        return ("resident", *speed, "100.0 %", *("-",) * 5)
     return (
         runs.budget,
-        speed,
+        *speed,
         output.percent(result.ratio(runs)),
         "yes" if result.identical(runs) else "no",
         output.percent(runs.hit_rate()),

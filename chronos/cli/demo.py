@@ -109,12 +109,12 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str) -> None:
         ("Hit rate: needs met from memory", "100.0 %", output.percent(footer.hit_rate(part))),
         ("Read from disk per token", "0 MB", f"{read:.3f} MB"),
         ("Most memory the experts took", *memory),
-        ("Share of the physical limit", "-", output.percent(footer.limit_share(part))),
+        ("Share of the limit", "-", output.percent(footer.limit_share(part))),
     ]
     output.heading("What this shows")
     output.paragraph(_EXPLANATION)
     output.table(("", "all experts", f"room for {budget}"), rows)
-    output.paragraph(_LIMIT)
+    output.paragraph(_NUMBERS)
 
 
 _EXPLANATION = (
@@ -123,7 +123,4 @@ _EXPLANATION = (
     "memory. The second had room for a part, and read an expert from disk whenever it needed one "
     "it did not hold. Nothing is approximated: both runs must write the same text."
 )
-_LIMIT = (
-    "The physical limit is the speed that nothing could beat on this machine with that memory: "
-    "every expert kept or read with perfect foresight, every read hidden behind computing."
-)
+_NUMBERS = f"All of the tokens after the prompt. The limit: {footer.LIMIT}"

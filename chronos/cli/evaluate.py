@@ -33,15 +33,24 @@ def evaluate(
     out: JsonOptions,
     held_out: HeldOutOption = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to measure on.")
+        int,
+        typer.Option(
+            "--max-tokens", "-n", min=1, help="Tokens to measure on, in whole rows, at least one."
+        ),
     ] = 50_000,
     seq_len: Annotated[int, typer.Option(min=2, help="Context of each row.")] = 256,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows at a time; 1 for guests and within a budget.")
+        int,
+        typer.Option(
+            min=1, help="Rows at a time; a guest, or a budget, takes a document at a time."
+        ),
     ] = 8,
     skip_bad: SkipBadOption = 0,
 ) -> None:
-    """Measure a model on text; lookahead recall where all its experts are in memory."""
+    """Measure a model on text; lookahead recall where all its experts are in memory.
+
+    The same tokens in the same contexts are measured at every budget and batch size.
+    """
     from chronos import backends
     from chronos.common.model.config import ModelConfig
     from chronos.common.training.objectives import NextToken
@@ -61,28 +70,35 @@ def evaluate(
             )
         tokenizer, backend = tokenizer_of(engine, model), backends.load(engine.backend)
         dataset = room.packed(tokenizer, documents, seq_len)
+        rows = room.rows_of(dataset, max_tokens)
         with output.progress("routing") as update:
             trace = room.record(
                 engine.session,
                 engine.config,
-                room.cut(tokenizer, documents, seq_len),
-                max_tokens=max_tokens,
+                (ids_T.tolist() for ids_T, _ in room.pieces_of(rows)),
+                max_tokens=len(rows) * seq_len,
                 model=model,
                 progress=update,
             )
         loaded = engine.session.model
         if engine.feed is None and isinstance(engine.config, ModelConfig):
             step = backend.train_step(loaded, OptimizerRecipe())
-            batches = room.batches(dataset, batch_size=batch_size, max_tokens=max_tokens)
+            batches = list(room.together(rows, batch_size))
             terms = step.evaluate(batches, NextToken(engine.config.loss_weights))
         else:
-            rows = room.labelled(tokenizer, documents, seq_len)
             with engine.feed.step() if engine.feed else nullcontext() as source:
                 forward = partial(backend.forward, loaded, source=source)
-                terms = room.sequence_loss(forward, rows, max_tokens=max_tokens)
-    result = room.summary(terms, dataset, documents) | {"locality": room.locality(trace)}
+                terms = room.sequence_loss(forward, room.pieces_of(rows))
+    result = {
+        "documents": len(documents),
+        "tokens": sum(row.tokens for row in rows),
+        "rows": len(rows),
+        "seq_len": seq_len,
+        **room.summary(terms, dataset, documents),
+        "locality": room.locality(trace),
+    }
     if out.json:
-        output.print_json({"model": model, "data": data, "documents": len(documents)} | result)
+        output.print_json({"model": model, "data": data} | result)
         return
     output.table(
         ("measure", "value", ""), _rows(result), title=_title(model, data, documents), align="lrl"
@@ -96,6 +112,11 @@ def _title(model: str, data: str, documents: list[Document]) -> str:
 def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     place = result["locality"]
     rows = [
+        (
+            "tokens",
+            str(result["tokens"]),
+            f"predicted, in {result['rows']} rows of {result['seq_len']}",
+        ),
         ("loss", f"{result['loss']:.4f}", "nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}", ""),
     ]

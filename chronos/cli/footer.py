@@ -1,4 +1,8 @@
-"""Numbers of one generation as lines, table cells and JSON, the same wherever they are shown."""
+"""Numbers of one generation as lines, table cells and JSON, the same wherever they are shown.
+
+What is printed of hits, reads and waiting is of the decoded tokens, those after the prompt. JSON
+has these under decode_<name>, and prompt and reply together under <name>.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from chronos.cli import output
 if TYPE_CHECKING:
     from chronos.run.engine import Engine, GenerationResult
 
+LIMIT = (
+    "100 % is what perfect foresight would reach with that memory and this disk: each expert kept "
+    "or read in time, computing as fast as in this run."
+)
 LEGEND = (
-    "hits: needs of an expert that found it in memory. stall: time spent waiting for reads. of "
-    "limit: 100 % is the speed nothing on this machine could beat with that memory: perfect "
-    "foresight, every read hidden behind computing."
+    "All of the tokens after the prompt. hits: needs of an expert that found it in memory. stall: "
+    f"time spent waiting for reads. of limit: {LIMIT}"
 )
 
 
@@ -29,8 +36,10 @@ def peak_memory() -> int:
 
 
 def hit_rate(stats: dict[str, Any]) -> float | None:
-    """Share of the routed needs whose expert was in memory; None where nothing was streamed."""
-    return float(stats["hits"] / stats["routed"]) if stats.get("routed") else None
+    """Share of the decoded tokens' needs whose expert was in memory; None where nothing was
+    streamed."""
+    routed = stats["decode_routed"]
+    return float(stats["decode_hits"] / routed) if routed else None
 
 
 def per_token(stats: dict[str, Any], name: str) -> float:
@@ -49,6 +58,8 @@ def with_limit(
 
 
 def limit_share(stats: dict[str, Any]) -> float | None:
+    """The share of the limit that was reached; None where nothing was streamed, and where some
+    needs were answered without their expert."""
     share: float | None = (stats.get("limit") or {}).get("eta_limit")
     return share
 
@@ -66,20 +77,28 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
 
 def _experts(engine: Engine, stats: dict[str, Any]) -> str:
     total = engine.expert_bytes_total
-    if engine.feed is None:
-        return f"all {output.size(total)} in memory"
+    if engine.feed is None or engine.budget_bytes >= total:
+        return f"all {output.size(total)} in memory{_loading(stats)}"
     parts = [
-        f"budget {output.size(engine.budget_bytes)} of {output.size(total)}",
-        f"{output.percent(hit_rate(stats))} hits",
+        f"budget {output.size(engine.budget_bytes)} of {output.size(total)}; "
+        f"after the prompt {output.percent(hit_rate(stats))} hits",
         f"read {per_token(stats, 'bytes_read') / 1e6:.3f} MB/token",
         f"stall {1e3 * per_token(stats, 'stall_s'):.2f} ms/token",
     ]
     if (share := limit_share(stats)) is not None:
         parts.append(f"{output.percent(share)} of the limit")
-    if stats.get("fallbacks"):
-        missed = output.percent(stats["fallbacks"] / stats["routed"])
+    if stats["decode_fallbacks"]:
+        missed = output.percent(stats["decode_fallbacks"] / stats["decode_routed"])
         parts.append(f"{missed} of expert uses replaced by the shared expert")
     return ", ".join(parts)
+
+
+def _loading(stats: dict[str, Any]) -> str:
+    """What is left of loading them all, which goes on while the first answer is made."""
+    if not stats["bytes_loaded"]:
+        return ""
+    loaded, waited = output.size(stats["bytes_loaded"]), 1e3 * stats["stall_s"]
+    return f", {loaded} of them loaded meanwhile: {waited:.1f} ms waited"
 
 
 def to_json(engine: Engine, result: GenerationResult) -> dict[str, Any]:

@@ -30,19 +30,19 @@ _TRAINING = 0.25  # of the minutes: no epoch of the forecaster begins that would
 # Counted tokens and those before them: at least, whatever the time, and at most.
 _TOKENS, _WARMUP = (20, 200), (10, 100)
 _LIMITS = (
-    *("budget", "run", "limit", "res.", "bytes", "policy", "overlap"),
+    *("budget", "run", "limit", "ideal", "res.", "bytes", "policy", "overlap"),
     *("x bound", "ahead", "right"),
 )
 _LEGEND = (
-    "stall: ms a token spent waiting for reads. x off: speed by that without prefetch, the same "
-    "tokens in turns. "
+    "All of the counted tokens. stall: ms a token spent waiting for reads. hits: needs of an "
+    "expert that found it in memory. x off: speed by that without prefetch, the median of turns of "
+    "the same tokens: a few slow turns move ms/token more. "
+    f"limit: {footer.LIMIT} ideal: the same, computing as fast as the resident model. "
     "x bound: time by the larger of resident time and bytes read / disk rate, which complete "
-    "overlap would take. "
-    + footer.LEGEND
-    + " It is lost to: res. (time above that of the resident model), bytes (reads above those "
-    "of a perfect cache), policy (share of the gap from the better of lru and lfu to it that is "
-    "closed), overlap (reads waited for). ahead: needs not resident that were prefetched; right: "
-    "prefetched bytes that were used."
+    "overlap would take. Time is lost to: res. (resident time by this), bytes (a perfect cache's "
+    "reads by these), policy (share of the gap from the better of lru and lfu to it that is "
+    "closed), overlap (reads nobody waited for; below 0 they took longer than the disk by itself). "
+    "ahead: needs not resident that were prefetched; right: prefetched bytes that were used."
 )
 
 
@@ -277,7 +277,7 @@ def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:
     return (
         budget,
         run,
-        *(share(name) for name in ("limit", "res", "bytes", "policy", "overlap")),
+        *(share(name) for name in ("limit", "ideal", "res", "bytes", "policy", "overlap")),
         f"{bound:.2f}",
         _whole(_median(r.stats["prefetch_recall"] for r in found)),
         _whole(_median(r.stats["prefetch_precision"] for r in found)),
@@ -285,7 +285,7 @@ def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:
 
 
 def _whole(share: float | None) -> str:
-    """Percent without decimals: ten columns have to fit."""
+    """Percent without decimals: eleven columns have to fit."""
     return "-" if share is None else f"{100 * share:.0f} %"
 
 

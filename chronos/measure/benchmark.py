@@ -2,8 +2,9 @@
 
 Every run opens the model anew and answers uncounted `warmup` times, so a streamed run is measured
 with the experts its last answer left; the operating system's file cache is avoided where the disk
-can be read directly. A round's runs are compared with that round's resident run and the median of
-these ratios counts, since machines drift. Knows no framework and prints nothing.
+can be read directly. Medians over the rounds count, and ratios are those of the medians; how far
+rounds lie apart says what they are worth. All counters are of the decoded tokens. Knows no
+framework and prints nothing.
 """
 
 from __future__ import annotations
@@ -47,9 +48,14 @@ class Runs:
 
     def hit_rate(self) -> float | None:
         """Share of all rounds' routed needs that were in memory; None where none was streamed."""
-        routed = sum(r.stats["routed"] for r in self.results)
-        hits = sum(r.stats["hits"] for r in self.results)
+        routed = sum(r.stats["decode_routed"] for r in self.results)
+        hits = sum(r.stats["decode_hits"] for r in self.results)
         return float(hits / routed) if routed else None
+
+    def spread(self) -> float | None:
+        """How far the fastest round lies above the slowest, by the median; None for one round."""
+        tps, middle = self.tps(), self.median("decode_tps")
+        return (max(tps) - min(tps)) / middle if len(tps) > 1 and middle else None
 
     def median_limit(self, name: str) -> float | None:
         found = [(r.stats.get("limit") or {}).get(name) for r in self.results]
@@ -65,9 +71,8 @@ class Bench:
     runs: list[Runs] = field(default_factory=list)
 
     def ratio(self, runs: Runs) -> float:
-        """Median over the rounds of speed by the same round's resident speed."""
-        pairs = zip(runs.tps(), self.runs[0].tps(), strict=True)
-        return statistics.median(own / max(resident, 1e-9) for own, resident in pairs)
+        """Median speed by the resident model's median speed."""
+        return runs.median("decode_tps") / max(self.runs[0].median("decode_tps"), 1e-9)
 
     def identical(self, runs: Runs) -> bool:
         """Whether every round made exactly the resident model's tokens."""
@@ -86,6 +91,8 @@ class Bench:
             "budget": runs.budget,
             "budget_bytes": runs.budget_bytes,
             "decode_tps": runs.tps(),
+            "decode_tps_median": runs.median("decode_tps"),
+            "spread": runs.spread(),
             "ratio_to_resident": self.ratio(runs),
             "tokens_identical": self.identical(runs),
             "stats": [r.stats for r in runs.results],

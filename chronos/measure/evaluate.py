@@ -25,6 +25,7 @@ from chronos.common.data import (
     split_documents,
     stdlib_documents,
 )
+from chronos.common.data.packing import IGNORE, Ints
 from chronos.common.errors import DataError
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.traces.trace import RoutingTrace, TraceRecorder
@@ -136,19 +137,6 @@ def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Ite
     yield from _cut_texts(tokenizer, documents, length)
 
 
-def labelled(
-    tokenizer: Tokenizer, documents: Sequence[Document], length: int
-) -> Iterator[tuple[list[int], Sequence[bool]]]:
-    """The pieces of `cut`, each with the ids that count as labels, as training has them. Raises
-    DataError for rows without any."""
-    for document in documents:
-        if document.kind != "text":
-            encoded = encode_documents(tokenizer, [document])
-            yield from _windows(encoded.ids[0].tolist(), encoded.trained[0].tolist(), length)
-    for ids in _cut_texts(tokenizer, documents, length):
-        yield ids, [True] * len(ids)
-
-
 def _cut_texts(
     tokenizer: Tokenizer, documents: Sequence[Document], length: int
 ) -> Iterator[list[int]]:
@@ -225,36 +213,46 @@ def packed(tokenizer: Tokenizer, documents: Sequence[Document], seq_len: int) ->
     )
 
 
-def batches(dataset: PackedDataset, *, batch_size: int, max_tokens: int) -> list[Batch]:
-    """At most `max_tokens` tokens of the rows, in whole batches."""
-    batch_size = min(batch_size, len(dataset))
-    rows = max(batch_size, min(len(dataset), max_tokens // dataset.seq_len))
-    return [dataset.batch(i, batch_size) for i in range(rows // batch_size)]
+def rows_of(dataset: PackedDataset, max_tokens: int) -> list[Batch]:
+    """Rows of at most `max_tokens` tokens in all, at least one, each a batch: the same ones
+    whatever is held in memory and however many are computed at a time."""
+    count = min(len(dataset), max(1, max_tokens // dataset.seq_len))
+    return [dataset.batch(row, 1) for row in range(count)]
+
+
+def together(rows: Sequence[Batch], batch_size: int) -> Iterator[Batch]:
+    """The rows, so many at a time; the last batch may have fewer."""
+    for start in range(0, len(rows), batch_size):
+        group = rows[start : start + batch_size]
+        yield Batch(
+            np.concatenate([row.ids_BT for row in group]),
+            np.concatenate([row.labels_BT for row in group]),
+            np.concatenate([row.segments_BT for row in group]),
+        )
+
+
+def pieces_of(rows: Iterable[Batch]) -> Iterator[tuple[Ints, Ints]]:
+    """(ids, labels) of each document's part of a row, which sees nothing of the others."""
+    for row in rows:
+        ids_T, labels_T, segments_T = row.ids_BT[0], row.labels_BT[0], row.segments_BT[0]
+        for number in range(segments_T.max() + 1):
+            yield ids_T[segments_T == number], labels_T[segments_T == number]
 
 
 def sequence_loss(
-    forward: Callable[[npt.NDArray[Any]], Observed],
-    sequences: Iterable[tuple[Sequence[int], Sequence[bool]]],
-    *,
-    max_tokens: int,
+    forward: Callable[[npt.NDArray[Any]], Observed], pieces: Iterable[tuple[Ints, Ints]]
 ) -> dict[str, float]:
-    """`loss` without packed rows, which guests do not take: each sequence, with its labels as
-    `labelled` gives them, from an empty context. Raises DataError where no token is a label."""
-    nats, count, done = 0.0, 0, 0
-    for ids, trained in sequences:
-        ids_T = np.array(ids[: max_tokens - done + 1])
-        if len(ids_T) < 2:
-            break
-        is_label_T = np.array(trained[1 : len(ids_T)], bool)
-        logits_TV = forward(ids_T[None]).logits_BTV[0, :-1]
-        top_T = logits_TV.max(-1)
-        mass_T = np.exp(logits_TV - top_T[:, None]).sum(-1, dtype=np.float64)
-        right_T = logits_TV[np.arange(len(logits_TV)), ids_T[1:]]
-        nats += float((np.log(mass_T) + top_T - right_T)[is_label_T].sum())
-        count += int(is_label_T.sum())
-        done += len(logits_TV)
-    if not count:
-        raise DataError("no token of the data is a label", "", "raise --max-tokens or --seq-len")
+    """The loss of packed rows without their packing, which guests do not take: each piece from an
+    empty context."""
+    nats, count = 0.0, 0
+    for ids_T, labels_T in pieces:
+        at = np.flatnonzero(labels_T != IGNORE)
+        logits_NV = forward(ids_T[None].astype(np.int64)).logits_BTV[0, at]
+        top_N = logits_NV.max(-1, initial=-np.inf)
+        mass_N = np.exp(logits_NV - top_N[:, None]).sum(-1, dtype=np.float64)
+        right_N = logits_NV[np.arange(len(at)), labels_T[at]]
+        nats += float((np.log(mass_N) + top_N - right_N).sum())
+        count += len(at)
     return {"ce": nats / count}
 
 

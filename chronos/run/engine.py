@@ -179,12 +179,13 @@ class Engine:
         self, result: GenerationResult, resident_token_s: float | None = None
     ) -> dict[str, Any] | None:
         """The least time a token could have taken here and the shares of it, as JSON; None where
-        nothing was streamed or decoded. Takes up to a second for 256 tokens.
+        nothing was streamed or decoded, where all experts have room, and where some needs were
+        answered without their expert. Takes up to a second for 256 tokens.
 
         result: of `generate(record=True)`. resident_token_s: seconds a token takes with all experts
         in the model, where that was measured.
         """
-        if self.feed is None or self.layout is None:
+        if self.feed is None or self.layout is None or self.budget_bytes >= self.expert_bytes_total:
             return None
         if result.meter is None:
             raise UsageError(

@@ -1,10 +1,9 @@
-"""The numbers of one generation: seconds, expert traffic, and the share of the physical limit.
+"""The numbers of one generation: seconds, expert traffic, and the share of the limit.
 
 A `Meter` is told of a sequence's passes and how long they took, and reads the store's counters at
 the ends of prompt and reply: what others read meanwhile is in them. The limit is that of the decode
-phase, on the routing that was executed, from the experts resident when it began. Where no resident
-run was measured, decode time without its stalls stands for one: reads slow the compute beside them,
-so it errs on the high side. Not covered: printing; the key/value cache's bytes, small beside the
+phase, on the routing that was executed, from the experts resident when it began, at the run's own
+pace of computing (`limits`). Not covered: printing; the key/value cache's bytes, small beside the
 weights.
 """
 
@@ -36,6 +35,10 @@ if TYPE_CHECKING:
 _RATE_SAMPLE_BYTES = 64 << 20
 # An accelerator's memory rate is not measured: its roofline stands aside for the kernel time.
 _UNKNOWN_RATE = 1e18
+_OF_TOKENS = (
+    *("routed", "hits", "late", "misses", "prefetch_hits", "warm_hits", "fallbacks"),
+    *("bytes_read", "bytes_copied", "bytes_prefetched", "bytes_loaded", "stall_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,7 @@ class Meter:
     """Counts one sequence, from the meter's creation on. With `record`, `limit` can be asked for,
     where the sequence is alone."""
 
-    def __init__(
-        self, session: Session, feed: Feed | None, seq: int = 0, *, record: bool
-    ) -> None:
+    def __init__(self, session: Session, feed: Feed | None, seq: int = 0, *, record: bool) -> None:
         self.session, self.feed, self.seq = session, feed, seq
         self.record = record and feed is not None
         self.prompt_tokens = self.decoded = 0
@@ -132,30 +133,34 @@ class Meter:
         self._end = self._count()
 
     def stats(self) -> dict[str, Any]:
-        """The numbers of spec section 5; those named decode_* leave the prompt out."""
+        """Counters of prompt and reply together under their own names, of the decoded tokens alone
+        as decode_<name>: those never mix in one line."""
         now = self._end or self._count()
-        decode = now.minus(self._middle or now)
+        decode = now.minus(self._middle or now).to_json()
         return {
             "ttft_s": self.prefill_s,
             "prefill_tps": _per_second(self.prompt_tokens, self.prefill_s),
             "decode_tps": _per_second(self.decoded, self.decode_s),
             "decode_s": self.decode_s,
             "decode_tokens": self.decoded,
-            "decode_bytes_read": decode.bytes_read,
-            "decode_bytes_copied": decode.bytes_copied,
-            "decode_stall_s": decode.stall_s,
-        } | now.minus(self._start).to_json()
+            **{f"decode_{name}": decode[name] for name in _OF_TOKENS},
+            **now.minus(self._start).to_json(),
+        }
 
     def limit(self, config: Geometry, machine: Machine) -> dict[str, Any] | None:
-        """The limit of the decoded tokens and the shares of it; None if there are none. After
-        `end`."""
+        """The limit of the decoded tokens and the shares of it; None if there are none, or if some
+        needs were answered without their expert. After `end`."""
+        if not self.decoded or machine.slots < config.num_experts_per_tok:
+            return None
+        assert self._middle is not None and self._end is not None
+        decode = self._end.minus(self._middle)
+        if decode.fallbacks:
+            return None
         recorder = TraceRecorder(
             config.num_experts, config.num_experts_per_tok, layers=machine.moe_layers
         )
         for ids_TLK, _ in self._routing:
             recorder.append(ids_TLK)
-        if not self.decoded or machine.slots < config.num_experts_per_tok:
-            return None
         trace = recorder.trace()
         # What was there at first: least worth keeping first, in some order that is always the same.
         resident = sorted(self._resident)
@@ -168,12 +173,9 @@ class Meter:
         copies = 0.0
         if machine.copy_rate:
             copies = simulate(trace, machine.slots, "min", resident=resident).reads_per_token
-        assert self._middle is not None and self._end is not None
-        decode = self._end.minus(self._middle)
         stall_s, token_s = decode.stall_s / self.decoded, self.decode_s / self.decoded
         # What this run computed in is possible: a resident run that took longer was disturbed.
-        busy_s = max(0.0, token_s - stall_s)
-        resident_s = min(busy_s, machine.resident_token_s or busy_s)
+        resident_s = machine.resident_token_s and min(token_s - stall_s, machine.resident_token_s)
         report = limit_report(
             token_s=token_s,
             reads_per_token=decode.bytes_read / machine.record_bytes / self.decoded,
@@ -185,7 +187,7 @@ class Meter:
             dense_bytes=machine.dense_bytes,
             layers=trace.num_layers,
             top_k=trace.top_k,
-            kernel_s=resident_s,
+            kernel_s=None if resident_s is None else max(0.0, resident_s),
             stall_s=stall_s,
             min_copies_per_token=copies,
             link_bytes_per_s=machine.copy_rate,

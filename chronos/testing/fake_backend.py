@@ -110,7 +110,7 @@ class MixesUpExperts(FakeStore):
 
 class DeliversUnfinished(FakeStore):
     def acquire(self, layer: int, experts: Sequence[int]) -> Any:
-        self.tier.prefetch([(layer, expert) for expert in experts])
+        self.tier.prefetch([(layer, expert) for expert in experts], "test")
         for expert in experts:
             slot = self.tier.residency.lookup((layer, expert))
             yield expert, None if slot is None else self.tier.taken(slot)

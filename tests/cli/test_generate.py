@@ -331,7 +331,7 @@ def test_demo_tells_the_story(chronos: Any, packed: Path) -> None:
         "Hit rate: needs met from memory",
         "Read from disk per token",
         "Most memory the experts took",
-        "Share of the physical limit",
+        "Share of the limit",
     ):
         assert name in rows
     (same,) = [line for line in done.out.splitlines() if "The very same tokens?" in line]

@@ -306,15 +306,22 @@ def test_eval_in_a_process_of_its_own_has_all_of_its_framework(packed: Path, tex
 def test_eval_within_a_budget_measures_the_same_model(
     chronos: Any, packed: Path, text: Path
 ) -> None:
-    """Sequence by sequence: its own rows at another budget, the packed rows of before nearly."""
+    """The same tokens in the same contexts, whatever is in memory and computed at a time."""
     flags = ("--data", text, "-n", 600, "--seq-len", 32, "--json")
-    whole = chronos("eval", packed, *flags).json
+    whole, one = (chronos("eval", packed, *flags, "--batch-size", n).json for n in (8, 1))
     half, quarter = (chronos("eval", packed, *flags, "--budget", b).json for b in ("50%", "25%"))
-    assert half["loss"] == quarter["loss"] == pytest.approx(whole["loss"], rel=0.1)
-    assert half["locality"] == whole["locality"]
+    for other in (one, half, quarter):
+        assert other["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        assert other["locality"] == whole["locality"]
+        assert (other["tokens"], other["rows"]) == (whole["tokens"], whole["rows"])
+    assert half["loss"] == quarter["loss"]
     assert half["lookahead_recall"] == []
+    # Labels: none behind the end of a document.
+    assert whole["rows"] == 600 // 32 and 0 < whole["tokens"] <= whole["rows"] * 32
     lossy = chronos("eval", packed, *flags, "--budget", "25%", "--miss", "fallback").json
     assert lossy["loss"] != half["loss"]
+    shown = chronos("eval", packed, *flags[:-1]).out
+    assert str(whole["tokens"]) in shown and f"in {whole['rows']} rows of 32" in shown
 
 
 def test_eval_of_data_that_is_not_there(chronos: Any, packed: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The formulas of the physical limit, by hand."""
+"""The formulas of the limit, by hand."""
 
 from __future__ import annotations
 
@@ -25,19 +25,27 @@ RUN: dict[str, Any] = {
 
 
 def test_a_run_worked_out_by_hand() -> None:
-    report = limit_report(**RUN, ref_reads_per_token=20.0, stall_s=0.12)
+    report = limit_report(**RUN, ref_reads_per_token=20.0, stall_s=0.12, kernel_s=0.05)
     assert report.to_json() == pytest.approx(
         {
-            "t_res_s": 0.014,  # 1.4 GB at 100 GB/s
-            "t_limit_s": 0.1,  # 10 reads of 10 ms
+            "t_res_s": 0.05,  # 1.4 GB at 100 GB/s would take 14 ms
+            "t_limit_s": 0.13,  # 10 reads of 10 ms are hidden behind its own computing
             "t_demand_s": 0.11,  # and 10 ms of dense weights before them
-            "eta_limit": 0.4,
-            "eta_res": 0.056,
+            "eta_limit": 0.52,
+            "eta_res": 0.2,
+            "eta_ideal": 0.4,  # and are not behind that of the resident run
             "eta_bytes": 0.625,
             "eta_policy": 0.4,
             "eta_overlap": 0.25,
         }
     )
+
+
+def test_the_share_of_the_limit_is_the_same_whether_a_resident_run_was_measured_or_not() -> None:
+    alone = limit_report(**RUN, stall_s=0.12)
+    beside = limit_report(**RUN, stall_s=0.12, kernel_s=0.05)
+    assert alone.eta_limit == beside.eta_limit == pytest.approx(0.52)
+    assert (alone.t_res_s, alone.eta_ideal) == (pytest.approx(0.13), None)
 
 
 def test_measured_kernels_and_rest_replace_the_roofline() -> None:

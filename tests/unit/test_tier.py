@@ -17,6 +17,7 @@ import pytest
 from chronos.common.disk.reader import Request
 from chronos.common.errors import StoreError
 from chronos.common.experts.residency import LRU, Counts
+from chronos.common.experts.tier import PRELOAD
 from chronos.common.experts.tiers import SlotTier, StagedTier
 from chronos.common.layout import Layout
 from chronos.common.model.weights import Key
@@ -423,3 +424,21 @@ def test_a_token_closes_with_a_report_by_source(bench: Bench) -> None:
     assert dataclasses.astuple(after.of("a")) == (0, 1, 0, 0, 0)
     assert (after.of("b").used, after.of("b").wasted) == (0, 1)
     assert tier.stats().bytes_wasted == bench.layout.record_nbytes
+
+
+def test_loading_what_all_have_room_for_is_no_prefetch(bench: Bench) -> None:
+    """Counted when it lands, told apart from forecasts, and never called wasted."""
+    tier, size = bench.tier, bench.layout.record_nbytes
+    assert tier.prefetch([(0, 1), (0, 2), (1, 3)], PRELOAD) == [(0, 1), (0, 2), (1, 3)]
+    assert tier.stats().bytes_loaded == 0
+    lease = tier.acquire(0, [1])
+    bench.end_all()
+    assert [expert for expert, _ in lease] == [1]
+    assert bench.take(0, [2]) == [2]
+    stats = tier.stats()
+    assert (stats.hits, stats.late, stats.misses) == (1, 1, 0)
+    assert (stats.bytes_loaded, stats.late_loading) == (3 * size, 1)
+    assert stats.bytes_read == stats.bytes_loaded
+    assert (stats.prefetch_hits, stats.bytes_prefetched, stats.prefetch_recall) == (0, 0, None)
+    tier.close()
+    assert tier.stats().bytes_wasted == 0

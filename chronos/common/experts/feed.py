@@ -28,7 +28,7 @@ from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
 from chronos.common.experts.residency import DecayedLFU, Policy
 from chronos.common.experts.stats import StoreStats
-from chronos.common.experts.tier import Lease, Tier
+from chronos.common.experts.tier import PRELOAD, Lease, Tier
 from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
 from chronos.common.layout.folder import slots_within
 from chronos.common.model.weights import Key
@@ -241,7 +241,7 @@ class Feed:
 
     def preload(self, keys: Sequence[Key]) -> int:
         """Read records ahead of any need, best first, as far as there is room. Returns how many."""
-        return len(self.tier.prefetch(keys))
+        return len(self.tier.prefetch(keys, PRELOAD))
 
     def resident(self) -> frozenset[Key]:
         return self.tier.resident()

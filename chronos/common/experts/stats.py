@@ -29,6 +29,8 @@ class StoreStats:
     bytes_prefetched: int = 0  # asked for ahead of need and not withdrawn
     bytes_late: int = 0  # of the late ones: read for, but not in time
     bytes_wasted: int = 0  # prefetched, then evicted or closed without ever being used
+    bytes_loaded: int = 0  # read since the model was opened, where all experts have room
+    late_loading: int = 0  # of the late ones, those that were being loaded so
     read_errors: int = 0
     stall_s: float = 0.0  # the consumer waiting for reads
     tokens: int = 0
@@ -43,9 +45,11 @@ class StoreStats:
 
     @property
     def prefetch_recall(self) -> float | None:
-        """Of the needs that were not resident anyway, those prefetched: ready or under way."""
-        absent = self.prefetch_hits + self.late + self.misses
-        return (self.prefetch_hits + self.late) / absent if absent else None
+        """Of the needs that were not resident anyway, those prefetched: ready or under way. Loading
+        what all have room for is no prefetch."""
+        prefetched = self.prefetch_hits + self.late - self.late_loading
+        absent = prefetched + self.misses
+        return prefetched / absent if absent else None
 
     @property
     def prefetch_precision(self) -> float | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CANCELLED = StoreError("the prefetch was cancelled")
 View = Callable[[int, "Record"], Any]
+PRELOAD = "preload"  # asks for all at the start, where all have room
 _DEMAND = ""  # who asked for a load that nobody asked for ahead of need
 
 
@@ -220,10 +221,12 @@ class Tier(ABC):
                 if slot is None:
                     absent.append(expert)
                     continue
-                late += slot in events and not self._copied(slot)
-                if slot in self._asked_by:
-                    self.counters.prefetch_hits += 1
-                    self._report.of(self._asked_by.pop(slot)).used += 1
+                moving = slot in events and not self._copied(slot)
+                late += moving
+                if (source := self._asked_by.pop(slot, None)) is not None:
+                    self._report.of(source).used += 1
+                    self.counters.late_loading += moving and source == PRELOAD
+                    self.counters.prefetch_hits += not moving and source != PRELOAD
                 self.residency.pin(slot)
                 lease.ready.append((expert, slot))
             self._count(len(wanted) - len(absent) - late, late)
@@ -241,7 +244,7 @@ class Tier(ABC):
                 self.residency.reconsider()
             return lease
 
-    def prefetch(self, keys: Sequence[Key], asked_by: str = "preload") -> list[Key]:
+    def prefetch(self, keys: Sequence[Key], asked_by: str = "ahead") -> list[Key]:
         """Ask for records ahead of need, best first; those already here are kept a while.
 
         asked_by: who is told in the token's report what came of them. Returns the keys now read.
@@ -261,7 +264,8 @@ class Tier(ABC):
                     if load is None:
                         break
                     asked.append(key)
-                    self.counters.bytes_prefetched += load.record.nbytes
+                    if asked_by != PRELOAD:
+                        self.counters.bytes_prefetched += load.record.nbytes
             self._report.of(asked_by).asked += len(asked)
             self._begin_all()
         return asked
@@ -322,9 +326,11 @@ class Tier(ABC):
             while self._loads:
                 self._wait()
                 self.settle()
-            for key in map(self.residency.key, self._asked_by):
+            for slot, source in self._asked_by.items():
+                key = self.residency.key(slot)
                 assert key is not None
-                self.counters.bytes_wasted += self._records[key].nbytes
+                if source != PRELOAD:
+                    self.counters.bytes_wasted += self._records[key].nbytes
             self._asked_by.clear()
             self._wake()
 
@@ -457,6 +463,7 @@ class Tier(ABC):
         for expert in late:
             load = loads[layer, expert]
             self.counters.bytes_late += load.record.nbytes
+            self.counters.late_loading += load.asked_by == PRELOAD
             if exact and (asked_by := self._asked_by.pop(load.slot, None)) is not None:
                 source = self._report.of(asked_by)
                 source.used += 1
@@ -561,9 +568,12 @@ class Tier(ABC):
         self._wake()
         if error is None:
             self.residency.mark_ready(load.slot)
+            if load.asked_by == PRELOAD:
+                self.counters.bytes_loaded += load.record.nbytes
             return
         if error is CANCELLED and load.asked_by:
-            self.counters.bytes_prefetched -= load.record.nbytes
+            if load.asked_by != PRELOAD:
+                self.counters.bytes_prefetched -= load.record.nbytes
             self._report.of(load.asked_by).cancelled += 1
         self._asked_by.pop(load.slot, None)
         self.residency.mark_failed(load.slot)
