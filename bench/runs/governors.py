@@ -2,16 +2,15 @@
 
     python -m bench.runs.governors T.npz --forecast FILE [--case CASES] [-o R.jsonl]
 
-Three things limit what is read ahead: `share` (the part of the idle link that a source may use, by
-its used bytes), `floor` (the chance of use that is asked for, by the link's load) and `contest`
-(ways of running a token compared by the clock). Every subset of them runs on the test sequences at
-12.5, 25 and 50 % of the experts, three disks, a host for which reads and forecasts are free and
-one for which they are not. `prior` is a contest of two ways, with forecasts and without them,
-which begins with forecasts and leaves them only for what is clearly faster. Forecasters: the
-trained one; one that is too sure (chance ** 0.4); one that names the wrong experts. Without `share`
-a quarter of the slots may be asked for; `idle` is all of the idle link, never judged. `off` keeps
-by decayed use and reads nothing ahead, `keep` keeps by the forecaster and reads nothing ahead.
-Ceiling: time by max(resident, bytes / disk), not printed; what counts is time by that of all three.
+Two things decide whether what is forecast is read ahead, beside a quarter of the slots at most:
+`floor` (the chance of use that is asked for, by the link's load) and `prior` (a bandit: forecasts
+run first, and are left for what the clock shows clearly faster). Each runs alone, both and neither
+(`none`), on the test sequences at 12.5, 25 and 50 % of the experts, three disks, a host for which
+reads and forecasts are free and one for which they are not. Forecasters: the trained one; one that
+is too sure (chance ** 0.4); one that names the wrong experts. `off` keeps by decayed use and reads
+nothing ahead, `keep` keeps by the forecaster and reads nothing ahead.
+Ceiling: time by max(resident, bytes / disk), not printed; what counts is time by that of the first
+way.
 Clock and disk are numbers, so any machine gives the same. Prints a line a case, then a table, then
 one JSON line.
 """
@@ -20,48 +19,32 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from chronos.common.experts.contest import _CARRIED, BLOCK, Token, _compared
 from chronos.common.experts.foresight.forecast import ForecastModel
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
-    RestingPolicy,
     Scores,
+    SwitchablePolicy,
     TokenTable,
 )
-from chronos.common.experts.plan import PAYS
+from chronos.common.experts.plan import PAYS, LinkUse
 from chronos.common.experts.prefetch import Prefetcher
 from chronos.common.traces.fit import split
 from chronos.common.traces.rehearse import Pace, rehearse
 from chronos.common.traces.simulate import slots_for
 from chronos.common.traces.trace import RoutingTrace
 
-_RECORD, _TOKEN_S, _WARMUP = 2_949_120, 0.045, 130  # a contest of three ways takes 96 tokens
+_RECORD, _TOKEN_S, _WARMUP = 2_949_120, 0.045, 130  # the bandit first compares after 80 tokens
 _FREE, _BUSY = (0.0, 0.0), (1e-10, 4e-3)  # host seconds a byte read, a token's forecasts
-GOVERNORS = ("share", "floor", "contest")
-_SUBSETS = [
-    *("share floor contest", "floor contest", "share contest", "share floor"),
-    *(
-        "share",
-        "floor",
-        "contest",
-        "none",
-        "idle floor",
-        "idle",
-        "floor prior",
-        "share floor prior",
-    ),
-]
-_ALL = _SUBSETS[0]
+WAYS = ("floor prior", "floor", "prior", "none")
 
 
 class Case(NamedTuple):
@@ -135,20 +118,6 @@ CHANGES: dict[str, Callable[[Scores], Scores]] = {
 }
 
 
-class _Granted:
-    """In place of a `PrefetchController`: so many bytes at any time."""
-
-    share = 1.0
-
-    def __init__(self, granted: int) -> None:
-        self._granted = granted
-
-    def allowance(self, in_flight_bytes: int = 0) -> int:
-        return max(0, self._granted - in_flight_bytes)
-
-    def end_token(self, **known: float) -> None: ...
-
-
 class _Fixed:
     """In place of `LinkUse`."""
 
@@ -157,51 +126,8 @@ class _Fixed:
     def end_token(self, carried: float, needed: float) -> None: ...
 
 
-class _Prior:
-    """In place of a `Contest`: way 0 (forecasts) runs unless way 2 (neither they nor reads ahead)
-    is faster by one standard error. The other way gets a block after 4 of the first, then after 8
-    of the better one, after twice as many each time the same one stays better, at most 64."""
-
-    def __init__(self) -> None:
-        self.way = self._best = self._token = 0
-        self._length, self._lasting = 4 * BLOCK, 8
-        self._tokens: dict[int, deque[Token]] = {0: deque(maxlen=64), 2: deque(maxlen=64)}
-
-    def end_token(self, seconds: float, news: float) -> None:
-        self._token += 1
-        if self._token > _CARRIED:
-            self._tokens[self.way].append((seconds, news))
-        if self._token >= self._length:
-            self._next_block()
-
-    def _next_block(self) -> None:
-        self._token, self._length = 0, BLOCK
-        if not self._tokens[2] or self.way == self._best:
-            self.way = 2 - self.way
-            return
-        (ahead, plain), error = _compared([self._tokens[0], self._tokens[2]])
-        best = 0 if ahead <= plain + error else 2
-        self._lasting = min(2 * self._lasting, 64) if best == self._best else 8
-        self.way = self._best = best
-        self._length = self._lasting * BLOCK
-
-
-def without(governors: str, slots: int) -> Callable[[Prefetcher], None]:
-    """Takes the governors that are not named from a prefetcher; the contest is an argument."""
-    named = governors.split()
-
-    def alter(prefetcher: Any) -> None:
-        for source in prefetcher.sources.values():
-            if "idle" in named:
-                source.controller.share, source.controller._judge = 1.0, lambda: None
-            elif "share" not in named:
-                source.controller = _Granted(slots // 4 * _RECORD)
-        if "floor" not in named:
-            prefetcher._use = _Fixed()
-        if "prior" in named:
-            prefetcher._contest = _Prior()
-
-    return alter
+def _without_floor(prefetcher: Prefetcher) -> None:
+    prefetcher._use = cast(LinkUse, _Fixed())
 
 
 def measure(
@@ -213,7 +139,7 @@ def measure(
         _RECORD, 1e9 * case.disk, _TOKEN_S, read_s_per_byte=case.host[0], predict_s=case.host[1]
     )
     shape = trace.num_layers, trace.num_experts
-    plain, table = replace(pace, predict_s=0.0), make is None
+    plain = replace(pace, predict_s=0.0)
     predictor = (lambda: TokenTable(*shape)) if make is None else make
 
     def run(policy: Any, its_pace: Pace, **options: Any) -> float:
@@ -221,17 +147,16 @@ def measure(
         return 1e3 * float(done.token_s.mean())
 
     found = {"off": run(PredictorPolicy(DecayedUse(*shape)), plain, prefetch=False)}
-    its = plain if table else pace
+    its = plain if make is None else pace
     found["keep"] = run(PredictorPolicy(predictor()), its, prefetch=False)
-    for governors in ways:
-        contest = "contest" in governors or "prior" in governors
-        kind = RestingPolicy if contest and not table else PredictorPolicy
-        alter = without(governors, slots)
-        found[governors] = run(kind(predictor()), its, contest=contest, alter=alter)
+    for way in ways:
+        alter = {} if "floor" in way else {"alter": _without_floor}
+        kind = SwitchablePolicy if "prior" in way else PredictorPolicy
+        found[way] = run(kind(predictor()), its, **alter)
     return found
 
 
-def table(found: dict[Case, dict[str, float]], base: str = _ALL) -> list[str]:
+def table(found: dict[Case, dict[str, float]], base: str = WAYS[0]) -> list[str]:
     """Of each way, over all cases of a forecaster: its time by that of `base` and by `off`."""
     lines = []
     for name in dict.fromkeys(case.forecaster for case in found):
@@ -251,7 +176,7 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--forecast", type=Path, help="without one: the token table")
     parser.add_argument("--case", default="trained,sure,wrong")
-    parser.add_argument("--ways", default=",".join(_SUBSETS), help="the first is the measure")
+    parser.add_argument("--ways", default=",".join(WAYS), help="the first is the measure")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
@@ -259,6 +184,8 @@ def main() -> None:
     trace = test.part(0, min(test.num_tokens, args.tokens + _WARMUP))
     recorded = Recorded(ForecastModel.load(args.forecast), trace) if args.forecast else None
     names, ways = args.case.split(",") if recorded else ["tokens"], args.ways.split(",")
+    if recorded is None:  # a token table has nothing that could be switched off
+        ways = [way for way in ways if "prior" not in way]
     found: dict[Case, dict[str, float]] = {}
     for case in cases(names):
         make = None

@@ -24,7 +24,7 @@ from chronos.common.experts.foresight.forecast import ForecastModel
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
-    RestingPolicy,
+    SwitchablePolicy,
     TokenTable,
 )
 from chronos.common.experts.residency import Policy
@@ -34,7 +34,7 @@ from chronos.common.traces.simulate import slots_for
 from chronos.common.traces.trace import RoutingTrace
 
 _RECORD = 2_949_120
-_WARMUP = 130  # a contest of three ways takes 96 tokens
+_WARMUP = 130  # the bandit's first comparison comes after 80 tokens
 
 
 def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[], Policy]]:
@@ -45,7 +45,7 @@ def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[
     if forecast is not None:
         model = ForecastModel.load(forecast)
         found["forecast"] = lambda: PredictorPolicy(model.predictor())
-        found["auto"] = lambda: RestingPolicy(model.predictor())
+        found["auto"] = lambda: SwitchablePolicy(model.predictor())
     found["oracle"] = lambda: PredictorPolicy(Oracle(trace))
     return found
 
@@ -53,8 +53,7 @@ def policies(trace: RoutingTrace, forecast: Path | None) -> dict[str, Callable[[
 def measure(
     trace: RoutingTrace, slots: int, policy: Policy, pace: Pace, prefetch: bool
 ) -> dict[str, Any]:
-    ways = isinstance(policy, RestingPolicy)
-    run = rehearse(trace, slots, policy, pace, prefetch=prefetch, contest=ways, warmup=_WARMUP)
+    run = rehearse(trace, slots, policy, pace, prefetch=prefetch, warmup=_WARMUP)
     stats, tokens = run.stats, len(run.token_s)
     token_s, read = float(run.token_s.mean()), stats.bytes_read / tokens
     return {

@@ -38,7 +38,6 @@ from chronos.common.errors import (
     ShapeMismatch,
     UsageError,
 )
-from chronos.common.experts.prefetch import NEXT_GATE
 from chronos.common.layout import open_layout, pack
 from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
@@ -442,8 +441,7 @@ def test_the_next_gate_names_experts_that_are_read_ahead(
     tiny = guest(model_type)
     expected = by_library(tiny.model, PROMPT)
     with chronos.load(tiny.packed, backend="torch", budget="50%", predictor="lfu") as engine:
-        source = engine.feed.ahead.sources[NEXT_GATE]
-        source.controller.allowance = lambda in_flight_bytes=0: tiny.slots(2)
+        engine.feed.ahead._room = lambda: tiny.slots(2)  # a quarter of these slots is no record
         asked: list[tuple[int, list[int]]] = []
         forecast = engine.feed.ahead.forecast_next
 

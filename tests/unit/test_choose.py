@@ -15,7 +15,7 @@ from chronos.common.experts.foresight.network import Geometry, initial
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
-    RestingPolicy,
+    SwitchablePolicy,
     TokenTable,
 )
 from chronos.common.experts.residency import LRU
@@ -51,7 +51,7 @@ def test_by_name(layout: Layout) -> None:
     for name in ("auto", "forecast", layout.folder / FORECAST):
         assert isinstance(predictor_of(name, layout), Forecaster)
         policy = choose_policy(name, layout, TOP_K)
-        assert isinstance(policy, RestingPolicy) == (name == "auto")
+        assert isinstance(policy, SwitchablePolicy) == (name == "auto")
 
 
 def test_auto_passes_over_a_forecaster_of_another_model(layout: Layout) -> None:

@@ -12,7 +12,7 @@ from chronos.common.experts.foresight.predictor import (
     Predictor,
     PredictorPolicy,
     PreviousToken,
-    RestingPolicy,
+    SwitchablePolicy,
     TokenClock,
     TokenTable,
 )
@@ -144,38 +144,38 @@ def test_decay_is_checked() -> None:
         DecayedUse(L, E, decay=1.0)
 
 
-def test_a_forecaster_that_rests_is_told_what_it_missed() -> None:
-    """Ranks are decayed use's meanwhile; awake again, the forecaster stands where it would have."""
+def test_a_forecaster_that_was_disabled_is_told_what_it_missed() -> None:
+    """Ranks are decayed use's meanwhile; enabled again, it stands where it would have."""
     ids_TLK = _ids(40)
-    resting, awake = RestingPolicy(TokenTable(L, E)), TokenTable(L, E)
+    switched, enabled = SwitchablePolicy(TokenTable(L, E)), TokenTable(L, E)
     plain = DecayedUse(L, E)
-    assert resting.can_rest and not PredictorPolicy(plain).can_rest
+    assert switched.can_disable and not PredictorPolicy(plain).can_disable
     for token, ids_LK in enumerate(ids_TLK.tolist()):
         for layer, experts in enumerate(ids_LK):
-            for one in (resting, awake, plain):
+            for one in (switched, enabled, plain):
                 one.observe(layer, experts)
-            ranks = plain if 10 <= token < 30 else awake
-            np.testing.assert_allclose(resting.priority, ranks.scores())
-        for one in (resting, awake, plain):
+            ranks = plain if 10 <= token < 30 else enabled
+            np.testing.assert_allclose(switched.priority, ranks.scores())
+        for one in (switched, enabled, plain):
             one.end_token()
-        resting.rest(9 <= token < 29)
-        resting.rest(9 <= token < 29)  # told again: nothing changes
+        switched.disable(9 <= token < 29)
+        switched.disable(9 <= token < 29)  # told again: nothing changes
 
 
-def test_prompts_reach_a_forecaster_that_rests() -> None:
+def test_prompts_reach_a_disabled_forecaster() -> None:
     ids_TLK = _ids(30)
-    resting, awake = RestingPolicy(DecayedUse(L, E, 0.5)), DecayedUse(L, E, 0.5)
-    resting.rest(True)
-    for one in (resting, awake):
+    switched, enabled = SwitchablePolicy(DecayedUse(L, E, 0.5)), DecayedUse(L, E, 0.5)
+    switched.disable(True)
+    for one in (switched, enabled):
         for layer, experts in enumerate(ids_TLK[0].tolist()):
             one.observe(layer, experts)
         one.end_token()
-    resting.begin_prompt()
+    switched.begin_prompt()
     for layer in range(L):
-        resting.observe(layer, range(E))  # a chunk's needs are not a token's
-    resting.end_prompt(ids_TLK[1:])
-    awake.prime(ids_TLK[1:])
-    plain = resting.priority.copy()
-    resting.rest(False)
-    np.testing.assert_allclose(resting.priority, awake.scores())
-    assert not np.allclose(plain, resting.priority)
+        switched.observe(layer, range(E))  # a chunk's needs are not a token's
+    switched.end_prompt(ids_TLK[1:])
+    enabled.prime(ids_TLK[1:])
+    plain = switched.priority.copy()
+    switched.disable(False)
+    np.testing.assert_allclose(switched.priority, enabled.scores())
+    assert not np.allclose(plain, switched.priority)

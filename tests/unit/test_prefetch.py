@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.experts.contest import BLOCK
+from chronos.common.experts.bandit import BLOCK
 from chronos.common.experts.prefetch import LOOKAHEAD, NEXT_GATE, PREDICTOR, Prefetcher
 from chronos.common.experts.residency import Counts
 from chronos.common.experts.stats import TokenReport
@@ -19,11 +19,9 @@ LAYERS, EXPERTS, TOP_K, RECORD = 3, 6, 2, 1000
 
 
 class FakeStore:
-    """Remembers what it was asked for; grants every prefetch; a miss waits `wait_s`."""
+    """Remembers what it was asked for; grants every prefetch."""
 
     def __init__(self) -> None:
-        self.wait_s = 0.1
-        self.warm: set[Key] = set()  # in host memory behind a device
         self.report = TokenReport()
         self.held: set[Key] = set()
         self.asked_by: dict[Key, str] = {}  # prefetched, not needed yet
@@ -36,9 +34,6 @@ class FakeStore:
         for key in wanted & self.held & self.asked_by.keys():
             self.report.of(self.asked_by.pop(key)).used += 1
         self.report.misses += len(wanted - self.held)
-        cold = wanted - self.held - self.warm
-        self.report.stall_s += self.wait_s * len(cold)
-        self.report.warm_hits += len(wanted - self.held) - len(cold)
         self.held |= wanted
 
     def prefetch(self, keys: Sequence[Key], asked_by: str) -> list[Key]:
@@ -74,15 +69,15 @@ class Forecast(Counts):
     def __init__(self) -> None:
         self.chance = np.zeros((LAYERS, EXPERTS))
         self.priority = self.chance
-        self.rests: list[bool] = []
+        self.disabled: list[bool] = []
 
     def begin_token(self, token: int) -> None:
         raise AssertionError("not asked for")
 
     def observe(self, layer: int, experts: object) -> None: ...
     def end_token(self) -> None: ...
-    def rest(self, resting: bool) -> None:
-        self.rests.append(resting)
+    def disable(self, disabled: bool) -> None:
+        self.disabled.append(disabled)
 
     def next_uses(self) -> np.ndarray:
         return self.chance
@@ -98,20 +93,12 @@ class Clock:
         return self.now
 
 
-class Ticking(Clock):
-    """Each look at it takes a millisecond, so planning does too."""
-
-    def __call__(self) -> float:
-        self.now += 1e-3
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
-def over_a_link(store: FakeStore, clock: Clock, **options: Any) -> Prefetcher:
+def over_a_link(store: FakeStore, clock: Clock, slots: int = 8, **options: Any) -> Prefetcher:
     """Over a link that carries a hundred records a second, nothing in flight."""
     stats = SimpleNamespace(bytes_read=100 * RECORD, busy_s=1.0)
     reader: Any = SimpleNamespace(stats=stats, in_flight_prefetch_bytes=lambda: 0)
@@ -120,7 +107,7 @@ def over_a_link(store: FakeStore, clock: Clock, **options: Any) -> Prefetcher:
         shape=(LAYERS, EXPERTS),
         top_k=TOP_K,
         record_bytes=RECORD,
-        capacity_bytes=8 * RECORD,
+        capacity_bytes=slots * RECORD,
         reader=reader,
         clock=clock,
         **options,
@@ -130,11 +117,6 @@ def over_a_link(store: FakeStore, clock: Clock, **options: Any) -> Prefetcher:
 @pytest.fixture
 def prefetcher(store: FakeStore, clock: Clock) -> Prefetcher:
     return over_a_link(store, clock)
-
-
-def share(prefetcher: Prefetcher, source: str = LOOKAHEAD) -> float:
-    """Of the idle link that a source may use."""
-    return prefetcher.sources[source].controller.share
 
 
 def sure_of(*keys: Key) -> np.ndarray:
@@ -158,9 +140,12 @@ def end_token(prefetcher: Prefetcher) -> None:
 
 
 def token(
-    prefetcher: Prefetcher, routed: Sequence[Key], forecast: np.ndarray | None = None
+    prefetcher: Prefetcher,
+    routed: Sequence[Key],
+    forecast: np.ndarray | None = None,
+    seconds: float = 1.0,
 ) -> bool:
-    """One decoded token of a second; returns whether a forecast was wanted."""
+    """One decoded token; returns whether a forecast was wanted."""
     prefetcher.begin_token(0)
     wanted = prefetcher.wanted()
     for layer in range(LAYERS):
@@ -168,7 +153,7 @@ def token(
         if layer == 0 and wanted and forecast is not None:
             prefetcher.forecast(forecast)
     clock: Any = prefetcher._clock
-    clock.now += 1.0
+    clock.now += seconds
     end_token(prefetcher)
     return wanted
 
@@ -176,7 +161,7 @@ def token(
 def test_a_sure_forecast_of_absent_experts_is_prefetched_best_first(
     store: FakeStore, prefetcher: Prefetcher
 ) -> None:
-    token(prefetcher, [(0, 0)])  # the first token sets the allowance
+    token(prefetcher, [(0, 0)])
     store.held.add((1, 4))
     token(prefetcher, [(0, 0)], sure_of((1, 4), (2, 5), (0, 3)))
     # (1, 4) is here, layer 0 has been served, the rest is too unlikely.
@@ -201,56 +186,6 @@ def test_nothing_is_forecast_while_nothing_misses(store: FakeStore, prefetcher: 
     assert token(prefetcher, routed)  # it missed again
 
 
-def test_forecasts_that_are_never_right_turn_prefetch_off(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    asked = []
-    for _ in range(60):
-        store.held.clear()  # so that everything misses
-        before = len(store.log)
-        token(prefetcher, [(0, 0), (1, 1), (2, 2)], sure_of((1, 5), (2, 4)))
-        asked.append(any(what == "prefetch" for what, _ in store.log[before:]))
-    assert asked[1]
-    assert share(prefetcher) == 0.0 or not all(asked[-16:])
-    assert sum(asked[:30]) > sum(asked[30:])
-
-
-def test_forecasts_that_are_right_keep_it_on(store: FakeStore, prefetcher: Prefetcher) -> None:
-    for _ in range(40):
-        store.held.clear()
-        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
-    assert share(prefetcher) == 1.0
-
-
-def test_a_prefetch_evicted_unused_is_no_use_when_it_is_read_again(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    used = []
-    controller = prefetcher.sources[LOOKAHEAD].controller
-    judge = controller.end_token
-    controller.end_token = lambda **told: (  # type: ignore[method-assign]
-        used.append(told["used_bytes"]), judge(**told)
-    )[1]  # fmt: skip
-    token(prefetcher, [(0, 0)])
-    token(prefetcher, [(0, 1)], sure_of((1, 5), (2, 4)))
-    assert {(1, 5), (2, 4)} <= store.held
-    store.evict((1, 5))
-    token(prefetcher, [(0, 2)])
-    token(prefetcher, [(1, 5), (2, 4)])
-    assert sum(used) == RECORD  # (2, 4) alone
-
-
-def test_right_forecasts_that_spare_no_wait_turn_prefetch_off(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    store.wait_s = 0.0  # the disk is as fast as memory: planning is all that is felt
-    prefetcher._clock = Ticking()
-    for _ in range(40):
-        store.held.clear()
-        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
-    assert share(prefetcher) < 1.0
-
-
 def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) -> None:
     use_LE = np.zeros((LAYERS, EXPERTS))
     use_LE[0, 0], use_LE[1, [2, 4]], use_LE[2, [1, 3]] = 9.0, (1.0, 2.0), (5.0, 5.0)
@@ -267,24 +202,12 @@ def test_a_prompt_asks_layer_by_layer(store: FakeStore, prefetcher: Prefetcher) 
     ]
 
 
-def test_the_prompt_is_not_held_against_the_forecasts(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    prefetcher.forecast_prompt(np.ones((LAYERS, EXPERTS)))
-    prefetcher.end_prompt()
-    before = len(store.log)
-    acquire(prefetcher, 1, [0])
-    assert [what for what, _ in store.log[before:]] == ["acquire"]
-    end_token(prefetcher)
-    assert share(prefetcher) > 0
-
-
 def test_the_predictor_asks_between_layers_and_at_the_end_of_the_token(
     store: FakeStore, clock: Clock
 ) -> None:
     forecast = Forecast()
-    prefetcher = over_a_link(store, clock, policy=forecast)
-    token(prefetcher, [(0, 0)])  # sets the allowance
+    prefetcher = over_a_link(store, clock, slots=12, policy=forecast)
+    token(prefetcher, [(0, 0)])
     store.log.clear()
     forecast.chance = np.zeros((LAYERS, EXPERTS))
     forecast.chance[1, 3] = forecast.chance[2, 4] = 0.9
@@ -322,8 +245,7 @@ def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: C
     forecast = Forecast()
     forecast.chance[1, 3] = 0.3  # now unlikely, within two tokens likely
     prefetcher = over_a_link(store, clock, policy=forecast)
-    generous: Any = lambda in_flight: 1000 * RECORD  # noqa: E731
-    prefetcher.sources[PREDICTOR].controller.allowance = generous
+    prefetcher._room = lambda: 1000 * RECORD  # type: ignore[method-assign]
     token(prefetcher, [(0, 0)])
     assert ("prefetch", [(1, 3)]) not in store.log
     prefetcher._record_bytes = 150 * RECORD  # 1.5 s a record, a token takes 1 s
@@ -331,7 +253,7 @@ def test_reads_longer_than_a_token_look_further_ahead(store: FakeStore, clock: C
     assert ("prefetch", [(1, 3)]) in store.log
 
 
-def test_the_next_gate_asks_for_what_is_absent_within_its_share(
+def test_the_next_gate_asks_for_what_is_absent_within_a_quarter(
     store: FakeStore, prefetcher: Prefetcher
 ) -> None:
     token(prefetcher, [(0, 0)])
@@ -343,26 +265,103 @@ def test_the_next_gate_asks_for_what_is_absent_within_its_share(
     assert store.log[-1] == ("prefetch", [(1, 4), (1, 5)])
     acquire(prefetcher, 1, [4, 3])
     end_token(prefetcher)
-    assert prefetcher.to_json() == {
-        NEXT_GATE: {"records": 2, "used": 1, "share_of_idle_link": 0.25}
-    }
+    assert prefetcher.to_json() == {NEXT_GATE: {"records": 2, "used": 1}}
 
 
-@pytest.mark.parametrize("can_rest", [True, False])
-def test_blocks_of_tokens_go_without_prefetch_and_without_forecasts(
-    store: FakeStore, clock: Clock, can_rest: bool
+@pytest.mark.parametrize("slots", [7, 8, 15, 56])
+def test_in_a_token_at_most_a_quarter_of_the_slots_is_asked_for(
+    store: FakeStore, clock: Clock, slots: int
+) -> None:
+    """By all sources together, and however often they are asked."""
+    forecast = Forecast()
+    prefetcher = over_a_link(store, clock, slots, policy=forecast)
+    token(prefetcher, [(0, 0)])
+    store.log.clear()
+    forecast.chance[1], forecast.chance[2] = 0.9, 0.8
+    prefetcher.begin_token(0)
+    for layer in range(LAYERS):
+        acquire(prefetcher, layer, [0])
+        prefetcher.forecast(sure_of((1, 4), (1, 5), (2, 4)))
+        prefetcher.forecast_next(2, range(EXPERTS))
+    asked = [key for what, keys in store.log if what == "prefetch" for key in keys]
+    assert len(asked) == min(slots // 4, 2 * EXPERTS)
+    assert all(prefetcher.wanted(source) == (slots == 56) for source in (LOOKAHEAD, NEXT_GATE))
+
+
+def test_what_is_still_on_its_way_counts_as_asked_for(store: FakeStore, clock: Clock) -> None:
+    prefetcher, in_flight = over_a_link(store, clock), 2 * RECORD
+    reader: Any = prefetcher._reader
+    reader.in_flight_prefetch_bytes = lambda: in_flight
+    assert not token(prefetcher, [(0, 0)], sure_of((1, 4), (2, 5)))
+    in_flight = RECORD
+    assert token(prefetcher, [(0, 1)], sure_of((1, 4), (2, 5)))
+    assert store.log.count(("prefetch", [(1, 4)])) == 1  # one of the two
+    in_flight = 100 * RECORD
+    assert not prefetcher.wanted()
+
+
+def test_forecasts_that_are_wrong_ask_for_no_more_than_a_quarter_a_token(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    for number in range(40):
+        store.held.clear()  # so that everything misses
+        token(prefetcher, [(0, 0), (1, 1), (2, 2)], sure_of((1, 5), (2, 4), (2, 3)))
+        assert prefetcher._totals[LOOKAHEAD].asked == 2 * (number + 1)
+    assert prefetcher.to_json() == {LOOKAHEAD: {"records": 80, "used": 0}}
+
+
+def test_after_a_prompt_nothing_is_left_to_ask_for_layer_by_layer(
+    store: FakeStore, prefetcher: Prefetcher
+) -> None:
+    prefetcher.forecast_prompt(np.ones((LAYERS, EXPERTS)))
+    prefetcher.end_prompt()
+    before = len(store.log)
+    acquire(prefetcher, 1, [0])
+    assert [what for what, _ in store.log[before:]] == ["acquire"]
+
+
+@pytest.mark.parametrize("can_disable", [True, False])
+def test_forecasts_that_can_be_disabled_leave_a_block_to_tokens_without(
+    store: FakeStore, clock: Clock, can_disable: bool
 ) -> None:
     forecast = Forecast()
-    forecast.can_rest = can_rest
+    forecast.can_disable = can_disable
     prefetcher = over_a_link(store, clock, policy=forecast)
     wanted = []
-    for _ in range(4 * BLOCK):
+    for _ in range(6 * BLOCK):
         store.held.clear()  # so that each token misses
-        wanted.append(token(prefetcher, [(0, 1)]))
-    blocks = [any(wanted[at : at + BLOCK]) for at in range(0, 4 * BLOCK, BLOCK)]
-    assert blocks == ([True, False, False, True] if can_rest else [True, False, True, False])
-    resting = [at for at, rests in enumerate(forecast.rests) if rests]
-    assert resting == (list(range(2 * BLOCK - 1, 3 * BLOCK - 1)) if can_rest else [])
+        seconds = 1.1 if forecast.disabled and forecast.disabled[-1] else 1.0
+        asked = token(prefetcher, [(0, 1)], seconds=seconds)
+        wanted.append([asked, prefetcher.wanted(NEXT_GATE)])
+    blocks = [np.array(wanted[at : at + BLOCK]) for at in range(0, 6 * BLOCK, BLOCK)]
+    lookahead = [bool(block[:, 0].all()) for block in blocks]
+    assert lookahead == [True] * 4 + [not can_disable, True]
+    disabled = [at for at, off in enumerate(forecast.disabled) if off]
+    assert disabled == (list(range(4 * BLOCK - 1, 5 * BLOCK - 1)) if can_disable else [])
+    after = [at for at, (_, gate) in enumerate(wanted) if not gate]
+    assert after == disabled  # no source is asked then
+
+
+def test_without_forecasts_to_disable_times_change_nothing(store: FakeStore, clock: Clock) -> None:
+    """A policy that only counts, and a LookaheadRouter."""
+    prefetcher = over_a_link(store, clock)
+    for number in range(200):
+        store.held.clear()
+        assert token(prefetcher, [(0, 1)], seconds=1.0 + number % 7) or number == 0
+
+
+def test_reuse_distance_is_how_long_ago_a_tokens_experts_were_used(
+    store: FakeStore, clock: Clock
+) -> None:
+    forecast, told = Forecast(), []
+    forecast.can_disable = True
+    prefetcher = over_a_link(store, clock, policy=forecast)
+    bandit = prefetcher._bandit
+    assert bandit is not None
+    bandit.end_token = lambda s, distance: told.append(distance)  # type: ignore[method-assign,assignment]
+    for routed in ([(0, 0), (2, 5)], [(0, 0)], [(2, 5)], [(0, 0), (0, 1)]):
+        token(prefetcher, routed)
+    assert told == [12.0, 0.0, 1.0, 7.0]  # never used: 64 tokens ago
 
 
 @pytest.mark.parametrize(
@@ -377,7 +376,7 @@ def test_on_a_busy_link_only_the_likely_is_read_ahead(
     forecast.chance[1, 3] = 0.7
     prefetcher = over_a_link(store, clock, policy=forecast)
     stats: Any = prefetcher._reader.stats
-    prefetcher._room = lambda source: 10 * RECORD  # type: ignore[method-assign]
+    prefetcher._room = lambda: 10 * RECORD  # type: ignore[method-assign]
     stats.bytes_read += read * RECORD
     stats.busy_s += read / 100
     store.report.of(PREDICTOR).wasted += wasted
@@ -389,42 +388,6 @@ def test_on_a_busy_link_only_the_likely_is_read_ahead(
     forecast.chance[1, 3] = 0.9
     token(prefetcher, [(0, 0)])
     assert ("prefetch", [(1, 3)]) in store.log
-
-
-def test_news_is_how_long_ago_a_tokens_experts_were_used(
-    store: FakeStore, prefetcher: Prefetcher
-) -> None:
-    told = []
-    contest = prefetcher._contest
-    assert contest is not None
-    contest.end_token = lambda s, news: told.append(news)  # type: ignore[method-assign,assignment]
-    for routed in ([(0, 0), (2, 5)], [(0, 0)], [(2, 5)], [(0, 0), (0, 1)]):
-        token(prefetcher, routed)
-    assert told == [12.0, 0.0, 1.0, 7.0]  # never used: 64 tokens ago
-
-
-def test_each_source_is_judged_by_its_own_use(store: FakeStore, clock: Clock) -> None:
-    forecast = Forecast()
-    prefetcher = over_a_link(store, clock, policy=forecast)
-    forecast.chance[2, 1] = 1.0  # never needed
-    for _ in range(60):
-        store.held.clear()
-        token(prefetcher, [(0, 0), (1, 5), (2, 4)], sure_of((1, 5), (2, 4)))
-    assert share(prefetcher, LOOKAHEAD) == 1.0
-    assert share(prefetcher, PREDICTOR) < 0.25
-
-
-def test_a_copy_is_a_wait_of_the_device(store: FakeStore, clock: Clock) -> None:
-    """What host memory holds stalls nobody here; without the copies' time nothing would pay."""
-    store.warm = {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
-    prefetcher = over_a_link(store, clock, copy_s=1 / 20)
-    prefetcher.begin_token(0)
-    acquire(prefetcher, 0, [1, 2])
-    clock.now += 1.0
-    report = store.end_token()
-    prefetcher.end_token(report)
-    assert report.stall_s == 0
-    assert prefetcher._wait_s == pytest.approx(1 / 20)
 
 
 def test_the_link_is_the_slower_of_disk_and_copies(store: FakeStore, clock: Clock) -> None:

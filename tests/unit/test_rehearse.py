@@ -13,7 +13,7 @@ import pytest
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
-    RestingPolicy,
+    SwitchablePolicy,
     TokenTable,
 )
 from chronos.common.experts.residency import LRU, Policy
@@ -102,12 +102,17 @@ class Wrong(DecayedUse):
         return np.asarray(0.99 - super().next_uses())
 
 
-def test_a_predictor_that_is_wrong_turns_its_prefetch_off(trace: RoutingTrace) -> None:
-    policies = [PredictorPolicy(Wrong(LAYERS, EXPERTS, decay=0.8)) for _ in range(2)]
-    off = run(trace, policies[0], BUSY, prefetch=False)
-    on = run(trace, policies[1], BUSY)
-    assert on.stats.bytes_prefetched < 0.15 * on.stats.bytes_read
-    assert off.token_s.sum() / on.token_s.sum() > 0.98
+def test_a_predictor_that_is_wrong_is_left_where_it_can_be(trace: RoutingTrace) -> None:
+    """Its first block and one without it are over by then; one in ten tokens tries it again."""
+    off = rehearse(trace, SLOTS, decayed(), BUSY, prefetch=False, warmup=100)
+    wrong = [
+        kind(Wrong(LAYERS, EXPERTS, decay=0.8)) for kind in (PredictorPolicy, SwitchablePolicy)
+    ]
+    kept, left = (rehearse(trace, SLOTS, policy, BUSY, warmup=100) for policy in wrong)
+    assert left.token_s.sum() < 1.05 * off.token_s.sum()
+    assert kept.token_s.sum() > 1.1 * off.token_s.sum()
+    assert left.stats.bytes_prefetched < 0.1 * left.stats.bytes_read
+    assert kept.stats.bytes_prefetched > 0.4 * kept.stats.bytes_read
 
 
 class Unsure(Oracle):
@@ -122,12 +127,18 @@ class Unsure(Oracle):
 
 
 def test_what_is_unsure_is_left_to_demand_where_the_disk_is_busy(trace: RoutingTrace) -> None:
+    def fixed(prefetcher: Any) -> None:
+        prefetcher._use.end_token = lambda carried, needed: None
+
     full = replace(BUSY, link_bytes_per_s=BUSY.link_bytes_per_s / 1.8)
     idle, busy = (run(trace, PredictorPolicy(Unsure(trace)), pace) for pace in (IDLE, full))
     ahead = [r.stats.bytes_prefetched / r.stats.bytes_read for r in (idle, busy)]
     assert ahead[1] < 0.6 * ahead[0]
+    policy = PredictorPolicy(Unsure(trace))
+    reckless = rehearse(trace, SLOTS, policy, full, warmup=WARMUP, alter=fixed)
     off = run(trace, PredictorPolicy(Unsure(trace)), full, prefetch=False)
-    assert busy.token_s.sum() < 1.002 * off.token_s.sum()
+    assert busy.token_s.sum() < 1.04 * off.token_s.sum()
+    assert reckless.token_s.sum() > 1.07 * off.token_s.sum()
 
 
 def test_reads_and_forecasts_take_from_the_host_what_they_are_said_to(trace: RoutingTrace) -> None:
@@ -140,16 +151,16 @@ def test_reads_and_forecasts_take_from_the_host_what_they_are_said_to(trace: Rou
     assert 0.5 < cost_s / (1e-10 * ahead.stats.bytes_read) < 1.1
 
 
-def test_forecasts_that_cost_more_than_they_spare_rest(trace: RoutingTrace) -> None:
+def test_forecasts_that_cost_more_than_they_spare_are_left(trace: RoutingTrace) -> None:
     pace = replace(IDLE, predict_s=0.004)
     off = rehearse(trace, SLOTS, decayed(), IDLE, prefetch=False, warmup=100)
     times = {}
-    for contest in (False, True):
-        policy = RestingPolicy(DecayedUse(LAYERS, EXPERTS, decay=0.6))
-        done = rehearse(trace, SLOTS, policy, pace, contest=contest, warmup=100)
-        times[contest] = done.token_s.mean() / off.token_s.mean()
-    assert times[False] > 1.1
-    assert times[True] < 1.04
+    for kind in (PredictorPolicy, SwitchablePolicy):
+        policy = kind(DecayedUse(LAYERS, EXPERTS, decay=0.6))
+        done = rehearse(trace, SLOTS, policy, pace, warmup=100)
+        times[kind] = done.token_s.mean() / off.token_s.mean()
+    assert times[PredictorPolicy] > 1.1
+    assert times[SwitchablePolicy] < 1.04
 
 
 def test_a_demand_waits_for_no_more_than_a_chunk_of_prefetches(trace: RoutingTrace) -> None:
@@ -159,48 +170,61 @@ def test_a_demand_waits_for_no_more_than_a_chunk_of_prefetches(trace: RoutingTra
     assert result.token_s.max() <= BUSY.token_s + LAYERS * per_layer / BUSY.link_bytes_per_s
 
 
-# What the prefetcher decided, and how long each token took, before it became part of a feed:
-# digests of (decisions, seconds of each token). Of thirty such runs one decided otherwise
-# afterwards: a record that was read ahead and still on its way at the end of a token now counts as
-# used when the next token needs it.
-BEFORE = {
-    "idle lru plain": "1d0b057355ba5b39",
-    "idle decayed plain": "af4f198c68a1f585",
-    "idle decayed arms": "bec30a8f8c86d257",
-    "idle table plain": "632ca3ff8c1fc662",
-    "idle oracle arms": "0cf39dcb73679601",
-    "busy lru plain": "2cbd54f780031480",
-    "busy decayed arms": "5dc63edf19bc06a9",
-    "busy table plain": "ffdd96ec6ad80613",
-    "busy table arms": "f989ac4a4cc7a29e",
-    "busy oracle plain": "713e8b088835ad2a",
-    "busy resting arms": "9a325bab7a2a7e3a",
-    "costly decayed plain": "3b29cf7105af5aa4",
-    "costly table arms": "4cc4b39f905cd510",
-    "costly resting arms": "780f5817c4ead428",
+class Mistaken(Oracle):
+    """Expects of every expert what is true of its neighbour, and ranks by the truth."""
+
+    def next_uses(self) -> np.ndarray:
+        return np.roll(super().next_uses(), 1, axis=1)
+
+
+# What bench/runs/governors.py measured as `floor` and, where forecasts can be disabled, as
+# `floor prior`, before they were all that is left: digests of (decisions, seconds of each token) of
+# the prefetcher of that time with the other governors taken out (commit 31c65dc).
+MEASURED = {
+    "idle lru": "1d0b057355ba5b39",
+    "idle decayed": "8866f3a9d70bc907",
+    "idle table": "ac14075c66e1d775",
+    "idle switch-oracle": "71d6411a5726a787",
+    "busy lru": "2cbd54f780031480",
+    "busy decayed": "7bc0f2b6c9109ee5",
+    "busy table": "ef1afdbabe6aad15",
+    "busy oracle": "650e65828b3b9207",
+    "busy switch-table": "8525b3e7a0e7062b",
+    "busy switch-wrong": "79ab89b6b77a2710",
+    "slow decayed": "5dde97f9d324e3cb",
+    "slow switch-oracle": "19b779d8acdbd16d",
+    "slow switch-wrong": "bc238449ac13035d",
+    "costly decayed": "dc8ba48ba8ca9614",
+    "costly table": "1a22e205494c2e37",
+    "costly switch-oracle": "6e13e0d27d26643a",
+    "costly switch-table": "f7aa179f871d2f8f",
+    "costly switch-wrong": "5d5cd48441fd5e06",
 }
 PACES = {
     "idle": IDLE,
     "busy": BUSY,
+    "slow": Pace(RECORD, RECORD / 5e-2, 0.02, predict_s=1e-3),
     "costly": Pace(RECORD, RECORD / 2e-3, 0.02, read_s_per_byte=1e-3 / RECORD, predict_s=2e-3),
 }
 
 
-@pytest.mark.parametrize("name", BEFORE)
-def test_every_decision_is_the_one_made_before_there_was_a_feed(
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_decision_is_that_of_the_variant_which_was_measured(
     name: str, trace: RoutingTrace
 ) -> None:
-    pace, kind, arms = name.split()
+    pace, kind = name.split()
     policy: Policy = {
         "lru": lambda: LRU(LAYERS, EXPERTS),
         "decayed": decayed,
         "table": lambda: PredictorPolicy(TokenTable(LAYERS, EXPERTS)),
         "oracle": lambda: PredictorPolicy(Oracle(trace)),
-        "resting": lambda: RestingPolicy(Oracle(trace)),
+        "switch-oracle": lambda: SwitchablePolicy(Oracle(trace)),
+        "switch-table": lambda: SwitchablePolicy(TokenTable(LAYERS, EXPERTS)),
+        "switch-wrong": lambda: SwitchablePolicy(Mistaken(trace)),
     }[kind]()
-    run = rehearse(trace, SLOTS, policy, PACES[pace], contest=arms == "arms")
+    run = rehearse(trace, SLOTS, policy, PACES[pace])
     told = json.dumps([run.decisions, run.token_s.tolist()]).encode()
-    assert hashlib.sha256(told).hexdigest()[:16] == BEFORE[name]
+    assert hashlib.sha256(told).hexdigest()[:16] == MEASURED[name]
 
 
 def test_a_prompt_fills_the_store_and_is_not_counted(trace: RoutingTrace) -> None:

@@ -1,9 +1,8 @@
-"""What to load next, and how much: forecasts into prefetch keys, and the rate they may go at.
+"""What to load next: forecasts into prefetch keys, and how likely a use must be.
 
-`expected_use` turns a forecast into one score per expert, `plan` picks keys within an allowance of
-bytes, `PrefetchController` sets that allowance from the link time demand reads leave idle and turns
-prefetch off where it does not pay. Policy only: nothing here reads bytes, holds tensors or looks
-at a clock, so the same numbers in give the same keys out.
+`expected_use` turns a forecast into one score per expert, `plan` picks keys within a number of
+bytes, `LinkUse` says from which chance of use on a read ahead pays. Policy only: nothing here reads
+bytes, holds tensors or looks at a clock, so the same numbers in give the same keys out.
 Not covered: what to evict (`residency`), how a forecast is made (the model's LookaheadRouter).
 
 Shape legend: J forecast horizons (0 = this token, 1 = the next ...), L MoE layers, E experts.
@@ -20,7 +19,9 @@ from chronos.common.model.weights import Key
 
 Floats = npt.NDArray[np.floating]
 
-PAYS = 0.5  # used fraction of prefetched bytes at break-even; PrefetchController says why
+# Chance of use at break-even on an idle link. A used prefetch spares exactly one demand read; a
+# wasted one displaces at most one resident, so it costs at most one.
+PAYS = 0.5
 
 
 def expected_use(
@@ -96,104 +97,3 @@ class LinkUse:
             busy = min(1.0, max(0.0, needed / carried))
             mean = busy if self._busy is None else self._busy
             self._busy = mean + self._SMOOTHING * (busy - mean)
-
-
-class PrefetchController:
-    """How many bytes may be prefetched for the next token; turns itself off where it does not pay.
-
-    The rule. The link is idle for `token_s - demand_bytes / link_bytes_per_s` of a token; a share
-    of what it could carry in that time is granted. Every `window_tokens` tokens (or later, once
-    four records have been prefetched) the used fraction of the prefetched bytes is judged:
-
-    - at least `pays`: the share doubles, up to all of the idle time;
-    - below: it halves, and below `min_share` it becomes 0 - prefetch is off. After `rest_tokens`
-      tokens a probe runs at `min_share`; every failed probe doubles the rest, up to
-      `max_rest_tokens`, and a probe that pays resets it.
-
-    Why one half pays: a used prefetch spares exactly one demand read; a wasted one displaces at
-    most one resident, so it costs at most one. At one half or more, demand reads cannot grow; and
-    as only idle time is granted and demand reads overtake prefetches in flight, waits cannot
-    either. That holds while the link has idle time to speak of; `LinkUse` asks for more on a busy
-    one. What is left is the price of probing: for a useless forecast, one window at `min_share`
-    of the idle time in every `max_rest_tokens`.
-    """
-
-    _EVIDENCE_RECORDS = 4
-    _SMOOTHING = 0.25  # weight of the newest token in the averages
-
-    def __init__(
-        self,
-        record_bytes: int,
-        *,
-        pays: float = PAYS,
-        window_tokens: int = 8,
-        start_share: float = 0.25,
-        min_share: float = 1 / 16,
-        rest_tokens: int = 32,
-        max_rest_tokens: int = 2048,
-    ) -> None:
-        self.record_bytes, self.pays, self.window_tokens = record_bytes, pays, window_tokens
-        self.min_share, self.rest_tokens = min_share, rest_tokens
-        self.max_rest_tokens = max_rest_tokens
-        self.share = start_share  # of the idle link time; 0 while prefetch is off
-        self._rest = rest_tokens
-        self._tokens = 0  # in this window, or since prefetch went off
-        self._prefetched = self._used = 0
-        self._token_s = self._demand_bytes = -1.0  # running averages; -1 before the first token
-        self._credit = 0.0
-
-    def allowance(self, in_flight_bytes: int = 0) -> int:
-        """Bytes that may be prefetched now, given prefetches asked for and not yet finished."""
-        if self.share == 0.0:
-            return 0
-        return max(0, int(self._credit) - in_flight_bytes)
-
-    def end_token(
-        self,
-        *,
-        token_s: float,
-        link_bytes_per_s: float,
-        demand_bytes: int,
-        prefetched_bytes: int,
-        used_bytes: int,
-    ) -> None:
-        """Account for one token: its wall time in seconds, the link's rate for records, and bytes.
-
-        `demand_bytes` were read because they were needed at once, `prefetched_bytes` were asked for
-        by prefetch, `used_bytes` were prefetched at some time and first
-        used in this token, those that were still on their way (late) included.
-        """
-        self._token_s = self._average(self._token_s, token_s)
-        self._demand_bytes = self._average(self._demand_bytes, demand_bytes)
-        self._prefetched += prefetched_bytes
-        self._used += used_bytes
-        self._tokens += 1
-        self._judge()
-        idle = max(0.0, self._token_s * link_bytes_per_s - self._demand_bytes) * self.share
-        # Credit is carried so that a slow link saves up for a whole record, but no further: what
-        # was not wanted in one token is not a burst in a later one.
-        room = max(idle, float(self.record_bytes))
-        self._credit = min(room, max(0.0, self._credit - prefetched_bytes) + idle)
-
-    def _average(self, mean: float, value: float) -> float:
-        return value if mean < 0 else mean + self._SMOOTHING * (value - mean)
-
-    def _judge(self) -> None:
-        if self.share == 0.0:
-            if self._tokens >= self._rest:
-                self._rest = min(2 * self._rest, self.max_rest_tokens)  # if this probe fails too
-                self._open_window(self.min_share)
-            return
-        enough = self._prefetched >= self._EVIDENCE_RECORDS * self.record_bytes
-        if self._tokens < self.window_tokens or not enough:
-            return
-        if self._used >= self.pays * self._prefetched:
-            self._rest = self.rest_tokens
-            self._open_window(min(1.0, 2 * self.share))
-        else:
-            half = self.share / 2
-            self._open_window(half if half >= self.min_share else 0.0)
-
-    def _open_window(self, share: float) -> None:
-        self.share = share
-        self._tokens = self._prefetched = self._used = 0

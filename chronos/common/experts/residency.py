@@ -3,8 +3,8 @@
 A `Residency` is bookkeeping only: no tensors, no files, no locks (its owner holds one). A slot is
 EMPTY, LOADING (claimed, bytes on their way) or READY; READY slots may be pinned. Slots are pooled
 over all layers. A `Policy` ranks keys; the lowest-ranked READY slot nobody holds is the victim.
-Prefetches are guests: for a few tokens they are protected, but no more than half of the slots at a
-time can be taken from other experts that way, and a demand may always take them back.
+A prefetched slot is speculative: for a few tokens it is protected, but no more than half of the
+slots at a time can be taken from other experts that way, and a demand may always take it back.
 Sources: least recently used; frequency with exponential decay (LRFU, Lee et al. 2001).
 """
 
@@ -29,7 +29,7 @@ class Policy(Protocol):
     the tier it serves, on the thread of whoever runs the model."""
 
     forecasts: bool  # true: it ranks absent keys too, and a prefetch must outrank its victim
-    can_rest: bool  # whether `rest` spares time
+    can_disable: bool  # whether `disable` spares time; else it does nothing
 
     @property
     def by_token(self) -> bool:
@@ -62,22 +62,22 @@ class Policy(Protocol):
     def next_uses(self) -> NDArray[np.float64]:
         """[L, E], the chance that a layer, when asked next, needs the expert."""
 
-    def rest(self, resting: bool) -> None:
-        """Whether to rank by something cheaper from the next token on."""
+    def disable(self, disabled: bool) -> None:
+        """Rank by something cheaper from the next token on, or not any more."""
 
 
 class Counts:
-    """What policies that only count uses make of the rest. What is told of prompts does not change
-    their counts: each layer's chunk counts as one."""
+    """What policies that only count uses make of the other calls. What is told of prompts does not
+    change their counts: each layer's chunk counts as one."""
 
-    forecasts = can_rest = by_token = False
+    forecasts = can_disable = by_token = False
 
     def reconsider(self) -> None: ...
     def begin_prompt(self) -> None: ...
     def end_prompt(self, ids_TLK: NDArray[Any]) -> None: ...
     def begin_token(self, token: int) -> None: ...
     def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None: ...
-    def rest(self, resting: bool) -> None: ...
+    def disable(self, disabled: bool) -> None: ...
     def next_uses(self) -> NDArray[np.float64]:
         raise AssertionError("asked of a policy that does not forecast")
 

@@ -98,7 +98,6 @@ class TokenReport:
     misses: int = 0
     warm_hits: int = 0  # of the misses, those in host memory behind an accelerator's slots
     copied: int = 0  # from there to the slots
-    stall_s: float = 0.0
     sources: dict[str, Asked] = field(default_factory=dict)
 
     @property

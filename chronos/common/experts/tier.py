@@ -357,9 +357,7 @@ class Tier(ABC):
                 )
             start = self.clock()
             self._wait()
-            waited = self.clock() - start
-            self.counters.stall_s += waited
-            self._report.stall_s += waited
+            self.counters.stall_s += self.clock() - start
 
     def taken(self, slot: int) -> Any:
         """What to yield for a slot of a lease (-1: nothing)."""

@@ -1,11 +1,11 @@
 """A run rehearsed from its trace: the store, its policy and the prefetcher as they are, on a clock
 and a disk that are numbers.
 
-What a run decides (victims, prefetches, allowances) follows from its routing, its clock and the
-reader's numbers. Here the latter two follow from a `Pace`, so the same trace and pace repeat every
-decision to the last key, on any machine and however busy it is. Demand comes before prefetch and
-overtakes it after a chunk, as in `files`; the disk's rate is shared by nobody and never varies.
-What reads and forecasts cost the computation are numbers too.
+What a run decides (victims, prefetches, whether forecasts are on) follows from its routing, its
+clock and the reader's numbers. Here the latter two follow from a `Pace`, so the same trace and pace
+repeat every decision to the last key, on any machine and however busy it is. Demand comes before
+prefetch and overtakes it after a chunk, as in `files`; the rate of the disk is shared by nobody and
+never varies. What reads and forecasts cost the computation are numbers too.
 Not covered: how long a prompt takes.
 
 Shape legend: T tokens, L layers, E experts, K top-k.
@@ -162,15 +162,15 @@ def rehearse(
     pace: Pace,
     *,
     prefetch: bool = True,
-    contest: bool = False,
     warmup: int = 0,
     prompt: int = 0,
     alter: Callable[[Prefetcher], None] = lambda prefetcher: None,
 ) -> Rehearsal:
     """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so.
-    contest: whether ways of running a token compete, as in a run. prompt: so many tokens at the
-    beginning are one, and not counted either. alter: changes the prefetcher before the first token,
-    to rehearse without a part of it."""
+
+    prompt: so many tokens at the beginning are one, and not counted either. alter: changes the
+    prefetcher before the first token, to rehearse without a part of it.
+    """
     link = Link(pace.link_bytes_per_s, pace.read_s_per_byte)
     tier = _VirtualTier(_layout(trace, pace.record_bytes), slots, link, policy)
     prefetcher = Prefetcher(
@@ -182,7 +182,6 @@ def rehearse(
         reader=link,
         policy=policy,
         clock=lambda: link.now,
-        contest=contest,
     )
     alter(prefetcher)
     layer_s = pace.token_s / trace.num_layers
@@ -205,7 +204,7 @@ def rehearse(
                 prefetcher.acquired(layer, experts)
             for _ in lease:
                 link.pass_time(expert_s)
-        if not (isinstance(policy, PredictorPolicy) and policy.resting):
+        if not (isinstance(policy, PredictorPolicy) and policy.disabled):
             link.pass_time(pace.predict_s)
         report = tier.end_token()
         if prefetch:

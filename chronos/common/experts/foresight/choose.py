@@ -13,7 +13,7 @@ from chronos.common.experts.foresight.forecast import Forecaster, ForecastModel,
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     PredictorPolicy,
-    RestingPolicy,
+    SwitchablePolicy,
     TokenTable,
 )
 from chronos.common.experts.residency import LRU, Policy
@@ -59,7 +59,7 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
         if name == "auto":
             return _untrained(layout)
         raise
-    return (RestingPolicy if name == "auto" else PredictorPolicy)(forecaster, layout.moe_layers)
+    return (SwitchablePolicy if name == "auto" else PredictorPolicy)(forecaster, layout.moe_layers)
 
 
 def _untrained(layout: Layout, kind: type[DecayedUse] = TokenTable) -> PredictorPolicy:

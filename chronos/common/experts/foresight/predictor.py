@@ -122,11 +122,11 @@ class PredictorPolicy:
         if isinstance(self.predictor, TokenTable):
             self.predictor.learn(tokens, ids_TLK)
 
-    can_rest = False  # whether `rest` spares time
-    resting = False
+    can_disable = False  # whether `disable` does anything
+    disabled = False
 
-    def rest(self, resting: bool) -> None:
-        """Whether to rank by something cheaper from the next token on, where `can_rest`."""
+    def disable(self, disabled: bool) -> None:
+        """Rank by something cheaper from the next token on, or not, where `can_disable`."""
 
     def begin_prompt(self) -> None:
         self._pass, self._priority = TokenClock(len(self._layers)), None
@@ -152,13 +152,13 @@ class PredictorPolicy:
         return wide
 
 
-class RestingPolicy(PredictorPolicy):
-    """Ranks by a forecaster, or while it rests, by decayed use: whichever makes tokens faster.
+class SwitchablePolicy(PredictorPolicy):
+    """Ranks by a forecaster, or while that is disabled, by decayed use.
 
-    What tokens are routed to meanwhile is kept, and told to the forecaster when it wakes.
+    What tokens are routed to meanwhile is kept, and told to the forecaster when it is enabled.
     """
 
-    can_rest = True
+    can_disable = True
 
     def __init__(
         self,
@@ -170,23 +170,23 @@ class RestingPolicy(PredictorPolicy):
         self._missed: deque[list[list[int]]] = deque(maxlen=REMEMBERED)  # [T][L][K]
         self._token: list[list[int]] = []
 
-    def rest(self, resting: bool) -> None:
-        if resting == self.resting:
+    def disable(self, disabled: bool) -> None:
+        if disabled == self.disabled:
             return
-        self.resting = resting
+        self.disabled = disabled
         self._catch_up()
-        self.predictor, self._priority = self._plain if resting else self._forecaster, None
+        self.predictor, self._priority = self._plain if disabled else self._forecaster, None
 
     def observe(self, layer: int, experts: Collection[int]) -> None:
         super().observe(layer, experts)
-        if self._pass is None and self.resting:
+        if self._pass is None and self.disabled:
             self._token.append(list(experts))
         elif self._pass is None:
             self._plain.observe(self._row[layer], experts)
 
     def end_token(self) -> None:
         super().end_token()
-        if self.resting:
+        if self.disabled:
             if len(self._token) == len(self._layers):
                 self._missed.append(self._token)
             self._token = []
@@ -195,7 +195,7 @@ class RestingPolicy(PredictorPolicy):
 
     def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
         self._catch_up()
-        other = self._forecaster if self.resting else self._plain
+        other = self._forecaster if self.disabled else self._plain
         other.prime(ids_TLK)
         super().end_prompt(ids_TLK)
 
