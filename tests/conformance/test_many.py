@@ -242,6 +242,27 @@ def test_a_mask_says_what_may_be_drawn(backend: Any, folder: Path) -> None:
                 session.run([Work(1, [5], GREEDY, mask=wrong)])
 
 
+def test_a_bias_is_added_to_the_logits_of_its_sequence_alone(backend: Any, folder: Path) -> None:
+    bias = np.zeros(VOCAB, np.float32)
+    bias[[3, 50]] = 100.0, 99.0
+    allowed = np.ones(VOCAB, bool)
+    allowed[3] = False
+    with opened(backend, folder, "50%") as engine:
+        session = engine.session
+        works = [
+            *pieces(0, PROMPTS[1], GREEDY, bias=bias),
+            *pieces(1, PROMPTS[1], GREEDY),
+            *pieces(2, PROMPTS[1], GREEDY, bias=bias, mask=allowed),
+        ]
+        biased, plain, masked = session.run(works)
+        assert (biased, masked) == (3, 50)
+        assert plain == int(session.logits(1).argmax())
+        np.testing.assert_array_equal(session.logits(0), session.logits(1))  # as the model has them
+        for wrong in (np.zeros(3, np.float32), np.full(VOCAB, np.inf, np.float32)):
+            with pytest.raises(UsageError, match="bias"):
+                session.run([Work(3, [5], GREEDY, bias=wrong)])
+
+
 def test_work_that_makes_no_sense_is_refused(backend: Any, folder: Path) -> None:
     with opened(backend, folder, "50%") as engine:
         twice = [Work(0, [5], GREEDY), Work(0, [6], GREEDY)]

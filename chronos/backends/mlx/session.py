@@ -193,6 +193,8 @@ class Session:
         sampling = work.sampling
         uniform = 0.0 if sampling.greedy else row.random.random()
         logits_V = adjust(row.logits_V, row.ids, row.prompt_tokens, sampling)
+        if work.bias is not None:
+            logits_V = logits_V + mx.array(work.bias)
         if work.mask is not None:
             logits_V = mx.where(mx.array(work.mask), logits_V, -mx.inf)
         token = draw(logits_V, sampling, uniform).astype(mx.int32)

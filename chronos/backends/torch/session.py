@@ -203,6 +203,8 @@ class Session:
         sampling = work.sampling
         uniform = 0.0 if sampling.greedy else row.random.random()
         logits_V = adjust(row.logits_V, row.ids, row.prompt_tokens, sampling)
+        if work.bias is not None:
+            logits_V = logits_V + self._to_device(work.bias)
         if work.mask is not None:
             logits_V = logits_V.where(self._to_device(work.mask), -torch.inf)
         token = draw(logits_V, sampling, uniform)

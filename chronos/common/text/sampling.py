@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,8 @@ class Work:
     seq: names the sequence. tokens: what is appended to it, a piece of a prompt or the token drawn
     last. last: the prompt ends with this piece, or it is a single token after one: sample the next.
     mask: bool [V], which tokens may be drawn; None for all. prompt: tokens the sequence has once
-    its whole prompt is in (a model may rotate positions by that); 0 for a token after one.
+    its whole prompt is in (a model may rotate positions by that); 0 for a token after one. bias:
+    float32 [V], added to the logits after penalties; None for none.
     """
 
     seq: int
@@ -117,6 +118,7 @@ class Work:
     last: bool = True
     mask: npt.NDArray[np.bool_] | None = None
     prompt: int = 0
+    bias: npt.NDArray[np.float32] | None = None
 
 
 PIECE = 512  # tokens of a prompt that go through a model at once: another cut is other bits
@@ -129,13 +131,15 @@ def pieces(
     *,
     start: int = 0,
     mask: npt.NDArray[np.bool_] | None = None,
+    bias: npt.NDArray[np.float32] | None = None,
 ) -> Iterator[Work]:
     """The work that takes a prompt in, piece by piece; from token `start` on, where the sequence
     has those before it already."""
     for at in range(start, len(prompt), PIECE):
         end = min(at + PIECE, len(prompt))
         last = end == len(prompt)
-        yield Work(seq, prompt[at:end], sampling, last, mask if last else None, len(prompt))
+        work = Work(seq, prompt[at:end], sampling, last, prompt=len(prompt))
+        yield replace(work, mask=mask, bias=bias) if last else work
 
 
 def check_work(work: Sequence[Work], vocab_size: int) -> None:
@@ -154,6 +158,13 @@ def check_work(work: Sequence[Work], vocab_size: int) -> None:
                 f"a mask of shape {each.mask.shape} that allows {int(each.mask.sum())} tokens",
                 f"sequence {each.seq}",
                 f"give {vocab_size} values, one of them true at least",
+            )
+        bias = each.bias
+        if bias is not None and (bias.shape != (vocab_size,) or not np.isfinite(bias).all()):
+            raise UsageError(
+                f"a logit bias of shape {bias.shape}",
+                f"sequence {each.seq}",
+                f"give {vocab_size} finite values; a mask forbids tokens",
             )
 
 
