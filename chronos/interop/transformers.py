@@ -253,7 +253,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         return result if return_dict else result.to_tuple()
 
     def _cached(self, rows: list[Tensor], cache: ChronosCache, last: bool) -> Tensor:
-        """Each row behind its own cache, in the chunks of `Runner`, aligned at the right."""
+        """Each row behind its own cache, in the pieces of `Session`, aligned at the right."""
         logits = []
         for ids_T, own in zip(rows, cache.rows, strict=True):
             chunks: list[Output] = [
@@ -271,7 +271,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.native.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.native.model.embed_tokens = value
 
     def get_output_embeddings(self) -> None:

@@ -1,6 +1,7 @@
 """The backend folders read side by side: same files, same classes, same signatures, same order.
 
-Read as syntax, without a framework. Guests (models other libraries build) are a backend's own.
+Read as syntax, without a framework. The folders `guest/` (models other libraries build) and `fast/`
+are a backend's own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import pytest
 import chronos.backends
 
 BACKENDS = Path(chronos.backends.__file__).parent
-GUESTS = {"guest.py", "experts.py", "skeleton.py", "capture.py", "replay.py"}
-CUDA = {"graphs.py"}  # launches of a GPU beside the host; MLX evaluates a token at once
 X86 = {"products.py"}  # torch carries two libraries for products there, MLX one
-FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - GUESTS - CUDA - X86)
+FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - X86)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
     "attention.RMSNorm": "mlx.nn has one in every version",
@@ -30,6 +29,7 @@ ONLY = {
     "moe.MoE.decide": "parts of a CUDA graph's step: see graphs.py",
     "moe.MoE.mix": "see decide",
     "codecs.Raw": "MLX views bytes as strides of one array; torch slices a slot's row",
+    "codecs.memory": "an MLX array is written to by its buffer, a torch tensor by `numpy()`",
     "codecs.Codec.gathered": "gather_mm over a stack; torch computes expert by expert",
     "codecs.Swiglu.gathered": "see codecs.Codec.gathered",
     "codecs.MlxLm": "MLX-LM's experts; PyTorch cannot compute those it quantises",
@@ -100,7 +100,7 @@ def excused(name: str, reasons: dict[str, str]) -> bool:
 
 def test_the_same_files() -> None:
     mlx = sorted(p.name for p in (BACKENDS / "mlx").glob("*.py"))
-    assert set(mlx) - GUESTS == set(FILES)
+    assert mlx == FILES
 
 
 @pytest.mark.parametrize("file", FILES)

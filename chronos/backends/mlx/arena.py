@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from chronos.backends.mlx.codecs import Raw, codec_of
+from chronos.backends.mlx.codecs import Raw, codec_of, memory
 from chronos.backends.probe import memory_limits
 from chronos.common.disk.io import ALIGN
 from chronos.common.errors import BudgetError, ShapeMismatch, StoreError, UsageError
@@ -120,7 +120,7 @@ def _arena(nbytes: int) -> tuple[mx.array, memoryview, int]:
         mx.eval(pages)
     except RuntimeError as error:
         raise _no_room(nbytes, str(error)) from error
-    room = memoryview(pages).cast("B")  # MLX exports its buffer for writing
+    room = memory(pages)
     start = -np.frombuffer(room, np.uint8).ctypes.data % ALIGN
     return pages, room[start : start + nbytes], start
 
@@ -133,7 +133,7 @@ def _check_shared(record: memoryview, stacks: Any) -> None:
     """That views of an array share its memory is how MLX works, not what it promises: look."""
     record[:] = b"\x01" * len(record)
     views = [stack for _, stack in tree_flatten(stacks)]
-    seen = {memoryview(mx.contiguous(view[0])).cast("B")[0] for view in views}
+    seen = {memory(mx.contiguous(view[0]))[0] for view in views}
     record[:] = bytes(len(record))
     if seen != {1}:
         raise StoreError("this version of MLX copies where a view was expected", "", "update mlx")

@@ -65,7 +65,7 @@ class LatentCache:
         size = self.buffer_BSC.shape[1]
         if end > size:
             more = mx.zeros((B, max(end, 2 * size) - size, C), self.buffer_BSC.dtype)
-            self.buffer_BSC = mx.concatenate((self.buffer_BSC, more), axis=1)
+            self.buffer_BSC = mx.concatenate([self.buffer_BSC, more], axis=1)
         self.buffer_BSC[:, start:end] = x_BTC
         self.length = end
         return self.buffer_BSC[:, :end]
@@ -99,7 +99,7 @@ class WindowCache:
             self.ring_2BGWd[:, :, :, start % size : start % size + 1] = kv_2BGTd
             return self.ring_2BGWd[:, :, :, : min(self.length, self.window)]
         past = mx.arange(max(0, start - self.window + 1), start) % size
-        seen = mx.concatenate((self.ring_2BGWd[:, :, :, past], kv_2BGTd), axis=3)
+        seen = mx.concatenate([self.ring_2BGWd[:, :, :, past], kv_2BGTd], axis=3)
         first = max(start, self.length - self.window)
         kept = mx.arange(first, self.length) % size
         self.ring_2BGWd[:, :, :, kept] = kv_2BGTd[:, :, :, first - start :]
@@ -125,7 +125,7 @@ class WindowCache:
         shape = list(self.ring_2BGWd.shape)
         shape[3] = min(self.window, max(needed, 2 * size)) - size
         more = mx.zeros(shape, self.ring_2BGWd.dtype)
-        self.ring_2BGWd = mx.concatenate((self.ring_2BGWd, more), axis=3)
+        self.ring_2BGWd = mx.concatenate([self.ring_2BGWd, more], axis=3)
 
 
 class LatentAttention(nn.Module):
@@ -157,11 +157,13 @@ class LatentAttention(nn.Module):
         q_BHTr = rotate(q_BHTr, rope)
         z_BTz = self.kv_norm(self.kv_down_proj(x_BTD))
         k_BTr = rotate(self.k_rope_proj(x_BTD)[:, None], rope)[:, 0]
-        latent_BSC = mx.concatenate((z_BTz, k_BTr), axis=-1)
+        latent_BSC = mx.concatenate([z_BTz, k_BTr], axis=-1)
         if cache is not None:
             latent_BSC = cache.append(latent_BSC)
-        attend = self._absorbed if cache is not None and T == 1 else self._expanded
-        y_BHTd = attend(q_BHTd, q_BHTr, latent_BSC, mask)
+        if cache is not None and T == 1:
+            y_BHTd = self._absorbed(q_BHTd, q_BHTr, latent_BSC)
+        else:
+            y_BHTd = self._expanded(q_BHTd, q_BHTr, latent_BSC, mask)
         return self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
     def _expanded(
@@ -172,17 +174,15 @@ class LatentAttention(nn.Module):
         k_BHSd = self.k_up_proj(z_BSz).reshape(B, S, self.heads, -1).transpose(0, 2, 1, 3)
         v_BHSd = self.v_up_proj(z_BSz).reshape(B, S, self.heads, -1).transpose(0, 2, 1, 3)
         k_BHSr = mx.broadcast_to(k_BSr[:, None], (B, self.heads, S, self.rope_dim))
-        q, k = mx.concatenate((q_BHTd, q_BHTr), -1), mx.concatenate((k_BHSd, k_BHSr), -1)
+        q, k = mx.concatenate([q_BHTd, q_BHTr], -1), mx.concatenate([k_BHSd, k_BHSr], -1)
         return mx.fast.scaled_dot_product_attention(q, k, v_BHSd, scale=self.scale, mask=mask)
 
-    def _absorbed(
-        self, q_BHTd: mx.array, q_BHTr: mx.array, latent_BSC: mx.array, mask: None
-    ) -> mx.array:
+    def _absorbed(self, q_BHTd: mx.array, q_BHTr: mx.array, latent_BSC: mx.array) -> mx.array:
         """One query: W_UK folded into it, W_UV into the result; K and V are never rebuilt. The
         latents act as the one key-value head of all query heads."""
         up_k_Hdz = self.k_up_proj.weight.reshape(self.heads, self.head_dim, self.latent)
         up_v_Hdz = self.v_up_proj.weight.reshape(self.heads, self.head_dim, self.latent)
-        q_BHTC = mx.concatenate((q_BHTd @ up_k_Hdz, q_BHTr), axis=-1)
+        q_BHTC = mx.concatenate([q_BHTd @ up_k_Hdz, q_BHTr], axis=-1)
         k_B1SC = latent_BSC[:, None]
         z_BHTz = mx.fast.scaled_dot_product_attention(
             q_BHTC, k_B1SC, k_B1SC[..., : self.latent], scale=self.scale
@@ -219,7 +219,7 @@ class WindowAttention(nn.Module):
         q_BHTd, k_BGTd, v_BGTd = (y.transpose(0, 2, 1, 3) for y in (q_BTHd, k_BTGd, v_BTGd))
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         if cache is not None:
-            k_BGTd, v_BGTd = cache.append(mx.stack((k_BGTd, v_BGTd)))
+            k_BGTd, v_BGTd = cache.append(mx.stack([k_BGTd, v_BGTd]))
         y_BHTd = mx.fast.scaled_dot_product_attention(
             q_BHTd, k_BGTd, v_BGTd, scale=1.0 / math.sqrt(self.head_dim), mask=mask
         )

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from chronos.backends.mlx.codecs import Raw, codec_of
+from chronos.backends.mlx.codecs import Raw, codec_of, memory
 from chronos.backends.mlx.model import DTYPES, Model
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.disk.header import TensorEntry
@@ -93,7 +93,7 @@ def _coded(layout: Layout, layer: int) -> Any:
     keys = [(layer, expert) for expert in range(count)]
     pages = mx.zeros((count * first.nbytes // ALIGN, ALIGN), mx.uint8)
     mx.eval(pages)
-    room = memoryview(pages).cast("B")
+    room = memory(pages)
     wanted = [(layout.path(key), layout.records[key]) for key in keys]
     with closing(read_records(wanted)) as found:
         for record, data in found:
@@ -129,9 +129,9 @@ def overwrite(place: Place, data: memoryview, dtype: str) -> None:
     array, index = place
     if _FROM_FILE[dtype] != array.dtype:
         shape = tuple(tensor_at(place).shape)
-        data = memoryview(from_bytes(data, dtype, shape).astype(array.dtype)).cast("B")
+        data = memory(from_bytes(data, dtype, shape).astype(array.dtype))
     start = (index or 0) * len(data)
-    memoryview(array).cast("B")[start : start + len(data)] = data
+    memory(array)[start : start + len(data)] = data
 
 
 def _read(
@@ -166,7 +166,7 @@ def to_bytes(name: str, tensor: mx.array, dtype: mx.Dtype) -> Named:
     """A tensor as what `write_tensors` takes, narrowed to `dtype`."""
     flat = mx.contiguous(tensor.astype(dtype))
     kind = next(key for key, value in _FROM_FILE.items() if value == dtype)
-    return name, kind, tuple(tensor.shape), memoryview(flat).cast("B")
+    return name, kind, tuple(tensor.shape), memory(flat)
 
 
 def save_model(model: Model, folder: Path) -> None:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,8 @@ from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS
 
 if TYPE_CHECKING:
+    from collections.abc import Buffer
+
     from chronos.common.layout import Record
 
 # safetensors' names of the dtypes a record may hold here; bits where MLX has no such dtype.
@@ -54,6 +56,12 @@ class Raw(NamedTuple):
     pages: mx.array
     start: int
     slots: tuple[int, int] | None = None
+
+
+def memory(array: mx.array) -> memoryview:
+    """Where an evaluated array lies, as bytes that may be written: its values change with them."""
+    # MLX's stub leaves out that arrays export their buffer.
+    return memoryview(cast("Buffer", array)).cast("B")
 
 
 class Codec(Protocol):

@@ -118,7 +118,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident, encodings)
-        self.lookahead: Any = LookaheadRouter(config)
+        self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),
             "sliding": Rotary(config.head_dim, config.rope_theta),
@@ -175,6 +175,7 @@ class Model(nn.Module):
             out.routing.append(decision)
             if layer == 0 and (want_lookahead or on_lookahead or committed):
                 trunk = x_BTD if lookahead_into_trunk or committed else mx.stop_gradient(x_BTD)
+                assert self.lookahead is not None
                 out.lookahead = self.lookahead(trunk)
                 if on_lookahead:
                     on_lookahead(_softmax(out.lookahead).flatten(0, 1))
@@ -203,7 +204,7 @@ class Model(nn.Module):
         index_T = mx.arange(segments_BT.shape[1])
         changed_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
         # The first token of a document carries its index onwards as the largest seen so far.
-        start_BT = mx.cummax(mx.pad(changed_BT * index_T[1:], ((0, 0), (1, 0))), axis=1)
+        start_BT = mx.cummax(mx.pad(changed_BT * index_T[1:], [(0, 0), (1, 0)]), axis=1)
         same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
         position_BT = index_T - start_BT
         full = same_B1TT & causal_mask(index_T, index_T, None)

@@ -14,7 +14,7 @@ N = T * K routed pairs, L layers, J lookahead steps + 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -120,7 +120,7 @@ class MoE(nn.Module):
         # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer
         # before, whose experts may lose their places now.
         mx.eval(x_TD, routing.ids_TK, routing.weights_TK)
-        if len(x_TD) == 1:
+        if source is not None and len(x_TD) == 1:
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing
 
@@ -156,7 +156,7 @@ class MoE(nn.Module):
         """All pairs at once from the layer's own stack; nothing reaches the host."""
         shared_TD = self._shared(x_TD)
         y_TKD = self._by_place(x_TD, self.table, routing.ids_TK)
-        if self.training and self.mask_prob > 0:
+        if self.training and self.mask_prob > 0 and shared_TD is not None:
             gone_TK = mx.random.uniform(shape=routing.ids_TK.shape) < self.mask_prob
             y_TKD = mx.where(gone_TK[..., None], shared_TD[:, None], y_TKD)
         return _combine(routing.weights_TK, y_TKD, shared_TD)
@@ -178,7 +178,8 @@ class MoE(nn.Module):
 
     def _one_token(self, x_1D: mx.array, routing: Routing, source: Source) -> mx.array:
         """The same gather from an arena's slots, once all experts are there."""
-        ids = routing.ids_TK.tolist()[0]
+        # MLX's stub has one type for the lists of all ranks and dtypes.
+        (ids,) = cast("list[list[int]]", routing.ids_TK.tolist())
         lease = source.acquire(self.layer, ids)  # reads start here, before the shared experts
         shared_1D = self._shared(x_1D)
         if shared_1D is not None and lease.waits:

@@ -200,7 +200,7 @@ class Session:
         token = draw(logits_V, sampling, uniform).astype(mx.int32)
         token = mx.where(mx.isfinite(row.logits_V).all(), token, -1)
         mx.eval(token, row.logits_V)
-        return int(token.item())
+        return int(token)
 
 
 @dataclass

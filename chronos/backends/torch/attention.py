@@ -221,7 +221,9 @@ class LatentAttention(nn.Module):
     def _out(self, y_BHTd: Tensor) -> Tensor:
         return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
 
-    def _expanded(self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: Tensor) -> Tensor:
+    def _expanded(
+        self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: Tensor | None
+    ) -> Tensor:
         B, S, _ = latent_BSC.shape
         z_BSz, k_BSr = latent_BSC.split((self.latent, self.rope_dim), dim=-1)
         k_BHSd = self.k_up_proj(z_BSz).view(B, S, self.heads, -1).transpose(1, 2)

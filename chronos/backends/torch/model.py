@@ -12,10 +12,10 @@ steps + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +101,12 @@ class Decoder(nn.Module):
         shape = (config.vocab_size, config.hidden_size)
         # Given its weight: the default, normal_, on the meta device imports 800 modules (2 s).
         self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
-        self.layers = nn.ModuleList(
+        blocks = nn.ModuleList(
             Block(config, layer, resident, encodings.get(layer, SWIGLU))
             for layer in range(config.num_hidden_layers)
         )
+        # A ModuleList is not generic: torch's stub does not say which modules it holds.
+        self.layers = cast("Sequence[Block]", blocks)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -123,7 +125,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident, encodings)
-        self.lookahead = LookaheadRouter(config)
+        self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),
             "sliding": Rotary(config.head_dim, config.rope_theta),
@@ -178,6 +180,7 @@ class Model(nn.Module):
             out.routing.append(decision)
             if layer == 0 and (want_lookahead or on_lookahead or committed):
                 trunk = x_BTD if lookahead_into_trunk or committed else x_BTD.detach()
+                assert self.lookahead is not None
                 out.lookahead = self.lookahead(trunk)
                 if on_lookahead:
                     on_lookahead(out.lookahead.float().softmax(-1).flatten(0, 1))

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer of the torch backend, and the LookaheadRouter.
 
 One forward serves training, the resident model and streaming: experts come from a source with
-`acquire(layer, experts)`, which is the layer's own resident weights or an ExpertStore. Experts are
+`acquire(layer, experts)`, a step of the feed, or are the layer's own resident weights. They are
 computed as they become ready and combined in the fixed order of the routing, so the result does not
 depend on the order of arrival, bit for bit. Weights stay in the dtype they are stored in and are
 widened where they are used: bf16 products run at 1 % of float32's rate on a CPU without AVX-512.
@@ -13,7 +13,7 @@ L layers, J lookahead steps + 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,12 @@ class ExpertWeights(nn.Module):
         return Expert(self.gate_up_proj.weight, self.down_proj.weight)
 
 
+def _weights(config: ModelConfig, count: int) -> Sequence[ExpertWeights]:
+    # A ModuleList is not generic: torch's stub does not say which modules it holds.
+    modules = nn.ModuleList(ExpertWeights(config) for _ in range(count))
+    return cast("Sequence[ExpertWeights]", modules)
+
+
 class MoE(nn.Module):
     """Router, routed experts (resident ones only if built so) and shared experts of one layer."""
 
@@ -83,10 +89,8 @@ class MoE(nn.Module):
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
         count = config.num_experts if resident and encoding == SWIGLU else 0
-        self.experts = nn.ModuleList(ExpertWeights(config) for _ in range(count))
-        self.shared_experts = nn.ModuleList(
-            ExpertWeights(config) for _ in range(config.num_shared_experts)
-        )
+        self.experts = _weights(config, count)
+        self.shared_experts = _weights(config, config.num_shared_experts)
 
     def forward(
         self,
@@ -153,7 +157,7 @@ class MoE(nn.Module):
         y_K: list[Tensor] = [x_1D] * len(ids)
         for expert, weights in ready:
             if weights is None:
-                assert source is not None
+                assert source is not None and shared_1D is not None
                 y_K[rank[expert]] = shared_1D
                 source.record_fallback(float(routing.weights_TK[0, rank[expert]]))
             else:

@@ -20,7 +20,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from chronos.backends.mlx.codecs import DTYPES, Raw, codec_of
+from chronos.backends.mlx.codecs import DTYPES, Raw, codec_of, memory
 from chronos.backends.mlx.guest.spelling import (
     KNOWN,
     LAYER,
@@ -156,7 +156,7 @@ class Skeleton:
             layer, expert = record.key
             for name, view in record.views(data).items():
                 array: Any = stacks[layer][name]  # a buffer, which its stub does not say
-                stack = memoryview(array).cast("B")
+                stack = memory(array)
                 stack[expert * len(view) : (expert + 1) * len(view)] = view
         for layer, (_, block) in blocks.items():
             codec = codec_of(layout.encodings[layer])

@@ -142,8 +142,9 @@ class BlockStages:
         return block.self_attn.front(block.input_layernorm(self.x_11D), rope)
 
     def _to_choice(self) -> Tensors:
-        block, y = self._block, self._y
-        x_11D = self.x_11D + block.self_attn.back(y)
+        block = self._block
+        assert self._y is not None
+        x_11D = self.x_11D + block.self_attn.back(self._y)
         h_1D = block.post_attention_layernorm(x_11D).flatten(0, 1)
         routing = block.mlp.decide(h_1D)
         self._ids_1K.copy_(routing.ids_TK)
@@ -201,6 +202,7 @@ class Steps:
                 cache.layers[layer], source, replay(layer) if replay else None
             )
             if layer == 0 and on_lookahead is not None:
+                assert model.lookahead is not None
                 on_lookahead(model.lookahead(x_11D).float().softmax(-1).flatten(0, 1))
         cache.position += 1
         logits = linear(model.model.norm(x_11D), model.model.embed_tokens.weight)

@@ -1,11 +1,11 @@
 """The experts of a guest model: Transformers' interface for them, fed from our source.
 
 Transformers hands the experts of about sixty architectures to a function chosen by name; "chronos"
-is one more. It takes experts one by one from an ExpertStore and computes with them as their codec
-does, which knows their tensors. Rows are grouped, multiplied, weighted and summed as Transformers'
-`grouped_mm` does, its default on a CPU, so the bits are those of the library's own resident run
-(measured equal for one to 64 tokens in float32 and bfloat16). Not covered: expert parallelism,
-training.
+is one more. It takes experts one by one from a step of the feed and computes with them as their
+codec does, which knows their tensors. Rows are grouped, multiplied, weighted and summed as
+Transformers' `grouped_mm` does, its default on a CPU, so the bits are those of the library's own
+resident run (measured equal for one to 64 tokens in float32 and bfloat16). Not covered: expert
+parallelism, training.
 
 Shape legend: T tokens, D hidden, F expert hidden, K top-k, N = T * K routed pairs.
 """
