@@ -1,9 +1,10 @@
-"""Generation on one model: stop rules, limits and numbers. Token ids in, token ids out.
+"""Generation on one model: stop rules, limits and numbers. Text or token ids in, both out.
 
 `load` opens a model folder on a backend; `Engine.generate` streams steps and ends in a result,
 `generate_many` answers several prompts at once. The engine imports no framework: it is given a
-session and a feed, or asks `chronos.backends` for them in `load`. One call generates at a time;
-starting the next one ends the one before. Not covered: keeping caches between prompts.
+session and a feed, or asks `chronos.backends` for them in `load`. One call generates at a time:
+starting the next one ends the one before, if it is the same thread's, and is refused if not. Not
+covered: keeping caches between prompts.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import operator
 import threading
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -46,13 +49,21 @@ if TYPE_CHECKING:
 __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load"]
 _log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
+Prompt = str | Iterable[int]
 RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
 _WARM = "a warm tier"
 _NO_DEFAULTS = ReplyDefaults()
 
 
 class Engine:
-    """One model, ready to generate. `feed` is None where the model holds its own experts."""
+    """One model, ready to generate; a context that closes it. For one thread at a time.
+
+    tokenizer: text to ids and back, or None. context: tokens of a prompt and its reply. backend,
+    device: where it computes, by name. stop_ids: end a reply. defaults: what the model's folder
+    asks of every reply. config, layout: the model's geometry and its packed experts (None where it
+    is not packed). session, feed: what runs it and what holds its experts, for measuring; `feed` is
+    None where the model holds its own. moe_layers: those with experts, None for all.
+    """
 
     def __init__(
         self,
@@ -81,7 +92,9 @@ class Engine:
         self.moe_layers = moe_layers if layout is None else layout.moe_layers
         self._expert_bytes = expert_bytes
         self._machine: Machine | None = None
-        self._running: Generation | None = None
+        # Weak: one that nobody holds any more ends by itself.
+        self._running: weakref.ref[Generation] | None = None
+        self._turn = threading.Lock()  # to begin
         self._numbers = itertools.count()  # of sequences
 
     @property
@@ -96,7 +109,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParams = GREEDY,
         *,
         max_tokens: int = 256,
@@ -104,22 +117,27 @@ class Engine:
         cancel: threading.Event | None = None,
         record: bool = False,
     ) -> Generation:
-        """Stream up to `max_tokens` tokens after `prompt`. record: `limit` will be asked for.
+        """Stream up to `max_tokens` tokens after `prompt`: a text, or token ids (NumPy's too).
+        record: `limit` will be asked for.
 
-        Raises UsageError at once for a prompt that is empty, foreign or longer than the context.
+        Raises UsageError at once for a prompt that is empty, foreign or longer than the context,
+        and while a generation of another thread has not ended.
         A read that fails for good raises while iterating; the engine stays usable. A prompt may
         fill the context: one token is still sampled from it, then finish_reason is "context".
         """
-        self._check(prompt, max_tokens, stop)
-        batch, seq = self._batch(slots=1), next(self._numbers)
+        ids = self._ids(prompt)
+        self._check(ids, max_tokens, stop)
         sampling = self.defaults.fill(sampling)
-        batch.add(seq, list(prompt), sampling, max_tokens=max_tokens, stop=stop, record=record)
-        self._running = Generation(_steps(batch, seq, cancel))
-        return self._running
+        with self._turn:
+            batch, seq = self._batch(slots=1), next(self._numbers)
+            batch.add(seq, ids, sampling, max_tokens=max_tokens, stop=stop, record=record)
+            generation = Generation(_steps(batch, seq, cancel))
+            self._running = weakref.ref(generation)
+        return generation
 
     def generate_many(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
         *,
         max_tokens: int = 256,
@@ -132,6 +150,10 @@ class Engine:
         sampling: for all, or one a prompt. max_sequences: answered at a time; each has a cache.
         Raises what `generate` raises; a read that fails for good ends all.
         """
+        if isinstance(prompts, str):
+            raise UsageError(
+                "generate_many takes a list of prompts, not one text", "", "use generate(text)"
+            )
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(prompts) or max_sequences < 1:
             raise UsageError(
@@ -142,25 +164,22 @@ class Engine:
         ids = [self._ids(prompt) for prompt in prompts]
         for prompt in ids:
             self._check(prompt, max_tokens, stop)
-        batch = self._batch(max_sequences)
-        numbers = [next(self._numbers) for _ in ids]
-        for seq, prompt, params in zip(numbers, ids, each, strict=True):
-            params = self.defaults.fill(params)
-            batch.add(seq, prompt, params, max_tokens=max_tokens, stop=stop)
-        try:
-            while len(batch.results) < len(numbers):
-                batch.step()
-                for result in batch.results.values():
-                    if isinstance(result, Exception):
-                        raise result
-            return [_result(batch, seq) for seq in numbers]
-        finally:
-            batch.close()
+        with self._turn:
+            batch = self._batch(max_sequences)
+            numbers = [next(self._numbers) for _ in ids]
+            for seq, tokens, params in zip(numbers, ids, each, strict=True):
+                params = self.defaults.fill(params)
+                batch.add(seq, tokens, params, max_tokens=max_tokens, stop=stop)
+            generation = Generation(_all_steps(batch, len(numbers)))
+            self._running = weakref.ref(generation)
+        for _ in generation:
+            pass
+        return [_result(batch, seq) for seq in numbers]
 
     def close(self) -> None:
         """End the running generation, stop the readers, free the slots. Safe to call twice."""
-        if self._running is not None:
-            self._running.close()
+        if (running := self._last()) is not None:
+            running.close()
         if self.feed is not None:
             self.feed.close()
 
@@ -223,17 +242,35 @@ class Engine:
         if stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this model has none")
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise UsageError("this model has no tokenizer.json, so it takes no text")
-        return self.tokenizer.encode_prompt(prompt)
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UsageError("this model has no tokenizer.json, so it takes no text")
+            return self.tokenizer.encode_prompt(prompt)
+        try:
+            if isinstance(prompt, bytes):
+                raise TypeError
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UsageError(
+                f"a prompt is a text or a row of token ids, not {_kind(prompt)}",
+                "",
+                "give a str, a list of int, or a one-dimensional array of integers",
+            ) from None
+
+    def _last(self) -> Generation | None:
+        return None if self._running is None else self._running()
 
     def _batch(self, slots: int) -> Batch:
-        """Ends the generation before."""
-        if self._running is not None:
-            self._running.close()
+        """Ends the generation before, or refuses to where another thread has it."""
+        if (running := self._last()) is not None:
+            if running.held_elsewhere:
+                raise UsageError(
+                    "the engine is answering in another thread",
+                    "",
+                    "wait for its result or close it; generate_many answers several side by side",
+                )
+            running.close()
         return Batch(
             self.session,
             self.feed,
@@ -257,6 +294,29 @@ def _steps(
         return _result(batch, seq)
     finally:
         batch.close()
+
+
+def _all_steps(batch: Batch, count: int) -> Generator[Step, None, None]:
+    """The steps of all sequences of a batch; the first error of one ends all."""
+    try:
+        while len(batch.results) < count:
+            for _, step in batch.step():
+                yield step
+            for result in batch.results.values():
+                if isinstance(result, Exception):
+                    raise result
+    finally:
+        batch.close()
+
+
+def _kind(value: object) -> str:
+    """What somebody gave instead of a prompt, in a few words."""
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"an array of {getattr(value, 'dtype', 'numbers')} {tuple(shape)}"
+    name = type(value).__name__
+    items = value if isinstance(value, list | tuple) else ()
+    wrong = next((type(item).__name__ for item in items if not isinstance(item, int)), "")
+    return f"a {name} with {wrong}" if wrong else name
 
 
 def _result(batch: Batch, seq: int) -> GenerationResult:

@@ -6,6 +6,8 @@ whole, and nothing that may begin a stop string is shown before it is known not 
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -48,10 +50,11 @@ class GenerationResult:
 
 
 class Generation(Iterator[Step]):
-    """Steps as they are made; `result` afterwards (asked for earlier, it runs to the end)."""
+    """Steps as they are made; `result` afterwards (asked for earlier, it runs to the end). One
+    thread's at a time: the one that asked for the last step."""
 
-    def __init__(self, steps: Generator[Step, None, GenerationResult]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Generator[Step, None, GenerationResult | None]) -> None:
+        self._steps, self._thread = steps, threading.current_thread()
         self._result: GenerationResult | None = None
         self._dropped, self._at_start = "", True
 
@@ -60,7 +63,15 @@ class Generation(Iterator[Step]):
         one, which belongs to a text that is continued and not to an answer in a chat."""
         self._dropped = " "
 
+    @property
+    def held_elsewhere(self) -> bool:
+        """Whether it has not ended and is another thread's, which is alive."""
+        other = self._thread is not threading.current_thread() and self._thread.is_alive()
+        return other and inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED
+
     def __next__(self) -> Step:
+        self._check_idle()
+        self._thread = threading.current_thread()
         try:
             step = next(self._steps)
         except StopIteration as end:
@@ -82,7 +93,17 @@ class Generation(Iterator[Step]):
         return self._result
 
     def close(self) -> None:
+        """End it where it is. Safe to call twice."""
+        self._check_idle()
         self._steps.close()
+
+    def _check_idle(self) -> None:
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
+            raise UsageError(
+                "another thread is making a step of this generation",
+                "",
+                "let that thread end it: set the event that was given as `cancel`",
+            )
 
 
 class Text:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chronos.common.errors import BudgetError, UsageError
@@ -215,6 +218,100 @@ def test_draws_are_those_of_the_reference(engine: Engine, params: SamplingParams
         runner.reset()
         token = runner.prefill(PROMPT, dataclasses.replace(params, seed=seed))
         assert token == draw(runner.logits(), params, random.Random(seed).random())
+
+
+def test_a_prompt_is_text_or_ids_of_any_kind(engine: Engine) -> None:
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode_prompt("def f(")
+    want = engine.generate(ids, max_tokens=8).result
+    for prompt in ("def f(", tuple(ids), np.array(ids), np.array(ids, np.uint16), iter(ids)):
+        assert engine.generate(prompt, max_tokens=8).result.tokens == want.tokens
+    many = engine.generate_many(["def f(", np.array(ids)], max_tokens=8)
+    assert [result.tokens for result in many] == [want.tokens] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([1.0, 2.0], "a list with float"),
+        (["def"], "a list with str"),
+        (np.array([1.0, 2.0]), r"an array of float64 \(2,\)"),
+        (np.ones((2, 3), int), r"an array of int64 \(2, 3\)"),
+        (b"def", "bytes"),
+        (None, "NoneType"),
+        (7, "int"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_one_line(
+    engine: Engine, prompt: Any, named: str
+) -> None:
+    with pytest.raises(UsageError, match=f"a text or a row of token ids, not {named}\n") as caught:
+        engine.generate(prompt)
+    assert "list of int" in caught.value.fix and "\n" not in caught.value.what
+    with pytest.raises(UsageError, match="takes a list of prompts"):
+        engine.generate_many("def")
+
+
+def in_a_thread(call: Callable[[], Any]) -> Any:
+    """What a call in another thread gives, or the error that it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).exception() or pool.submit(call).result()
+
+
+def test_a_second_thread_is_refused_until_the_first_ones_generation_ends(engine: Engine) -> None:
+    first = engine.generate(PROMPT, max_tokens=24)
+    made = [next(first).token]
+    for call in (
+        lambda: engine.generate(PROMPT),
+        lambda: engine.generate_many([PROMPT]),
+    ):
+        error = in_a_thread(call)
+        assert isinstance(error, UsageError), error
+        assert "answering in another thread" in error.what and "generate_many" in error.fix
+    assert made + [step.token for step in first] == greedy(engine)
+    assert not isinstance(in_a_thread(lambda: engine.generate(PROMPT).close()), Exception)
+    abandoned = engine.generate(PROMPT)
+    next(abandoned)
+    del abandoned  # nobody can ask for its next step
+    assert not isinstance(in_a_thread(lambda: engine.generate(PROMPT).close()), Exception)
+    assert len(greedy(engine)) == 24
+
+
+def test_a_step_that_another_thread_makes_is_not_disturbed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking for a step, closing and a new call, while a pass runs: each is refused."""
+    first, errors = engine.generate(PROMPT, max_tokens=24), []
+    run = type(engine.session).run
+
+    def meddle() -> None:
+        for call in (lambda: next(first), first.close, engine.close, lambda: greedy(engine)):
+            with pytest.raises(UsageError, match="another thread") as caught:
+                call()
+            errors.append(caught.value)
+
+    def slow(self: Any, work: Any, **options: Any) -> Any:
+        if not errors:
+            thread = threading.Thread(target=meddle)
+            thread.start()
+            thread.join()
+        return run(self, work, **options)
+
+    monkeypatch.setattr(type(engine.session), "run", slow)
+    tokens = first.result.tokens
+    assert len(errors) == 4 and tokens == greedy(engine)
+
+
+def test_the_public_names_of_an_engine_are_few_and_documented() -> None:
+    methods = {"generate", "generate_many", "limit", "prefetch_stats", "close"}
+    sizes = {"expert_bytes_total", "budget_bytes"}
+    assert {name for name in vars(Engine) if not name.startswith("_")} == methods | sizes
+    assert all(getattr(Engine, name).__doc__ for name in methods | sizes)
+
+
+def test_the_attributes_of_an_engine_are_in_its_docstring(engine: Engine) -> None:
+    told = set(re.findall(r"\w+", Engine.__doc__ or ""))
+    assert {name for name in vars(engine) if not name.startswith("_")} <= told
 
 
 def test_stats_add_up_and_name_the_limit(engine: Engine) -> None:
