@@ -55,7 +55,7 @@ class Request:
     error: ChronosError | None = None
     started_at: float = 0.0  # time.perf_counter(); 0 before
     finished_at: float = 0.0
-    _queued: bool = True
+    _queued: bool = False
     _direct: bool = False
     _next: int = 0  # bytes handed to workers
     _active: int = 0  # pieces being read
@@ -148,6 +148,7 @@ class RangedReader:
             if self._closed and requests:
                 raise StoreError("the reader is closed", requests[0].label)
             for request in requests:
+                request._queued = True
                 pieces += -(-request.nbytes // self._chunk) or 1
                 (self._demand if request.demand else self._prefetch).append(request)
                 self._prefetch_bytes += 0 if request.demand else request.nbytes
@@ -168,10 +169,13 @@ class RangedReader:
             request.demand = True
 
     def cancel(self, request: Request) -> bool:
-        """Withdraw a request no worker has begun: true, it failed and `on_done` is not called."""
+        """Withdraw a request no worker has begun: true, it failed and `on_done` is not called. True
+        as well for one that was never submitted."""
         with self._lock:
-            if not request._queued or request.started_at:
+            if request.started_at or request.done or request.error is not None:
                 return False
+            if not request._queued:
+                return True
             self._fail(request, StoreError("the read was cancelled", request.label))
             request.on_done = None
         self._finish(request)

@@ -15,6 +15,7 @@ reading ahead (`prefetch`), what a record means (the backend).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -286,10 +287,11 @@ class Feed:
         return len(work.tokens) > 1 or not decoding
 
     def close(self) -> None:
-        """End the reads and free the memory. Safe to call twice."""
-        self.tier.close()
-        self._reader.close()
-        self._arena.close()
+        """End the reads and free the memory, whatever fails of it. Safe to call twice."""
+        with ExitStack() as stack:
+            stack.callback(self._arena.close)
+            stack.callback(self._reader.close)
+            stack.callback(self.tier.close)
 
     def __enter__(self) -> Feed:
         return self
@@ -371,12 +373,13 @@ def open_feed(
     """
     options = options or FeedOptions()
     slots = slots_within(layout, capacity_bytes, options.top_k)
-    arena = open_arena(layout, slots, options)
-    try:
+    with ExitStack() as undo:
+        arena = open_arena(layout, slots, options)
+        undo.callback(arena.close)
         reader = reader or RangedReader(io=io)
-        return Feed(
+        undo.callback(reader.close)
+        feed = Feed(
             layout, capacity_bytes, arena, reader, options, policy=policy, prefetch=prefetch
         )
-    except BaseException:
-        arena.close()
-        raise
+        undo.pop_all()
+    return feed

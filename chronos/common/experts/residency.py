@@ -239,6 +239,14 @@ class Residency:
         self._empty.append(slot)
         self._scores = None
 
+    def restore(self, slot: int, evicted: Key) -> None:
+        """Take an admission back before anything was overwritten."""
+        self.mark_failed(slot)
+        self._empty.remove(slot)
+        self._keys[slot] = evicted
+        self._flat[slot] = evicted[0] * self._shape[1] + evicted[1]
+        self.ready[evicted] = slot
+
     def pin(self, slot: int) -> None:
         """Hold a slot for use: it is not evicted before as many `unpin`, and no longer unused."""
         pins = self._pins

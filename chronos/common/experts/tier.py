@@ -102,7 +102,7 @@ class SlotLease:
     """What `Tier.acquire` returns while something may be missing.
 
     Experts not yielded yet are pinned, the one yielded last too, until the next is asked for or
-    the lease is closed. A lease dropped half-way is closed by the tier's next call.
+    the lease is closed. An error closes it; one dropped half-way is closed by the tier's next call.
     """
 
     __slots__ = ("_held", "_kept", "_tier", "layer", "loads", "queued", "ready")
@@ -129,7 +129,11 @@ class SlotLease:
                 tier.residency.unpin(self._held)
                 self._held = -1
             if self.queued or (self.loads and not self.ready):
-                tier.advance(self)
+                try:
+                    tier.advance(self)
+                except BaseException:
+                    self.close()
+                    raise
             if not self.ready:
                 raise StopIteration
             expert, slot = self.ready.popleft()
@@ -213,35 +217,12 @@ class Tier(ABC):
                 return self._from_complete(layer, wanted)
             self._check_open()
             self.settle()
-            ready, events, lease = self.residency.ready, self._events, SlotLease(self, layer)
-            absent: list[int] = []
-            late = 0
-            for expert in wanted:
-                slot = ready.get((layer, expert))
-                if slot is None:
-                    absent.append(expert)
-                    continue
-                moving = slot in events and not self._copied(slot)
-                late += moving
-                if (source := self._asked_by.pop(slot, None)) is not None:
-                    self._report.of(source).used += 1
-                    self.counters.late_loading += moving and source == PRELOAD
-                    self.counters.prefetch_hits += not moving and source != PRELOAD
-                self.residency.pin(slot)
-                lease.ready.append((expert, slot))
-            self._count(len(wanted) - len(absent) - late, late)
-            if absent:
-                self._check_known(lease, absent, exact)
-            self.policy.observe(layer, wanted)
-            self.residency.reconsider()
+            lease = SlotLease(self, layer)
             try:
-                if absent:
-                    self._seek(lease, absent, exact)
-                elif len(ready) == len(self.layout.records):
-                    self._try_complete()
-            finally:
-                self.policy.reconsider()
-                self.residency.reconsider()
+                self._fill(lease, wanted, exact)
+            except BaseException:
+                lease.close()  # now: whoever keeps the error would keep its pins
+                raise
             return lease
 
     def prefetch(self, keys: Sequence[Key], asked_by: str = "ahead") -> list[Key]:
@@ -349,7 +330,6 @@ class Tier(ABC):
             if lease.ready or not (lease.loads or lease.queued):
                 return
             if not self._loads:
-                lease.close()
                 raise StoreError(
                     "no slot for an expert: other open leases hold all of them",
                     f"{self.residency.slots} slots",
@@ -367,7 +347,8 @@ class Tier(ABC):
 
     @abstractmethod
     def _begin(self, loads: Sequence[Load]) -> None:
-        """Start filling the slots of `loads`, all or none; `_finish` is called as each ends."""
+        """Start filling the slots of `loads`; `_finish` is called as each ends. Where this raises,
+        those that `_cancel` can still cancel fail with it."""
 
     @abstractmethod
     def _advance(self) -> None:
@@ -383,7 +364,8 @@ class Tier(ABC):
 
     @abstractmethod
     def _cancel(self, load: Load) -> bool:
-        """Cancel a load that has not begun, or return False. The caller calls `_finish`."""
+        """Cancel a load that has not begun, or return False. The caller calls `_finish`. One that
+        has no handle yet was never begun."""
 
     @abstractmethod
     def _promote(self, load: Load) -> None:
@@ -443,10 +425,41 @@ class Tier(ABC):
         if self.closed:
             raise StoreError("the expert store is closed")
 
-    def _check_known(self, lease: SlotLease, experts: list[int], exact: bool) -> None:
-        for key in [(lease.layer, expert) for expert in experts]:
+    def _fill(self, lease: SlotLease, wanted: dict[int, None], exact: bool) -> None:
+        """Pin what is here for a lease, and seek the rest."""
+        layer, ready, events = lease.layer, self.residency.ready, self._events
+        absent: list[int] = []
+        late = 0
+        for expert in wanted:
+            slot = ready.get((layer, expert))
+            if slot is None:
+                absent.append(expert)
+                continue
+            moving = slot in events and not self._copied(slot)
+            late += moving
+            if (source := self._asked_by.pop(slot, None)) is not None:
+                self._report.of(source).used += 1
+                self.counters.late_loading += moving and source == PRELOAD
+                self.counters.prefetch_hits += not moving and source != PRELOAD
+            self.residency.pin(slot)
+            lease.ready.append((expert, slot))
+        self._count(len(wanted) - len(absent) - late, late)
+        if absent:
+            self._check_known(layer, absent, exact)
+        self.policy.observe(layer, wanted)
+        self.residency.reconsider()
+        try:
+            if absent:
+                self._seek(lease, absent, exact)
+            elif len(ready) == len(self.layout.records):
+                self._try_complete()
+        finally:
+            self.policy.reconsider()
+            self.residency.reconsider()
+
+    def _check_known(self, layer: int, experts: list[int], exact: bool) -> None:
+        for key in [(layer, expert) for expert in experts]:
             if key not in self._records and (exact or key not in self.layout.missing):
-                lease.close()
                 raise self._unknown(key)
 
     def _unknown(self, key: Key) -> StoreError:
@@ -498,9 +511,14 @@ class Tier(ABC):
             load = self._admit(key, demand=demand)
             if load is None:
                 return None
-        elif demand and not load.demand:
-            self._promote(load)
-        self.residency.pin(load.slot)
+        self.residency.pin(load.slot)  # first: what is promoted may end at once
+        try:
+            if demand and not load.demand:
+                self._promote(load)
+        except BaseException:
+            if load.error is None:  # a failed load has dropped the pins on its slot
+                self.residency.unpin(load.slot)
+            raise
         return load
 
     def _admit(self, key: Key, *, demand: bool, asked_by: str = _DEMAND) -> Load | None:
@@ -516,10 +534,14 @@ class Tier(ABC):
             return None
         slot, record = admission.slot, self._records[key]
         if admission.evicted is not None:
-            self._reused(slot)
             if (source := self._asked_by.pop(slot, None)) is not None:
                 self.counters.bytes_wasted += self._records[admission.evicted].nbytes
                 self._report.of(source).wasted += 1
+            try:
+                self._reused(slot)
+            except BaseException:
+                self.residency.restore(slot, admission.evicted)
+                raise
         load = self._loads[key] = Load(key, record, slot, demand, asked_by)
         if asked_by:
             self._asked_by[slot] = asked_by
@@ -531,12 +553,19 @@ class Tier(ABC):
         bookkeeping shares the interpreter with it and takes twice as long."""
         while self._admitted:
             admitted, self._admitted = self._admitted, []  # what ends at once may admit more
-            loads = [load for load in admitted if self._make_view(load)]
             try:
-                self._begin(loads)
+                self._begin([load for load in admitted if not load.done and self._make_view(load)])
             except Exception as error:
-                for load in loads:
-                    self._finish(load, error)
+                self._give_up(admitted, error)
+            except BaseException as error:
+                self._give_up(admitted, StoreError(f"interrupted by {error!r}"))
+                raise
+
+    def _give_up(self, loads: Sequence[Load], error: Exception) -> None:
+        """Fail those of `loads` that have not begun; the others end by themselves."""
+        for load in loads:
+            if not load.done and self._cancel(load):
+                self._finish(load, error)
 
     def _make_view(self, load: Load) -> bool:
         slot, record = load.slot, load.record
@@ -580,7 +609,6 @@ class Tier(ABC):
         """Move what has landed from `loads` to `ready`; raise the first failure."""
         for expert, load in [item for item in lease.loads.items() if item[1].done]:
             if load.error is not None:
-                lease.close()
                 raise load.error
             del lease.loads[expert]
             lease.ready.append((expert, load.slot))

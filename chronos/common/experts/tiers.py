@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from chronos.common.disk.io import ALIGN, address, aligned_buffer
 from chronos.common.disk.reader import RangedReader, Request
+from chronos.common.errors import StoreError
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import StoreStats
 from chronos.common.experts.tier import CANCELLED, Load, Tier, View
@@ -159,7 +160,7 @@ class SlotTier(Tier):
                 self._changed.notify_all()
 
     def _cancel(self, load: Load) -> bool:
-        return load.handle is not None and self._reader.cancel(load.handle)
+        return load.handle is None or self._reader.cancel(load.handle)
 
     def _promote(self, load: Load) -> None:
         load.demand = True
@@ -231,7 +232,9 @@ class StagedTier(Tier):
         if load in self._backlog:
             self._backlog.remove(load)
             return True
-        if load.handle is None or not self._host.cancel(load.handle):
+        if load.handle is None:
+            return True
+        if not self._host.cancel(load.handle):
             return False
         self._reading.remove(load)
         return True
@@ -296,11 +299,15 @@ class StagedTier(Tier):
         """Start a copy; why that failed, if it did."""
         try:
             event = self._copies.start(
-                host_slot, load.slot, demand=load.demand, after=self._fences.pop(load.slot, ())
+                host_slot, load.slot, demand=load.demand, after=self._fences.get(load.slot, ())
             )
-        except Exception as failure:
+        except BaseException as failure:
             self._host.residency.unpin(host_slot)
-            return failure
+            if isinstance(failure, Exception):
+                return failure
+            self._finish(load, StoreError(f"interrupted by {failure!r}"))
+            raise
+        self._fences.pop(load.slot, None)
         self.counters.bytes_copied += load.record.nbytes
         self._report.copied += 1
         self._events[load.slot] = event
