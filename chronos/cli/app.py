@@ -20,7 +20,12 @@ _ORDER = (
 
 
 class _Ordered(TyperGroup):
-    """Commands in a fixed order, whatever the order of imports."""
+    """Commands in a fixed order, whatever the order of imports; `help [COMMAND]` is `--help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] == "help":
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(self.commands, key=_ORDER.index)
@@ -66,7 +71,7 @@ def _version(wanted: bool) -> None:
 def _top(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass

@@ -16,7 +16,10 @@ from chronos.cli import output
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.errors import MissingBackendError, UsageError
 
-_WIDTH, _HEIGHT, _DPI = 6.4, 4.0, 110  # inches, dots per inch
+_COLOURS = tuple(f"C{number}" for number in range(10))
+_CROWDED = 5  # groups, beyond which their names are slanted
+_MARKERS, _DASHES = "os^vDP*X", ("-", "--", "-.", ":")
+_WIDTH, _HEIGHT, _DPI = 7.8, 4.2, 110  # inches, dots per inch
 
 
 def check(path: Path) -> None:
@@ -46,18 +49,31 @@ def lines(
     y: str,
     percent: bool = True,
     bold: Sequence[str] = (),
+    looks: Mapping[str, int] = {},
 ) -> None:
-    """A chart of one line per name through its (x, y) points; `percent`: both axes are shares."""
+    """A chart of one line per name through its (x, y) points; `percent`: both axes are shares.
+    looks: the number of each name's `look`, where it is not its place."""
     figure, axes = _figure(title, x, y)
-    for name, points in series.items():
+    for number, (name, points) in enumerate(series.items()):
         xs, ys = zip(*points, strict=True)
-        style = {"linewidth": 2.4} if name in bold else {"linewidth": 1.2, "linestyle": "--"}
-        axes.plot(xs, ys, marker="o", markersize=3.5, label=name, **style)
+        width = 2.4 if name in bold else 1.2
+        axes.plot(xs, ys, label=name, linewidth=width, **look(looks.get(name, number)))
     if percent:
         _percents(axes.xaxis)
         _percents(axes.yaxis)
         axes.set_xticks(sorted({px for points in series.values() for px, _ in points}))
     _save(figure, axes, path)
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, marker and line of the n-th series; 40 differ, in black and white too."""
+    turn = number // len(_COLOURS)
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[(number + turn) % len(_MARKERS)],
+        "linestyle": _DASHES[(number + turn) % len(_DASHES)],
+        "markersize": 4.5,
+    }
 
 
 def bars(
@@ -76,10 +92,17 @@ def bars(
         shift = (place - (len(names) - 1) / 2) * width
         at = [i + shift for i, group in enumerate(groups.values()) if name in group]
         axes.bar(at, [group[name] for group in groups.values() if name in group], width, label=name)
-    axes.set_xticks(range(len(groups)), list(groups))
+    crowded = len(groups) > _CROWDED
+    axes.set_xticks(
+        range(len(groups)),
+        list(groups),
+        rotation=30 if crowded else 0,
+        ha="right" if crowded else "center",
+        fontsize=7 if crowded else None,
+    )
     if percent:
         _percents(axes.yaxis)
-    _save(figure, axes, path)
+    _save(figure, axes, path, legend=len(names) > 1)
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
@@ -98,13 +121,14 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _percents(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
 
 
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    axes.legend(fontsize=7)
+def _save(figure: Any, axes: Any, path: Path, *, legend: bool = True) -> None:
+    if legend:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     atomic_write(path, [drawn.getbuffer()], nbytes=drawn.getbuffer().nbytes)

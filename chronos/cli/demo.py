@@ -55,12 +55,12 @@ def demo(
     facts: list[dict[str, Any]] = []
     for number, size in enumerate(("resident", budget), start=1):
         with runs.open(model, budget=size) as engine:
-            if not out.json:
+            if not out.json and not out.quiet:
                 _announce(number, engine, model)
                 print(prompt, end="", flush=True)
             ids = tokenizer_of(engine, model).encode(prompt)
             steps = engine.generate(ids, sampling, max_tokens=max_tokens, record=True)
-            if not out.json:
+            if not out.json and not out.quiet:
                 show(steps)
             resident_s = 1 / results[0].stats["decode_tps"] if results else None
             results.append(footer.with_limit(engine, steps.result, resident_s))
@@ -69,7 +69,7 @@ def demo(
     if out.json:
         output.print_json({"model": model, "tokens_identical": same, "runs": facts})
     else:
-        _table(facts, same, budget)
+        _table(facts, same, budget, quiet=out.quiet)
 
 
 def _check(model: str, budget: str) -> None:
@@ -98,7 +98,7 @@ def _announce(number: int, engine: Engine, model: str) -> None:
     output.heading(text)
 
 
-def _table(facts: list[dict[str, Any]], same: bool, budget: str) -> None:
+def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool) -> None:
     """One column per run, one row per question a newcomer would ask."""
     whole, part = facts[0]["stats"], facts[1]["stats"]
     read = footer.per_token(part, "bytes_read") / 1e6
@@ -111,10 +111,12 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str) -> None:
         ("Most memory the experts took", *memory),
         ("Share of the limit", "-", output.percent(footer.limit_share(part))),
     ]
-    output.heading("What this shows")
-    output.paragraph(_EXPLANATION)
+    if not quiet:
+        output.heading("What this shows")
+        output.paragraph(_EXPLANATION)
     output.table(("", "all experts", f"room for {budget}"), rows)
-    output.paragraph(_NUMBERS)
+    if not quiet:
+        output.paragraph(_NUMBERS)
 
 
 _EXPLANATION = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,8 @@ from chronos.common.tuning import PLAIN, plain
 if TYPE_CHECKING:
     from chronos.backends.probe import Finding, MemoryLimits
 
-_READ_BLOCK, _READ_THREADS = 1 << 20, 4
+_READ_BLOCK, _READ_THREADS, _READ_BYTES = 1 << 20, 4, 512 << 20
+_SMALL_SAMPLE = 64 << 20  # below it caches of the disk and the time to begin decide
 
 
 @command("doctor", panel="This machine")
@@ -31,23 +34,29 @@ def doctor(
     """Show backends, devices, memory limits and the read rate of a model's disk."""
     from chronos.backends import NAMES, probe, select
     from chronos.common.errors import MissingBackendError
+    from chronos.run.models import resolve_model
 
+    resolve_model(model)  # a misspelt name is no finding
     found = [probe.inspect(name) for name in NAMES]
     try:
         chosen = select()
     except MissingBackendError:
         chosen = ""
-    memory, disk = probe.memory_limits(), _disk(model)
+    memory, disk, packages = probe.memory_limits(), _disk(model), _packages()
     if out.json:
         output.print_json(
             _system()
             | {"backends": [f.to_json() for f in found], "chosen": chosen}
-            | {"memory": memory.to_json(), "disk": disk}
+            | {"memory": memory.to_json(), "disk": disk, "packages": packages}
         )
         return
     rows = _system_rows() + [_backend_row(f, chosen) for f in found]
+    rows += [_package_row(package) for package in packages]
     rows += [_memory_row(memory), _disk_row(disk)]
     output.table(("what", "found"), rows, align="ll")
+    fixes = [f.fix for f in found if not f.usable] + [p["fix"] for p in packages if p["fix"]]
+    for fix in dict.fromkeys(fixes):
+        output.command_line("missing:", fix)
 
 
 def _system() -> dict[str, Any]:
@@ -74,9 +83,34 @@ def _system_rows() -> list[tuple[str, str]]:
 def _backend_row(found: Finding, chosen: str) -> tuple[str, str]:
     label = f"backend {found.name}"
     if not found.usable:
-        return label, f"no: {found.reason}\n{found.fix}"
+        return label, f"no: {found.reason}"
     used = " (used by default)" if found.name == chosen else ""
     return label, f"{found.version}{used}\n" + "\n".join(found.devices)
+
+
+_PACKAGES = (
+    ("transformers", "guests on torch", "guests"),
+    ("mlx_lm", "guests on mlx", "guests"),
+    ("huggingface_hub", "models of the hub", "guests"),
+    ("matplotlib", "charts", "plot"),
+)
+
+
+def _packages() -> list[dict[str, Any]]:
+    """Optional packages: what each is for, its version if it is here, else how to get it."""
+    found = []
+    for name, purpose, extra in _PACKAGES:
+        here = importlib.util.find_spec(name) is not None
+        version = metadata.version(name.replace("_", "-")) if here else None
+        fix = "" if here else f"pip install 'chronos-moe[{extra}]'"
+        found.append({"name": name, "for": purpose, "version": version, "fix": fix})
+    return found
+
+
+def _package_row(package: dict[str, Any]) -> tuple[str, str]:
+    name = package["name"].replace("_", "-")
+    version = package["version"]
+    return package["for"], f"{name} {version}" if version else f"no: {name} is not installed"
 
 
 def _memory_row(memory: MemoryLimits) -> tuple[str, str]:
@@ -98,10 +132,11 @@ def _disk(model: str) -> dict[str, Any]:
     try:
         folder = resolve_model(model)
         path = max((p for p in folder.rglob("*") if p.is_file()), key=_size)
-        rate = measure_read_rate(path, _READ_BLOCK, _READ_THREADS)
+        rate = measure_read_rate(path, _READ_BLOCK, _READ_THREADS, max_bytes=_READ_BYTES)
     except (ChronosError, OSError) as error:
         return {"model": model, "reason": str(error).partition("\n")[0]}
-    return {"model": model, "file": str(path), "bytes": _size(path), "bytes_per_s": rate}
+    nbytes = min(_size(path), _READ_BYTES)
+    return {"model": model, "file": str(path), "bytes": nbytes, "bytes_per_s": rate}
 
 
 def _size(path: Path) -> int:
@@ -112,4 +147,7 @@ def _disk_row(disk: dict[str, Any]) -> tuple[str, str]:
     if "reason" in disk:
         return "disk", f"not measured: {disk['reason']}"
     text = f"{output.size(disk['bytes_per_s'])}/s in reads of {output.size(_READ_BLOCK)}"
-    return "disk", f"{text}, {_READ_THREADS} threads\n{disk['file']}"
+    text += f", {_READ_THREADS} threads\n{output.size(disk['bytes'])} of {disk['file']}"
+    if disk["bytes"] < _SMALL_SAMPLE:
+        text += "\na small sample: expect another rate each time, name a larger MODEL"
+    return "disk", text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,9 +84,8 @@ def pack(
         order = choice.to_json() if choice else open_layout(to).manifest.order
         output.print_json(report.to_json() | {"folder": str(to), "order": order})
         return
-    rate = output.size(report.bytes / max(report.seconds, 1e-9))
     print(f"{to}: {report.records} experts, {output.size(report.bytes)}")
-    output.note(f"{report.seconds:.1f} s, {rate}/s")
+    output.note(_pace(report))
     if report.left_out:
         output.note(
             f"left out, as no decoder runs them: {len(report.left_out)} tensors, for instance"
@@ -92,6 +93,15 @@ def pack(
         )
     if choice:
         output.note(choice.reason)
+
+
+def _pace(report: PackReport) -> str:
+    if report.reused_clusters == report.clusters:
+        return "nothing to do: it was packed already"
+    rate = output.size(report.bytes / max(report.seconds, 1e-9))
+    went_on = f"{report.reused_clusters} of {report.clusters} cluster files were there already"
+    again = f"; {went_on}" if report.reused_clusters else ""
+    return f"{report.seconds:.1f} s, {rate}/s{again}"
 
 
 def _check_runnable(folder: Path) -> None:
@@ -122,7 +132,7 @@ def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> Pac
     order: Any = choice.order if choice else "layer"
     if choice is None and is_packed(to):
         order = open_layout(to).clusters()  # whatever it was: the same model is done already
-    with output.progress("packing", rate=True) as update:
+    with _going_on(to), output.progress("packing", rate=True) as update:
         return pack_folder(
             folder,
             to,
@@ -131,6 +141,16 @@ def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> Pac
             link=link,
             progress=update,
         )
+
+
+@contextmanager
+def _going_on(to: Path) -> Iterator[None]:
+    """What an interrupted run is worth."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note(f"interrupted; the same command goes on in {to}")
+        raise
 
 
 def _streams_only(folder: Path) -> bool:
@@ -219,6 +239,7 @@ def verify(path: PathArg, out: JsonOptions) -> None:
 
 def path_of(text: str) -> Path:
     """A path, the shipped model by its name, or the cached files of an id of the hub."""
+    from chronos.common.layout.folder import is_unfinished
     from chronos.run.hub import is_model_id
     from chronos.run.models import DEMO, resolve_model
 
@@ -227,4 +248,4 @@ def path_of(text: str) -> Path:
         return resolve_model(text)
     if not path.exists():
         raise UsageError("there is no such file or folder", text)
-    return path
+    return resolve_model(text) if path.is_dir() and not is_unfinished(path) else path

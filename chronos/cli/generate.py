@@ -69,16 +69,21 @@ def generate(
             )
             return finish_many(engine, results, out)
         [ids] = many
-        steps = engine.generate(
-            ids,
-            params,
-            max_tokens=sampling.max_tokens,
-            stop=sampling.stop or (),
-            record=True,
-        )
-        if not out.json:
-            show(steps)
-        finish(engine, steps.result, out)
+        with stop_on_sigint() as cancel:
+            steps = engine.generate(
+                ids,
+                params,
+                max_tokens=sampling.max_tokens,
+                stop=sampling.stop or (),
+                cancel=cancel,
+                record=True,
+            )
+            if not out.json:
+                show(steps)
+            result = steps.result
+        finish(engine, result, out)
+        if cancel.is_set():
+            raise KeyboardInterrupt
 
 
 def _encoded(engine: Engine, model: str, text: str, truncate: bool) -> list[int]:
@@ -229,7 +234,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
             raise UsageError("--prompt and --file exclude each other")
         data, where = _read(file), str(file)
     elif prompt is not None and prompt != "-":
-        return prompt
+        return _as_typed(prompt)
     elif sys.stdin.isatty():
         raise UsageError("no prompt", "", "give one with -p TEXT, --file PATH or on stdin")
     else:
@@ -244,6 +249,16 @@ def _decoded(data: bytes, where: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt is not UTF-8: byte {error.start}", where) from None
+
+
+def _as_typed(text: str) -> str:
+    """An argument as UTF-8: where the locale is C, Python has kept its bytes as surrogates."""
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8", "--prompt", "use a UTF-8 terminal") from None
 
 
 def _read(path: Path) -> bytes:

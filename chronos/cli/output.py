@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class _State:
 
 
 _state = _State()
+_FEW = 3  # columns of words, which fold well
+_PAUSE_S = 10.0  # between lines of progress where there is no terminal
 
 
 def configure(*, quiet: bool = False, json: bool = False) -> None:
@@ -68,6 +71,11 @@ def legend(text: str) -> None:
     note(textwrap.fill(text, shutil.get_terminal_size().columns))
 
 
+def command_line(label: str, command: str) -> None:
+    """A command to copy: on a line of its own, never folded."""
+    print(f"{label} {command}")
+
+
 def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -75,7 +83,13 @@ def table(
     title: str = "",
     align: str = "",
 ) -> None:
-    """Print a table to stdout. align: "l" or "r" per column; the first left, the others right."""
+    """Print a table to stdout. align: "l" or "r" per column; the first left, the others right.
+
+    Where a table of many columns is wider than the terminal, each row becomes a list.
+    """
+    if len(columns) > _FEW and _width(columns, rows) > shutil.get_terminal_size().columns:
+        _lists(columns, rows, title)
+        return
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -91,19 +105,43 @@ def table(
     console().print(grid)
 
 
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """What a table takes, with two blanks between columns and one at either side."""
+    cells = [max(map(cell_width, column)) for column in zip(columns, *rows, strict=True)]
+    return sum(cells) + 2 * len(cells)
+
+
+def cell_width(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def _lists(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    if title:
+        heading(title)
+    for first, *others in rows:
+        print(f"{columns[0]} {first}".strip())
+        for name, cell in zip(columns[1:], others, strict=True):
+            if cell:
+                print(f"  {name}: {cell}".rstrip())
+
+
 def draws() -> bool:
     """Whether bars are drawn: neither with -q nor without a terminal."""
     return not _state.quiet and sys.stderr.isatty()
 
 
 @contextmanager
-def progress(label: str, *, rate: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields `update(done, total)`. Nothing where nothing `draws`.
+def progress(
+    label: str, *, rate: bool = False, lines: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields `update(done, total)`. Without a terminal a line now and then; with
+    -q nothing.
 
-    rate: what is counted are bytes; show how many a second.
+    rate: what is counted are bytes; show how many a second. lines: False where the work has lines
+    of its own.
     """
     if not draws():
-        yield lambda done, total: None
+        yield _lines(label) if lines else lambda done, total: None
         return
     from rich.progress import (
         BarColumn,
@@ -135,6 +173,21 @@ def check_target(path: Path, flag: str) -> None:
     else:
         return
     raise UsageError(f"{flag} {path}: {what}", flag, fix)
+
+
+def _lines(label: str) -> Callable[[int, int], None]:
+    """Progress as a line every ten seconds."""
+    began = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PAUSE_S:
+            last = now
+            share = f"{100 * done / total:.0f} %, " if total else ""
+            note(f"{label}: {share}{now - began:.0f} s")
+
+    return update
 
 
 def size(nbytes: float) -> str:

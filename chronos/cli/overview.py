@@ -46,8 +46,41 @@ def inspect(
     if out.json:
         output.print_json(data)
         return
-    rows = [(key.replace("_", " "), _value(key, value)) for key, value in data.items()]
+    following = data.pop("next", None)
+    rows = [
+        (_LABELS.get(key, key.replace("_", " ")), _value(key, value))
+        for key, value in data.items()
+        if key != "budgets"
+    ]
+    rows += [(f"budget {held['budget']}", _held(held)) for held in data.get("budgets", ())]
     output.table((path, ""), rows, align="ll")
+    if following:
+        output.command_line("next:", following)
+
+
+_LABELS = {
+    "kind": "what it is",
+    "bytes": "size in all",
+    "expert_bytes": "size of one expert",
+    "expert_bytes_total": "size of all experts",
+    "expert_bytes_per_token": "experts of one token",
+    "dense_bytes": "size of the rest (dense part)",
+    "least_memory_bytes": "least memory to run it",
+    "memory_free_bytes": "memory free here",
+    "fits_memory": "all of it fits into memory",
+    "disk_free_bytes": "disk free here",
+    "fits_disk": "its packed form fits beside it",
+    "runs_with": "runs with",
+    "clusters": "cluster files",
+    "left_out_tensors": "tensors left out when packing",
+}
+
+
+def _held(held: dict[str, Any]) -> str:
+    if not held["enough"]:
+        return f"too small: {output.size(held['least_bytes'])} wanted, the experts of one layer"
+    size, each = output.size(held["bytes"]), held["experts_per_layer"]
+    return f"{held['experts']} experts in {size}, {each:.1f} a layer"
 
 
 def _fit(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -72,13 +105,13 @@ def _next(path: str, data: dict[str, Any]) -> str:
     """The command that comes next."""
     if data["kind"] == "packed":
         return f"chronos generate {shlex.quote(path)} --budget 25% -p 'Once upon a time'"
-    name = Path(path).resolve().name if Path(path).exists() else path.rpartition("/")[2]
-    return f"chronos pack {shlex.quote(path)} -o {shlex.quote(name + '-packed')}"
+    target = path.rstrip("/") if Path(path).exists() else path.rpartition("/")[2]
+    return f"chronos pack {shlex.quote(path)} -o {shlex.quote(target + '-packed')}"
 
 
 def _value(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and "bytes" in key:
-        return f"{output.size(value)} ({value})"
+        return output.size(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

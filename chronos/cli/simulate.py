@@ -191,13 +191,42 @@ def result_json(
 
 
 def draw(path: Path, rates: Mapping[float, Mapping[str, float]], title: str) -> None:
-    """Hit rate by share of the experts, a line per policy and predictor."""
-    hits: dict[str, list[tuple[float, float]]] = {}
-    for share, policies in sorted(rates.items()):
-        for policy, rate in policies.items():
-            hits.setdefault(policy, []).append((share, rate))
-    x, y = "share of the experts in memory", "requests served from memory"
-    charts.lines(path, hits, title=title, x=x, y=y, bold=_TOP)
+    """Hit rate by share of the experts, a line per policy and predictor; of one share, bars.
+
+    A name has the same look in every chart, whichever others are drawn.
+    """
+    y = "requests served from memory"
+    names = sorted({name for policies in rates.values() for name in policies}, key=_place)
+    if len(rates) == 1:
+        [(share, policies)] = rates.items()
+        title += f", {100 * share:g}% of the experts in memory"
+        groups = {_spelled(name): {"hits": policies[name]} for name in names if name in policies}
+        charts.bars(path, groups, title=title, y=y, percent=True)
+        return
+    hits = {
+        _spelled(name): [(share, rates[share][name]) for share in sorted(rates)] for name in names
+    }
+    looks = {_spelled(name): _place(name) for name in names}
+    x, bold = "share of the experts in memory", [_spelled(name) for name in _TOP]
+    charts.lines(path, hits, title=title, x=x, y=y, bold=bold, looks=looks)
+
+
+_PLACES = (
+    *("lru", "lfu", "min", "min-w1", "min-w2", "min-w4", "min-w8"),
+    *("forecast", "token-table", "previous-token", "decayed-use"),
+)
+
+
+def _place(name: str) -> int:
+    return _PLACES.index(name) if name in _PLACES else len(_PLACES)
+
+
+def _spelled(name: str) -> str:
+    """As a reader of the picture alone can understand it."""
+    if name == "min":
+        return "min (knows all to come)"
+    ahead = name.removeprefix("min-w")
+    return f"{name} (knows {ahead} ahead)" if ahead != name else name
 
 
 @command("fit", panel=_PANEL)

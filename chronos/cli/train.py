@@ -103,7 +103,7 @@ def _changed(recipe: Recipe[S], data: str | None, skip_bad: int | None) -> Recip
 @contextmanager
 def _events(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Where the trainer's events go: a line each on stderr, above a bar on a terminal."""
-    with output.progress("training") as update:
+    with output.progress("training", lines=False) as update:
 
         def on_event(event: dict[str, Any]) -> None:
             if "step" in event:

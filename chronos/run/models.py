@@ -39,6 +39,8 @@ def resolve_model(model: str | Path, *, fetch: bool = False, bars: bool = False)
         raise UsageError(
             f"{str(model)!r} is not a model folder",
             f"{folder} has no config.json",
-            "name the folder that holds config.json and the weights",
+            f"did you mean {trained}?"
+            if (trained := folder / "model").joinpath("config.json").is_file()
+            else "name the folder that holds config.json and the weights",
         )
     return folder

@@ -200,7 +200,15 @@ def test_inspect_reads_headers_only(source, packed):
     data = inspect(packed)
     assert data["kind"] == "packed" and data["clusters"] == 2 and data["order"] == "layer"
     assert data["expert_bytes_total"] == 8 * data["expert_bytes"]
-    assert "2 experts" in data["budget 25.0%"]
+    assert [held["budget"] for held in data["budgets"]] == ["12.5%", "25.0%", "50.0%"]
+    assert data["budgets"][1] == {
+        "budget": "25.0%",
+        "bytes": 2 * data["expert_bytes"],
+        "experts": 2,
+        "experts_per_layer": 1.0,
+        "enough": True,
+        "least_bytes": data["experts_per_token"] * data["expert_bytes"],
+    }
     assert inspect(source)["kind"] == "unpacked"
     assert inspect(open_layout(packed).files[1])["metadata.layers"] == "1"
     json.dumps(data)

@@ -48,6 +48,16 @@ def by_content(path: Path, head: bytes) -> CorruptFileError | None:
     return None
 
 
+def refuse_other(path: Path) -> None:
+    """Raises CorruptFileError for a file that by its name is of no format that is read here."""
+    if path.suffix not in (".safetensors", ".ctsr") and not path.is_symlink():
+        raise by_name(path) or CorruptFileError(
+            f"{path.name} is not a safetensors file",
+            str(path),
+            "name a model folder, a .safetensors or a .ctsr file",
+        )
+
+
 def by_name(path: Path) -> CorruptFileError | None:
     """The error for a file of another format, or a folder that holds one in place of weights."""
     if path.is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chronos.common.budget import parse_budget
+from chronos.common.disk import foreign
 from chronos.common.disk.header import read_header
 from chronos.common.disk.io import FileIO, StrPath
 from chronos.common.errors import UsageError
@@ -26,13 +27,16 @@ _SHARES = ("12.5%", "25.0%", "50.0%")
 def inspect(path: StrPath, *, budgets: Iterable[str] = _SHARES) -> dict[str, Any]:
     """What a model folder or file holds, from its headers alone; sizes in bytes.
 
-    budgets: what each would hold is told under `budget <it>`. Raises what opening the model does.
+    budgets: what each would hold, under `budgets`, a list in their order of objects of `budget`,
+    `bytes` (of whole experts), `experts`, `experts_per_layer`, `enough` and `least_bytes`. Raises
+    what opening the model does.
     """
     path = Path(path)
     if path.is_dir():
         return _inspect_folder(path, budgets)
     if not path.exists():
         raise UsageError("there is no such file or folder", str(path))
+    foreign.refuse_other(path)
     header = read_header(path)
     tensors = [e for name, e in header.entries.items() if not name.startswith("pad.")]
     return {
@@ -63,7 +67,7 @@ def _inspect_folder(folder: Path, budgets: Iterable[str]) -> dict[str, Any]:
         data["fingerprint"] = layout.fingerprint
     if source.left_out:
         data["left_out_tensors"] = len(source.left_out)
-    return data | {f"budget {budget}": _held(source, budget) for budget in budgets}
+    return data | {"budgets": [_held(source, budget) for budget in budgets]}
 
 
 def _encodings(source: ModelSource) -> str:
@@ -112,12 +116,17 @@ def _model(folder: Path, source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _held(source: ModelSource, budget: str) -> str:
-    """In words: whole slots, each as large as the largest record."""
+def _held(source: ModelSource, budget: str) -> dict[str, Any]:
+    """Whole slots, each as large as the largest record."""
     slot = max(template.nbytes for template in source.templates.values())
     nbytes = parse_budget(budget, source.expert_nbytes)
     slots = min(nbytes // slot, source.config.num_experts * len(source.templates))
     least = source.config.num_experts_per_tok
-    if slots < least:
-        return f"too small: {least * slot} bytes wanted, for the {least} experts of one layer"
-    return f"{slots} experts in {slots * slot} bytes, {slots / len(source.templates):.1f} a layer"
+    return {
+        "budget": budget,
+        "bytes": slots * slot,
+        "experts": slots,
+        "experts_per_layer": slots / len(source.templates),
+        "enough": slots >= least,
+        "least_bytes": least * slot,
+    }

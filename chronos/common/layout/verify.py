@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chronos.common.disk import foreign
 from chronos.common.disk.atomic import LOCK
 from chronos.common.disk.header import Located, read_header
 from chronos.common.disk.io import FileIO, StrPath
@@ -231,6 +232,7 @@ class _Verifier:
             self.total += sum(record.nbytes for record in layout.by_file[path.name])
             self.records(layout, [path])
         elif path.suffix in (".safetensors", ".ctsr") or not packed:
+            foreign.refuse_other(path)
             located = _located(path, self.io)
             self.total = sum(entry.nbytes for _, entry in located.values())
             self.tensors(located.values())
