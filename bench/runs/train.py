@@ -4,7 +4,7 @@ Ceiling: 6 * active parameters floating-point operations per token / the machine
 matrix rate, measured here on products of the shape the experts have. Runs are interleaved (MoE,
 dense, MoE, ...) and compared pair by pair. Nothing is read from disk.
 
-    python -m bench.runs.train [--rounds 5] [--recipe recipes/demo.toml]
+    python -m bench.runs.train [--rounds 5] [--recipe demo]
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def matrix_rate(config: ModelConfig, stage: PretrainRecipe) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.toml"))
+    parser.add_argument("--recipe", type=Path, default=Path("demo"))
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, PretrainRecipe)
     backend = backends.load("torch")

@@ -13,14 +13,14 @@ from chronos.cli.options import unfold
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
-# As the help page shows them: what a newcomer needs first.
+# As the help page shows them: what a newcomer needs first. Others follow, as they were registered.
 _ORDER = (
     "demo generate chat train pack inspect verify trace fit simulate bench eval doctor"
 ).split()
 
 
 class _Ordered(TyperGroup):
-    """Commands in a fixed order, whatever the order of imports; `help [COMMAND]` is `--help`."""
+    """Commands in the order above, whatever the order of imports; `help [COMMAND]` is `--help`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] == "help":
@@ -28,7 +28,7 @@ class _Ordered(TyperGroup):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=_ORDER.index)
+        return sorted(self.commands, key=lambda n: _ORDER.index(n) if n in _ORDER else len(_ORDER))
 
 
 app = typer.Typer(

@@ -1,6 +1,7 @@
 """Writes the generated documents: `python -m chronos.cli.docs [--check] [DOCS]`.
 
-docs/cli.md is made from the commands, docs/modules.md from the modules' docstrings.
+docs/cli.md is made from the commands, docs/modules.md from the modules' docstrings,
+docs/recipes.md from what checks recipes, docs/api.md from the public names' docstrings.
 With `--check` nothing is written, and a file that is not up to date is a failure.
 """
 
@@ -8,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer.main
 
+from chronos.cli import api_page, recipe_page
 from chronos.cli.app import paragraphs
 from chronos.cli.main import app
 
@@ -126,11 +128,19 @@ def modules(package: Path) -> Iterator[tuple[str, str]]:
             yield path.relative_to(package).as_posix(), docstring.partition("\n")[0]
 
 
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": render,
+    "modules.md": module_table,
+    "recipes.md": recipe_page.render,
+    "api.md": api_page.render,
+}
+
+
 def main(args: Sequence[str]) -> int:
     check = "--check" in args
     folders = [Path(arg) for arg in args if arg != "--check"]
     folder = folders[0] if folders else Path("docs")
-    wanted = {folder / "cli.md": render(), folder / "modules.md": module_table()}
+    wanted = {folder / name: make() for name, make in PAGES.items()}
     stale = [path for path, text in wanted.items() if _read(path) != text]
     for path in stale:
         if check:

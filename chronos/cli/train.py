@@ -28,7 +28,12 @@ _SHOWN = ("loss", "ce", "lookahead", "valid_ce", "effective_experts", "largest_s
 def pretrain(
     config: Annotated[
         Path,
-        typer.Option("--config", "-c", metavar="RECIPE.toml", help="What to train, and on what."),
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="RECIPE.toml",
+            help="What to train, and on what; `demo`: as the model that ships was trained.",
+        ),
     ],
     device: DeviceOptions,
     out: JsonOptions,

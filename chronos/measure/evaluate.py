@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chronos.common.text.tokenizer import Tokenizer
 
 STDLIB = "stdlib"
-STDLIB_HELD_OUT = 0.02  # the share that recipes/demo.toml keeps from training
+STDLIB_HELD_OUT = 0.02  # the share that the recipe `demo` keeps from training
 Progress = Callable[[int, int], None]
 
 

@@ -31,10 +31,10 @@ from chronos.common.training.recipe import CadenceRecipe, Recipe, by_section
 from chronos.common.training.schedule import learning_rate
 
 Event = dict[str, Any]
-# What may differ between a run and its continuation: cadence, threads (sums may round otherwise)
-# and the number of steps - to go on for longer is a common reason to resume; the rate then follows
-# the longer schedule.
-_FREE = ("cadence.", "optimizer.threads:")
+# What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
+# the number of steps - to go on for longer is a common reason to resume; the rate then follows
+# the longer schedule - and how the data is reached: the batches' fingerprint knows the data itself.
+_FREE = ("cadence.", "optimizer.threads:", "data.path:", "tokenizer.path:")
 
 
 class DivergedError(ChronosError):

@@ -28,7 +28,7 @@ from chronos.common.data import (
 from chronos.common.errors import ConfigError, DataError
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import NextToken
-from chronos.common.training.recipe import Recipe, at_least_one, load_recipe
+from chronos.common.training.recipe import STDLIB, Recipe, at_least_one, load_recipe
 from chronos.train.loop import Event, Report, Task, checkpoints, run
 
 _NONE_HELD_OUT = (
@@ -43,9 +43,13 @@ class PretrainRecipe:
 
     SECTION: ClassVar[str] = "pretrain"
     batch_size: int = 8
+    """Rows of a micro-batch."""
     seq_len: int = 256
+    """Tokens of a row."""
     accumulate: int = 1
+    """Micro-batches of an update."""
     lookahead_into_trunk: bool = False
+    """Whether the LookaheadRouter's gradient reaches the layer below it."""
 
     def __post_init__(self) -> None:
         at_least_one(self.SECTION, self, "batch_size", "seq_len", "accumulate")
@@ -63,9 +67,10 @@ def pretrain(
 ) -> Report:
     """Train a model from scratch in the run folder `out`, as `chronos train pretrain` does.
 
-    recipe: one that was loaded, or the path of its TOML file. resume: go on from the newest
-    checkpoint; force: although recipe or data have changed. on_event gets messages and terms as
-    they come. Raises ConfigError, DataError, UsageError if the folder holds a run, DivergedError.
+    recipe: one that was loaded, the path of its TOML file, or "demo" for the shipped one. resume:
+    go on from the newest checkpoint; force: although recipe or data have changed. on_event gets
+    messages and terms as they come. Raises ConfigError, DataError, UsageError if the folder holds a
+    run, DivergedError.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, PretrainRecipe)
@@ -95,7 +100,7 @@ def prepare(
     """
     _check_rows(recipe)
     report = ReadReport()
-    if recipe.data.path == "stdlib":
+    if recipe.data.path == STDLIB:
         documents = stdlib_documents(report)
     else:
         documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))

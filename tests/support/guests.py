@@ -41,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": NAMED | {"shared_expert_intermediate_size": 40},
     "qwen3_moe": NAMED | {"head_dim": 8, "mlp_only_layers": [0]},
     "olmoe": NAMED,
+    "flex_olmo": NAMED,
     "deepseek_v2": ROUTED | GROUPED | LATENT | {"q_lora_rank": None},
     "deepseek_v3": ROUTED | GROUPED | LATENT | {"q_lora_rank": 16},
     # torch's sigmoid takes another exponential for what is left of rows cut in 32 (AVX-512): one

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
+from chronos.cli.options import RunOptions
 from chronos.common.errors import CorruptFileError, ShapeMismatch, UsageError
+from chronos.common.experts.foresight import choose
 from chronos.common.experts.foresight.choose import choose_policy
 from chronos.common.experts.foresight.forecast import FORECAST, Forecaster, ForecastModel
 from chronos.common.experts.foresight.network import Geometry, initial
@@ -52,6 +55,24 @@ def test_by_name(layout: Layout) -> None:
         assert isinstance(predictor_of(name, layout), Forecaster)
         policy = choose_policy(name, layout, TOP_K)
         assert isinstance(policy, SwitchablePolicy) == (name == "auto")
+
+
+def test_a_predictor_is_added_in_one_line(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(DecayedUse):
+        """Another one."""
+
+    with pytest.raises(UsageError, match="cannot be 'mine'"):
+        choose_policy("mine", layout, TOP_K)
+    monkeypatch.setitem(choose.UNTRAINED, "mine", Mine)
+    assert type(predictor_of("mine", layout)) is Mine
+    with pytest.raises(UsageError) as caught:
+        choose_policy("other", layout, TOP_K)
+    assert "token-table, lfu, mine, lru" in caught.value.fix
+
+
+def test_help_names_every_predictor() -> None:
+    [option] = get_type_hints(RunOptions, include_extras=True)["predictor"].__metadata__
+    assert option.metavar.split("|") == choose.predictors()
 
 
 def test_auto_passes_over_a_forecaster_of_another_model(layout: Layout) -> None:

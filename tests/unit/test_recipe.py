@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from chronos.cli import recipe_page
 from chronos.common.errors import ConfigError
-from chronos.common.training.recipe import Recipe, by_section, load_recipe
+from chronos.common.training.recipe import Recipe, by_section, load_recipe, shipped
 from chronos.train.pretrain import PretrainRecipe
 
 
@@ -27,6 +29,52 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 
 def load(path: Path) -> Recipe[PretrainRecipe]:
     return load_recipe(path, PretrainRecipe)
+
+
+def test_a_recipe_that_ships_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_recipe("demo", PretrainRecipe) == load(shipped()["demo"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text("[cadence]\nsteps = 3\n", "utf-8")
+    assert load_recipe("demo", PretrainRecipe).cadence.steps == 3  # a file wins over the name
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("dmo", PretrainRecipe)
+    assert "name a TOML file, or demo" in caught.value.fix
+
+
+def test_paths_are_looked_for_beside_the_recipe_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("recipes", "here"):
+        (tmp_path / folder).mkdir()
+    for name in ("recipes/own.txt", "here/own.txt", "here/other.txt"):
+        (tmp_path / name).write_text("text", "utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+
+    def path(name: str) -> str:
+        return load(written(tmp_path / "recipes", f'[data]\npath = "{name}"\n')).data.path
+
+    assert Path(path("own.txt")) == tmp_path / "recipes" / "own.txt"
+    assert path("other.txt") == "other.txt"  # not there: where one stands
+    assert path("nowhere.txt") == "nowhere.txt"
+    (tmp_path / "recipes" / "stdlib").mkdir()
+    assert path("stdlib") == "stdlib"
+
+
+def test_every_key_has_its_row_with_default_and_meaning() -> None:
+    rows = [line.split(" | ") for line in recipe_page.render().splitlines() if "| `" in line]
+    keys = {row[0].strip("| `"): row for row in rows}
+    for _, kind in recipe_page.sections():
+        for field in dataclasses.fields(kind):
+            if field.name != "loss_weights":
+                assert len(keys[field.name]) == 4 and len(keys[field.name][3]) > 8, field.name
+    assert keys["clip"][1:3] == ["float", "`1.0`"]
+    assert keys["hybrid_pattern"][1:3] == ["list of str", '`["mla", "sliding"]`']
+
+
+def test_a_key_without_a_meaning_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_page, "meanings", lambda kind: {})
+    with pytest.raises(ValueError, match="hidden_size has no text below it"):
+        recipe_page.render()
 
 
 def test_keys_of_train_are_those_of_the_sections_it_became(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def routing_terms(
     objective: Objective,
     counts: Counts,
 ) -> Terms:
-    """Temporal and locality terms of spec section 3 and the router's entropy, pads left out."""
+    """Temporal and locality terms and the router's entropy, pads left out."""
     real_BT = segments_BT >= 0
     both_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & real_BT[:, 1:]
     now, before = probs_LBTE[:, :, 1:], probs_LBTE[:, :, :-1]

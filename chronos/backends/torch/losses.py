@@ -106,7 +106,7 @@ OBJECTIVES: dict[str, Callable[[Output, Tensors, Any, Counts], Terms]] = {"next-
 def routing_terms(
     probs_LBTE: Tensor, ids_LBTK: Tensor, segments_BT: Tensor, objective: Objective, counts: Counts
 ) -> Terms:
-    """Temporal and locality terms of spec section 3 and the router's entropy, pads left out."""
+    """Temporal and locality terms and the router's entropy, pads left out."""
     real_BT = segments_BT >= 0
     both_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & real_BT[:, 1:]
     now, before = probs_LBTE[:, :, 1:], probs_LBTE[:, :, :-1]

@@ -54,13 +54,19 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the training terms of spec section 3; 0 switches a term off."""
+    """Weights of the terms of training beside cross-entropy; 0 switches one off. Formulas:
+    `chronos/common/training/losses.py`."""
 
     balance: float = 0.01
+    """Even use of the experts of a layer."""
     temporal: float = 0.0
+    """Router probabilities of a token like those of the token before."""
     locality: float = 0.0
+    """Probability on the experts that the token before picked."""
     lookahead: float = 0.5
+    """The LookaheadRouter's forecast against the router's own probabilities."""
     lookahead_hit: float = 0.0
+    """Its probability on the experts that were picked."""
 
     def __post_init__(self) -> None:
         if not all(_is_number(weight) and weight >= 0 for weight in vars(self).values()):
@@ -72,31 +78,57 @@ class ModelConfig:
     """Geometry and numerics of a Chronos model. All sizes are counts of elements."""
 
     hidden_size: int = 512
+    """Width of the states between layers."""
     num_hidden_layers: int = 8
+    """Layers; each has attention and experts."""
     num_attention_heads: int = 8
+    """Heads of queries."""
     num_key_value_heads: int = 4
+    """Heads of keys and values; divides the heads of queries."""
     head_dim: int = 64
+    """Width of a head; even."""
     vocab_size: int = 32_000
+    """Tokens of the vocabulary; when training, the tokenizer's."""
     max_position_embeddings: int = 32_768
+    """The context: tokens of prompt and reply."""
     rope_theta: float = 1e6
+    """Base of the rotation of positions."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in norms."""
     num_experts: int = 32
+    """Routed experts of a layer."""
     num_experts_per_tok: int = 4
+    """Of them, how many each token uses."""
     num_shared_experts: int = 1
+    """Experts that every token uses beside them; 0 to 64."""
     moe_intermediate_size: int = 512
+    """Width inside an expert."""
     norm_topk_prob: bool = True
+    """Whether the weights of the experts used are made to sum to 1."""
     kv_latent_dim: int = 64
+    """Width of the latent that `mla` layers cache in place of keys and values."""
     rope_dim: int = 32
+    """Width of the part of a head that `mla` layers rotate; even."""
     sliding_window: int = 2_048
+    """Tokens that `sliding` layers see."""
     hybrid_pattern: tuple[str, ...] = ATTENTION_KINDS
+    """Attention of the layers, `mla` or `sliding`, repeated over them."""
     lookahead_steps: int = 2
+    """Tokens ahead whose experts the LookaheadRouter forecasts; 0 to 16."""
     lookahead_hidden_size: int = 256
+    """Width inside the LookaheadRouter."""
     routing_source: str = "gate"
+    """What chooses experts: `gate`, or `lookahead`: after the first layer, for all others."""
     loss_weights: LossWeights = LossWeights()
+    """Weights of the terms of training."""
     fallback_mask_prob: float = 0.0
+    """Share of picks in training that the shared experts stand in for."""
     dropout: float = 0.0
+    """Share of what attention and experts add that training zeroes."""
     initializer_range: float = 0.02
+    """Standard deviation of new weights."""
     dtype: str = "float32"
+    """What weights are written as: `float32`, `bfloat16` or `float16`."""
 
     def __post_init__(self) -> None:
         _check(self)

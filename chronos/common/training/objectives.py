@@ -65,7 +65,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the labels and the routing terms of spec section 3."""
+    """Cross-entropy of the labels and the routing terms of `losses.py`."""
 
     routing: LossWeights = LossWeights()
     lookahead_into_trunk: bool = False

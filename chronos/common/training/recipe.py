@@ -2,7 +2,8 @@
 
 Every stage has [model] (ModelConfig fields), [loss], [data], [tokenizer], [cadence], [optimizer]
 and one section of its own; unknown names are refused with the nearest valid one. Knows no stage: a
-stage hands in the dataclass of its section. Units: tokens, steps.
+stage hands in the dataclass of its section. docs/recipes.md is made from the text below each field.
+Units: tokens, steps.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from chronos.common.model.config import LossWeights, ModelConfig
 
 _T = TypeVar("_T")
 S = TypeVar("S", bound="StageRecipe")
+STDLIB = "stdlib"  # as data: the Python standard library's own sources
+_SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "recipes"
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What to train on: a path, or "stdlib" for the Python standard library's own sources."""
+    """What to train on, and what of it is held out."""
 
-    path: str = "stdlib"
+    path: str = STDLIB
+    """A file or a folder, or `stdlib`: the Python standard library's own sources."""
     validation_share: float = 0.02
+    """Share of the documents that is held out, chosen by a hash of each."""
     skip_bad: int = 0
+    """Bad rows to pass over; one more is an error."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
@@ -42,7 +48,9 @@ class TokenizerRecipe:
     """A tokenizer trained on the data, unless `path` names a folder that has one."""
 
     vocab_size: int = 2048
+    """Tokens of the one that is trained."""
     path: str = ""
+    """A folder with a tokenizer.json to use instead; empty: train one."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,19 @@ class CadenceRecipe:
     """How long a run goes on, and when it logs, evaluates and saves. In steps; free on resume."""
 
     steps: int = 1000
+    """Updates of the whole run."""
     log_every: int = 10
+    """Updates between two lines of the log."""
     eval_every: int = 200
+    """Updates between two evaluations of what is held out."""
     eval_batches: int = 16
+    """Batches of an evaluation, at most."""
     save_every: int = 200
+    """Updates between two checkpoints."""
     keep_checkpoints: int = 2
+    """Newest checkpoints that stay."""
     max_skipped: int = 10
+    """Updates in a row that are not finite before the run ends."""
 
     def __post_init__(self) -> None:
         at_least_one("cadence", self, *vars(self))
@@ -66,14 +81,23 @@ class OptimizerRecipe:
     """AdamW with warm-up and cosine decay, clipping, and what random numbers follow from."""
 
     learning_rate: float = 1e-3
+    """The highest rate, after warm-up."""
     min_learning_rate: float = 1e-4
+    """The rate at the last step; a cosine leads there."""
     warmup_steps: int = 100
+    """Updates in which the rate rises."""
     weight_decay: float = 0.1
+    """Of matrices; vectors and embeddings have none."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
+    """Largest norm of a gradient."""
     seed: int = 0
+    """Of first weights, order of rows, and dropout."""
     threads: int = 0
+    """Threads of a product on a CPU (torch); 0: as many as torch takes. Free on resume."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "weight_decay", "seed", "threads"):
@@ -113,18 +137,44 @@ class Recipe(Generic[S]):
         return sections | {self.stage.SECTION: sections.pop("stage")}
 
 
+def shipped() -> dict[str, Path]:
+    """The recipes that come with Chronos, by name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.toml"))}
+
+
 def load_recipe(path: str | Path, stage: type[S]) -> Recipe[S]:
-    """Read and check a recipe of a stage. Raises ConfigError naming the file and the key."""
+    """Read and check a recipe of a stage: a TOML file, or the name of one that ships.
+
+    Relative paths in it are looked for beside it first, then where the process stands. Raises
+    ConfigError naming the file and the key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = shipped().get(str(path), file)
     try:
-        data = tomllib.loads(Path(path).read_text("utf-8"))
+        data = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such recipe", str(path)) from None
+        names = " or ".join(shipped())
+        fix = f"name a TOML file, or {names} for the one that ships with Chronos"
+        raise ConfigError("no such recipe", str(path), fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"recipe cannot be read: {error}", str(path)) from None
     try:
-        return _recipe(data, stage)
+        return _beside(file.parent, _recipe(data, stage))
     except ConfigError as error:
         raise ConfigError(error.what, error.where or str(path), error.fix) from None
+
+
+def _beside(folder: Path, recipe: Recipe[S]) -> Recipe[S]:
+    """The recipe with its paths as this process opens them."""
+
+    def found(path: str) -> str:
+        special = path in ("", STDLIB) or Path(path).is_absolute()
+        return str(folder / path) if not special and (folder / path).exists() else path
+
+    data = dataclasses.replace(recipe.data, path=found(recipe.data.path))
+    tokenizer = dataclasses.replace(recipe.tokenizer, path=found(recipe.tokenizer.path))
+    return dataclasses.replace(recipe, data=data, tokenizer=tokenizer)
 
 
 def by_section(data: dict[str, Any], stage: type[StageRecipe]) -> dict[str, Any]:

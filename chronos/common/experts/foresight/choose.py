@@ -6,12 +6,14 @@ per byte. Not covered: how a forecaster comes into a folder (`chronos fit`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.foresight.forecast import Forecaster, ForecastModel, find_forecast
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
+    Predictor,
     PredictorPolicy,
     SwitchablePolicy,
     TokenTable,
@@ -19,21 +21,30 @@ from chronos.common.experts.foresight.predictor import (
 from chronos.common.experts.residency import LRU, Policy
 from chronos.common.layout import Layout
 
-PREDICTORS = ("auto", "forecast", "token-table", "lfu", "lru")
+# Those that nothing trains, made for (layers that have experts, experts of a layer).
+UNTRAINED: dict[str, Callable[[int, int], Predictor]] = {
+    "token-table": TokenTable,
+    "lfu": DecayedUse,
+}
+
+
+def predictors() -> list[str]:
+    """The names that `--predictor` takes."""
+    return ["auto", "forecast", *UNTRAINED, "lru"]
 
 
 def check_predictor(name: str | Path) -> None:
     """Raises UsageError for what names no predictor."""
-    if str(name) not in PREDICTORS and Path(name).suffix != ".safetensors":
+    if str(name) not in predictors() and Path(name).suffix != ".safetensors":
         raise UsageError(
             f"predictor cannot be {str(name)!r}",
             "--predictor",
-            f"use {', '.join(PREDICTORS)}, or the path of a forecaster (.safetensors)",
+            f"use {', '.join(predictors())}, or the path of a forecaster (.safetensors)",
         )
 
 
 def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
-    """A policy for a store over `layout`. name: one of PREDICTORS, or the path of a side file.
+    """A policy for a store over `layout`. name: one of `predictors`, or the path of a side file.
 
     auto: the folder's forecaster, if it has one of this model, while that pays; else what each
     token needed before. That ranks as lfu does and reads ahead better (docs/prediction.md).
@@ -42,8 +53,8 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
     check_predictor(name)
     if name == "lru":
         return LRU(layout.num_layers, layout.num_experts)
-    if name in ("lfu", "token-table"):
-        return _untrained(layout, DecayedUse if name == "lfu" else TokenTable)
+    if (untrained := UNTRAINED.get(str(name))) is not None:
+        return _untrained(layout, untrained)
     path = find_forecast(layout.folder) if name in ("auto", "forecast") else Path(name)
     if path is None and name == "auto":
         return _untrained(layout)
@@ -62,7 +73,9 @@ def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
     return (SwitchablePolicy if name == "auto" else PredictorPolicy)(forecaster, layout.moe_layers)
 
 
-def _untrained(layout: Layout, kind: type[DecayedUse] = TokenTable) -> PredictorPolicy:
+def _untrained(
+    layout: Layout, kind: Callable[[int, int], Predictor] = TokenTable
+) -> PredictorPolicy:
     predictor = kind(len(layout.moe_layers), layout.num_experts)
     return PredictorPolicy(predictor, layout.moe_layers)
 
