@@ -59,9 +59,11 @@ class Session(Protocol):
         record: bool = ...,
         route_override: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = ...,
     ) -> list[int | None | Exception]:
-        """One pass: of each work the token drawn, -1 where the logits hold a NaN or an infinity,
-        None where its prompt goes on, or the error that ended the sequence, which can only be
-        dropped then. A seed's draws start at the end of a prompt.
+        """One pass: of each work the token drawn, -1 where the logits hold a NaN or an infinity or
+        rules and mask allow no token, None where its prompt goes on, or the error that ended the
+        sequence, which can only be dropped then. A seed's draws start at the end of a prompt.
+
+        What raises instead leaves each sequence of the pass such that it can only be dropped.
 
         record: keep the routing for `routing`. route_override: (seq, layer) -> (ids, weights)
         [T, K], in place of the gates' choice. Raises UsageError for work that makes no sense.

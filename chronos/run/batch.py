@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from chronos.common.experts.feed import Feed
     from chronos.common.text.tokenizer import Tokenizer
 
-_NOT_FINITE = "the logits after {} tokens hold a NaN or an infinity; no token was taken from them"
+_NO_TOKEN = (
+    "the logits after {} tokens hold a NaN or an infinity, or rules and mask allow no token;"
+    " no token was taken from them"
+)
 
 
 @dataclass
@@ -96,7 +99,9 @@ class Batch:
         return steps
 
     def cancel(self, seq: int) -> list[tuple[int, Step]]:
-        """End a sequence; what was held back of its text."""
+        """End a sequence, if it has not ended; what was held back of its text."""
+        if seq not in self._replies:
+            return []
         return [(seq, step) for step in self._end(seq, "cancelled")]
 
     def close(self) -> None:
@@ -127,7 +132,7 @@ class Batch:
     def _end(self, seq: int, reason: str) -> list[Step]:
         reply = self._replies[seq]
         tail = reply.text.flush()
-        error = _NOT_FINITE.format(self._session.position(seq)) if reason == "error" else ""
+        error = _NO_TOKEN.format(self._session.position(seq)) if reason == "error" else ""
         reply.meter.end()
         stats = reply.meter.stats() | self._facts()
         shown, meter = reply.text.shown, reply.meter if reply.meter.record else None

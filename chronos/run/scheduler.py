@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chronos.common.errors import UsageError
 from chronos.common.text.sampling import PIECE, SamplingParams, Work, pieces
 
 # Prompts that go through a layer together read its experts once; tokens of others wait for them.
@@ -39,8 +40,15 @@ class Scheduler:
     def add(
         self, seq: int, prompt: Sequence[int], sampling: SamplingParams, start: int = 0
     ) -> None:
-        """start: tokens of the prompt that the sequence has already, whole pieces of it."""
+        """start: tokens of the prompt that the sequence has already, whole pieces of it and not all
+        of it: the token after the prompt comes from its last piece."""
         left = deque(pieces(seq, prompt, sampling, start=start))
+        if not left:
+            raise UsageError(
+                f"nothing is left to read of a prompt of {len(prompt)} tokens",
+                f"sequence {seq}",
+                "keep fewer tokens than it has",
+            )
         self._waiting.append(_Row(seq, sampling, left))
 
     def drop(self, seq: int) -> None:

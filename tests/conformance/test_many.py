@@ -6,6 +6,7 @@ backend; and what of a sequence can be kept, forked and given up.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ import pytest
 from chronos.common.errors import StoreError, UsageError
 from chronos.common.experts.feed import FeedStep
 from chronos.common.layout import open_layout, pack
-from chronos.common.text.sampling import PIECE, SamplingParams, Work, draw, pieces
+from chronos.common.text.sampling import PIECE, Rules, SamplingParams, Work, draw, pieces
+from chronos.run.batch import Batch
 from chronos.run.engine import Engine, load
 from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model
@@ -398,3 +400,111 @@ def test_a_prompt_that_is_given_up_leaves_no_sequence(backend: Any, folder: Path
         assert (result.finish_reason, result.tokens) == ("cancelled", [])
         assert result.stats["decode_tokens"] == 0
         assert not engine.session._sequences  # type: ignore[attr-defined]
+
+
+def broken(engine: Engine, layer: int = 1) -> Callable[[], None]:
+    """Nobody gets experts of that layer until what is returned is called."""
+    assert engine.feed is not None
+    tier, acquire = engine.feed.tier, engine.feed.tier.acquire
+
+    def refuse(at: int, experts: Sequence[int], **options: Any) -> Any:
+        if at == layer:
+            raise StoreError("broken on purpose")
+        return acquire(at, experts, **options)
+
+    tier.acquire = refuse  # type: ignore[method-assign]
+    return lambda: setattr(tier, "acquire", acquire)
+
+
+def test_nothing_is_kept_of_a_piece_that_went_half_way(backend: Any, folder: Path) -> None:
+    """The second piece is in the caches of some layers when its read fails: `keep` begins anew."""
+    with opened(backend, folder, "resident") as engine:
+        expected = logits(OneSequence(engine.session), PROMPTS[3], steps=0)[0]
+    with opened(backend, folder, TOP_K) as engine:
+        session = engine.session
+        first, second = pieces(0, PROMPTS[3], GREEDY)
+        session.run([first])
+        mend = broken(engine)
+        [error] = session.run([second])
+        assert isinstance(error, StoreError)
+        mend()
+        start = session.keep(0, PIECE)
+        for work in pieces(0, PROMPTS[3], GREEDY, start=start):
+            session.run([work])
+        np.testing.assert_array_equal(session.logits(0), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_pass_that_raises_is_never_repeated_on_top_of_itself(
+    backend: Any, folder: Path, error: type[BaseException]
+) -> None:
+    """The tokens are in the caches, but nobody was told: running them again would double them."""
+    with opened(backend, folder, TOP_K) as engine:
+        session, feed = engine.session, engine.feed
+        assert feed is not None
+        for seq in (0, 1):
+            session.run(list(pieces(seq, PROMPTS[1], GREEDY)))
+        end = feed.tier.end_token
+
+        def fail() -> Any:
+            raise error
+
+        feed.tier.end_token = fail  # type: ignore[method-assign]
+        with pytest.raises(error):
+            session.run([Work(0, [9], GREEDY), Work(1, [9], GREEDY)])
+        feed.tier.end_token = end  # type: ignore[method-assign]
+        for out in session.run([Work(0, [9], GREEDY), Work(1, [9], GREEDY)]):
+            assert isinstance(out, UsageError)
+        session.drop(0)
+        [out] = session.run(list(pieces(0, PROMPTS[1], GREEDY)))
+        assert isinstance(out, int) and out >= 0
+
+
+def test_a_prompt_that_fails_at_once_is_over_once_it_is_dropped(backend: Any, folder: Path) -> None:
+    with opened(backend, folder, 4, predictor="token-table") as engine:
+        session, feed = engine.session, engine.feed
+        assert feed is not None
+        session.run(list(pieces(1, PROMPTS[1], GREEDY)))
+        told: list[str] = []
+        begin, end = feed.tier.begin_prompt, feed.tier.end_prompt
+
+        def ended(ids_TLK: np.ndarray) -> None:
+            told.append(f"end {len(ids_TLK)}")
+            end(ids_TLK)
+
+        feed.tier.begin_prompt = lambda: (told.append("begin"), begin())[1]  # type: ignore[func-returns-value,method-assign]
+        feed.tier.end_prompt = ended  # type: ignore[method-assign]
+        mend = broken(engine, layer=0)
+        [error] = session.run(list(pieces(0, PROMPTS[1], GREEDY)))
+        assert isinstance(error, StoreError)
+        mend()
+        session.drop(0)
+        assert told == ["begin", "end 0"]
+        session.run([Work(1, [9], GREEDY)])
+        assert told == ["begin", "end 0"]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)])
+def test_no_token_is_made_up_where_none_is_allowed(
+    backend: Any, folder: Path, sampling: SamplingParams
+) -> None:
+    """The mask allows one token and the rules forbid it."""
+    mask = np.zeros(VOCAB, bool)
+    mask[7] = True
+    ruled = dataclasses.replace(sampling, rules=Rules(suppress=(7,)))
+    with opened(backend, folder, "resident") as engine:
+        session = engine.session
+        assert session.run(list(pieces(0, [1, 2], ruled, mask=mask))) == [-1]
+        assert session.run(list(pieces(1, [1, 2], sampling, mask=mask[::-1]))) == [VOCAB - 8]
+        with pytest.raises(UsageError, match="mask"):
+            session.run(list(pieces(2, [1, 2], sampling, mask=mask.astype(np.uint8))))
+
+
+def test_cancelling_what_has_ended_changes_nothing(backend: Any, folder: Path) -> None:
+    with opened(backend, folder, "resident") as engine:
+        batch = Batch(engine.session, engine.feed, context=engine.context)
+        batch.add(0, [1, 2], GREEDY, max_tokens=1)
+        batch.step()
+        assert batch.cancel(0) == [] and batch.cancel(9) == []
+        result = batch.results[0]
+        assert not isinstance(result, Exception) and result.finish_reason == "length"

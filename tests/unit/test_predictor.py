@@ -162,6 +162,18 @@ def test_a_forecaster_that_was_disabled_is_told_what_it_missed() -> None:
         switched.disable(9 <= token < 29)  # told again: nothing changes
 
 
+def test_a_disabled_forecaster_misses_tokens_of_several_sequences_too() -> None:
+    """Run together they need more experts of a layer than one token does, here more, there less."""
+    policy = SwitchablePolicy(DecayedUse(L, E))
+    policy.disable(True)
+    for token in range(4):
+        for layer in range(L):
+            policy.observe(layer, range(K + (layer + token) % 3))
+        policy.end_token()
+    policy.disable(False)
+    assert (policy.priority[:, :K] > policy.priority[:, -1:]).all()
+
+
 def test_prompts_reach_a_disabled_forecaster() -> None:
     ids_TLK = _ids(30)
     switched, enabled = SwitchablePolicy(DecayedUse(L, E, 0.5)), DecayedUse(L, E, 0.5)

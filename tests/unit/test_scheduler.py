@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from chronos.common.errors import UsageError
 from chronos.common.text.sampling import PIECE, SamplingParams, Work
 from chronos.run.scheduler import Scheduler
 
@@ -101,6 +104,12 @@ def test_a_prompt_whose_beginning_is_there_goes_on_behind_it() -> None:
     scheduler.add(0, range(PIECE + 4), GREEDY, start=PIECE)
     [work] = scheduler.next()
     assert (list(work.tokens), work.prompt) == (list(range(PIECE, PIECE + 4)), PIECE + 4)
+
+
+def test_a_prompt_that_is_there_to_its_end_is_refused() -> None:
+    """No pass would ever draw the token behind it."""
+    with pytest.raises(UsageError, match="nothing is left"):
+        Scheduler().add(0, range(2 * PIECE), GREEDY, start=2 * PIECE)
 
 
 def test_nothing_to_do() -> None:

@@ -4,7 +4,7 @@ A pass does something for one or more sequences. Each has its own cache, draws a
 computed as it would be alone; only reads of experts are shared (`together`). A prompt goes through
 the model in pieces; within one, each needed expert is streamed once for all its tokens. The
 resident model takes the same pieces, so streaming cannot change a bit of the logits. A token costs
-one copy to the host: its id, or -1 where the logits hold a NaN or an infinity. Draws come from
+one copy to the host: its id, or -1 where there is none. Draws come from
 Python's generator, so a seed means the same draws on every backend.
 
 Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead steps + 1.
@@ -62,8 +62,9 @@ class Session:
         record: bool = False,
         route_override: RouteOverride | None = None,
     ) -> list[int | None | Exception]:
-        """One pass: of each work the token drawn, -1 where the logits are not finite, None where
-        its prompt goes on, or the error that ended the sequence, which can only be dropped then.
+        """One pass: of each work the token drawn, -1 where the logits are not finite or allow none,
+        None where its prompt goes on, or the error that ended the sequence, which can only be
+        dropped then.
 
         record: keep the routing for `routing`. Raises UsageError for work that makes no sense.
         """
@@ -72,10 +73,12 @@ class Session:
         with nullcontext() if self.feed is None else self.feed.step(work) as step:
             outs = self._pass(parts, step, route_override)
             _tell(step, parts, outs)
-        return [
+        answers = [
             out if isinstance(out, Exception) else self._answer(part, out, record)
             for part, out in zip(parts, outs, strict=True)
         ]
+        _ended(parts, outs)
+        return answers
 
     def position(self, seq: int) -> int:
         """Tokens the sequence has, 0 for one that is not there."""
@@ -96,7 +99,8 @@ class Session:
         row = self._known(seq)
         kept = min(tokens, row.whole) // PIECE * PIECE
         fresh = _Sequence(row.cache)
-        if kept < row.cache.position and not (kept and not row.halfway and row.cache.cut(kept)):
+        all_there = kept == row.cache.position
+        if row.halfway or not (all_there or (kept and row.cache.cut(kept))):
             kept, fresh.cache = 0, self.model.new_cache()
         fresh.ids, fresh.whole = row.ids[:kept], kept
         if self.feed is not None:
@@ -161,7 +165,6 @@ class Session:
             replay=partial(self._overridden, override, part.work.seq) if override else None,
             last_only=True,
         )
-        row.halfway = False
         return out
 
     def _answer(self, part: _Part, out: Output, record: bool) -> int | None:
@@ -206,9 +209,12 @@ class Session:
         if work.bias is not None:
             logits_V = logits_V + self._to_device(work.bias)
         if work.mask is not None:
-            logits_V = logits_V.where(self._to_device(work.mask), -torch.inf)
-        token = draw(logits_V, sampling, uniform)
-        return int(torch.where(row.logits_V.isfinite().all(), token, -1))
+            mask_V = self._to_device(np.ascontiguousarray(work.mask))
+            logits_V = logits_V.where(mask_V, -torch.inf)
+        token, sound = draw(logits_V, sampling, uniform), row.logits_V.isfinite().all()
+        if logits_V is not row.logits_V:  # they may allow no token
+            sound = sound & (logits_V.max() > -torch.inf)
+        return int(torch.where(sound, token, -1))
 
 
 @dataclass
@@ -222,7 +228,7 @@ class _Sequence:
     logits_V: Tensor = field(default_factory=lambda: torch.empty(0))
     decoding: bool = False  # its prompt is over
     whole: int = 0  # tokens of the prompt's pieces from the first on that were whole
-    halfway: bool = False  # some layers have the tokens of a pass and some do not
+    halfway: bool = False  # a pass has begun and not ended: its tokens are in some caches only
     record: RoutingRecord = field(default_factory=lambda: RoutingRecord())
 
     def take(self, part: _Part) -> None:
@@ -265,6 +271,12 @@ def _tell(
     for part, out in zip(parts, outs, strict=True):
         if step is not None and isinstance(out, Output):
             step.done(part.work, _ids_TLK(out.routing) if part.prompt else None)
+
+
+def _ended(parts: Sequence[_Part], outs: Sequence[Output | Exception]) -> None:
+    """The pass has ended for all: nothing can be raised any more that would repeat its tokens."""
+    for part, out in zip(parts, outs, strict=True):
+        part.row.halfway = isinstance(out, Exception)
 
 
 def _outcome(

@@ -226,6 +226,7 @@ class Feed:
                 reader=reader,
                 policy=policy,
             )
+        # Of sequences whose prompt is being read: the pieces that went through.
         self._prompts: dict[int, list[tuple[Sequence[int], npt.NDArray[Any]]]] = {}
         self._decoding: set[int] = set()  # sequences whose prompt is over
         self._reading_prompt = False
@@ -270,9 +271,9 @@ class Feed:
         """A sequence is given up, perhaps in the middle of its prompt."""
         self._decoding.discard(seq)
         pieces = self._prompts.pop(seq, None)
-        if pieces and not self._prompts and self._reading_prompt:
+        if pieces is not None and not self._prompts and self._reading_prompt:
             self._reading_prompt = False
-            self.tier.end_prompt(np.concatenate([ids_TLK for _, ids_TLK in pieces]))
+            self.tier.end_prompt(self._routing(pieces))
 
     def fork(self, seq: int, new: int) -> None:
         """A sequence `new` begins where `seq` is."""
@@ -303,6 +304,8 @@ class Feed:
 
     def _begin(self, step: FeedStep) -> None:
         if step.in_prompt:
+            for work in filter(self.reads_prompt, step.work):
+                self._prompts.setdefault(work.seq, [])
             if not self._reading_prompt:
                 self.tier.begin_prompt()
             self._reading_prompt = True
@@ -320,7 +323,7 @@ class Feed:
         for work, ids_TLK in step.finished:
             if not self.reads_prompt(work):
                 continue
-            pieces = self._prompts.setdefault(work.seq, [])
+            pieces = self._prompts[work.seq]
             if ids_TLK is not None:
                 pieces.append((work.tokens, ids_TLK))
             if work.last:
@@ -329,12 +332,16 @@ class Feed:
 
     def _end_prompt(self, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> None:
         self._reading_prompt = False
-        ids = [ids_TLK for _, ids_TLK in pieces]
-        self.tier.end_prompt(np.concatenate(ids) if ids else None)
+        self.tier.end_prompt(self._routing(pieces))
         if self.ahead is not None:
             for tokens, ids_TLK in pieces:
                 self.ahead.learn(tokens, ids_TLK)
             self.ahead.end_prompt()
+
+    def _routing(self, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> npt.NDArray[Any]:
+        """Ids [T, L, K] of a prompt, T = 0 where none of it went through."""
+        none = np.empty((0, len(self.layout.moe_layers), 0), np.intp)
+        return np.concatenate([ids_TLK for _, ids_TLK in pieces]) if pieces else none
 
 
 def make_tier(

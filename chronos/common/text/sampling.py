@@ -153,11 +153,14 @@ def check_work(work: Sequence[Work], vocab_size: int) -> None:
                 f"sequence {each.seq}",
                 f"give 1 to {PIECE}",
             )
-        if each.mask is not None and (each.mask.shape != (vocab_size,) or not each.mask.any()):
+        mask = each.mask
+        if mask is not None and (
+            mask.shape != (vocab_size,) or mask.dtype != bool or not mask.any()
+        ):
             raise UsageError(
-                f"a mask of shape {each.mask.shape} that allows {int(each.mask.sum())} tokens",
+                f"a mask {mask.dtype} {mask.shape} that allows {np.count_nonzero(mask)} tokens",
                 f"sequence {each.seq}",
-                f"give {vocab_size} values, one of them true at least",
+                f"give {vocab_size} bools, one of them true at least",
             )
         bias = each.bias
         if bias is not None and (bias.shape != (vocab_size,) or not np.isfinite(bias).all()):

@@ -201,7 +201,10 @@ class SwitchablePolicy(PredictorPolicy):
 
     def _catch_up(self) -> None:
         if self._missed:
-            self._forecaster.prime(np.array(self._missed, np.intp))
+            # Tokens of several sequences, run together, needed more experts than one.
+            width = min(len(experts) for token in self._missed for experts in token)
+            ids = [[experts[:width] for experts in token] for token in self._missed]
+            self._forecaster.prime(np.array(ids, np.intp))
             self._missed.clear()
 
 
