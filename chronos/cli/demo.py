@@ -113,7 +113,7 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool)
     ]
     if not quiet:
         output.heading("What this shows")
-        output.paragraph(_EXPLANATION)
+        output.paragraph(_EXPLANATION.format(budget))
     output.table(("", "all experts", f"room for {budget}"), rows)
     if not quiet:
         output.paragraph(_NUMBERS)
@@ -122,7 +122,7 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool)
 _EXPLANATION = (
     "This language model is built from many small networks, its experts, and uses only a few of "
     "them for each token (a token is a piece of a word). The first run held all of them in "
-    "memory. The second had room for a part, and read an expert from disk whenever it needed one "
-    "it did not hold. Nothing is approximated: both runs must write the same text."
+    "memory. The second had room for {} of them, and read an expert from disk whenever it needed "
+    "one it did not hold. Nothing is approximated: both runs must write the same text."
 )
 _NUMBERS = f"All of the tokens after the prompt. The limit: {footer.LIMIT}"

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
+import chronos
 from chronos.cli import output
 
 if TYPE_CHECKING:
@@ -101,9 +102,13 @@ def _loading(stats: dict[str, Any]) -> str:
     return f", {loaded} of them loaded meanwhile: {waited:.1f} ms waited"
 
 
-def to_json(engine: Engine, result: GenerationResult) -> dict[str, Any]:
-    """The object of `generate --json`."""
+def to_json(
+    engine: Engine, result: GenerationResult, asked: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The object of `generate --json`. asked: the model and how it was to run."""
     data = {
+        "chronos": chronos.__version__,
+        **(asked or {}),
         "prompt_tokens": result.prompt_tokens,
         "tokens": result.tokens,
         "text": result.text,

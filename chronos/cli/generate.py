@@ -20,6 +20,7 @@ from chronos.common.errors import ChronosError, UsageError
 from chronos.run.models import DEMO
 
 if TYPE_CHECKING:
+    from chronos.common.text.sampling import SamplingParams
     from chronos.common.text.tokenizer import Tokenizer
     from chronos.run.engine import Engine, GenerationResult, Step
 
@@ -81,7 +82,7 @@ def generate(
             if not out.json:
                 show(steps)
             result = steps.result
-        finish(engine, result, out)
+        finish(engine, result, out, _asked(model, run, params))
         if cancel.is_set():
             raise KeyboardInterrupt
 
@@ -160,11 +161,19 @@ def show(steps: Iterable[Step]) -> None:
     sys.stdout.flush()
 
 
-def finish(engine: Engine, result: GenerationResult, out: JsonOptions) -> None:
+def _asked(model: str, run: RunOptions, params: SamplingParams) -> dict[str, Any]:
+    """What makes a run repeatable, as it was given."""
+    named = {"model": model, "budget": run.budget, "predictor": run.predictor}
+    return named | {"sampling": {k: v for k, v in vars(params).items() if k != "rules"}}
+
+
+def finish(
+    engine: Engine, result: GenerationResult, out: JsonOptions, asked: dict[str, Any]
+) -> None:
     """JSON or footer; exit code 1 where the generation ended in an error."""
     result = footer.with_limit(engine, result)
     if out.json:
-        output.print_json(footer.to_json(engine, result))
+        output.print_json(footer.to_json(engine, result, asked))
     else:
         for line in footer.lines(engine, result):
             output.note(line)

@@ -94,7 +94,8 @@ DataOption = Annotated[
         "--data",
         metavar="PATH",
         envvar="CHRONOS_DATA",
-        help="A .txt, .jsonl or .jsonl.gz file or a folder; `stdlib` is Python's own sources.",
+        help="A text (.txt, .md, .rst, .py), .jsonl or .jsonl.gz file, or a folder of them; "
+        "`stdlib` is Python's own sources.",
     ),
 ]
 HeldOutOption = Annotated[
@@ -209,6 +210,13 @@ class BenchOptions(RunOptions):
     """For commands that measure several budgets, which --budgets names."""
 
     left_out: ClassVar = ("budget",)
+
+
+@dataclass(frozen=True)
+class ReplayOptions(RunOptions):
+    """For `bench replay`, whose runs differ in what reads ahead."""
+
+    left_out: ClassVar = ("budget", "prefetch", "predictor")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import typer
 from chronos.cli import charts, footer, output
 from chronos.cli.app import command
 from chronos.cli.bench import BudgetsOption, RoundsOption, bench
-from chronos.cli.options import BenchOptions, JsonOptions, checked, size_of, split
+from chronos.cli.options import JsonOptions, ReplayOptions, checked, size_of, split
 from chronos.common.disk.io import drop_page_cache
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _LEGEND = (
 @command("replay", on=bench)
 def replay(
     trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
-    run: BenchOptions,
+    run: ReplayOptions,
     out: JsonOptions,
     budgets: BudgetsOption = "25%",
     rounds: RoundsOption = 1,

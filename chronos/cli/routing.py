@@ -75,6 +75,8 @@ def record(
     room = engine.context - new_tokens
     if room < 1:
         raise UsageError(f"--new-tokens {new_tokens} leaves no room in {engine.context} tokens")
+    if seq_len > room:
+        output.note(f"pieces of {room} tokens, not {seq_len}: that is what the context holds")
     sequences = evaluate.cut(tokenizer_of(engine, model), documents, min(seq_len, room))
     with output.progress("recording") as update:
         return evaluate.record(

@@ -15,6 +15,7 @@ from chronos.cli.app import app, command
 from chronos.cli.options import DeviceOptions, JsonOptions, folder_named
 
 if TYPE_CHECKING:
+    from chronos.common.model.config import LossWeights
     from chronos.common.training.recipe import Recipe, S
     from chronos.train import Report
 
@@ -66,6 +67,7 @@ def pretrain(
 
     recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
+    output.note(_loss(recipe.model.loss_weights))
     with _events(recipe.cadence.steps) as on_event:
         report = room.pretrain(
             recipe,
@@ -85,6 +87,12 @@ def pretrain(
         output.note(f"stopped and saved at step {report.step}; --resume goes on")
     if report.signal:
         raise typer.Exit(128 + report.signal)
+
+
+def _loss(weights: LossWeights) -> str:
+    """What the log's `loss` is the sum of."""
+    terms = [f"{value:g} {name}" for name, value in vars(weights).items() if value]
+    return "loss = " + " + ".join(["ce (cross-entropy, nats per token)", *terms])
 
 
 def report_json(report: Report, folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,42 @@ def test_an_interrupted_packing_says_how_it_goes_on(
     done = chronos("pack", source, "-o", tmp_path / "p")
     assert done.code == 130
     assert done.err == f"interrupted; the same command goes on in {tmp_path / 'p'}\n"
+
+
+@pytest.mark.needs_backend
+def test_json_of_generate_says_what_was_asked(chronos: Any, packed: Path) -> None:
+    """Enough to run it again, and the very same tokens then."""
+    flags = ("-p", "x", "-n", 3, "--budget", "50%", "--predictor", "lru", "--temp", 0.5)
+    data = chronos("generate", packed, *flags, "--seed", 3, "--json").json
+    assert (data["model"], data["budget"], data["predictor"]) == (str(packed), "50%", "lru")
+    assert data["chronos"] and data["sampling"]["temperature"] == 0.5
+    assert data["sampling"]["seed"] == 3
+    again = chronos(
+        "generate", data["model"], "-p", "x", "-n", 3, "--budget", data["budget"], "--json",
+        "--temp", data["sampling"]["temperature"], "--seed", data["sampling"]["seed"],
+    ).json  # fmt: skip
+    assert again["tokens"] == data["tokens"]
+
+
+def test_a_failed_packing_leaves_no_folder_that_it_made(
+    chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chronos.common.errors import DiskFullError
+    from chronos.common.layout import pack
+
+    def full(*args: Any) -> None:
+        raise DiskFullError("no room")
+
+    module = sys.modules[pack.__module__]
+    monkeypatch.setattr(module, "check_free_space", full)
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "new", tmp_path / "there"):
+        done = chronos("pack", packed.with_name(packed.name + "-unpacked"), "-o", target)
+        assert done.code == 4 and done.error == ["error: no room"]
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "there").iterdir())
+
+
+def test_a_replay_takes_no_flag_that_its_runs_set(chronos: Any, trace: Path) -> None:
+    for flag in ("--budget", "--prefetch", "--predictor"):
+        done = chronos("bench", "replay", trace, flag, "auto")
+        assert done.code == 2 and f"No such option: {flag}" in done.error[0]

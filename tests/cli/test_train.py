@@ -58,6 +58,8 @@ def test_train_pack_generate(chronos: Any, recipe: Path, tmp_path: Path) -> None
     run = tmp_path / "run"
     done = chronos("train", "pretrain", "-c", recipe, "-o", run)
     assert done.code == 0, done.err
+    terms = "loss = ce (cross-entropy, nats per token) + 0.01 balance + 0.5 lookahead"
+    assert done.err.splitlines()[0] == terms
     assert done.out.strip() == str(run / "model")
     for words in ("step 8/8", "tok/s", "left", "effective_experts", "largest_share", "valid_ce"):
         assert words in done.err

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def pack(
         if progress:
             progress(min(total, nbytes), total)
 
-    with RunLock(dst):
+    with _locked(dst):
         sweep_orphans(dst)
         sweep_orphans(dst / EXPERTS)
         if is_packed(dst):
@@ -140,6 +140,20 @@ def pack(
         fingerprint=model.fingerprint,
         left_out=model.left_out,
     )
+
+
+@contextmanager
+def _locked(dst: Path) -> Iterator[None]:
+    """The folder as this process' own; one that it made is gone again where nothing was written."""
+    made = not dst.exists()
+    try:
+        with RunLock(dst):
+            yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                dst.rmdir()
+        raise
 
 
 def reorder(

@@ -124,9 +124,11 @@ def choose_order(
     gain = (layer - clustered) * seek_s / layer_s if layer_s else 0.0
     method = "clusters" if gain >= _MIN_GAIN else "layer"
     reason = (
-        f"{'clusters' if method == 'clusters' else 'layer order'}: co-activation clusters make"
-        f" {clustered:.1f} extents per token of {layer:.1f} in layer order, for {missed:.1f} reads"
-        f" of {record_bytes} bytes: {gain:+.1%} of read time, {_MIN_GAIN:.0%} asked for"
+        f"{'clusters' if method == 'clusters' else 'layer order'}: of the {missed:.1f} experts of"
+        f" {record_bytes} bytes that a token reads, clusters of those used together make"
+        f" {clustered:.1f} separate reads, layer order {layer:.1f}: clusters"
+        f" {'save' if gain >= 0 else 'cost'} {abs(gain):.1%} of read time, and saving"
+        f" {_MIN_GAIN:.0%} is the least that counts"
     )
     order = clusters(trace, record_bytes=record_bytes, seed=seed) if method != "layer" else plain
     return OrderChoice(method, order, reason, missed, layer, clustered)
