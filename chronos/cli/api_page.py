@@ -22,7 +22,7 @@ _PARTS = (
     ("Text and ids", "chronos.common.text.tokenizer", "Tokenizer"),
     ("Traces", "chronos.common.traces.trace", "RoutingTrace"),
     ("", "chronos.measure.evaluate", "record documents_of cut"),
-    ("", "chronos.common.traces.simulate", "slots_for compare Comparison Replay"),
+    ("", "chronos.common.traces.simulate", "slots_for compare Comparison CacheRun"),
     ("Training", "chronos.train", "pretrain Report"),
     ("", "chronos.common.training.recipe", "load_recipe Recipe"),
     ("Errors", "chronos.common.errors", ""),
@@ -67,7 +67,7 @@ with chronos.load("demo") as engine:
     trace = record(engine.session, engine.config, ids, max_tokens=1000, model="demo")
 trace.save("own.npz")
 print(trace.ids_TLK.shape, "tokens, layers, experts each")
-for replay in compare(trace, slots_for(trace, 0.25)).replays:
+for replay in compare(trace, slots_for(trace, 0.25)).runs:
     print(replay.policy, replay.hit_rate)
 ```
 

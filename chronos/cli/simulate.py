@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chronos.common.experts.foresight.forecast import ForecastModel
     from chronos.common.traces.fit import FitOptions, Fitted, Parts
     from chronos.common.traces.measure import Measured
-    from chronos.common.traces.simulate import Comparison, Replay
+    from chronos.common.traces.simulate import CacheRun, Comparison
     from chronos.common.traces.trace import RoutingTrace
 
 _PANEL = "Routing"
@@ -66,9 +66,9 @@ def simulate(
     ] = True,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None,
 ) -> None:
-    """Replay a trace against caches and predictors, up to the best any cache could do (MIN).
+    """Run a trace through caches and predictors, up to the best any cache could do (MIN).
 
-    With a forecaster, only test sequences are replayed, which training never sees.
+    With a forecaster, only test sequences are run, which training never sees.
     """
     from chronos.common.budget import parse_size
     from chronos.common.experts.foresight.forecast import ForecastModel
@@ -105,7 +105,7 @@ def simulate(
     results = {text: result for (text, _), result in zip(shares, measured, strict=True)}
     if png is not None:
         rates = {
-            share: {replay.policy: replay.hit_rate for replay in _replays(*result)}
+            share: {run.policy: run.hit_rate for run in _runs(*result)}
             for (_, share), result in zip(shares, measured, strict=True)
         }
         title = f"{tested.meta['model'] or 'trace'}: expert cache hits, {tested.num_tokens} tokens"
@@ -142,22 +142,22 @@ _LEGEND = (
 def _table(
     text: str, caches: Comparison, measured: dict[str, Measured], record_bytes: int | None
 ) -> None:
-    slots, pooled = caches.replays[0].slots, caches.replays[0].pooled
+    slots, pooled = caches.runs[0].slots, caches.runs[0].pooled
     right = {
         name: f"{output.percent(m.recall.at_k)} / {output.percent(m.recall.at_k3)}"
         for name, m in measured.items()
     }
     rows = [
         (
-            replay.policy,
-            output.percent(replay.hit_rate),
-            f"{replay.reads_per_token:.1f}"
+            run.policy,
+            output.percent(run.hit_rate),
+            f"{run.reads_per_token:.1f}"
             if record_bytes is None
-            else output.size(replay.reads_per_token * record_bytes),
-            output.percent(caches.eta_policy(replay.reads_per_token)),
-            right.get(replay.policy, ""),
+            else output.size(run.reads_per_token * record_bytes),
+            output.percent(caches.eta_policy(run.reads_per_token)),
+            right.get(run.policy, ""),
         )
-        for replay in sorted(_replays(caches, measured), key=lambda replay: -replay.misses)
+        for run in sorted(_runs(caches, measured), key=lambda run: -run.misses)
     ]
     title = f"{text} of the experts: {slots} slots{'' if pooled else ' per layer'}"
     title += f", {output.size(record_bytes)} an expert" if record_bytes else ""
@@ -165,8 +165,8 @@ def _table(
     output.table(("policy", "hits", read, "gap closed", "right"), rows, title=title)
 
 
-def _replays(caches: Comparison, measured: dict[str, Measured]) -> list[Replay]:
-    return [*caches.replays, *(m.replay for m in measured.values())]
+def _runs(caches: Comparison, measured: dict[str, Measured]) -> list[CacheRun]:
+    return [*caches.runs, *(m.run for m in measured.values())]
 
 
 def result_json(
@@ -182,7 +182,7 @@ def result_json(
     for policy in data["policies"].values():
         reads = policy["reads_per_token"]
         policy["bytes_per_token"] = None if record_bytes is None else reads * record_bytes
-    requests = caches.replays[0].requests
+    requests = caches.runs[0].requests
     return data | {
         "requests": requests,
         "best_predictor": top,

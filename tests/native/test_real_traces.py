@@ -89,9 +89,9 @@ def test_foresight_of_a_few_tokens_closes_most_of_the_gap() -> None:
     trace = load(GPT_OSS).part(0, 4_000)
     slots = slots_for(trace, 0.25, pooled=False)
     found = compare(trace, slots, [f"min-w{w}" for w in (1, 2, 4, 8)], pooled=False)
-    lfu = next(r.misses for r in found.replays if r.policy == "lfu")
-    best = next(r.misses for r in found.replays if r.policy == "min")
-    closed = {r.policy: 100 * (lfu - r.misses) / (lfu - best) for r in found.replays}
+    lfu = next(r.misses for r in found.runs if r.policy == "lfu")
+    best = next(r.misses for r in found.runs if r.policy == "min")
+    closed = {r.policy: 100 * (lfu - r.misses) / (lfu - best) for r in found.runs}
     assert closed["min-w1"] == pytest.approx(42, abs=6)
     assert closed["min-w2"] == pytest.approx(63, abs=6)
     assert closed["min-w4"] == pytest.approx(88, abs=6)

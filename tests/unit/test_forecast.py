@@ -227,7 +227,7 @@ def test_a_pattern_that_caches_cannot_see_is_learnt_and_used(learnt: Fitted) -> 
     eta = found["forecast"].eta_policy
     assert eta is not None and eta > 0.6
     assert found["forecast"].recall.at_k is not None and found["forecast"].recall.at_k > 0.9
-    assert found["forecast"].replay.misses < min(replay.misses for replay in caches.replays[:2])
+    assert found["forecast"].run.misses < min(run.misses for run in caches.runs[:2])
 
 
 def test_votes_of_the_memory_are_trusted_where_they_are_right() -> None:
@@ -270,21 +270,21 @@ def test_counts_add_up_to_the_routed_needs(learnt: Fitted) -> None:
     for slots, (caches, found) in zip(
         sizes, measure(test, sizes, learnt.model, warmup=0.1), strict=True
     ):
-        for replay in [*caches.replays, *(m.replay for m in found.values())]:
-            assert replay.requests == replay.hits + replay.misses == needs
-            assert replay.slots == slots
+        for run in [*caches.runs, *(m.run for m in found.values())]:
+            assert run.requests == run.hits + run.misses == needs
+            assert run.slots == slots
         assert set(found) == set(predictors(test, learnt.model))
         policy = PredictorPolicy(learnt.model.predictor())
         assert simulate_policy(test, slots, policy, warmup=0.1).misses == (
-            found["forecast"].replay.misses
+            found["forecast"].run.misses
         )
 
 
 def test_equal_slots_in_every_layer_can_be_measured_too(learnt: Fitted) -> None:
     test = split(learnable_trace(2400)).test
     ((caches, found),) = measure(test, [4], learnt.model, pooled=False)
-    assert found["forecast"].replay.slots == 4 and not found["forecast"].replay.pooled
-    assert found["forecast"].replay.misses >= caches.replays[-1].misses
+    assert found["forecast"].run.slots == 4 and not found["forecast"].run.pooled
+    assert found["forecast"].run.misses >= caches.runs[-1].misses
 
 
 def test_a_file_gives_back_the_same_forecaster(tmp_path: Path, learnt: Fitted) -> None:

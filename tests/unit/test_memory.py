@@ -74,6 +74,23 @@ def test_a_sequence_seen_before_is_recognised_and_continued() -> None:
     assert np.array_equal(np.sort(best), np.sort(ids_TLK[20]))
 
 
+def test_the_example_of_the_docstring() -> None:
+    memory = RoutingMemory(2, 8, 2, HORIZON, DISCOUNT)
+    other = [[4, 5], [2, 3]]
+    told = [[[1, 2], [5, 6]], [[3, 7], [0, 4]], [[3, 5], [1, 6]], *[other] * 20, [[1, 2], [5, 6]]]
+    for ids_LK in told:
+        for layer, experts in enumerate(ids_LK):
+            memory.observe(layer, experts)
+        memory.end_token()
+    memory.observe(0, [3, 7])
+    vote = memory.vote()
+    assert vote is not None and vote.likeness == 1.0
+    assert (4 * memory._alike_N + memory._before_N)[1:3].tolist() == [20, 4]
+    next_LE = np.zeros((2, 8))
+    next_LE[0, [3, 5]] = next_LE[1, [0, 4]] = 1.0
+    np.testing.assert_allclose(vote.uses_OLE[0], next_LE, atol=1e-6)
+
+
 def test_a_token_that_an_error_ended_is_not_counted_twice() -> None:
     memory = RoutingMemory(L, E, K, HORIZON, DISCOUNT)
     memory.prime(routing(40))

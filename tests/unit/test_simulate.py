@@ -177,7 +177,7 @@ def test_policies_order_as_theory_says() -> None:
     trace = skewed(200, 4, 16, 2, 1)
     for pooled in (True, False):
         slots = slots_for(trace, 0.25, pooled=pooled)
-        misses = {r.policy: r.misses for r in compare(trace, slots, pooled=pooled).replays}
+        misses = {r.policy: r.misses for r in compare(trace, slots, pooled=pooled).runs}
         assert misses["min"] <= min(misses.values())
         assert misses["min-w8"] <= misses["min-w2"] <= misses["lfu"]
         assert misses["min"] <= simulate(trace, slots, "min-admit", pooled=pooled).misses

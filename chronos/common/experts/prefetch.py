@@ -30,7 +30,7 @@ from chronos.common.model.weights import Key
 
 PREDICTOR, LOOKAHEAD, NEXT_GATE = "predictor", "lookahead", "next gate"
 # Tokens without a missing expert after which a source is not asked until one is missing again.
-_CALM = {PREDICTOR: 8, LOOKAHEAD: 0, NEXT_GATE: 0}
+_IDLE = {PREDICTOR: 8, LOOKAHEAD: 0, NEXT_GATE: 0}
 _SMOOTHING = 0.1  # weight of the newest token in the share of misses that come from the disk
 _LONG_AGO = 64  # tokens: an expert not used for so long is as new as one never used
 # One in so many slots may be asked for and not be here yet: in a token, or at a prompt's end.
@@ -94,7 +94,7 @@ class Prefetcher:
         # The host does not wait for a copy, but the device does before it computes.
         self._copy_s = copy_s
         self._from_disk = 1.0  # average share of misses that host memory did not hold
-        self._calm = 0  # tokens since one found an expert missing or prefetched any
+        self._idle = 0  # tokens since one found an expert missing or prefetched any
         self._begun: float | None = None  # when the token under way began
         self._needed: list[int] = []  # in this token, as layer * experts + expert
         self._used_at, self._tokens = np.full(shape[0] * shape[1], -_LONG_AGO), 0
@@ -122,8 +122,8 @@ class Prefetcher:
 
     def wanted(self, source: str = LOOKAHEAD) -> bool:
         """Whether a forecast now could lead to a read: spares making it if not."""
-        calm = self._calm > _CALM[source]
-        return not calm and self._room() >= self._record_bytes
+        idle = self._idle > _IDLE[source]
+        return not idle and self._room() >= self._record_bytes
 
     def forecast(self, probs_JLE: Floats) -> None:
         """Router probabilities forecast after block 0 of a token: prefetch what is worth it."""
@@ -160,8 +160,8 @@ class Prefetcher:
             self._forecasts.learn(tokens, ids_TLK)
 
     def end_prompt(self) -> None:
-        """Decode begins: what the prompt read is not held against the forecasts, and what it
-        promises is read while the reply's first token is made. Tell the store first."""
+        """Decode begins. The prompt's reads do not count as load of the link, and what the policy
+        expects now is read while the reply's first token is computed. Tell the store first."""
         self._next_layers.clear()
         self._asked = 0
         self._read_before = self._reader.stats.bytes_read
@@ -170,9 +170,8 @@ class Prefetcher:
     def end_token(self, report: TokenReport) -> None:
         """The token is decoded: account for its reads, choose the next one's arm, read ahead."""
         seconds = self._clock() - self._begun if self._begun is not None else 0.0
-        missed, absent = report.misses, report.absent
         reads = self._reader.stats
-        link = self._link(reads, missed, report.warm_hits)
+        link = self._link(reads, report.misses, report.warm_hits)
         moved = reads.bytes_read - self._read_before
         if self._copy_s:
             moved = report.copied * self._record_bytes
@@ -187,8 +186,8 @@ class Prefetcher:
         if self._bandit is not None and self._forecasts is not None:
             self._bandit.end_token(seconds, self._reuse_distance())
             self._forecasts.disable(self._bandit.arm == PLAIN)
-        stirred = absent > 0 or report.prefetched > 0
-        self._calm = 0 if stirred else self._calm + 1
+        reading = report.absent > 0 or report.prefetched > 0
+        self._idle = 0 if reading else self._idle + 1
         self._asked, self._begun = 0, None
         if self._forecasts is not None and not self._forecasts.by_token:
             self._forecast_from_policy()

@@ -26,7 +26,7 @@ class StoreStats:
     fallback_weight: float = 0.0  # routing weight those needs carried
     bytes_read: int = 0  # from disk, verified
     bytes_copied: int = 0  # from host memory to an accelerator's slots
-    bytes_prefetched: int = 0  # asked for ahead of need and not withdrawn
+    bytes_prefetched: int = 0  # asked for ahead of need and not cancelled
     bytes_late: int = 0  # of the late ones: read for, but not in time
     bytes_wasted: int = 0  # prefetched, then evicted or closed without ever being used
     bytes_loaded: int = 0  # read since the model was opened, where all experts have room

@@ -71,11 +71,11 @@ class Stream:
 def missing_keys(stream: Stream, slots: int, policy: str, decay: float) -> Iterator[list[int]]:
     """The keys each request has to read, request by request."""
     if policy in ("lru", "lfu"):
-        return _replay_cache(stream, slots, policy, decay)
-    return _replay_min(stream, slots, policy, decay)
+        return _run_ranked(stream, slots, policy, decay)
+    return _run_min(stream, slots, policy, decay)
 
 
-def _replay_cache(stream: Stream, slots: int, policy: str, decay: float) -> Iterator[list[int]]:
+def _run_ranked(stream: Stream, slots: int, policy: str, decay: float) -> Iterator[list[int]]:
     """LRU and LFU. Ranks only rise, so a slot's heap entry may lag until it surfaces.
 
     One loop with everything inside it: calls would double its time.
@@ -116,7 +116,7 @@ def _replay_cache(stream: Stream, slots: int, policy: str, decay: float) -> Iter
         yield missing
 
 
-def _replay_min(stream: Stream, slots: int, policy: str, decay: float) -> Iterator[list[int]]:
+def _run_min(stream: Stream, slots: int, policy: str, decay: float) -> Iterator[list[int]]:
     """MIN and its variants. Ranks fall too, so each is pushed, and untrue entries are dropped."""
     ranks_NK, seen_NK, rank, horizon = _foresight(stream, policy, decay)
     bypass = policy != "min-admit"

@@ -28,9 +28,9 @@ from chronos.common.experts.foresight.predictor import (
 )
 from chronos.common.traces.simulate import (
     POLICIES,
+    CacheRun,
     Caches,
     Comparison,
-    Replay,
     compare,
     simulate_sizes,
 )
@@ -58,17 +58,17 @@ class Recall:
 class Measured:
     """One predictor on one trace and number of slots."""
 
-    replay: Replay
+    run: CacheRun
     recall: Recall
     eta_policy: float | None
     token_s: float  # what predicting costs, with scores asked for once a layer
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "hits": self.replay.hits,
-            "misses": self.replay.misses,
-            "hit_rate": self.replay.hit_rate,
-            "reads_per_token": self.replay.reads_per_token,
+            "hits": self.run.hits,
+            "misses": self.run.misses,
+            "hit_rate": self.run.hit_rate,
+            "reads_per_token": self.run.reads_per_token,
             "eta_policy": self.eta_policy,
             "recall_at_k": self.recall.at_k,
             "recall_at_k3": self.recall.at_k3,
@@ -116,21 +116,21 @@ def measure(
         progress(done, total)
     for done, (name, predictor) in enumerate(candidates.items(), len(sizes) + 1):
         judge = _Judge(trace, predictor, int(warmup * trace.num_tokens), len(sizes))
-        replays = simulate_sizes(
+        runs = simulate_sizes(
             trace, sizes, PredictorPolicy(predictor),
             pooled=pooled, warmup=warmup, name=name, watch=judge,
         )  # fmt: skip
         token_s = _token_s(predictors(trace, forecast)[name], trace)
-        for size, ((caches, found), replay) in enumerate(zip(results, replays, strict=True)):
-            eta = caches.eta_policy(replay.reads_per_token)
-            found[name] = Measured(replay, judge.recall(size), eta, token_s)
+        for size, ((caches, found), run) in enumerate(zip(results, runs, strict=True)):
+            eta = caches.eta_policy(run.reads_per_token)
+            found[name] = Measured(run, judge.recall(size), eta, token_s)
         progress(done, total)
     return results
 
 
 def best(measured: Mapping[str, Measured]) -> str:
     """The predictor that needs the fewest reads."""
-    return min(measured, key=lambda name: measured[name].replay.misses)
+    return min(measured, key=lambda name: measured[name].run.misses)
 
 
 class _Judge:

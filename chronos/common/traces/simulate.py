@@ -1,4 +1,4 @@
-"""Replay a routing trace against cache policies, to learn how many expert reads each would need.
+"""A routing trace run through cache policies, to learn how many expert reads each would need.
 
 A token's k experts of one layer are one request: all are looked up, then the cache changes. The
 cache starts cold (or with given residents) and is carried across sequences. `pooled`: one pool of
@@ -33,7 +33,7 @@ POLICIES = ("lru", "lfu", "min-w1", "min-w2", "min-w4", "min-w8", "min")
 
 
 @dataclass(frozen=True)
-class Replay:
+class CacheRun:
     """What one policy would have done. Counts leave out the warm-up tokens."""
 
     policy: str
@@ -60,7 +60,7 @@ class Replay:
 class Comparison:
     """Several policies on one trace and one number of slots."""
 
-    replays: tuple[Replay, ...]
+    runs: tuple[CacheRun, ...]
 
     @property
     def min_reads_per_token(self) -> float:
@@ -77,7 +77,7 @@ class Comparison:
         return eta_policy(reads_per_token, self.ref_reads_per_token, self.min_reads_per_token)
 
     def to_json(self) -> dict[str, Any]:
-        first = self.replays[0]
+        first = self.runs[0]
         return {
             "slots": first.slots,
             "pooled": first.pooled,
@@ -85,19 +85,19 @@ class Comparison:
             "r_min": self.min_reads_per_token,
             "r_ref": self.ref_reads_per_token,
             "policies": {
-                replay.policy: {
-                    "hits": replay.hits,
-                    "misses": replay.misses,
-                    "hit_rate": replay.hit_rate,
-                    "reads_per_token": replay.reads_per_token,
-                    "eta_policy": self.eta_policy(replay.reads_per_token),
+                run.policy: {
+                    "hits": run.hits,
+                    "misses": run.misses,
+                    "hit_rate": run.hit_rate,
+                    "reads_per_token": run.reads_per_token,
+                    "eta_policy": self.eta_policy(run.reads_per_token),
                 }
-                for replay in self.replays
+                for run in self.runs
             },
         }
 
     def _reads(self, policy: str) -> float:
-        return next(replay.reads_per_token for replay in self.replays if replay.policy == policy)
+        return next(run.reads_per_token for run in self.runs if run.policy == policy)
 
 
 def slots_for(trace: RoutingTrace, share: float, *, pooled: bool = True) -> int:
@@ -125,8 +125,8 @@ def simulate(
     decay: float = LFU_DECAY,
     warmup: float = 0.0,
     resident: Collection[Key] = (),
-) -> Replay:
-    """Replay the trace with `slots` slots (in every layer unless pooled).
+) -> CacheRun:
+    """Run the trace through `slots` slots (in every layer unless pooled).
 
     The first `warmup` share of the tokens fills the cache and is not counted. `resident` keys are
     in the cache from the start, least worth keeping first. About 3 microseconds per routed expert.
@@ -143,7 +143,7 @@ def simulate(
         misses += int(counts[first * stream.events_per_token :].sum())
     tokens = trace.num_tokens - first
     requests = tokens * trace.num_layers * trace.top_k
-    return Replay(policy, pooled, slots, tokens, requests, misses)
+    return CacheRun(policy, pooled, slots, tokens, requests, misses)
 
 
 def compare(
@@ -155,7 +155,7 @@ def compare(
     decay: float = LFU_DECAY,
     warmup: float = 0.0,
 ) -> Comparison:
-    """Replay several policies; lru, lfu and min are always among them, for R_ref and R*."""
+    """Run several policies; lru, lfu and min are always among them, for R_ref and R*."""
     names = dict.fromkeys([*policies, "lru", "lfu", "min"])
     return Comparison(
         tuple(
@@ -177,10 +177,10 @@ def simulate_policy(
     pooled: bool = True,
     warmup: float = 0.0,
     name: str = "",
-) -> Replay:
-    """Replay against any `residency` policy, through the bookkeeping the stores use.
+) -> CacheRun:
+    """Run any `residency` policy, through the bookkeeping the stores use.
 
-    `slots` in one pool, else in every layer. For rankings that are no array of `replay`, such as
+    `slots` in one pool, else in every layer. For rankings that `caches` has no array of, such as
     forecasts; some five times slower.
     """
     return simulate_sizes(trace, [slots], policy, pooled=pooled, warmup=warmup, name=name)[0]
@@ -195,7 +195,7 @@ def simulate_sizes(
     warmup: float = 0.0,
     name: str = "",
     watch: Watch = lambda token, caches: None,
-) -> list[Replay]:
+) -> list[CacheRun]:
     """As `simulate_policy` for caches of several sizes side by side: the policy is told and asked
     once for all. `watch` is called before each token with each size's caches (one, or one a
     layer)."""
@@ -216,7 +216,7 @@ def simulate_sizes(
     tokens, label = trace.num_tokens - first, name or type(policy).__name__
     requests = tokens * layers * trace.top_k
     return [
-        Replay(label, pooled, slots, tokens, requests, missed)
+        CacheRun(label, pooled, slots, tokens, requests, missed)
         for slots, missed in zip(sizes, misses, strict=True)
     ]
 

@@ -1,7 +1,7 @@
 """Which policy ranks a store's experts: the one asked for by name, or what the model folder offers.
 
-Every slot of a store has the size of the largest record, so what a policy says per expert it says
-per byte. Not covered: how a forecaster comes into a folder (`chronos fit`).
+Every slot of a store has the size of the largest record, so a policy ranks experts, not bytes. Not
+covered: how a forecaster comes into a folder (`chronos fit`).
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ class Forecaster:
         return self._next_LE
 
     def _renew(self) -> None:
-        """Done when the moment comes, asked for or not: what is answered must not depend on when
-        somebody asked, or a run could not be replayed."""
+        """Forecasts are renewed at fixed moments, whether somebody asks or not: if they depended on
+        when somebody asked, a run could not be repeated."""
         logits_OLE, vote = self.parts()
         if vote is not None:
             logits_OLE = blend(self._params["blend"], logits_OLE, *vote)

@@ -40,6 +40,18 @@ class RoutingMemory:
 
     A need is a bit, so that looking at 37,000 tokens takes a tenth of a millisecond a layer: four
     rows of bits are added up. Places are the known tokens, then a ring of the stream's last ones.
+
+    An example with L = 2 and K = 2, so 4 needs a token, written layer 0 / layer 1. The stream was
+
+        place 0: 1 2 / 5 6      place 1: 3 7 / 0 4      place 2: 3 5 / 1 6      ...
+
+    then came a token of 1 2 / 5 6, and the token under way needs 3 7 of layer 0. A place is
+    compared with it as far as it goes, and for layers still to come the place before with the token
+    before. Place 1 agrees on 3 and 7 (2 of 2) and, by place 0, on 5 and 6 (2 of 2): 4. Its
+    predecessor agreed with the token before on 4. That is _NOW * 4 + 4 = 20 of 20, a likeness of 1.
+    Place 2 agrees on 3 alone, and place 1 not at all: _NOW * 1 + 0 = 4 of 20, a likeness of 0.2
+    and a weight of exp(_SHARP * (0.2 - 1)) = 2e-9. So place 1 decides: layer 1 will need 0 and 4,
+    and layer 0, whose turn is over, needs 3 and 5 in the token after, as in place 2.
     """
 
     def __init__(

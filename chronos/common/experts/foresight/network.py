@@ -36,7 +36,7 @@ _OWN_LIMIT = 4_000_000  # weights of the own-layer matrices beyond which they ar
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a network. `hidden` and `rank` decide its cost, the rest is the model's."""
+    """Sizes of a network. `hidden` and `rank` decide its cost, the others are the model's."""
 
     layers: int
     experts: int
@@ -183,7 +183,7 @@ def blend(weights_O7: Floats, logits_OLE: Floats, votes_OLE: Floats, likeness: f
 
 
 def loss(logits_LBX: Floats, targets_LBX: Floats) -> float:
-    """Cross entropy of soft yes-or-no targets, summed over the answers, mean over the rest."""
+    """Cross entropy of soft yes-or-no targets, summed over the answers, mean over all else."""
     terms = np.logaddexp(0.0, logits_LBX) - logits_LBX * targets_LBX
     return float(terms.sum(dtype=np.float64) * ANSWERS / logits_LBX.size)
 

@@ -277,7 +277,7 @@ class DecayedUse:
 
 
 class PreviousToken(DecayedUse):
-    """What a layer needed last it needs next; among the rest, what it needed more recently."""
+    """Expects of each layer what it needed last; of other experts, what it needed more recently."""
 
     def __init__(self, num_layers: int, num_experts: int, discount: float = RANK_DISCOUNT) -> None:
         super().__init__(num_layers, num_experts, 0.25, discount)
@@ -326,7 +326,7 @@ class TokenTable(DecayedUse):
             self._note(token, used_LE)
 
     def _note(self, token: int, used_LE: Shares) -> None:
-        """The token that was run least recently makes room."""
+        """Note what a token needed. A full table drops the token that was run least recently."""
         before = self._table.pop(token, used_LE)
         if len(self._table) >= self._most:
             del self._table[next(iter(self._table))]
