@@ -67,8 +67,8 @@ with chronos.load("demo") as engine:
     trace = record(engine.session, engine.config, ids, max_tokens=1000, model="demo")
 trace.save("own.npz")
 print(trace.ids_TLK.shape, "tokens, layers, experts each")
-for replay in compare(trace, slots_for(trace, 0.25)).runs:
-    print(replay.policy, replay.hit_rate)
+for run in compare(trace, slots_for(trace, 0.25)).runs:
+    print(run.policy, run.hit_rate)
 ```
 
 Training takes a recipe ([recipes.md](recipes.md)), by path or as a value that is changed first.
