@@ -228,7 +228,8 @@ def verify(path: PathArg, out: JsonOptions) -> None:
         coded = f" ({', '.join(report.encodings)})" if report.encodings else ""
         count = len(report.problems)
         print(
-            f"{path}: {output.size(report.bytes)} in {report.files} files, {report.records} "
+            f"{path}: {output.size(report.bytes)} in {report.files} "
+            f"file{'s' * (report.files != 1)}, {report.records} "
             f"experts{coded}, {report.tensors} tensors: {count or 'no'} problem{'s' * (count != 1)}"
         )
         for what in report.unchecked:

@@ -183,5 +183,5 @@ def test_a_text_of_one_token_says_what_is_missing(
     chronos: Any, packed: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
-    done = chronos("eval", packed, "--data", tmp_path / "a.txt")
+    done = chronos("trace", packed, "--data", tmp_path / "a.txt", "-o", tmp_path / "t.npz")
     assert done.code == 3 and "give longer texts" in done.err

@@ -56,7 +56,7 @@ def test_a_variable_of_one_command_is_nothing_to_another(
     monkeypatch.setenv("CHRONOS_MAX_TOKENS", "64")
     done = chronos("simulate", "absent.npz")
     assert done.error[0] == "error: no such trace"
-    done = chronos("fit", "absent.npz")
+    done = chronos("fit", "absent.npz", "-o", "f.safetensors")
     assert done.error[0] == "error: no such trace"
 
 

@@ -89,6 +89,8 @@ def test_every_flip_is_found_once_in_the_folder_and_in_the_file_alone(packed: Pa
             flip(path, position)
     assert problems(packed) == []
     assert all(problems(path) == [] for path in files)
+    side = verify(packed / "LICENSE")
+    assert (side.files, side.bytes) == (1, 3)
 
 
 def test_every_file_that_is_cut_short_or_gone_is_listed(packed: Path) -> None:
