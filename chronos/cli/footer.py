@@ -70,10 +70,16 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
     stats, made = result.stats, len(result.tokens)
     return [
         f"prompt: {result.prompt_tokens} tokens, {stats['prefill_tps']:.1f} tokens/s",
-        f"generation: {made} tokens, {stats['decode_tps']:.1f} tokens/s",
+        f"generation: {made} tokens, {stats['decode_tps']:.1f} tokens/s{_ended(engine, result)}",
         f"peak memory: {output.size(peak_memory())}",
         f"experts: {_experts(engine, stats)}",
     ]
+
+
+def _ended(engine: Engine, result: GenerationResult) -> str:
+    if result.finish_reason != "context":
+        return ""
+    return f"; ended by the context of {engine.context} tokens, --context N allows more"
 
 
 def _experts(engine: Engine, stats: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Commands that answer: generate and chat."""
+"""`chronos generate`: continue a text, or many side by side."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ import typer
 
 from chronos.cli import errors, footer, output
 from chronos.cli.app import command
-from chronos.cli.options import JsonOptions, ModelArg, OutputOptions, RunOptions, SamplingOptions
-from chronos.common.errors import ChronosError, UsageError
-from chronos.run.models import DEMO
+from chronos.cli.options import JsonOptions, ModelArg, RunOptions, SamplingOptions
+from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.text.sampling import SamplingParams
     from chronos.common.text.tokenizer import Tokenizer
     from chronos.run.engine import Engine, GenerationResult, Step
 
-_PANEL = "Run a model"
+PANEL = "Run a model"
 # Far above any context; a larger prompt is refused before it is tokenized.
 _MAX_PROMPT_BYTES = 16 << 20
 
 
-@command("generate", panel=_PANEL)
+@command("generate", panel=PANEL)
 def generate(
     model: ModelArg,
     run: RunOptions,
@@ -50,7 +49,10 @@ def generate(
         int, typer.Option(min=1, help="Of --prompts, answered at a time: each expert is read once.")
     ] = 8,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut the start of a prompt that does not fit.")
+        bool,
+        typer.Option(
+            "--truncate", help="Cut the start of a prompt that leaves no room for -n tokens."
+        ),
     ] = False,
 ) -> None:
     """Continue a text. The text goes to stdout, the numbers to stderr."""
@@ -59,7 +61,8 @@ def generate(
     texts = [_prompt(prompt, file)] if prompts is None else _prompts(prompts)
     params = sampling.params()
     with run.open(model) as engine:
-        many = [_encoded(engine, model, text, truncate) for text in texts]
+        most = sampling.max_tokens if truncate else 0
+        many = [_encoded(engine, model, text, most) for text in texts]
         if prompts is not None:
             results = engine.generate_many(
                 many,
@@ -87,61 +90,24 @@ def generate(
             raise KeyboardInterrupt
 
 
-def _encoded(engine: Engine, model: str, text: str, truncate: bool) -> list[int]:
-    ids = tokenizer_of(engine, model).encode_prompt(text)
-    if truncate and len(ids) > engine.context:
-        output.note(f"the first {len(ids) - engine.context} tokens of the prompt are cut off")
-        ids = ids[-engine.context :]
-    return ids
-
-
-@command("chat", panel=_PANEL)
-def chat(
-    model: ModelArg,
-    run: RunOptions,
-    sampling: SamplingOptions,
-    out: OutputOptions,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Instructions before the conversation.")
-    ] = None,
-) -> None:
-    """Talk to a model. Ctrl-C stops a reply, /reset forgets the conversation, Ctrl-D leaves."""
-    params = sampling.params()
-    start = [{"role": "system", "content": system}] if system else []
-    with run.open(model) as engine:
-        tokenizer, messages = tokenizer_of(engine, model), list(start)
-        output.note(f"{model}, {engine.backend} on {engine.device}. /reset forgets, Ctrl-D leaves.")
-        if model == DEMO:
-            output.note("demo continues Python code; it was never taught to converse.")
-        for line in _lines():
-            if line == "/reset":
-                messages = list(start)
-                continue
-            messages.append({"role": "user", "content": line})
-            try:
-                result = _reply(engine, tokenizer, messages, params, sampling)
-            except ChronosError as error:
-                errors.report(error.what, error.where, error.fix or "/reset forgets what was said")
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": result.text})
-            if result.finish_reason in ("cancelled", "context", "error"):
-                output.note(f"[{result.error or result.finish_reason}]")
-
-
-def _reply(
-    engine: Engine, tokenizer: Tokenizer, messages: list[dict[str, Any]], params: Any,
-    sampling: SamplingOptions,
-) -> GenerationResult:  # fmt: skip
-    ids = tokenizer.apply_chat(messages)
-    with stop_on_sigint() as cancel:
-        steps = engine.generate(
-            ids, params, max_tokens=sampling.max_tokens, stop=sampling.stop or (), cancel=cancel
+def _encoded(engine: Engine, model: str, text: str, most: int) -> list[int]:
+    """most: tokens of the reply to make room for, by cutting; 0: nothing is cut."""
+    ids, context = tokenizer_of(engine, model).encode_prompt(text), engine.context
+    if not most and len(ids) > context:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens and the context holds {context}",
+            "",
+            "shorten it, cut its start with --truncate, or allow more: --context N",
         )
-        if tokenizer.leading_space:
-            steps.drop_leading_space()
-        show(steps)
-        return steps.result
+    # The last token of a reply needs no place. A reply that would fill the context gets half of it.
+    room = context - min(most - 1, context // 2)
+    if most and len(ids) > room:
+        output.note(
+            f"the first {len(ids) - room} of the prompt's {len(ids)} tokens are cut off: "
+            f"{room} fit beside a reply of {context - room + 1} in the context of {context}"
+        )
+        return ids[-room:]
+    return ids
 
 
 def tokenizer_of(engine: Engine, model: str) -> Tokenizer:
@@ -276,36 +242,3 @@ def _read(path: Path) -> bytes:
             return stream.read(_MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise UsageError(f"the prompt cannot be read: {error.strerror}", str(path)) from None
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, without empty lines, until Ctrl-D or /exit."""
-    tty = sys.stdin.isatty()
-    if tty:
-        import_readline()
-    while True:
-        try:
-            line = input("> " if tty else "").strip()
-        except EOFError:
-            if tty:
-                print()
-            return
-        except errors.Terminated:
-            raise
-        except KeyboardInterrupt:
-            if not tty:
-                raise
-            output.note("\n(Ctrl-D or /exit leaves)")
-            continue
-        if line in ("/exit", "/quit"):
-            return
-        if line:
-            yield line
-
-
-def import_readline() -> None:
-    """Line editing and history for `input`, where Python was built with it."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        return

@@ -17,6 +17,7 @@ import typer
 
 from chronos.cli import (
     bench,
+    chat,
     demo,
     doctor,
     environment,
@@ -39,6 +40,7 @@ __all__ = ["app", "main", "run"]
 FAMILIES = (
     demo,
     generate,
+    chat,
     train,
     files,
     overview,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -44,6 +45,13 @@ class Done:
         lines = self.err.splitlines()
         assert all(line.startswith(("error: ", "where: ", "fix: ")) for line in lines), self.err
         return lines
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input that is no terminal."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
 
 
 Chronos = Callable[..., Done]

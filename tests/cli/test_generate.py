@@ -1,11 +1,8 @@
-"""generate, chat and demo on a tiny model: streams, JSON, budgets, prompts, interruption."""
+"""generate and demo on a tiny model: streams, JSON, budgets, prompts, interruption."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from chronos.testing.tiny import tiny_model
+from tests.cli.conftest import Stdin
 
 SPEC_STATS = (
     "ttft_s decode_tps hits late misses bytes_read bytes_wasted stall_s peak_expert_bytes "
@@ -133,13 +129,6 @@ def test_a_stop_string_ends_the_text(chronos: Any, packed: Path) -> None:
     assert data["text"] == whole[: whole.index(part)]
 
 
-class Stdin(io.TextIOWrapper):
-    """Standard input that is no terminal."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-
-
 @pytest.mark.needs_backend
 def test_prompts_come_from_a_flag_a_file_or_stdin(
     chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,8 +187,35 @@ def test_the_context_is_a_limit_that_is_not_cut_in_silence(chronos: Any, tmp_pat
     assert ids == 1  # the last token needs no place of its own
     done = chronos("generate", model, "-p", "x" * 17)
     assert done.code == 2 and "17 tokens and the context holds 16" in done.error[0]
-    cut = chronos("generate", model, "-p", "ab" + "x" * 16, "--truncate", "--json").json
-    assert cut["prompt_tokens"] == 16
+    assert "--truncate" in done.error[1] and "--context" in done.error[1]
+
+
+@pytest.mark.needs_backend
+@pytest.mark.parametrize(("length", "most", "kept"), [(18, 5, 12), (18, 1, 16), (14, 5, 12),
+                                                      (18, 256, 8), (9, 5, 9)])  # fmt: skip
+def test_a_cut_prompt_leaves_room_for_the_reply_and_says_so(
+    chronos: Any, tmp_path: Path, length: int, most: int, kept: int
+) -> None:
+    """The last token of a reply needs no place; one as long as the context gets half of it."""
+    model = tiny_model(tmp_path / "short", max_position_embeddings=16)
+    prompt = "ab" + "x" * (length - 2)
+    flags = ("generate", model, "-p", prompt, "-n", most, "--truncate")
+    done = chronos(*flags, "--json")
+    assert done.json["prompt_tokens"] == kept
+    said = f"the first {length - kept} of the prompt's {length} tokens are cut off: {kept} fit"
+    assert (said in done.err) == (kept < length)
+    data = chronos("generate", model, "-p", prompt[length - kept:], "-n", most, "--json").json
+    assert data["tokens"] == done.json["tokens"]
+    if done.json["finish_reason"] == "length":
+        assert len(done.json["tokens"]) == most
+
+
+@pytest.mark.needs_backend
+def test_a_reply_that_the_context_ended_says_so(chronos: Any, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "short", max_position_embeddings=16)
+    done = chronos("generate", model, "-p", "x" * 15, "-n", 9)
+    assert "ended by the context of 16 tokens, --context N allows more" in done.err
+    assert "ended by" not in chronos("generate", model, "-p", "x" * 15, "-n", 1).err
 
 
 @pytest.mark.needs_backend
@@ -219,80 +235,6 @@ def test_damaged_experts_are_named(chronos: Any, packed: Path, tmp_path: Path) -
 
 
 @pytest.mark.needs_backend
-def test_chat_answers_every_line_and_forgets_on_request(
-    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", Stdin(b"hello\n\nagain\n/reset\nhello\n/exit\nnever\n"))
-    done = chronos("chat", packed, "-n", 4, "-q", "--temp", 0)
-    assert done.code == 0 and done.err == ""
-    replies = done.out
-    monkeypatch.setattr(sys, "stdin", Stdin(b"hello\n"))
-    first = chronos("chat", packed, "-n", 4, "-q").out
-    assert replies.startswith(first) and replies.endswith(first)
-
-
-@pytest.mark.needs_backend
-def test_a_chat_answer_begins_without_the_space_of_its_first_piece(
-    chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SentencePiece's style, with a space in every token: only the answer's first one goes."""
-    model = shutil.copytree(packed, tmp_path / "spaced")
-    words = {f"\u2581w{number}": number for number in range(300)}
-    core = tokenizers.Tokenizer(models.WordLevel(words, unk_token="\u2581w0"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    core.save(str(model / "tokenizer.json"))
-    (model / "tokenizer_config.json").write_text("{}")
-    (model / "chat_template.jinja").write_text(
-        "{{ messages | map(attribute='content') | join(' ') }}"
-    )
-    monkeypatch.setattr(sys, "stdin", Stdin(b"w1 w2\n"))
-    chat = chronos("chat", model, "-n", 4, "-q").out
-    continued = chronos("generate", model, "-p", "w1 w2", "-n", 4, "-q").out
-    assert chat.startswith("w") and chat.split() == continued.split()
-    assert continued == " " + chat
-
-
-@pytest.mark.needs_backend
-def test_chat_goes_on_after_a_conversation_that_is_too_long(
-    chronos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model(tmp_path / "short", max_position_embeddings=32)
-    monkeypatch.setattr(sys, "stdin", Stdin(b"x" * 64 + b"\nhi\n"))
-    done = chronos("chat", model, "-n", 2, "-q")
-    assert done.code == 0
-    assert "the context holds 32" in done.err and "/reset" not in done.out
-    assert done.out.strip()
-
-
-@pytest.mark.needs_backend
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
-def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(
-    command: list[str], packed: Path
-) -> None:
-    """C5, on a real terminal: a long reply is interrupted, the next line is answered."""
-    import pty
-
-    parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [*command, "chat", str(packed), "-n", "100000", "--budget", "25%"],
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        start_new_session=True,
-    )
-    os.close(child)
-    screen = Screen(parent)
-    screen.until(b"> ")
-    os.write(parent, b"hello\n")
-    screen.until(b"hello\r\n", more=40)  # the echo, then some of the reply
-    process.send_signal(signal.SIGINT)
-    screen.until(b"> ")
-    os.write(parent, b"/exit\n")
-    assert process.wait(timeout=60) == 0
-    os.close(parent)
-
-
-@pytest.mark.needs_backend
 def test_ctrl_c_ends_generate_with_130(command: list[str], packed: Path) -> None:
     process = subprocess.Popen(
         [*command, "generate", str(packed), "-p", "x", "-n", "100000"],
@@ -305,19 +247,6 @@ def test_ctrl_c_ends_generate_with_130(command: list[str], packed: Path) -> None
     _, shown = process.communicate(timeout=60)
     # The tiny model may have come to its own end just before.
     assert process.returncode in (130, 0) and b"Traceback" not in shown
-
-
-class Screen:
-    """What a program wrote to a pseudo terminal."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd, self.seen = fd, b""
-
-    def until(self, mark: bytes, more: int = 0) -> None:
-        """Read until `mark` and `more` bytes behind it have come; forget what was read."""
-        while mark not in self.seen or len(self.seen.partition(mark)[2]) < more:
-            self.seen += os.read(self.fd, 4096)
-        self.seen = b""
 
 
 @pytest.mark.needs_backend

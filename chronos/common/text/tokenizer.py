@@ -196,6 +196,11 @@ class Tokenizer:
             raise DataError(f"token id {token} is outside the vocabulary of {len(self._bytes)}")
         return self._bytes[token]
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self.template.source != NO_TEMPLATE
+
     def apply_chat(self, messages: Messages, *, reply: bool = True) -> list[int]:
         """Ids of a conversation under the chat template, opened for the assistant if `reply`."""
         return self.apply_chats([(messages, reply)])[0]
