@@ -33,6 +33,7 @@ class Finding:
     devices: tuple[str, ...] = ()
     reason: str = ""
     fix: str = ""
+    threads: int | None = None  # of a product on a CPU; None where the framework has no such number
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,7 +100,8 @@ def inspect(name: str) -> Finding:
     if not found.usable:
         return found
     try:
-        devices = _DEVICES[name](importlib.import_module(_MODULES[name]))
+        module = importlib.import_module(_MODULES[name])
+        devices = _DEVICES[name](module)
     except (ImportError, OSError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         return Finding(
@@ -109,7 +111,8 @@ def inspect(name: str) -> Finding:
             reason=f"{name} is installed, but cannot be imported: {first}",
             fix=_pip_line(name),
         )
-    return dataclasses.replace(found, devices=devices)
+    threads = module.get_num_threads() if hasattr(module, "get_num_threads") else None
+    return dataclasses.replace(found, devices=devices, threads=threads)
 
 
 def _pip_line(name: str) -> str:

@@ -155,5 +155,9 @@ class Backend(Protocol):
 
     def session(self, model: Any, feed: Feed | None) -> Session: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
+    def set_threads(self, count: int | None) -> int | None:
+        """Have products on a CPU take so many threads, in the whole process; None leaves the
+        number. Returns how many they take, None where that cannot be set."""
+
     def devices(self) -> Iterable[str]:
         """Names accepted as `device`, the one taken by default first."""

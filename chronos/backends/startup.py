@@ -41,6 +41,14 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+def waiting() -> str:
+    """How threads of a product wait for each other in this process, in words."""
+    said = {name: os.environ[name] for name in _WAITING if name in os.environ}
+    if said in ({}, {"OMP_WAIT_POLICY": "passive"}):
+        return "asleep"
+    return "as " + ", ".join(f"{name}={value}" for name, value in said.items()) + " says"
+
+
 class _Deferred(ModuleType):
     """Stands for a module until one of its names is asked for; then it is imported."""
 

@@ -112,6 +112,8 @@ def decode(
     output.legend(_LEGEND)
     if max(runs.spread() or 0.0 for runs in result.runs) > _NOISY:
         output.note("Rounds lie far apart: something else used this machine. More --rounds help.")
+    for line in footer.busy():
+        output.note(line)
 
 
 def _row(result: Bench, runs: Runs) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,7 +49,7 @@ def demo(
     from chronos.common.text.sampling import SamplingParams
 
     _check(model, budget)
-    runs = RunOptions(backend=device.backend, device=device.device)
+    runs = RunOptions(**dataclasses.asdict(device))
     # Sampled: greedy text of a small model goes in circles, which would flatter the cache.
     sampling = SamplingParams(temperature=temp, top_p=0.95, seed=seed)
     results: list[GenerationResult] = []
@@ -70,6 +71,8 @@ def demo(
         output.print_json({"model": model, "tokens_identical": same, "runs": facts})
     else:
         _table(facts, same, budget, quiet=out.quiet)
+        for line in footer.busy():
+            output.note(line)
 
 
 def _check(model: str, budget: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ import chronos
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.options import JsonOptions
-from chronos.common.tuning import PLAIN, plain
+from chronos.common.tuning import PLAIN, machine_load, plain
 
 if TYPE_CHECKING:
     from chronos.backends.probe import Finding, MemoryLimits
@@ -52,7 +51,12 @@ def doctor(
         return
     rows = _system_rows() + [_backend_row(f, chosen) for f in found]
     rows += [_package_row(package) for package in packages]
-    rows += [_memory_row(memory), _disk_row(disk)]
+    rows += [
+        _threads_row(found, _system()["waiting"]),
+        *_load_rows(),
+        _memory_row(memory),
+        _disk_row(disk),
+    ]
     output.table(("what", "found"), rows, align="ll")
     fixes = [f.fix for f in found if not f.usable] + [p["fix"] for p in packages if p["fix"]]
     for fix in dict.fromkeys(fixes):
@@ -60,13 +64,26 @@ def doctor(
 
 
 def _system() -> dict[str, Any]:
+    from chronos.backends.startup import waiting
+
     return {
         "chronos": chronos.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "plain": plain(),
+        "waiting": waiting(),
+        "load": load.average if (load := machine_load()) else None,
+        "import_name_shared_with": _namesakes(),
     }
+
+
+def _namesakes() -> list[str]:
+    """Other distributions here that bring a package called `chronos`: one overwrites the other."""
+    from importlib import metadata
+
+    names = metadata.packages_distributions().get("chronos", [])
+    return sorted({name for name in names if name.lower().replace("_", "-") != "chronos-moe"})
 
 
 def _system_rows() -> list[tuple[str, str]]:
@@ -77,7 +94,33 @@ def _system_rows() -> list[tuple[str, str]]:
         ("python", system["python"]),
         ("platform", f"{system['platform']}, {system['cores']} cores"),
         ("fast steps", fast),
+        *(("import name", _CLASH.format(name)) for name in system["import_name_shared_with"]),
     ]
+
+
+_CLASH = (
+    "{0} is imported as `chronos` too, and here the two overwrite each other:\n"
+    "give each an environment of its own, and install this one again"
+)
+
+
+def _threads_row(found: list[Finding], waiting: str) -> tuple[str, str]:
+    lines = [
+        f"{f.name}: {f.threads} for a product on a CPU, waiting {waiting}; --threads sets them"
+        if f.threads
+        else f"{f.name}: as many as it takes; --threads has no effect"
+        for f in found
+        if f.usable
+    ]
+    return "threads", "\n".join(lines) or "-"
+
+
+def _load_rows() -> list[tuple[str, str]]:
+    """None where the system does not say."""
+    if (load := machine_load()) is None:
+        return []
+    words = "busy: speeds are lower than they could be" if load.busy else "quiet enough"
+    return [("load", f"{load.average:.1f} threads wanted one of {load.cores} cores: {words}")]
 
 
 def _backend_row(found: Finding, chosen: str) -> tuple[str, str]:
@@ -98,6 +141,8 @@ _PACKAGES = (
 
 def _packages() -> list[dict[str, Any]]:
     """Optional packages: what each is for, its version if it is here, else how to get it."""
+    from importlib import metadata
+
     found = []
     for name, purpose, extra in _PACKAGES:
         here = importlib.util.find_spec(name) is not None

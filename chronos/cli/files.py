@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def pack(
     if calibrate and _streams_only(folder):
         report, choice = _calibrated(folder, to, calibrate, device, link)
     else:
-        choice = _order(folder, trace, calibrate, RunOptions(device.backend, device.device))
+        choice = _order(folder, trace, calibrate, RunOptions(**dataclasses.asdict(device)))
         report = _pack(folder, to, choice, link)
     if out.json:
         order = choice.to_json() if choice else open_layout(to).manifest.order
@@ -172,7 +173,7 @@ def _calibrated(
     report = _pack(folder, to, None, link)
     layout, top_k = open_layout(to), read_config(to).num_experts_per_tok
     budget = max(layout.total_bytes // 4, minimum_bytes(layout, top_k))
-    choice = _order(to, None, text, RunOptions(device.backend, device.device, budget=str(budget)))
+    choice = _order(to, None, text, RunOptions(**dataclasses.asdict(device), budget=str(budget)))
     if choice is not None and choice.order != layout.clusters():
         with output.progress("reordering", rate=True) as update:
             report = reorder(to, choice.order, choice.to_json(), progress=update)

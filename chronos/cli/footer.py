@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import chronos
 from chronos.cli import output
+from chronos.common.tuning import machine_load
 
 if TYPE_CHECKING:
     from chronos.run.engine import Engine, GenerationResult
@@ -73,6 +74,18 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
         f"generation: {made} tokens, {stats['decode_tps']:.1f} tokens/s{_ended(engine, result)}",
         f"peak memory: {output.size(peak_memory())}",
         f"experts: {_experts(engine, stats)}",
+        *busy(),
+    ]
+
+
+def busy() -> list[str]:
+    """A line where other programs wanted the cores too, which speeds suffer from."""
+    load = machine_load()
+    if load is None or not load.busy:
+        return []
+    return [
+        f"the machine was busy: {load.average:.1f} threads wanted its {load.cores} cores, so this "
+        "is slower than it can be; --threads 1 is steadiest then"
     ]
 
 
@@ -121,6 +134,8 @@ def to_json(
         "finish_reason": result.finish_reason,
         "backend": engine.backend,
         "device": engine.device,
+        "threads": engine.threads,
+        "load": load.average if (load := machine_load()) else None,
         "budget_bytes": engine.budget_bytes,
         "expert_bytes_total": engine.expert_bytes_total,
         "peak_memory_bytes": peak_memory(),

@@ -126,6 +126,15 @@ class DeviceOptions:
         typer.Option(help="torch: cpu, cuda, cuda:1, mps; mlx: gpu, cpu.", metavar="NAME",
                      rich_help_panel=_RUN, show_default="the best one"),
     ] = None  # fmt: skip
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Threads of a product on a CPU (torch); 1 is steadiest beside busy programs.",
+            rich_help_panel=_RUN,
+            show_default="as many as torch takes",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def pretrain(
     from chronos.common.training.recipe import load_recipe
     from chronos.train.pretrain import PretrainRecipe
 
-    recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad)
+    recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad, device.threads)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
     output.note(_loss(recipe.model.loss_weights))
     with _events(recipe.cadence.steps) as on_event:
@@ -106,10 +106,16 @@ def report_json(report: Report, folder: Path) -> dict[str, Any]:
     }
 
 
-def _changed(recipe: Recipe[S], data: str | None, skip_bad: int | None) -> Recipe[S]:
+def _changed(
+    recipe: Recipe[S], data: str | None, skip_bad: int | None, threads: int | None
+) -> Recipe[S]:
+    """The recipe with what flags say in place of its own."""
     changes: dict[str, Any] = {} if data is None else {"path": data}
     if skip_bad is not None:
         changes["skip_bad"] = skip_bad
+    if threads is not None:
+        optimizer = dataclasses.replace(recipe.optimizer, threads=threads)
+        recipe = dataclasses.replace(recipe, optimizer=optimizer)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
 
 

@@ -1,13 +1,15 @@
-"""CHRONOS_PLAIN: a switch for whoever looks for the cause of a wrong token.
+"""How a model runs here: fast or plain steps, threads of products, and who else wants the cores.
 
-Set, every step runs as its model is written: no CUDA graphs, no recorded steps, no packed weights,
-no products but torch's own. A token that is then another one points at one of these. Read here and
-nowhere else, when a model is loaded. It knows nothing of what it turns off.
+CHRONOS_PLAIN is for whoever looks for the cause of a wrong token. Set, every step runs as its model
+is written: no CUDA graphs, no recorded steps, no packed weights, no products but torch's own. A
+token that is then another one points at one of these. Read here and nowhere else, when a model is
+loaded. It knows nothing of what it turns off.
 """
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from chronos.common.errors import UsageError
 
@@ -21,3 +23,35 @@ def plain() -> bool:
     if word.lower() not in _WORDS:
         raise UsageError(f"{PLAIN} cannot be {word!r}", "the environment", f"set {PLAIN}=1 or 0")
     return _WORDS[word.lower()]
+
+
+def threads_for(asked: int | None) -> int | None:
+    """Threads that products on a CPU take; None leaves as many as the framework takes by itself.
+
+    asked: what the user said, who wins. The framework's number stays otherwise: its threads wait
+    asleep for each other, so that busy neighbours cost little, and on a quiet machine wide products
+    and training need them. `python -m bench.runs.neighbour` measures it. Raises UsageError.
+    """
+    if asked is not None and asked < 1:
+        raise UsageError(f"{asked} threads", "--threads", "give at least 1")
+    return asked
+
+
+class Load(NamedTuple):
+    """How many threads wanted a core, on the average of the last minute."""
+
+    average: float
+    cores: int
+
+    @property
+    def busy(self) -> bool:
+        """Whether some had to wait for one."""
+        return self.average > self.cores
+
+
+def machine_load() -> Load | None:
+    """The present load of the whole machine; None where the system does not say (Windows)."""
+    try:
+        return Load(os.getloadavg()[0], os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return None

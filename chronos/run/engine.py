@@ -37,6 +37,7 @@ from chronos.common.model.weights import dense_tensors
 from chronos.common.text.generation_config import ReplyDefaults, read_defaults
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.tuning import threads_for
 from chronos.run.batch import Batch
 from chronos.run.generation import Generation, GenerationResult, Step
 from chronos.run.meter import Machine, measure_machine
@@ -59,7 +60,8 @@ class Engine:
     """One model, ready to generate; a context that closes it. For one thread at a time.
 
     tokenizer: text to ids and back, or None. context: tokens of a prompt and its reply. backend,
-    device: where it computes, by name. stop_ids: end a reply. defaults: what the model's folder
+    device: where it computes, by name. threads: of products on a CPU when it was loaded, None where
+    that is not known. stop_ids: end a reply. defaults: what the model's folder
     asks of every reply. config, layout: the model's geometry and its packed experts (None where it
     is not packed). session, feed: what runs it and what holds its experts, for measuring; `feed` is
     None where the model holds its own. moe_layers: those with experts, None for all.
@@ -80,12 +82,14 @@ class Engine:
         context: int | None = None,
         backend: str = "",
         device: str = "",
+        threads: int | None = None,
     ) -> None:
         """feed: the session's; the engine closes it. stop_ids: end a reply, beside the tokenizer's
         own. defaults: what the model asks of every reply. expert_bytes, moe_layers: where there is
         no layout. context: tokens of prompt and reply; None: as the config says."""
         self.session, self.config, self.feed, self.layout = session, config, feed, layout
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
+        self.threads = threads
         self.context = context or config.max_position_embeddings
         self.stop_ids = stop_ids | (tokenizer.stop_ids if tokenizer else frozenset())
         self.defaults = defaults
@@ -338,6 +342,7 @@ def load(
     predictor: str | Path = "auto",
     allow_missing: bool = False,
     context: int | None = None,
+    threads: int | None = None,
     io: FileIO | None = None,
     own_process: bool = False,
 ) -> Engine:
@@ -348,7 +353,8 @@ def load(
     memory behind a device's. predictor: what ranks experts to keep and to read ahead, as
     `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
     stand in, which allow_missing needs. context: tokens of prompt and reply in place of what the
-    config allows; more is warned of. io: how the experts' files are read.
+    config allows; more is warned of. threads: of products on a CPU, for the
+    whole process (PyTorch; MLX has no such number). io: how the experts' files are read.
     own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
@@ -356,6 +362,7 @@ def load(
     _check_choice("miss", miss, ("exact", "fallback"))
     _check_choice("prefetch", prefetch, ("auto", "off"))
     check_predictor(predictor)
+    threads_wanted = threads_for(threads)
     if allow_missing and miss != "fallback":
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
     folder = resolve_model(model)
@@ -379,10 +386,14 @@ def load(
     with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
         with fast_import(name, own_process=own_process):
             module = backends.load(name)
+        threads_taken = module.set_threads(threads_wanted)
+        if threads_taken is None and threads_wanted is not None:
+            _log.warning("threads=%d has no effect: %s takes its own number", threads_wanted, name)
         core = module.load(
             folder, device=device, resident=layout is None, dense=dense, layout=layout
         )
     known |= {"backend": name, "device": str(core.device), "context": context}
+    known["threads"] = threads_taken
     if (folder / "tokenizer.json").exists():
         known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
     if isinstance(config, GuestConfig):

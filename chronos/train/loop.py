@@ -29,6 +29,7 @@ from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import Batches, Objective
 from chronos.common.training.recipe import CadenceRecipe, Recipe, by_section
 from chronos.common.training.schedule import learning_rate
+from chronos.common.tuning import threads_for
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
@@ -112,6 +113,10 @@ class _Run:
     def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
         """stop: filled with a signal that asks for the end."""
         task = self.task
+        threads = threads_for(task.recipe.optimizer.threads or None)
+        if threads is not None and self.backend.set_threads(threads) is None:
+            text = f"threads = {threads} has no effect: {self.backend.name} takes its own number"
+            self.on_event({"warning": text})
         task.tokenizer.save(self.out)
         step = self.backend.train_step(task.model, task.recipe.optimizer)
         first = self._resume(step, force) if resume else self._trim_metrics(0)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from chronos.backends.startup import ReadAhead, _Deferred, fast_import, wait_asleep
+from chronos.backends.startup import (
+    ReadAhead,
+    _Deferred,
+    fast_import,
+    wait_asleep,
+    waiting,
+)
 
 
 def test_read_ahead_yields_everything_in_order() -> None:
@@ -103,3 +109,4 @@ def test_threads_wait_asleep_unless_the_environment_says_how(
     monkeypatch.setattr("chronos.backends.startup.os.environ", environment)
     wait_asleep()
     assert environment == ({named: "7"} if named else {"OMP_WAIT_POLICY": "passive"})
+    assert waiting() == (f"as {named}=7 says" if named else "asleep")

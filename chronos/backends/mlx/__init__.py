@@ -42,6 +42,11 @@ def devices() -> Iterable[str]:
     return [*(["gpu"] if mx.metal.is_available() else []), "cpu"]
 
 
+def set_threads(count: int | None) -> int | None:
+    """None: MLX has no number of threads to set, on a CPU it takes what its library takes."""
+    return None
+
+
 def pick_device(device: str | None) -> mx.Device:
     """The named device, else the GPU where there is one, else the CPU; it becomes MLX's default.
     Raises for what is not there."""

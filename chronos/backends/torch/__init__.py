@@ -36,6 +36,13 @@ def devices() -> Iterable[str]:
     return [*found, "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
+def set_threads(count: int | None) -> int | None:
+    """Threads of products on a CPU, from now on and for the process; None leaves their number."""
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
 def pick_device(device: str | None) -> torch.device:
     """The named device, else CUDA where there is one, else the CPU."""
     if device is None:

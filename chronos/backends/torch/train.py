@@ -34,8 +34,6 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
         matrices: list[Tensor] = []
         others: list[Tensor] = []
         for name, parameter in model.named_parameters():
