@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from chronos.common.training.objectives import Objective, Terms
     from chronos.common.training.recipe import OptimizerRecipe
 
+    # (seq, layer) to ids int64 and weights float32 [T, K], in place of what the gate would choose.
+    RouteOverride = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
 
 class Model(Protocol):
     """The backend's own model object; only config and device are read on this side."""
@@ -57,7 +60,7 @@ class Session(Protocol):
         work: Sequence[Work],
         *,
         record: bool = ...,
-        route_override: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = ...,
+        route_override: RouteOverride | None = ...,
     ) -> list[int | None | Exception]:
         """One pass: of each work the token drawn, -1 where the logits hold a NaN or an infinity or
         rules and mask allow no token, None where its prompt goes on, or the error that ended the
@@ -65,8 +68,8 @@ class Session(Protocol):
 
         What raises instead leaves each sequence of the pass such that it can only be dropped.
 
-        record: keep the routing for `routing`. route_override: (seq, layer) -> (ids, weights)
-        [T, K], in place of the gates' choice. Raises UsageError for work that makes no sense.
+        record: keep the routing for `routing`. route_override: (ids, weights) [T, K] in place of
+        the gates' choice. Raises UsageError for work that makes no sense.
         """
 
     def position(self, seq: int) -> int:

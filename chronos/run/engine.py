@@ -51,7 +51,7 @@ __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load
 _log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
 Prompt = str | Iterable[int]
-RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no store
+RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no feed
 _WARM = "a warm tier"
 _NO_DEFAULTS = ReplyDefaults()
 

@@ -1,6 +1,6 @@
 """The numbers of one generation: seconds, expert traffic, and the share of the limit.
 
-A `Meter` is told of a sequence's passes and how long they took, and reads the store's counters at
+A `Meter` is told of a sequence's passes and how long they took, and reads the feed's counters at
 the ends of prompt and reply: what others read meanwhile is in them. The limit is that of the decode
 phase, on the routing that was executed, from the experts resident when it began, at the run's own
 pace of computing (`limits`). Not covered: printing; the key/value cache's bytes, small beside the
@@ -26,7 +26,7 @@ from chronos.common.traces.simulate import simulate
 from chronos.common.traces.trace import TraceRecorder
 
 if TYPE_CHECKING:
-    from chronos.backends.protocol import Session
+    from chronos.backends.protocol import RouteOverride, Session
     from chronos.common.experts.feed import Feed
     from chronos.common.layout import Layout
     from chronos.common.model.guest import Geometry
@@ -104,10 +104,10 @@ class Meter:
         """Whether the pass that does this work is to keep its routing: the prompt's has no use."""
         return self.record and not work.prompt
 
-    def run(self, work: Work, **options: Any) -> int | None:
-        """One pass for this sequence alone, counted. options: as `Session.run` takes them."""
+    def run(self, work: Work, route_override: RouteOverride | None = None) -> int | None:
+        """One pass for this sequence alone, counted. route_override: as `Session.run` takes it."""
         begin = time.perf_counter()
-        [out] = self.session.run([work], record=self.records(work), **options)
+        [out] = self.session.run([work], record=self.records(work), route_override=route_override)
         self.note(work, time.perf_counter() - begin)
         if isinstance(out, Exception):
             raise out

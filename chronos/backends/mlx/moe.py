@@ -2,7 +2,7 @@
 
 Resident experts are one stack per layer and projection. A single token, and training, gather from
 a stack by index (`gather_mm`), so a resident model never waits for a router; a streamed one waits
-for its ids, then gathers from the store's slots with the same kernels. Longer inputs run expert by
+for its ids, then gathers from an arena's slots with the same kernels. Longer inputs run expert by
 expert, streamed or not. Outputs are combined in the fixed order of the routing, so streamed and
 resident results are equal bit for bit. Weights keep their stored dtype and are widened where they
 are used: `gather_mm` on a CPU takes float32 only.
@@ -52,7 +52,7 @@ def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
 
 def refuse_gradients(*inputs: mx.array | None) -> None:
     """Starts the evaluation of what a layer needs from the host; raises UsageError where a gradient
-    is being recorded through experts of a store: its products would be differentiated with slots
+    is being recorded through streamed experts: its products would be differentiated with slots
     that hold other experts by then."""
     try:
         mx.async_eval(*inputs)  # unlike `mx.eval` it takes nothing that is being transformed

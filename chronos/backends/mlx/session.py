@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -32,11 +33,12 @@ from chronos.common.experts.prefetch import LOOKAHEAD
 from chronos.common.experts.together import together
 from chronos.common.text.sampling import PIECE, Work, check_work
 
+if TYPE_CHECKING:
+    from chronos.backends.protocol import RouteOverride
+
 # Recorded routing is compacted after this many calls: a small array per layer and token would, over
 # a long generation, outgrow the experts' budget.
 _COMPACT_EVERY = 32
-# (seq, layer) to ids int64 and weights float32 [T, K], in place of what the gate would choose.
-RouteOverride = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 
 class Session:

@@ -46,7 +46,7 @@ def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
 
 
 def refuse_gradients(*inputs: Tensor) -> None:
-    """Raises UsageError where a gradient is being recorded through experts of a store: a backward
+    """Raises UsageError where a gradient is being recorded through streamed experts: a backward
     pass would read slots that hold other experts by then."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise UsageError(

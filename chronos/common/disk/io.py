@@ -176,7 +176,7 @@ def aligned_buffer(nbytes: int) -> memoryview:
 
 def touched_buffers(count: int, nbytes: int) -> list[memoryview]:
     """Page-aligned buffers in one piece of memory whose pages, huge ones where there are any, exist
-    already, as those of a store's slots do: into fresh memory in small pages the same virtual disk
+    already, as those of an arena's slots do: into fresh memory in small pages the same virtual disk
     gave 1.2 GB/s in place of 3.4."""
     stride = round_up(nbytes, ALIGN)
     memory = aligned_buffer(round_up(count * stride, _HUGE_PAGE))

@@ -1,4 +1,4 @@
-"""What an expert store did, counted at the moment of need.
+"""What a feed of experts did, counted at the moment of need.
 
 Every routed need of a (layer, expert) is exactly one of hit (ready), late (its read or copy was
 under way) and miss (nothing was under way), so `routed` adds up by construction.
@@ -15,7 +15,7 @@ _GAUGES = ("peak_expert_bytes", "capacity_bytes", "warm_capacity_bytes", "live_b
 
 @dataclass
 class StoreStats:
-    """Counters since the store was opened, and gauges of its memory (bytes)."""
+    """Counters since the feed was opened, and gauges of its memory (bytes)."""
 
     hits: int = 0
     late: int = 0

@@ -312,7 +312,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
-    """The least a store can run on: room for the experts one token needs in one layer."""
+    """The least a feed can run on: room for the experts one token needs in one layer."""
     return min(top_k, max(1, len(layout.records))) * layout.record_nbytes
 
 

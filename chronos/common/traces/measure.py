@@ -1,6 +1,6 @@
 """What predictors are worth on a trace: reads a cache needs with each, and how often each is right.
 
-Every predictor meets the same tokens through the bookkeeping of the stores; recall is judged at the
+Every predictor meets the same tokens through the bookkeeping of a feed; recall is judged at the
 end of a token, for the next one of the same sequence. R_ref stays the better of LRU and plain
 decayed LFU, whatever stronger variants are listed beside them.
 Not covered: time, prefetch.

@@ -1,4 +1,4 @@
-"""A run rehearsed from its trace: the store, its policy and the prefetcher as they are, on a clock
+"""A run rehearsed from its trace: the tier, its policy and the prefetcher as they are, on a clock
 and a disk that are numbers.
 
 What a run decides (victims, prefetches, whether forecasts are on) follows from its routing, its

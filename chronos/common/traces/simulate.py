@@ -2,10 +2,10 @@
 
 A token's k experts of one layer are one request: all are looked up, then the cache changes. The
 cache starts cold (or with given residents) and is carried across sequences. `pooled`: one pool of
-slots over all layers, as the stores have it; otherwise `slots` in every layer. Policies:
+slots over all layers, as a feed has it; otherwise `slots` in every layer. Policies:
 
-- lru, lfu (uses fading by `decay` per token): every requested expert is admitted, as a store must;
-  equal ranks go by slot number like `residency`, so counts equal the store's without prefetch;
+- lru, lfu (uses fading by `decay` per token): every requested expert is admitted, as a feed must;
+  equal ranks go by slot number like `residency`, so counts equal the feed's without prefetch;
 - min: Belady's MIN with bypass - a missed expert need not be kept; its reads are R*, the least any
   cache of this size needs;  min-admit: MIN that admits all k;
 - min-w<W>: as min, but only the next W tokens are known; what they do not use is ranked by lfu.
@@ -178,7 +178,7 @@ def simulate_policy(
     warmup: float = 0.0,
     name: str = "",
 ) -> CacheRun:
-    """Run any `residency` policy, through the bookkeeping the stores use.
+    """Run any `residency` policy, through the bookkeeping that feeds use.
 
     `slots` in one pool, else in every layer. For rankings that `caches` has no array of, such as
     forecasts; some five times slower.
@@ -224,7 +224,7 @@ def simulate_sizes(
 def _serve(
     caches: Sequence[Residency], layer: int, experts: list[int], policy: Policy
 ) -> list[int]:
-    """One request as stores do it: pin what is there, rank, then make room for the rest. Misses of
+    """One request as feeds do it: pin what is there, rank, then make room for the rest. Misses of
     each cache."""
     held = [_pin(cache, layer, experts) for cache in caches]
     policy.observe(layer, experts)

@@ -1,7 +1,7 @@
 """The routed experts of a guest's layer: what takes the place of MLX-LM's `SwitchGLU`, `SwitchMLP`.
 
 MLX-LM's blocks choose experts, call their switch with (x, ids) and weigh what it returns. Here the
-ids go to the host and the experts come from a store's slots; their codec computes, with the bits
+ids go to the host and the experts come from an arena's slots; their codec computes, with the bits
 that MLX-LM's own products have. The routing weights never reach a
 switch and are not recorded. A short input gathers once, when all its experts are there; a longer
 one expert by expert as they land.
@@ -37,7 +37,7 @@ Ahead = tuple[int, Callable[[mx.array], mx.array]] | None
 class ExpertsCall:
     """What one forward pass tells all layers of a guest, and what they tell it."""
 
-    source: Any = None  # a store with guest records; None: the layers hold their experts
+    source: Source | None = None  # None: the layers hold their experts
     replay: Callable[[int], tuple[mx.array, mx.array]] | None = None
     last_only: bool = False
     routing: list[Routing] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Layer(nn.Module):
 
 
 class StreamedLayer(Layer):
-    """The same from a store's slots."""
+    """The same from an arena's slots."""
 
     def __init__(
         self,
@@ -98,6 +98,7 @@ class StreamedLayer(Layer):
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         ids, call = self._routed(ids), current()
         source = call.source
+        assert source is not None
         next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
         # The one wait of this layer, with the input in it as in the native MoE; and the last
         # layer's output, which the input need not depend on in every architecture.
@@ -108,7 +109,8 @@ class StreamedLayer(Layer):
         lease = source.acquire(self.layer, used)  # its reads go first
         if next_ids is not None:
             assert self._ahead is not None
-            source.foresee(NEXT_GATE, next_ids.reshape(-1).tolist(), self._ahead[0])
+            best: list[int] = np.array(next_ids).reshape(-1).tolist()
+            source.foresee(NEXT_GATE, best, self._ahead[0])
         compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
         y_NA, missing = compute(x_TD, ids_TK, lease)
         call.held = y_NA

@@ -1,7 +1,7 @@
 """Models that MLX-LM builds, run as the native one is: its skeleton, our experts.
 
 MLX-LM's loader builds and quantises the model (`skeleton`); every `SwitchGLU` and `SwitchMLP` in it
-gives way to a switch that takes experts from a store (`switch`). A resident guest is MLX-LM's own
+gives way to a switch that takes experts from a feed (`experts`). A resident guest is MLX-LM's own
 load. Attention and its caches, norms and routers stay as MLX-LM has them. Not covered: packed rows,
 training, saving, and code that a checkpoint brings along, which is refused.
 

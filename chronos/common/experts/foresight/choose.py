@@ -1,6 +1,6 @@
-"""Which policy ranks a store's experts: the one asked for by name, or what the model folder offers.
+"""Which policy ranks a feed's experts: the one asked for by name, or what the model folder offers.
 
-Every slot of a store has the size of the largest record, so a policy ranks experts, not bytes. Not
+Every slot of a feed has the size of the largest record, so a policy ranks experts, not bytes. Not
 covered: how a forecaster comes into a folder (`chronos fit`).
 """
 
@@ -44,7 +44,7 @@ def check_predictor(name: str | Path) -> None:
 
 
 def choose_policy(name: str | Path, layout: Layout, top_k: int) -> Policy:
-    """A policy for a store over `layout`. name: one of `predictors`, or the path of a side file.
+    """A policy for a feed over `layout`. name: one of `predictors`, or the path of a side file.
 
     auto: the folder's forecaster, if it has one of this model, while that pays; else what each
     token needed before. That ranks as lfu does and reads ahead better (docs/prediction.md).
