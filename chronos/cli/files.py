@@ -65,6 +65,7 @@ def pack(
     printed and kept in the manifest. An interrupted run continues where it stopped.
     """
     from chronos.common.layout import open_layout
+    from chronos.common.layout.pack import check_destination
     from chronos.measure.evaluate import documents_of
     from chronos.run.models import resolve_model
 
@@ -76,6 +77,8 @@ def pack(
     folder = resolve_model(source, fetch=True, bars=output.draws())
     if not force:
         _check_runnable(folder)
+    if trace or calibrate:  # the same for a folder that cannot be written
+        check_destination(folder, to)
     if calibrate and _streams_only(folder):
         report, choice = _calibrated(folder, to, calibrate, device, link)
     else:

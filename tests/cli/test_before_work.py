@@ -185,3 +185,19 @@ def test_a_text_of_one_token_says_what_is_missing(
     (tmp_path / "a.txt").write_text("a")
     done = chronos("trace", packed, "--data", tmp_path / "a.txt", "-o", tmp_path / "t.npz")
     assert done.code == 3 and "give longer texts" in done.err
+
+
+@pytest.mark.parametrize("name", ["other", "file", "source"])
+def test_pack_looks_at_its_target_before_it_records(
+    chronos: Any, packed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:  # fmt: skip
+    from chronos.cli import routing
+
+    monkeypatch.setattr(routing, "record", lambda *args: pytest.fail("it recorded"))
+    source = packed.with_name(packed.name + "-unpacked")
+    (tmp_path / "file").write_text("")
+    tiny_guest(tmp_path / "other")
+    target = source if name == "source" else tmp_path / name
+    done = chronos("pack", source, "-o", target, "--calibrate", text)
+    assert done.code == 2 and done.error[1] == f"where: {target}"

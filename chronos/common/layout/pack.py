@@ -95,13 +95,9 @@ def pack(
     _check_side_files(src, io)
     if encoding is not None and set(model.encodings.values()) != {encoding}:
         model = encoded(model, encoding)
-    _refuse_another(dst, model, io)
+    _check_destination(src, dst, model, io)
     clusters = _clusters(order, model)
     how = dict(how or {"method": order if isinstance(order, str) else "clusters"})
-    if dst.exists() and src.resolve() == dst.resolve():
-        raise UsageError("source and destination are the same folder", str(dst))
-    if dst.exists() and not dst.is_dir():
-        raise UsageError("the destination is a file", str(dst), "name a new or an empty folder")
     dense = 0 if link else model.dense_nbytes
     total = dense + model.expert_nbytes
 
@@ -196,8 +192,23 @@ def _clusters(order: str | Sequence[Sequence[Key]], model: ModelSource) -> list[
     return clusters
 
 
-def _refuse_another(dst: Path, model: ModelSource, io: FileIO) -> None:
-    """UsageError where a finished folder holds a model of another fingerprint."""
+def check_destination(src: StrPath, dst: StrPath) -> None:
+    """Raises UsageError where `pack` would refuse to write; asked before long work."""
+    src, dst, io = Path(src), Path(dst), FileIO()
+    _check_destination(src, dst, open_source(src, io), io)
+    if dst.exists() and not is_packed(dst):
+        with RunLock(dst):
+            sweep_orphans(dst)
+            _refuse_foreign(src, dst, io)
+
+
+def _check_destination(src: Path, dst: Path, model: ModelSource, io: FileIO) -> None:
+    if not dst.exists():
+        return
+    if src.resolve() == dst.resolve():
+        raise UsageError("source and destination are the same folder", str(dst))
+    if not dst.is_dir():
+        raise UsageError("the destination is a file", str(dst), "name a new or an empty folder")
     if is_packed(dst) and read_manifest(dst, io).fingerprint != model.fingerprint:
         raise _another(dst)
 
