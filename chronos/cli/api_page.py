@@ -42,7 +42,7 @@ final; `result` has everything at the end.
 import chronos
 
 with chronos.load("demo", budget="25%") as engine:
-    prompt = engine.tokenizer.encode("def read_lines(path):\\n")
+    prompt = "def read_lines(path):\\n"  # or its ids: engine.tokenizer.encode(prompt)
     for step in engine.generate(prompt, max_tokens=32):
         print(step.text, end="")
     sampling = chronos.SamplingParams(temperature=0.8, top_p=0.95, seed=1)

@@ -195,6 +195,16 @@ def test_links_are_no_use_on_an_index() -> None:
     assert len(named) > 8 and [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str) -> None:
+    """Paths in backticks, from the root or from the package, and modules that are to be run."""
+    text = (ROOT / page).read_text("utf-8")
+    for path in re.findall(r"`((?:chronos|tests|bench|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or (ROOT / "chronos" / path).exists(), f"{page}: {path}"
+    for module in re.findall(r"python -m ((?:chronos|bench)[\w.]*)", text):
+        assert importlib.util.find_spec(module), f"{page}: {module}"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
