@@ -283,6 +283,8 @@ def fit(
     from chronos.common.traces.trace import RoutingTrace
 
     share, fingerprint = share_of(budget_tested), ""
+    if data is not None and source.endswith(".npz"):
+        raise UsageError("a trace is recorded already", "--data", "leave it out, or name a MODEL")
     file = _target(to, source)
     if source.endswith(".npz"):
         recorded = RoutingTrace.load(source)

@@ -13,6 +13,7 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import app, command
 from chronos.cli.options import DeviceOptions, JsonOptions, folder_named
+from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.model.config import LossWeights
@@ -67,6 +68,8 @@ def pretrain(
 
     recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad, device.threads)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
+    if force and not resume:
+        raise UsageError("--force is for --resume", "--force", "give both, or neither")
     output.note(_loss(recipe.model.loss_weights))
     with _events(recipe.cadence.steps) as on_event:
         report = room.pretrain(

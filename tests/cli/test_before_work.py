@@ -201,3 +201,15 @@ def test_pack_looks_at_its_target_before_it_records(
     target = source if name == "source" else tmp_path / name
     done = chronos("pack", source, "-o", target, "--calibrate", text)
     assert done.code == 2 and done.error[1] == f"where: {target}"
+
+
+def test_flags_that_would_be_ignored_are_refused(
+    chronos: Any, long_trace: Path, text: Path, tmp_path: Path
+) -> None:
+    done = chronos("fit", long_trace, "--data", text, "-o", tmp_path / "f.safetensors")
+    assert done.code == 2 and done.error[1] == "where: --data"
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.format(data=text.as_posix(), steps=1))
+    done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--force")
+    assert done.code == 2 and done.error[1] == "where: --force"
+    assert not (tmp_path / "run").exists()

@@ -204,7 +204,7 @@ def test_a_cut_prompt_leaves_room_for_the_reply_and_says_so(
     assert done.json["prompt_tokens"] == kept
     said = f"the first {length - kept} of the prompt's {length} tokens are cut off: {kept} fit"
     assert (said in done.err) == (kept < length)
-    data = chronos("generate", model, "-p", prompt[length - kept:], "-n", most, "--json").json
+    data = chronos("generate", model, "-p", prompt[length - kept :], "-n", most, "--json").json
     assert data["tokens"] == done.json["tokens"]
     if done.json["finish_reason"] == "length":
         assert len(done.json["tokens"]) == most
