@@ -5,6 +5,7 @@ unpacking it: no installer could touch the environment that runs the tests.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -147,3 +148,19 @@ def test_the_folder_above_a_clone_imports_the_clone(
     where = run(python, "-c", "import chronos; print(chronos.__file__)", cwd=above)
     assert Path(where.strip()) == clone / "chronos" / "__init__.py"
     assert run(python, "-m", "chronos", "--version", cwd=above).startswith("chronos 0.")
+
+
+def test_doctor_finds_what_shares_the_import_name(built: Path, fresh: Path, tmp_path: Path) -> None:
+    """By what installers leave: a package of another distribution in the same folder."""
+    python = install(fresh, built / "of-clone")
+    doctor = [python, "-m", "chronos", "doctor", "--json"]
+    assert json.loads(run(*doctor, cwd=tmp_path))["import_name_shared_with"] == []
+    other = site_of(fresh) / "chronos_forecasting-2.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: chronos-forecasting\nVersion: 2.0\n"
+    )
+    (other / "RECORD").write_text("chronos/__init__.py,,\nchronos/base.py,,\n")
+    found = json.loads(run(*doctor, cwd=tmp_path))["import_name_shared_with"]
+    shutil.rmtree(other)
+    assert found == ["chronos-forecasting"]
