@@ -179,6 +179,8 @@ def replay(
         return
     title = f"{trace_file.name} on {_geometry(config)}\n{_measured(results, limit)}"
     output.table(_COLUMNS, [_row(results, *key) for key in results], title=title)
+    for line in _spread(results):
+        output.note(line)
     limited = [(key, found) for key, found in results.items() if found[0].limit is not None]
     output.table(_LIMITS, [_limit_row(*key, found) for key, found in limited])
     output.legend(_LEGEND)
@@ -189,15 +191,18 @@ def print_json(
 ) -> None:
     from chronos.measure.recorded import ratio_to_off
 
-    runs = [
-        {
-            "budget": budget,
-            "run": run or None,
-            "ratio_to_off": ratio_to_off(results, budget, run),
-            "rounds": [found.to_json() for found in rounds],
-        }
-        for (budget, run), rounds in results.items()
-    ]
+    runs = []
+    for (budget, run), rounds in results.items():
+        ratio, *half = ratio_to_off(results, budget, run) or (None,)
+        runs.append(
+            {
+                "budget": budget,
+                "run": run or None,
+                "ratio_to_off": ratio,
+                "ratio_to_off_middle_half": half or None,
+                "rounds": [found.to_json() for found in rounds],
+            }
+        )
     data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
     output.print_json(data | {"runs": runs})
 
@@ -265,8 +270,17 @@ def _row(results: Results, budget: str, run: str) -> tuple[str, ...]:
         f"{(_median(r.bytes_read for r in found) or 0) / 1e6:.1f}",
         f"{1e3 * (_median(r.stall_s for r in found) or 0):.1f}",
         output.percent(_median(footer.hit_rate(r.stats) for r in found)),
-        f"{ratio:.2f}" if ratio is not None else "-",
+        f"{ratio[0]:.2f}" if ratio is not None else "-",
     )
+
+
+def _spread(results: Results) -> Iterator[str]:
+    """Between what the middle half of the turns lay, whose median is `x off`."""
+    from chronos.measure.recorded import OFF, ratio_to_off
+
+    for budget, run in results:
+        if run not in ("", OFF) and (ratio := ratio_to_off(results, budget, run)) is not None:
+            yield f"{budget} {run}: half of the turns {ratio[1]:.2f} to {ratio[2]:.2f} x off"
 
 
 def _limit_row(budget: str, run: str, found: list[Replayed]) -> tuple[str, ...]:

@@ -428,14 +428,16 @@ def _disk_rate(group: list[_Run], io: FileIO | None) -> float | None:
     return measure_read_rate(layout.files[0], layout.record_nbytes, max_bytes=_SAMPLE_BYTES, io=io)
 
 
-def ratio_to_off(results: Results, budget: str, run: str) -> float | None:
-    """Speed by that of the run without prefetch: the median over turns of the same tokens."""
+def ratio_to_off(results: Results, budget: str, run: str) -> tuple[float, float, float] | None:
+    """Speed by that of the run without prefetch, over turns of the same tokens: the median, and the
+    ends of the middle half."""
     off = results.get((budget, OFF))
     if not off:
         return None
     pairs = zip(off, results[budget, run], strict=True)
-    ratios = [without.turns_s / own.turns_s for without, own in pairs]
-    return float(np.median(np.concatenate(ratios)))
+    ratios = np.concatenate([without.turns_s / own.turns_s for without, own in pairs])
+    median, low, high = np.percentile(ratios, (50, 25, 75))
+    return float(median), float(low), float(high)
 
 
 def _shifted(progress: Progress, before: int, groups: int, done: int, expected: int) -> None:

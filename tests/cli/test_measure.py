@@ -318,6 +318,11 @@ def test_eval_within_a_budget_measures_the_same_model(
     assert half["lookahead_recall"] == []
     # Labels: none behind the end of a document.
     assert whole["rows"] == 600 // 32 and 0 < whole["tokens"] <= whole["rows"] * 32
+    # However long the rows are, every token but a document's first is predicted once.
+    whole_text = [
+        chronos("eval", packed, "--data", text, "--seq-len", n, "--json").json for n in (16, 48)
+    ]
+    assert whole_text[0]["tokens"] == whole_text[1]["tokens"]
     lossy = chronos("eval", packed, *flags, "--budget", "25%", "--miss", "fallback").json
     assert lossy["loss"] != half["loss"]
     shown = chronos("eval", packed, *flags[:-1]).out

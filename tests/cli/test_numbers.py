@@ -137,7 +137,10 @@ def test_the_numbers_of_demo_and_replay_add_up(chronos: Any, packed: Path, trace
     adds_up(part["stats"], record)
     small = ("--expert-size", "200kB", "-n", 6, "--warmup", 2, "--epochs", 0, "--budgets", "50%")
     data = chronos("bench", "replay", trace, *small, "--json").json
+    assert "lfu: half of the turns" in chronos("bench", "replay", trace, *small).err
     for run in data["runs"][1:]:
+        low, high = run["ratio_to_off_middle_half"]
+        assert 0 < low <= run["ratio_to_off"] <= high
         [found] = run["rounds"]
         stats, config = found["stats"], data["config"]
         needs = config["num_hidden_layers"] * config["num_experts_per_tok"]
