@@ -20,8 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 
-# libgomp's default while there are no more threads than cores; and what Chronos asks for.
-_SPIN = {"spin": {"GOMP_SPINCOUNT": "300000"}, "asleep": {}}
+# libgomp's default while there are no more threads than cores; asleep; and what Chronos chooses.
+_SPIN = {
+    "spin": {"GOMP_SPINCOUNT": "300000"},
+    "asleep": {"OMP_WAIT_POLICY": "passive"},
+    "default": {},
+}
 _DECODE = """
 import sys
 from chronos import load
@@ -78,7 +82,7 @@ def main() -> None:
         for (threads, waiting), speeds in found.items():
             middle = statistics.median(speeds)
             spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
-            print(f"{count} neighbours, {threads} threads, {waiting:6}: {middle:7.1f} ({spread})")
+            print(f"{count} neighbours, {threads} threads, {waiting:7}: {middle:7.1f} ({spread})")
             rows.append({"neighbours": count, "threads": threads, "waiting": waiting,
                          "tokens_per_s": round(middle, 1)})  # fmt: skip
     print(json.dumps({"bench": "neighbour", "model": args.model, "budget": args.budget,

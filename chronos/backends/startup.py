@@ -14,10 +14,14 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any, Generic, TypeVar
+
+from chronos.common.tuning import machine_load
 
 T = TypeVar("T")
 # Imported for their side effect at the end of `import torch`; 0.5 s of its 2 s.
@@ -29,24 +33,44 @@ _DEFERRED = {"torch": ("torch._meta_registrations",)}
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
+@cache
 def wait_asleep() -> None:
-    """Have the threads of a product sleep while they wait for each other, from the first product of
-    this process on; unless the environment says otherwise.
+    """Have the threads of a product sleep while they wait for each other, in this process, where
+    other work runs on this machine now; unless the environment says how they wait.
 
-    By default they spin. Beside other work that takes the core from the thread that is waited for:
-    on two cores with a load of six `demo` then made 3 to 9 tokens a second, and 260 to 300 asleep
-    (`python -m bench.runs.neighbour`). Without effect where the framework is imported already.
+    By default they spin, which takes the core from the thread that is waited for: on two cores with
+    a load of six `demo` then made 3 to 9 tokens a second, and 260 to 300 asleep. Alone on a machine
+    spinning is faster, 406 to 233 (`python -m bench.runs.neighbour`). No number changes by it.
+    Without effect where the framework is imported already.
     """
-    if not any(name in os.environ for name in _WAITING):
+    if not any(name in os.environ for name in _WAITING) and neighbours():
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def waiting() -> str:
     """How threads of a product wait for each other in this process, in words."""
     said = {name: os.environ[name] for name in _WAITING if name in os.environ}
-    if said in ({}, {"OMP_WAIT_POLICY": "passive"}):
+    if not said:
+        return "asleep beside other work, else spinning"
+    if said == {"OMP_WAIT_POLICY": "passive"}:
         return "asleep"
     return "as " + ", ".join(f"{name}={value}" for name, value in said.items()) + " says"
+
+
+def neighbours(looks: int = 5) -> bool:
+    """Whether other work is running: what Linux has running beside this thread in most of some
+    looks, 4 ms apart; elsewhere the load of the last minute, from half of the cores on."""
+    found = []
+    for _ in range(looks):
+        try:
+            with open("/proc/stat", encoding="ascii") as file:
+                words = file.read().split()
+            found.append(int(words[words.index("procs_running") + 1]))
+        except (OSError, ValueError):
+            load = machine_load()
+            return load is not None and load.average > load.cores / 2
+        time.sleep(0.004)
+    return sorted(found)[looks // 2] > 1
 
 
 class _Deferred(ModuleType):

@@ -28,9 +28,9 @@ def plain() -> bool:
 def threads_for(asked: int | None) -> int | None:
     """Threads that products on a CPU take; None leaves as many as the framework takes by itself.
 
-    asked: what the user said, who wins. The framework's number stays otherwise: its threads wait
-    asleep for each other, so that busy neighbours cost little, and on a quiet machine wide products
-    and training need them. `python -m bench.runs.neighbour` measures it. Raises UsageError.
+    asked: what the user said, who wins. The framework's number stays otherwise, since another one
+    could round sums otherwise: beside other work its threads wait asleep for each other instead
+    (`backends.startup`). `python -m bench.runs.neighbour` measures it. Raises UsageError.
     """
     if asked is not None and asked < 1:
         raise UsageError(f"{asked} threads", "--threads", "give at least 1")

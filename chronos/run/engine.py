@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from chronos import backends
-from chronos.backends.startup import ReadAhead, fast_import
+from chronos.backends.startup import ReadAhead, fast_import, wait_asleep
 from chronos.common.budget import parse_budget
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.tensors import read_checkpoint
@@ -362,6 +362,7 @@ def load(
     _check_choice("miss", miss, ("exact", "fallback"))
     _check_choice("prefetch", prefetch, ("auto", "off"))
     check_predictor(predictor)
+    wait_asleep()  # before anything of ours runs that it would take for a neighbour
     threads_wanted = threads_for(threads)
     if allow_missing and miss != "fallback":
         raise UsageError("allow_missing needs miss=fallback, so that others can stand in")

@@ -87,7 +87,7 @@ def test_a_run_has_the_same_share_of_the_limit_in_every_command(packed: Path) ->
         beside = engine.limit(result, resident_token_s=1e-6)
     assert alone is not None and beside is not None
     assert alone["eta_limit"] == beside["eta_limit"]
-    assert alone["eta_ideal"] is None and beside["eta_ideal"] < beside["eta_limit"]
+    assert alone["eta_ideal"] is None and beside["eta_ideal"] <= beside["eta_limit"]
     busy_s = (result.stats["decode_s"] - result.stats["decode_stall_s"]) / 23
     token_s = result.stats["decode_s"] / 23
     assert alone["t_limit_s"] >= busy_s * (1 - 1e-9)

@@ -107,6 +107,18 @@ def test_threads_wait_asleep_unless_the_environment_says_how(
 ) -> None:
     environment = {named: "7"} if named else {}
     monkeypatch.setattr("chronos.backends.startup.os.environ", environment)
+    monkeypatch.setattr("chronos.backends.startup.neighbours", lambda: True)
+    wait_asleep.cache_clear()
     wait_asleep()
     assert environment == ({named: "7"} if named else {"OMP_WAIT_POLICY": "passive"})
     assert waiting() == (f"as {named}=7 says" if named else "asleep")
+
+
+def test_threads_spin_where_nothing_else_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr("chronos.backends.startup.os.environ", environment)
+    monkeypatch.setattr("chronos.backends.startup.neighbours", lambda: False)
+    wait_asleep.cache_clear()
+    wait_asleep()
+    assert environment == {}
+    wait_asleep.cache_clear()
