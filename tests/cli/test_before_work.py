@@ -44,6 +44,7 @@ def test_another_packed_model_is_never_packed_over(chronos: Any, tmp_path: Path,
     assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.needs_backend
 def test_rows_longer_than_the_context_are_refused_before_training(
     chronos: Any, text: Path, tmp_path: Path
 ) -> None:
