@@ -38,7 +38,10 @@ def evaluate(
             "--max-tokens", "-n", min=1, help="Tokens to measure on, in whole rows, at least one."
         ),
     ] = 50_000,
-    seq_len: Annotated[int, typer.Option(min=2, help="Context of each row.")] = 256,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, show_default="256, or the model's", help="Context of each row."),
+    ] = None,
     batch_size: Annotated[
         int,
         typer.Option(
@@ -62,6 +65,8 @@ def evaluate(
     budget = RESIDENT if run.budget == "all" else run.budget
     # own_process leaves out parts of a framework that losses of a resident model need.
     with run.open(model, budget=budget, own_process=False) as engine:
+        if seq_len is None:
+            seq_len = min(256, engine.context)
         if seq_len > engine.context:
             raise UsageError(
                 f"a row of {seq_len} tokens is longer than the context of {engine.context}",

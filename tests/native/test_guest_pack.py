@@ -164,7 +164,7 @@ def test_calibration_runs_the_packed_guest_and_reorders_it_where_that_pays(
     before = tokens()
     command = ["pack", str(source), "-o", str(target), "--calibrate", str(text), *backend]
     assert main.run(command) == 0
-    assert "extents per token" in capsys.readouterr().err
+    assert "separate reads" in capsys.readouterr().err
     order = open_layout(target).manifest.order["method"]
     assert len(open_layout(target).files) > 3 if order == "clusters" else order == "layer"
     assert tokens() == before
