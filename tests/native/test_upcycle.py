@@ -107,7 +107,8 @@ def test_eval_of_a_guest_is_the_librarys_loss(
     text.write_text(said, "utf-8")
     flags = ["--data", str(text), "--backend", backend, "--json"]
     assert main.run(["eval", str(tmp_path), *flags]) == 0
-    ids = torch.tensor([tiny_tokenizer(300).encode(said)])
+    tokenizer = tiny_tokenizer(300)  # the end of a document is predicted too, as in training
+    ids = torch.tensor([[*tokenizer.encode(said), tokenizer.eos_id]])
     wanted = read(tmp_path)(ids, labels=ids).loss.item()
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(wanted, rel=1e-4)
 
