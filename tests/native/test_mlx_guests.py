@@ -5,7 +5,6 @@ What they compute is here; how their experts come and what is refused have files
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import chronos.backends.mlx as backend  # noqa: E402
+from chronos.backends import sequences  # noqa: E402
 from chronos.common.layout import open_layout, pack  # noqa: E402
 from chronos.common.text import sampling  # noqa: E402
 from chronos.run.engine import load  # noqa: E402
@@ -183,7 +183,7 @@ def test_sequences_together_have_the_bits_of_each_alone(
 def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
     folder: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (sampling, sys.modules["chronos.backends.mlx.session"]):
+    for module in (sampling, sequences):
         monkeypatch.setattr(module, "PIECE", 8)
     layout = open_layout(packed(folder(name)))
     model = backend.load(layout.folder, resident=False)

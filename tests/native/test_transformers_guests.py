@@ -23,6 +23,7 @@ import torch
 import transformers
 
 import chronos
+from chronos.backends import sequences
 from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
 from chronos.backends.torch import products
@@ -478,7 +479,7 @@ def test_sequences_together_have_the_bits_of_each_alone(
 def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
     model_type: str, guest: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (sampling, sys.modules["chronos.backends.torch.session"]):
+    for module in (sampling, sequences):
         monkeypatch.setattr(module, "PIECE", 8)
     tiny = guest(model_type)
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:

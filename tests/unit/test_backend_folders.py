@@ -43,6 +43,8 @@ ONLY = {
     "arena.DirectCopies": "unified memory: nothing is copied to a device",
     "arena.Done": "unified memory: nothing is copied to a device",
     "arena.Place": "MLX gathers from stacks of slots: a layer needs the slot's index",
+    "session.Session.keep": "torch cuts and copies a cache in inference mode; MLX inherits it",
+    "session.Session.fork": "see session.Session.keep",
     "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
     "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",
     "checkpoint.tensor_at": "see checkpoint.named",
@@ -141,8 +143,26 @@ def test_the_protocol_is_offered(backend: str) -> None:
     assert_takes(module["__init__.open_arena"], protocol["OpenArena"]["forward"][1:], "open_arena")
     for file, owner in (("arena", "Arena"), ("session", "Session"), ("train", "TrainStep")):
         offered = definitions(backend, f"{file}.py")
+        if owner == "Session":
+            offered = inherited(backend) | offered
         for name, wanted in protocol[owner].items():
             assert_takes(offered[f"{file}.{owner}.{name}"], wanted, f"{owner}.{name}")
+
+
+def inherited(backend: str) -> dict[str, list[str] | None]:
+    """What a Session has of `Sequences`, under its own name."""
+    classes = {
+        node.name: node
+        for path in (BACKENDS / "sequences.py", BACKENDS / backend / "session.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert [ast.unparse(base) for base in classes["Session"].bases] == ["Sequences"]
+    return {
+        f"session.Session.{method.name}": parameters(method)
+        for method in public(classes["Sequences"].body)
+        if isinstance(method, ast.FunctionDef)
+    }
 
 
 def assert_takes(found: list[str] | None, wanted: list[str], name: str) -> None:

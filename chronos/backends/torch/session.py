@@ -12,11 +12,8 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,25 +21,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chronos.backends.sequences import (
+    Part,
+    Recorded,
+    RoutingRecord,
+    Row,
+    Sequences,
+    ended,
+    outcome,
+    tell,
+)
 from chronos.backends.torch.fast import graphs
 from chronos.backends.torch.model import Cache, Model, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.sampling import adjust, draw
-from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
 from chronos.common.experts.together import together
-from chronos.common.text.sampling import PIECE, Work, check_work
+from chronos.common.text.sampling import Work, check_work
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import RouteOverride
 
-# Recorded routing is compacted after this many calls: a tensor per layer and token costs 300 bytes,
-# which over a long generation would outgrow the experts' budget.
-_COMPACT_EVERY = 32
 
-
-class Session:
+class Session(Sequences):
     """The sequences of one model, by number; one is there from its first work on.
 
     `steps`, where there are any, run a single token of a sequence alone in fewer launches.
@@ -50,9 +52,9 @@ class Session:
 
     def __init__(self, model: Model, feed: Feed | None = None) -> None:
         """feed: where routed experts come from; None: the model's own."""
-        self.model, self.feed = model.eval(), feed
+        super().__init__(feed, model.new_cache, _row)
+        self.model = model.eval()
         self._has_lookahead = model.lookahead is not None
-        self._sequences: dict[int, _Sequence] = {}
         captured = graphs.usable(model, feed is None or feed.exact)
         self.steps = graphs.Steps(model) if captured else model.step
 
@@ -74,84 +76,40 @@ class Session:
         parts = [self._part(each) for each in work]
         with nullcontext() if self.feed is None else self.feed.step(work) as step:
             outs = self._pass(parts, step, route_override)
-            _tell(step, parts, outs)
+            tell(step, parts, outs, _ids_TLK)
         answers = [
             out if isinstance(out, Exception) else self._answer(part, out, record)
             for part, out in zip(parts, outs, strict=True)
         ]
-        _ended(parts, outs)
+        ended(parts, outs)
         return answers
-
-    def position(self, seq: int) -> int:
-        """Tokens the sequence has, 0 for one that is not there."""
-        return self._sequences[seq].cache.position if seq in self._sequences else 0
 
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
         return self._known(seq).logits_V.float().cpu().numpy().copy()
 
-    def routing(self, seq: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens."""
-        return self._known(seq).record.take()
-
     @torch.inference_mode()
     def keep(self, seq: int, tokens: int) -> int:
-        """Forget what came after the first `tokens`; returns how many are there, a multiple of
-        PIECE: whole pieces of its prompt, or 0 where the cache cannot go back (`fork` before)."""
-        row = self._known(seq)
-        kept = min(tokens, row.whole) // PIECE * PIECE
-        fresh = _Sequence(row.cache)
-        all_there = kept == row.cache.position
-        if row.halfway or not (all_there or (kept and row.cache.cut(kept))):
-            kept, fresh.cache = 0, self.model.new_cache()
-        fresh.ids, fresh.whole = row.ids[:kept], kept
-        if self.feed is not None:
-            self.feed.drop(seq)
-        self._sequences[seq] = fresh
-        return kept
+        return super().keep(seq, tokens)
 
     @torch.inference_mode()
     def fork(self, seq: int, new: int) -> None:
-        """Make sequence `new` of one that is there: the same tokens, draws and caches, its own from
-        here on."""
-        if new in self._sequences:
-            raise UsageError(f"there is a sequence {new} already", "", "drop it")
-        self._sequences[new] = self._known(seq).forked()
-        if self.feed is not None:
-            self.feed.fork(seq, new)
-
-    def drop(self, seq: int) -> None:
-        """Forget a sequence, if it is there; the experts stay where they are."""
-        if self._sequences.pop(seq, None) is not None and self.feed is not None:
-            self.feed.drop(seq)
-
-    def _known(self, seq: int) -> _Sequence:
-        if seq not in self._sequences:
-            raise UsageError(f"there is no sequence {seq}")
-        return self._sequences[seq]
-
-    def _part(self, work: Work) -> _Part:
-        row = self._sequences.get(work.seq)
-        if row is None:
-            row = self._sequences[work.seq] = _Sequence(self.model.new_cache())
-        single = row.decoding and len(work.tokens) == 1 and not work.prompt
-        return _Part(work, row, prompt=not single)
+        super().fork(seq, new)
 
     def _pass(
-        self, parts: Sequence[_Part], step: FeedStep | None, override: RouteOverride | None
+        self, parts: Sequence[Part], step: FeedStep | None, override: RouteOverride | None
     ) -> list[Output | Exception]:
         """What the model makes of each part."""
         forwards = [partial(self._forward, part, override, len(parts) == 1) for part in parts]
         if len(parts) > 1 and step is not None and self.feed is not None:
             return together(step, forwards)
-        return [_outcome(forward, step) for forward in forwards]
+        return [outcome(forward, step) for forward in forwards]
 
     def _forward(
-        self, part: _Part, override: RouteOverride | None, alone: bool, source: Source | None
+        self, part: Part, override: RouteOverride | None, alone: bool, source: Source | None
     ) -> Output:
         row, tokens = part.row, part.work.tokens
-        if row.halfway:
-            raise UsageError("an error ended this sequence in the middle of a step", "", "drop it")
+        row.check_sound()
         row.halfway = True
         forecast = None
         if self._has_lookahead and source is not None and source.wants(LOOKAHEAD):
@@ -169,7 +127,7 @@ class Session:
         )
         return out
 
-    def _answer(self, part: _Part, out: Output, record: bool) -> int | None:
+    def _answer(self, part: Part, out: Output, record: bool) -> int | None:
         row, work = part.row, part.work
         row.logits_V = out.logits[0, -1]
         row.take(part)
@@ -204,7 +162,7 @@ class Session:
         use_TLE = torch.zeros_like(now_TLE).scatter_(-1, ids_TLK, best_TLK)
         source.foresee(LOOKAHEAD, use_TLE.sum(0).cpu().numpy())
 
-    def _sample(self, row: _Sequence, work: Work) -> int:
+    def _sample(self, row: Row, work: Work) -> int:
         sampling = work.sampling
         uniform = 0.0 if sampling.greedy else row.random.random()
         logits_V = adjust(row.logits_V, row.ids, row.prompt_tokens, sampling)
@@ -219,104 +177,16 @@ class Session:
         return int(torch.where(sound, token, -1))
 
 
-@dataclass
-class _Sequence:
-    """What one sequence keeps between two passes."""
-
-    cache: Cache
-    ids: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    random: random.Random = field(default_factory=random.Random)
-    logits_V: Tensor = field(default_factory=lambda: torch.empty(0))
-    decoding: bool = False  # its prompt is over
-    whole: int = 0  # tokens of the prompt's pieces from the first on that were whole
-    halfway: bool = False  # a pass has begun and not ended: its tokens are in some caches only
-    record: RoutingRecord = field(default_factory=lambda: RoutingRecord())
-
-    def take(self, part: _Part) -> None:
-        """The cache has the tokens of a pass."""
-        tokens, sampling = part.work.tokens, part.work.sampling
-        if part.prompt and len(tokens) == PIECE and self.whole == len(self.ids):
-            self.whole += PIECE
-        self.ids += tokens
-        self.decoding = part.work.last
-        if part.prompt and part.work.last:  # a seed's draws start here
-            self.prompt_tokens, self.random = len(self.ids), random.Random(sampling.seed)
-
-    def forked(self) -> _Sequence:
-        if self.halfway:
-            raise UsageError("an error ended this sequence in the middle of a step", "", "drop it")
-        return _Sequence(
-            cache=self.cache.copied(),
-            ids=[*self.ids],
-            prompt_tokens=self.prompt_tokens,
-            random=deepcopy(self.random),
-            logits_V=self.logits_V,
-            decoding=self.decoding,
-            whole=self.whole,
-        )
-
-
-@dataclass
-class _Part:
-    """What a pass does for one sequence. prompt: its tokens are of a prompt."""
-
-    work: Work
-    row: _Sequence
-    prompt: bool
-
-
-def _tell(
-    step: FeedStep | None, parts: Sequence[_Part], outs: Sequence[Output | Exception]
-) -> None:
-    """Tell a step what went through, and what a prompt was routed to."""
-    for part, out in zip(parts, outs, strict=True):
-        if step is not None and isinstance(out, Output):
-            step.done(part.work, _ids_TLK(out.routing) if part.prompt else None)
-
-
-def _ended(parts: Sequence[_Part], outs: Sequence[Output | Exception]) -> None:
-    """The pass has ended for all: nothing can be raised any more that would repeat its tokens."""
-    for part, out in zip(parts, outs, strict=True):
-        part.row.halfway = isinstance(out, Exception)
-
-
-def _outcome(
-    forward: Callable[[Source | None], Output], source: Source | None
-) -> Output | Exception:
-    """What `together` makes of one forward."""
-    try:
-        return forward(source)
-    except Exception as error:
-        return error
+def _row(cache: Cache) -> Row:
+    return Row(cache, torch.empty(0), RoutingRecord(_joined))
 
 
 def _ids_TLK(routing: list[Routing]) -> np.ndarray:
     return torch.stack([r.ids_TK for r in routing], dim=1).cpu().numpy()
 
 
-class RoutingRecord:
-    """The routing of many calls, compacted on the way."""
-
-    def __init__(self) -> None:
-        self._done: list[tuple[np.ndarray, np.ndarray]] = []
-        self._calls: list[list[Routing]] = []
-
-    def add(self, routing: list[Routing]) -> None:
-        self._calls.append([r._replace(probs_TE=r.ids_TK) for r in routing])  # drops the wide part
-        if len(self._calls) >= _COMPACT_EVERY:
-            self._compact()
-
-    def take(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        self._compact()
-        done, self._done = self._done, []
-        return done
-
-    def _compact(self) -> None:
-        if not self._calls:
-            return
-        layers = list(zip(*self._calls, strict=True))
-        ids = torch.stack([torch.cat([r.ids_TK for r in layer]) for layer in layers], dim=1)
-        weights = torch.stack([torch.cat([r.weights_TK for r in layer]) for layer in layers], dim=1)
-        self._done.append((ids.cpu().numpy(), weights.float().cpu().numpy()))
-        self._calls.clear()
+def _joined(calls: list[list[Routing]]) -> Recorded:
+    layers = list(zip(*calls, strict=True))
+    ids = torch.stack([torch.cat([r.ids_TK for r in layer]) for layer in layers], dim=1)
+    weights = torch.stack([torch.cat([r.weights_TK for r in layer]) for layer in layers], dim=1)
+    return ids.cpu().numpy(), weights.float().cpu().numpy()
