@@ -6,6 +6,7 @@ median of the pairs' ratios counts. The folder is packed by each tree, since for
 
     git worktree add --detach OTHER COMMIT
     python -m bench.runs.against OTHER [--model demo] [--budgets all,25%] [--rounds 7] [--threads 1]
+    python -m bench.runs.against OTHER --train 30      (updates of the demo's recipe, by the CLI)
 
 --model: `demo`, or an unpacked checkpoint. Prints a line a budget and one JSON line.
 """
@@ -35,6 +36,26 @@ with chronos.load(model, backend="torch", budget=budget, own_process=True) as en
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([done.stats["decode_tps"], peak, done.tokens]))
 """
+# The recipe is each tree's own: names of fields may have changed, the work may not.
+_TRAIN = """
+import json, re, resource, statistics, subprocess, sys, tempfile
+from pathlib import Path
+import chronos
+tree, updates = Path(chronos.__file__).parent, sys.argv[1]
+recipe = next(tree.parent.glob("**/recipes/demo.toml")).read_text()
+for key, value in (("steps", updates), ("log_every", "5"), ("eval_every", updates)):
+    recipe = re.sub(rf"(?m)^{key} *=.*$", f"{key} = {value}", recipe)
+with tempfile.TemporaryDirectory() as folder:
+    file, out = Path(folder) / "r.toml", Path(folder) / "run"
+    file.write_text(recipe)
+    command = [sys.executable, "-m", "chronos", "train", "pretrain", "-c", file, "-o", out, "-q"]
+    subprocess.run([*command, "--backend", "torch"], check=True, stdout=subprocess.DEVNULL)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+speeds = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line][1:]
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+losses = [line["loss"] for line in lines if "loss" in line]
+print(json.dumps([statistics.median(speeds), peak, losses]))
+"""
 
 
 def run(tree: Path, code: str, words: list[str], threads: str) -> str:
@@ -56,24 +77,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", default="1")
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--train", type=int, help="updates of the demo's recipe, instead of decoding")
     args = parser.parse_args()
     trees = {"here": _HERE, "other": args.other.resolve()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         models = dict.fromkeys(trees, args.model)
-        if args.model != "demo":
+        if args.train is None and args.model != "demo":
             for name, tree in trees.items():
                 models[name] = str(Path(folder) / name)
                 run(tree, _PACK, [str(Path(args.model).resolve()), models[name]], "1")
-        for budget in args.budgets.split(","):
+        for budget in ["train"] if args.train else args.budgets.split(","):
             found: dict[str, list[list[float]]] = {name: [] for name in trees}
-            tokens = set()
+            made = set()
             for number in range(args.rounds):
                 for name in sorted(trees, reverse=bool(number % 2)):
-                    words = [models[name], budget, str(args.tokens)]
-                    speed, peak, ids = json.loads(run(trees[name], _DECODE, words, args.threads))
+                    if args.train:
+                        code, words = _TRAIN, [str(args.train)]
+                    else:
+                        code, words = _DECODE, [models[name], budget, str(args.tokens)]
+                    speed, peak, output = json.loads(run(trees[name], code, words, args.threads))
                     found[name].append([speed, peak])
-                    tokens.add(tuple(ids))
+                    made.add(tuple(output))
             pairs = list(zip(found["here"], found["other"], strict=True))
             ratios = sorted(mine[0] / theirs[0] for mine, theirs in pairs)
             row = {
@@ -86,7 +111,7 @@ def main() -> None:
                 "peak_memory_by_other": round(
                     statistics.median(mine[1] / theirs[1] for mine, theirs in pairs), 3
                 ),
-                "same_tokens": len(tokens) == 1,
+                "same_losses" if args.train else "same_tokens": len(made) == 1,
             }
             rows.append(row)
             print(budget, {key: row[key] for key in list(row)[3:]})
