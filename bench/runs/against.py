@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", default="1")
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--train", type=int, help="updates of the demo's recipe, instead of decoding")
+    parser.add_argument(
+        "--train", type=int, help="updates of the demo's recipe, instead of decoding"
+    )
     args = parser.parse_args()
     trees = {"here": _HERE, "other": args.other.resolve()}
     rows = []

@@ -17,9 +17,9 @@ _COLUMNS = {
     "step": "step",
     "ce": "loss, training",
     "valid_ce": "loss, held out",
-    "valid_entropy": "router entropy",
-    "valid_effective_experts_min": "effective experts, worst layer",
-    "valid_largest_share": "largest expert share",
+    "valid_router/entropy": "router entropy",
+    "valid_router/effective_experts_min": "effective experts, worst layer",
+    "valid_router/largest_share": "largest expert share",
     "valid_recall_0": "recall, this token",
     "valid_recall_1": "next token",
     "valid_recall_2": "the one after",
@@ -53,10 +53,12 @@ def draw(path: Path, png: Path) -> None:
     from matplotlib import pyplot
 
     events = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    train = [(e["step"], e["ce"], e["entropy"]) for e in events if e.get("ce") is not None]
+    train = [(e["step"], e["ce"], e["router/entropy"]) for e in events if e.get("ce") is not None]
     valid = [(e["step"], e["valid_ce"]) for e in events if "valid_ce" in e]
     health = [
-        (e["step"], e["effective_experts_min"]) for e in events if "effective_experts_min" in e
+        (e["step"], e["router/effective_experts_min"])
+        for e in events
+        if "router/effective_experts_min" in e
     ]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(*zip(*[t[:2] for t in train], strict=True), lw=0.8, label="training")

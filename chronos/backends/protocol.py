@@ -46,6 +46,15 @@ class Observed(NamedTuple):
     lookahead_BTJLE: np.ndarray | None  # logits; None where the model has no LookaheadRouter
 
 
+class Scores(NamedTuple):
+    """What a frozen model says of a batch: log-probabilities of the labels in nats, float32, 0
+    where there is none; its picks and its routers' probabilities."""
+
+    log_probs_BT: np.ndarray
+    ids_BTLK: np.ndarray
+    probs_BTLE: np.ndarray
+
+
 class Session(Protocol):
     """Sequences on one model, by number: their caches, their draws, the sampling on the device.
 
@@ -110,10 +119,6 @@ class TrainStep(Protocol):
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """The terms of all batches together, without dropout or masks."""
 
-    def score(self, batch: Batch) -> np.ndarray:
-        """Log-probabilities of the labels in nats, float32 [B, T]; 0 where there is no label. What
-        references and old policies are computed by."""
-
     def state(self) -> Iterator[tuple[str, str, tuple[int, ...], Any]]: ...
     def load_state(self, tensors: Iterable[Any]) -> None: ...
 
@@ -123,7 +128,17 @@ class Backend(Protocol):
 
     name: str
 
-    def build(self, config: ModelConfig, *, seed: int, device: str | None = ...) -> Model: ...
+    def build(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int,
+        device: str | None = ...,
+        weights: Iterable[tuple[TensorEntry, memoryview]] | None = ...,
+    ) -> Model:
+        """A model to be trained, in float32. weights: its first ones, by name; None: random ones.
+        Where they lack the LookaheadRouter, so does the model."""
+
     def load(
         self,
         folder: Path,
@@ -158,6 +173,12 @@ class Backend(Protocol):
 
     def session(self, model: Any, feed: Feed | None) -> Session: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
+    def score(self, model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
+        """What references and old policies think of a batch."""
+
+    def anchor(self, model: Any) -> None:
+        """Keep a frozen copy of every gate, which losses compare the routers with."""
+
     def set_threads(self, count: int | None) -> int | None:
         """Have products on a CPU take so many threads, in the whole process; None leaves the
         number. Returns how many they take, None where that cannot be set."""

@@ -26,7 +26,8 @@ Generated from the sections' dataclasses by `make docs`; do not edit.
 
 A recipe is a TOML file that says what `chronos train` does. Every key has a default, so a recipe
 names what it wants otherwise; a name that is not here is refused, with the nearest that is.
-`-c demo` is the recipe of the shipped model, `chronos/assets/recipes/demo.toml`.
+`-c demo` is the recipe of the shipped model, `chronos/assets/recipes/demo.toml`; beside it lie one
+for each other stage, by its name ([training.md](training.md)).
 
 ```toml
 [model]
@@ -51,7 +52,21 @@ where you stand. On `--resume` `[cadence]`, `optimizer.threads` and paths may be
 itself is compared), all else must be as it was, or `--force` is given. Recipes of old keep
 `[cadence]`, `[optimizer]` and the stage's keys in one section, `[train]`.
 
-The loss of a log line is `ce` and each term of `[loss]` times its weight.
+A stage that goes on with a model has `path` in `[model]` and nothing else there, no `[tokenizer]`,
+and `[anchor]`:
+
+```toml
+[model]
+path = "demo"  # a folder, or what --model names
+
+[data]
+path = "chats.jsonl"
+
+[sft]
+seq_len = 512
+```
+
+The loss of a pretraining log line is `ce` and each term of `[loss]` times its weight.
 """
 
 
@@ -68,6 +83,7 @@ def sections() -> Iterator[tuple[str, type[Any]]]:
     yield "tokenizer", recipe.TokenizerRecipe
     yield "cadence", recipe.CadenceRecipe
     yield "optimizer", recipe.OptimizerRecipe
+    yield "anchor", recipe.AnchorRecipe
     for module in sorted(info.name for info in pkgutil.iter_modules(chronos.train.__path__)):
         for kind in vars(importlib.import_module(f"chronos.train.{module}")).values():
             if inspect.isclass(kind) and kind.__module__.endswith(f".{module}"):
@@ -98,16 +114,26 @@ def _section(name: str, kind: type[Any]) -> str:
         rows.append(
             f"| `{field.name}` | {_type(field)} | {_default(name, field)} | {known[field.name]} |"
         )
-    return f"\n## [{name}]\n\n{about}\n\n" + "\n".join(rows) + "\n"
+    others = [
+        f"`{section}.{key}` {json.dumps(value)}"
+        for section, values in getattr(kind, "DEFAULTS", {}).items()
+        for key, value in values.items()
+    ]
+    rest = f"\nUnless its recipe says otherwise: {', '.join(others)}.\n" if others else ""
+    return f"\n## [{name}]\n\n{about}\n\n" + "\n".join(rows) + "\n" + rest
 
 
 def _type(field: dataclasses.Field[Any]) -> str:
-    return "list of str" if str(field.type).startswith("tuple[str") else str(field.type)
+    text = str(field.type)
+    if text.startswith(("tuple[", "list[")):
+        return "list of " + text.partition("[")[2].partition("]")[0].partition(",")[0]
+    return text
 
 
 def _default(section: str, field: dataclasses.Field[Any]) -> str:
     """As a recipe would say it."""
     if (section, field.name) == ("model", "vocab_size"):
         return "the tokenizer's"
-    value = field.default
+    make = field.default_factory
+    value = field.default if make is dataclasses.MISSING else make()
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"

@@ -23,7 +23,36 @@ if TYPE_CHECKING:
 train = typer.Typer(name="train", no_args_is_help=True, help="Train a model from a recipe.")
 app.add_typer(train, name="train", rich_help_panel="Train")
 
-_SHOWN = ("loss", "ce", "lookahead", "valid_ce", "effective_experts", "largest_share")
+_SHOWN = (
+    "loss", "ce", "lookahead", "rewards/margins", "rewards/accuracies", "reward", "kl", "kd",
+    "valid_ce", "valid_loss", "valid_rewards/accuracies", "router/effective_experts",
+    "router/largest_share", "router/shift",
+)  # fmt: skip
+
+
+_Config = Annotated[
+    Path, typer.Option("--config", "-c", metavar="RECIPE.toml", help="What to train, and on what.")
+]
+_Data = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Rows to train on, instead of the recipe's.")
+]
+_Out = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="RUN", help="Run folder.", show_default="runs/<recipe>"),
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="Resume although the recipe has changed.")]
+_SkipBad = Annotated[
+    int | None, typer.Option(min=0, help="Pass over this many bad rows of the data.")
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="What to go on with, instead of the recipe's: or `demo`."
+    ),
+]
 
 
 @command("pretrain", on=train)
@@ -43,36 +72,140 @@ def pretrain(
         str | None,
         typer.Option(metavar="PATH", help="Text to train on, instead of the recipe's."),
     ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option("--out", "-o", metavar="RUN", help="Run folder.",
-                     show_default="runs/<recipe>"),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Resume although the recipe has changed.")
-    ] = False,
-    skip_bad: Annotated[
-        int | None, typer.Option(min=0, help="Pass over this many bad rows of the data.")
-    ] = None,
-) -> None:  # fmt: skip
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
     """Train a model from scratch on text.
 
     Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
     """
+    _run("pretrain", config, device, out, data, to, resume, force, skip_bad)
+
+
+@command("sft", on=train)
+def sft(
+    config: _Config,
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: _Model = None,
+    data: _Data = None,
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
+    """Fine-tune a model on chats and completions: the answers are trained, and how they end.
+
+    Rows: messages, prompt + completion, or text. `-c sft` is the recipe that ships, for the demo
+    model on documented functions of the standard library.
+    """
+    _run("sft", config, device, out, data, to, resume, force, skip_bad, model)
+
+
+@command("dpo", on=train)
+def dpo(
+    config: _Config,
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: _Model = None,
+    data: _Data = None,
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
+    """Make a model prefer one answer to another, held to a reference (DPO).
+
+    Rows: prompt, chosen, rejected. `-c dpo` is the recipe that ships.
+    """
+    _run("dpo", config, device, out, data, to, resume, force, skip_bad, model)
+
+
+@command("orpo", on=train)
+def orpo(
+    config: _Config,
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: _Model = None,
+    data: _Data = None,
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
+    """Fine-tune and prefer in one go, without a reference (ORPO).
+
+    Rows: prompt, chosen, rejected. `-c orpo` is the recipe that ships.
+    """
+    _run("orpo", config, device, out, data, to, resume, force, skip_bad, model)
+
+
+@command("grpo", on=train)
+def grpo(
+    config: _Config,
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: _Model = None,
+    data: _Data = None,
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
+    """Let a model answer, judge the answers, and make the better ones likelier (GRPO).
+
+    Rows: prompt, and columns that a reward may want. Rewards run in a process of their own; the
+    answers are in RUN/completions.jsonl. `-c grpo` is the recipe that ships.
+    """
+    _run("grpo", config, device, out, data, to, resume, force, skip_bad, model)
+
+
+@command("distill", on=train)
+def distill(
+    config: _Config,
+    device: DeviceOptions,
+    out: JsonOptions,
+    model: _Model = None,
+    data: _Data = None,
+    to: _Out = None,
+    resume: _Resume = False,
+    force: _Force = False,
+    skip_bad: _SkipBad = None,
+) -> None:
+    """Bring a model near a teacher's predictions, on given rows or on its own answers.
+
+    The teacher shares the vocabulary; packed, its experts may stay on disk (teacher_budget).
+    `-c distill` is the recipe that ships.
+    """
+    _run("distill", config, device, out, data, to, resume, force, skip_bad, model)
+
+
+def _run(
+    stage: str,
+    config: Path,
+    device: DeviceOptions,
+    out: JsonOptions,
+    data: str | None,
+    to: str | None,
+    resume: bool,
+    force: bool,
+    skip_bad: int | None,
+    model: str | None = None,
+) -> None:
     from chronos import train as room
     from chronos.common.training.recipe import load_recipe
-    from chronos.train.pretrain import PretrainRecipe
 
-    recipe = _changed(load_recipe(config, PretrainRecipe), data, skip_bad, device.threads)
+    section, run = room.STAGES[stage]
+    recipe = _changed(load_recipe(config, section), data, skip_bad, device.threads, model)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
     if force and not resume:
         raise UsageError("--force is for --resume", "--force", "give both, or neither")
-    output.note(_loss(recipe.model.loss_weights))
+    if stage == "pretrain":
+        output.note(_loss(recipe.model.loss_weights))
     with _events(recipe.cadence.steps) as on_event:
-        report = room.pretrain(
+        report = run(
             recipe,
             folder,
             backend=device.backend,
@@ -110,7 +243,11 @@ def report_json(report: Report, folder: Path) -> dict[str, Any]:
 
 
 def _changed(
-    recipe: Recipe[S], data: str | None, skip_bad: int | None, threads: int | None
+    recipe: Recipe[S],
+    data: str | None,
+    skip_bad: int | None,
+    threads: int | None,
+    model: str | None,
 ) -> Recipe[S]:
     """The recipe with what flags say in place of its own."""
     changes: dict[str, Any] = {} if data is None else {"path": data}
@@ -119,6 +256,8 @@ def _changed(
     if threads is not None:
         optimizer = dataclasses.replace(recipe.optimizer, threads=threads)
         recipe = dataclasses.replace(recipe, optimizer=optimizer)
+    if model is not None:
+        recipe = dataclasses.replace(recipe, start=model)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
 
 

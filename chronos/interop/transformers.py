@@ -257,8 +257,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         logits = []
         for ids_T, own in zip(rows, cache.rows, strict=True):
             chunks: list[Output] = [
-                self.native(ids_C[None], cache=own, last_only=last)
-                for ids_C in ids_T.split(PIECE)
+                self.native(ids_C[None], cache=own, last_only=last) for ids_C in ids_T.split(PIECE)
             ]
             logits.append(
                 chunks[-1].logits[0] if last else torch.cat([c.logits[0] for c in chunks])

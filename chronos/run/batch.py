@@ -36,6 +36,7 @@ class _Reply:
     max_tokens: int
     text: Text
     meter: Meter
+    end_token: int | None = None
     tokens: list[int] = field(default_factory=list)
 
 
@@ -114,6 +115,7 @@ class Batch:
         if token < 0:
             return self._end(seq, "error")
         if token in self._stop_ids:
+            reply.end_token = token
             return self._end(seq, "stop")
         reply.tokens.append(token)
         piece = reply.text.push(token)
@@ -138,7 +140,16 @@ class Batch:
         shown, meter = reply.text.shown, reply.meter if reply.meter.record else None
         self._leave(
             seq,
-            GenerationResult(reply.prompt_tokens, reply.tokens, shown, reason, stats, error, meter),
+            GenerationResult(
+                reply.prompt_tokens,
+                reply.tokens,
+                shown,
+                reason,
+                stats,
+                error,
+                reply.end_token,
+                meter,
+            ),
         )
         return [Step(None, tail)] if tail else []
 

@@ -37,7 +37,8 @@ class GenerationResult:
     """What a generation came to.
 
     `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
-    is stop, length, context, cancelled or error, and `error` says why in the last case.
+    is stop, length, context, cancelled or error, and `error` says why in the last case. `end_token`
+    is the token that ended the reply, if one did.
     """
 
     prompt_tokens: int
@@ -46,6 +47,7 @@ class GenerationResult:
     finish_reason: str
     stats: dict[str, Any]
     error: str = ""
+    end_token: int | None = None
     meter: Meter | None = field(default=None, repr=False, compare=False)  # for `Engine.limit`
 
 

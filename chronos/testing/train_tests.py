@@ -123,9 +123,14 @@ class TrainTests:
     def test_says_how_the_router_is(self, backend: Any) -> None:
         step = self.start(backend)
         terms = step.step([batch()], objective(step), 1e-3, 0)
-        assert 0 < terms["entropy"] <= math.log(TINY.num_experts) + 1e-5
-        assert 1 / TINY.num_experts <= terms["largest_share"] <= 1 / TINY.num_experts_per_tok
-        assert 1 <= terms["effective_experts_min"] <= terms["effective_experts"] <= TINY.num_experts
+        assert 0 < terms["router/entropy"] <= math.log(TINY.num_experts) + 1e-5
+        assert 1 / TINY.num_experts <= terms["router/largest_share"] <= 1 / TINY.num_experts_per_tok
+        assert (
+            1
+            <= terms["router/effective_experts_min"]
+            <= terms["router/effective_experts"]
+            <= TINY.num_experts
+        )
 
     def test_continuing_is_the_same_run(self, backend: Any, tmp_path: Path) -> None:
         """Dropout and simulated misses included: random numbers follow the step number."""
@@ -152,7 +157,15 @@ class TrainTests:
         )
         one, first = self.gradients_of(backend, config, batch(pads=5, pad_token=0))
         two, second = self.gradients_of(backend, config, batch(pads=5, pad_token=33))
-        for name in ("loss", "ce", "balance", "temporal", "lookahead", "entropy", "largest_share"):
+        for name in (
+            "loss",
+            "ce",
+            "balance",
+            "temporal",
+            "lookahead",
+            "router/entropy",
+            "router/largest_share",
+        ):
             assert one[name] == pytest.approx(two[name], abs=1e-6), name
         assert max(np.abs(gradient).max() for gradient in first.values()) > 1e-3
         for name in first:
@@ -226,7 +239,7 @@ class TrainTests:
         data = batch(3, pads=5)
         step = self.start(backend, dataclasses.replace(TINY, dropout=0.5))
         step.step([data], objective(step), 1e-3, 0)
-        found = step.score(data)
+        found = backend.score(step.model, data).log_probs_BT
         out = backend.forward(step.model, data.ids_BT, segments_BT=data.segments_BT)
         logits = np.asarray(out.logits_BTV, np.float64)
         log_mass = np.log(np.exp(logits).sum(-1))

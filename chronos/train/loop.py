@@ -8,6 +8,7 @@ a run folder at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chronos import backends
 from chronos.backends.protocol import Backend, TrainStep
 from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
@@ -27,7 +29,7 @@ from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, UsageError
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import Batches, Objective
-from chronos.common.training.recipe import CadenceRecipe, Recipe, by_section
+from chronos.common.training.recipe import CadenceRecipe, Recipe, S, by_section, load_recipe
 from chronos.common.training.schedule import learning_rate
 from chronos.common.tuning import threads_for
 
@@ -35,7 +37,7 @@ Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
 # the number of steps - to go on for longer is a common reason to resume; the rate then follows
 # the longer schedule - and how the data is reached: the batches' fingerprint knows the data itself.
-_FREE = ("cadence.", "optimizer.threads:", "data.path:", "tokenizer.path:")
+_FREE = ("cadence.", "optimizer.threads:", "data.path:", "tokenizer.path:", "start:")
 
 
 class DivergedError(ChronosError):
@@ -57,7 +59,10 @@ class Report:
 class Task:
     """What a stage gives the loop.
 
-    recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation.
+    recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation. start: a
+    digest of the model it goes on with. period: updates that belong together, so that a run is
+    saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
+    goes on cuts back to where it is. close: called when the run is over, whatever ended it.
     """
 
     recipe: Recipe[Any]
@@ -66,6 +71,45 @@ class Task:
     batches: Batches
     objective: Objective
     valid: Sequence[Batch] = ()
+    start: str = ""
+    period: int = 1
+    logs: tuple[Path, ...] = ()
+    close: Callable[[], None] = lambda: None
+
+
+def start(
+    stage: type[S],
+    prepare: Callable[..., Task],
+    recipe: Recipe[S] | str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Report:
+    """Run a stage in the run folder `out`, as `chronos train STAGE` does.
+
+    recipe: one that was loaded, the path of its TOML file, or the name of one that ships. model:
+    what to go on with, instead of the recipe's. resume: go on from the newest checkpoint; force:
+    although recipe or data have changed. on_event gets messages and terms as they come. Raises
+    ConfigError, DataError, UsageError if the folder holds a run, DivergedError.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, stage)
+    if model is not None:
+        recipe = dataclasses.replace(recipe, start=str(model))
+    loaded, folder = backends.load(backend), Path(out)
+    return run(
+        lambda: prepare(recipe, loaded, folder, device=device, on_event=on_event),
+        loaded,
+        folder,
+        resume=resume,
+        force=force,
+        on_event=on_event,
+    )
 
 
 def run(
@@ -96,8 +140,12 @@ def run(
         if resume and not saved:
             on_event({"message": f"no checkpoint in {out}: starting at step 0"})
         task = prepare()
-        with _signals() as stop:
-            return _Run(backend, task, out, on_event).start(stop, resume=bool(saved), force=force)
+        try:
+            with _signals() as stop:
+                begun = _Run(backend, task, out, on_event)
+                return begun.start(stop, resume=bool(saved), force=force)
+        finally:
+            task.close()
 
 
 class _Run:
@@ -109,6 +157,7 @@ class _Run:
         self.backend, self.task, self.out, self.on_event = backend, task, out, on_event
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
+        self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
 
     def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
         """stop: filled with a signal that asks for the end."""
@@ -134,7 +183,8 @@ class _Run:
 
     def _loop(self, step: TrainStep, first: int, stop: list[int]) -> Report:
         cadence, optimizer, task = self.cadence, self.task.recipe.optimizer, self.task
-        report, in_a_row, since = Report(first), 0, (time.perf_counter(), first)
+        report, in_a_row, due = Report(first), 0, False
+        self._since, self._tokens = (time.perf_counter(), first), 0
         for number in range(first, cadence.steps):
             rate = learning_rate(
                 number,
@@ -143,15 +193,19 @@ class _Run:
                 warmup=optimizer.warmup_steps,
                 total=cadence.steps,
             )
-            terms = step.step(task.batches.at(number), task.objective, rate, number)
+            batches = self._batches(step, number, first)
+            self._tokens += sum(batch.ids_BT.size for batch in batches)
+            terms = step.step(batches, task.objective, rate, number) | dict(task.batches.notes())
             report.step = number + 1
             skipped = int(terms["skipped"])
             report.skipped += skipped
             in_a_row = in_a_row + 1 if skipped else 0
-            asked = bool(stop)  # once per step: a signal after this line is the next step's
+            whole = report.step % task.period == 0
+            # Once per step: a signal after this line is the next step's.
+            asked = bool(stop) and whole
             last = report.step == cadence.steps or asked
-            if report.step % cadence.log_every == 0 or skipped or last:
-                since = self._log(report, terms, rate, since)
+            if report.step % cadence.log_every == 0 or skipped or last or number == 0:
+                self._log(report, terms, rate)
             if in_a_row >= cadence.max_skipped:
                 raise DivergedError(
                     f"{in_a_row} updates in a row were not finite, up to step {report.step}",
@@ -160,28 +214,38 @@ class _Run:
                 )
             if task.valid and not asked and (report.step % cadence.eval_every == 0 or last):
                 self._evaluate(step, report)
-            if (report.step % cadence.save_every == 0 and not skipped) or last:
+            due = (due or report.step % cadence.save_every == 0) and not skipped
+            if (due and whole) or last:
                 self._save(step, report.step)
+                due = False
             if asked:
                 report.signal = stop[0]
                 break
         return report
 
+    def _batches(self, step: TrainStep, number: int, first: int) -> list[Batch]:
+        """An update's batches. What goes wrong in making them costs no update that is done."""
+        try:
+            return self.task.batches.at(number)
+        except ChronosError:
+            if number > first and number % self.task.period == 0:
+                self._save(step, number)
+            raise
+
     def _evaluate(self, step: TrainStep, report: Report) -> None:
         terms = step.evaluate(self.task.valid, self.task.objective)
         self._emit(report, {"step": report.step} | {f"valid_{k}": v for k, v in terms.items()})
 
-    def _log(
-        self, report: Report, terms: Event, rate: float, since: tuple[float, int]
-    ) -> tuple[float, int]:
+    def _log(self, report: Report, terms: Event, rate: float) -> None:
         now, steps = time.perf_counter(), self.cadence.steps
-        seconds = (now - since[0]) / max(1, report.step - since[1])
+        seconds = now - self._since[0]
         event = {"step": report.step, "steps": steps, "learning_rate": rate} | terms
-        event["tokens_per_s"] = self.task.batches.tokens_per_step / seconds
-        event["eta_s"] = (steps - report.step) * seconds
+        event["tokens_per_s"] = self._tokens / seconds
+        done = max(1, report.step - self._since[1])
+        event["eta_s"] = (steps - report.step) * seconds / done
         event["skipped_total"] = report.skipped
         self._emit(report, event)
-        return now, report.step
+        self._since, self._tokens = (now, report.step), 0
 
     def _emit(self, report: Report, event: Event) -> None:
         report.last |= event
@@ -200,6 +264,7 @@ class _Run:
             "step": str(number),
             "recipe": json.dumps(self.task.recipe.to_json()),
             "data": self._data_digest,
+            "start": self.task.start,
         }
         write_tensors(folder / f"step-{number:08d}.safetensors", step.state(), metadata)
         for _, old in checkpoints(self.out)[: -self.cadence.keep_checkpoints]:
@@ -213,6 +278,7 @@ class _Run:
                 recipe = json.loads(metadata.get("recipe", "{}"))
                 _same_recipe(recipe, self.task.recipe, path, force)
                 self._same_data(metadata.get("data", ""), path, force)
+                self._same_start(metadata.get("start", ""), path, force)
                 step.load_state(read_tensors(path))
             except CorruptFileError as error:
                 self.on_event({"warning": f"{path.name} is passed over: {error.what}"})
@@ -228,20 +294,34 @@ class _Run:
                 "restore the data, name another --out, or pass --force",
             )
 
+    def _same_start(self, digest: str, path: Path, force: bool) -> None:
+        if digest != self.task.start and not force:
+            raise ConfigError(
+                "the model to go on with is not the run's: its weights are others",
+                str(path),
+                "name the model the run began with, another --out, or pass --force",
+            )
+
     def _trim_metrics(self, number: int) -> int:
         """Drop lines of steps that will be run again, and a torn last line; returns `number`."""
-        path = self.out / "metrics.jsonl"
-        if not path.exists():
-            return number
-        kept = []
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= number:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        atomic_write(path, [line.encode() for line in kept])
+        _trim(self.out / "metrics.jsonl", number)
+        for path in self.task.logs:  # a step there is the number of updates before it
+            _trim(path, number - 1)
         return number
+
+
+def _trim(path: Path, last: int) -> None:
+    """Keep the lines of a log up to step `last`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    atomic_write(path, [line.encode() for line in kept])
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:

@@ -10,31 +10,22 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from chronos import backends
 from chronos.backends.protocol import Backend
 from chronos.common.data import (
     Document,
     PackedBatches,
     PackedDataset,
-    ReadReport,
     encode_documents,
     pack_documents,
-    read_documents,
-    split_documents,
-    stdlib_documents,
 )
-from chronos.common.errors import ConfigError, DataError
+from chronos.common.errors import ConfigError
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import NextToken
-from chronos.common.training.recipe import STDLIB, Recipe, at_least_one, load_recipe
-from chronos.train.loop import Event, Report, Task, checkpoints, run
-
-_NONE_HELD_OUT = (
-    "no evaluation: of {} documents a validation_share of {} holds out none; a text file is one"
-    " document, so give more files or rows"
-)
+from chronos.common.training.recipe import Recipe, at_least_one
+from chronos.train.data import read_split
+from chronos.train.loop import Event, Report, Task, checkpoints, start
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,8 @@ class PretrainRecipe:
     """The section [pretrain]: rows of an update, and what the lookahead's gradient reaches."""
 
     SECTION: ClassVar[str] = "pretrain"
+    STARTS: ClassVar[bool] = False
+    DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {}
     batch_size: int = 8
     """Rows of a micro-batch."""
     seq_len: int = 256
@@ -72,13 +65,13 @@ def pretrain(
     messages and terms as they come. Raises ConfigError, DataError, UsageError if the folder holds a
     run, DivergedError.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, PretrainRecipe)
-    chosen, loaded, folder = recipe, backends.load(backend), Path(out)
-    return run(
-        lambda: prepare(chosen, loaded, folder, device=device, on_event=on_event),
-        loaded,
-        folder,
+    return start(
+        PretrainRecipe,
+        prepare,
+        recipe,
+        out,
+        backend=backend,
+        device=device,
         resume=resume,
         force=force,
         on_event=on_event,
@@ -99,21 +92,7 @@ def prepare(
     to the tokenizer's. Raises DataError, ConfigError.
     """
     _check_rows(recipe)
-    report = ReadReport()
-    if recipe.data.path == STDLIB:
-        documents = stdlib_documents(report)
-    else:
-        documents = list(read_documents(recipe.data.path, recipe.data.skip_bad, report))
-    on_event({"message": str(report)})
-    training, validation = split_documents(documents, recipe.data.validation_share)
-    if not training:
-        raise DataError(
-            f"nothing to train on: all {len(documents)} documents are held out",
-            str(recipe.data.path),
-            "a text file is one document: give more files or rows, or validation_share = 0",
-        )
-    if recipe.data.validation_share and not validation:
-        on_event({"warning": _NONE_HELD_OUT.format(len(documents), recipe.data.validation_share)})
+    training, validation, _ = read_split(recipe, on_event)
     tokenizer = _tokenizer(recipe, out, training, on_event)
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
     recipe = dataclasses.replace(recipe, model=config)

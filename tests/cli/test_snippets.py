@@ -27,6 +27,7 @@ from chronos.cli import main
 from chronos.common.training import recipe as recipes
 from chronos.common.training.recipe import CadenceRecipe, load_recipe
 from chronos.testing import tiny
+from chronos.train import STAGES
 from chronos.train.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,9 @@ def test_blocks_run_as_they_stand(page: str, here: Path) -> None:
             run_python(block.text, where)
         elif block.language == "toml":
             Path("own.toml").write_text(block.text, "utf-8")
-            load_recipe("own.toml", PretrainRecipe)
+            sections = {kind.SECTION: kind for kind, _ in STAGES.values()}
+            stage = next((sections[n] for n in tomllib.loads(block.text) if n in sections), None)
+            load_recipe("own.toml", stage or PretrainRecipe)
         else:
             for line in block.text.split("\n"):
                 if line:

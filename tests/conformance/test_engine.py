@@ -242,9 +242,7 @@ def test_a_prompt_is_text_or_ids_of_any_kind(engine: Engine) -> None:
         (7, "int"),
     ],
 )
-def test_what_is_no_prompt_is_refused_in_one_line(
-    engine: Engine, prompt: Any, named: str
-) -> None:
+def test_what_is_no_prompt_is_refused_in_one_line(engine: Engine, prompt: Any, named: str) -> None:
     with pytest.raises(UsageError, match=f"a text or a row of token ids, not {named}\n") as caught:
         engine.generate(prompt)
     assert "list of int" in caught.value.fix and "\n" not in caught.value.what

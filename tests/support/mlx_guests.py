@@ -179,9 +179,7 @@ def open_feed(layout: Layout, share: float, **options: Any) -> Feed:
     return feed_over(backend, layout, capacity, top_k=2, **options)
 
 
-def run(
-    model: Any, feed: Feed | None = None, ahead: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def run(model: Any, feed: Feed | None = None, ahead: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Logits behind the prompt and each decoded token, and the routing of all tokens, TLK."""
     runner = OneSequence(backend.session(model, feed), record=True)
     runner.prefill(PROMPT, GREEDY)

@@ -11,6 +11,7 @@ import numpy as np
 
 from chronos.backends.mlx.checkpoint import (
     Named,
+    fill,
     load_model,
     named,
     save_model,
@@ -21,13 +22,14 @@ from chronos.backends.mlx.model import Model
 
 # Here and not in `session`: a first import later would bind the module's name over the function's.
 from chronos.backends.mlx.session import Session
-from chronos.backends.protocol import Observed
+from chronos.backends.protocol import Observed, Scores
 from chronos.common.errors import MissingBackendError, UsageError
 from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.mlx.arena import Arena
     from chronos.backends.mlx.train import TrainStep
+    from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
     from chronos.common.experts.feed import Feed, FeedOptions
     from chronos.common.layout import Layout
@@ -63,10 +65,18 @@ def pick_device(device: str | None) -> mx.Device:
     return mx.default_device()
 
 
-def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model:
-    """A freshly initialised model with its routed experts, in float32."""
+def build(
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: str | None = None,
+    weights: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """A model with its routed experts, in float32, to be trained. weights: its first ones, by name;
+    None: random ones. Where they lack the LookaheadRouter, so does the model."""
     pick_device(device)
-    return Model(config).initialize(seed)
+    model = Model(config)
+    return model.initialize(seed) if weights is None else fill(model, weights)
 
 
 def load(
@@ -143,6 +153,20 @@ def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:
     from chronos.backends.mlx.train import TrainStep
 
     return TrainStep(model, recipe)
+
+
+def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
+    """What references and old policies think of a batch."""
+    from chronos.backends.mlx import train
+
+    return train.score(model, batch, temperature)
+
+
+def anchor(model: Any) -> None:
+    """Keep a frozen copy of every gate, which losses compare the routers with."""
+    from chronos.backends.mlx import train
+
+    train.anchor(model)
 
 
 def _numpy(array: mx.array) -> np.ndarray:

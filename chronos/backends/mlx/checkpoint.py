@@ -103,6 +103,29 @@ def _coded(layout: Layout, layer: int) -> Any:
     return codec_of(first.encoding).view(raw, first)
 
 
+def fill(model: Model, weights: Iterable[tuple[TensorEntry, memoryview]]) -> Model:
+    """Copy tensors into a model's parameters by name. One that has no LookaheadRouter loses its
+    own. Raises ShapeMismatch where others are missing or of another shape."""
+    model.update(blank(model.parameters(), lambda path: mx.float32))
+    missing = dict(named(model.parameters()))
+    for entry, data in weights:
+        place = missing.pop(entry.name, None)
+        if place is None:
+            continue
+        shape = tuple(tensor_at(place).shape)
+        if entry.dtype not in _FROM_FILE or entry.shape != shape:
+            raise ShapeMismatch(
+                f"{entry.name} is {entry.dtype} {list(entry.shape)}; "
+                f"the config implies {list(shape)}"
+            )
+        overwrite(place, data, entry.dtype)
+    if any(name.startswith("lookahead.") for name in missing):
+        model.lookahead = None
+    if rest := [name for name in missing if not name.startswith("lookahead.")]:
+        raise ShapeMismatch(f"tensor {rest[0]} is missing ({len(rest)} in all)")
+    return model
+
+
 def blank(tree: Any, dtype: Callable[[str], mx.Dtype]) -> Any:
     """Fresh arrays of the shapes of a parameter tree, to be written over."""
     return tree_map_with_path(lambda path, array: mx.zeros(array.shape, dtype(path)), tree)

@@ -39,12 +39,14 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 @dataclass
 class Output:
-    """Logits [B, T, V] (T = 1 with `last_only`), the routing of each layer over the B * T tokens,
-    and the LookaheadRouter's logits [B, T, J, L, E] where they were asked for."""
+    """Logits [B, T, V] (T = 1 with `last_only`, none unless wanted) and the states [B, T, D] that
+    `head` makes them of, the routing of each layer over the B * T tokens, and the LookaheadRouter's
+    logits [B, T, J, L, E] where they were asked for."""
 
     logits: mx.array
     routing: list[Routing] = field(default_factory=list)
     lookahead: mx.array | None = None
+    hidden: mx.array | None = None
 
 
 @dataclass
@@ -143,15 +145,16 @@ class Model(nn.Module):
         on_lookahead: Callable[[mx.array], None] | None = None,
         want_lookahead: bool = False,
         lookahead_into_trunk: bool = False,
-        replay: Callable[[int], tuple[mx.array, mx.array]] | None = None,
+        replay: Callable[[int], tuple[mx.array, mx.array | None]] | None = None,
         last_only: bool = False,
+        want_logits: bool = True,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch).
 
         segments_BT: document number of each token, -1 for padding; tokens see their own document
         only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E], not yet
         evaluated, right after block 0. replay(layer) gives (ids, weights) [T, K] in place of the
-        gates' choice.
+        gates' choice; weights None: those the gates give these experts.
         """
         x_BTD = self.model.embed_tokens(ids_BT)
         geometry = self._geometry(ids_BT, cache, segments_BT)
@@ -181,9 +184,14 @@ class Model(nn.Module):
                     on_lookahead(_softmax(out.lookahead).flatten(0, 1))
         if cache is not None:
             cache.position += ids_BT.shape[1]
-        x_BTD = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        out.logits = self.model.embed_tokens.as_linear(x_BTD)
+        out.hidden = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        if want_logits:
+            out.logits = self.head(out.hidden)
         return out
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits [..., V] of normed states [..., D]; the head is tied to the embedding."""
+        return self.model.embed_tokens.as_linear(x)
 
     def _geometry(
         self, ids_BT: mx.array, cache: Cache | None, segments_BT: mx.array | None

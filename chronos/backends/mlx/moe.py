@@ -32,11 +32,13 @@ _SORT_ROWS = 64
 
 
 class Routing(NamedTuple):
-    """A layer's choice: ids and weights of the chosen experts [T, K], all probabilities [T, E]."""
+    """A layer's decision: ids and weights of the chosen [T, K], all probabilities [T, E], and what
+    a frozen gate gives for the same states, where there is one."""
 
     ids_TK: mx.array
     weights_TK: mx.array
     probs_TE: mx.array
+    reference_TE: mx.array | None = None
 
 
 def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
@@ -44,10 +46,12 @@ def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
     probabilities count as ordered by id."""
     # Without stop_gradient the backward pass raises: choosing has no derivative.
     ids_TK = mx.argsort(-mx.stop_gradient(probs_TE), axis=-1)[:, :top_k]
+    return Routing(ids_TK, _weights_of(probs_TE, ids_TK, normalize), probs_TE)
+
+
+def _weights_of(probs_TE: mx.array, ids_TK: mx.array, normalize: bool) -> mx.array:
     weights_TK = mx.take_along_axis(probs_TE, ids_TK, axis=-1)
-    if normalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
-    return Routing(ids_TK, weights_TK, probs_TE)
+    return weights_TK / weights_TK.sum(-1, keepdims=True) if normalize else weights_TK
 
 
 def refuse_gradients(*inputs: mx.array | None) -> None:
@@ -96,21 +100,31 @@ class MoE(nn.Module):
             self.experts = ExpertWeights(config, config.num_experts)
         if config.num_shared_experts:
             self.shared_experts = ExpertWeights(config, config.num_shared_experts)
+        # A frozen gate's weight, beside which training stays; in a list, which is no parameter.
+        self._anchor: list[mx.array] = []
 
     def __call__(
         self,
         x_TD: mx.array,
         *,
         probs_TE: mx.array | None = None,
-        chosen: tuple[mx.array, mx.array] | None = None,
+        chosen: tuple[mx.array, mx.array | None] | None = None,
         source: Source | None = None,
     ) -> tuple[mx.array, Routing]:
-        """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
+        """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
+        gate's own of these experts) replace the layer's own gate."""
         if probs_TE is None:
             probs_TE = mx.softmax(self.gate(x_TD).astype(mx.float32), axis=-1)
         routing = route(probs_TE, self.top_k, self.normalize)
+        if self._anchor:
+            logits_TE = mx.stop_gradient(x_TD) @ self._anchor[0].T
+            reference_TE = mx.softmax(logits_TE.astype(mx.float32), axis=-1)
+            routing = routing._replace(reference_TE=reference_TE)
         if chosen is not None:
-            routing = Routing(chosen[0], chosen[1], probs_TE)
+            ids_TK, weights_TK = chosen
+            if weights_TK is None:
+                weights_TK = _weights_of(probs_TE, ids_TK, self.normalize)
+            routing = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
         routing = routing._replace(weights_TK=routing.weights_TK.astype(x_TD.dtype))
         if source is None and (self.training or len(x_TD) == 1):
             return self._gathered(x_TD, routing), routing

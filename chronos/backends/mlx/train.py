@@ -29,8 +29,16 @@ from chronos.backends.mlx.checkpoint import (
     tensor_at,
     to_bytes,
 )
-from chronos.backends.mlx.losses import Losses, count_picks, label_log_probs, losses, tensors_of
+from chronos.backends.mlx.losses import (
+    Losses,
+    at_labels,
+    count_picks,
+    label_log_probs,
+    losses,
+    tensors_of,
+)
 from chronos.backends.mlx.model import Model
+from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
@@ -85,13 +93,6 @@ class TrainStep:
         counts = count(batches, objective, model.config.lookahead_steps)
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
-
-    def score(self, batch: Batch) -> np.ndarray:
-        """Log-probabilities of the labels in nats, float32 [B, T]; 0 where there is no label."""
-        self.model.eval()
-        arrays = tensors_of(batch)
-        out = self.model(arrays["ids"], segments_BT=arrays["segments"])
-        return np.array(label_log_probs(out.logits, arrays["labels"]))
 
     def _seed(self, number: int) -> None:
         mx.random.seed(self.recipe.seed * 1_000_003 + number)
@@ -151,6 +152,26 @@ class TrainStep:
 
     def _zeros(self) -> _Flat:
         return {p: mx.zeros(a.shape) for p, a in tree_flatten(self.model.parameters())}
+
+
+def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
+    """What a model without dropout and masks says of a batch."""
+    arrays = tensors_of(batch)
+    out = model.eval()(arrays["ids"], segments_BT=arrays["segments"], want_logits=False)
+    measure = partial(label_log_probs, temperature=temperature)
+    (lp_BT,) = at_labels(model, out.hidden, arrays, measure)
+    shape = (*batch.ids_BT.shape, len(out.routing), -1)
+    ids, probs = (
+        np.array(mx.stack(x, 1).reshape(shape))
+        for x in ([r.ids_TK for r in out.routing], [r.probs_TE for r in out.routing])
+    )
+    return Scores(np.array(lp_BT), ids, probs)
+
+
+def anchor(model: Model) -> None:
+    """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
+    for block in model.model.layers:
+        block.mlp._anchor = [mx.array(block.mlp.gate.weight)]
 
 
 def _places(weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:

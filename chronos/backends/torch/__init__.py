@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from chronos.backends.protocol import Observed
-from chronos.backends.torch.checkpoint import Named, load_model, save_model, to_bytes
+from chronos.backends.protocol import Observed, Scores
+from chronos.backends.torch.checkpoint import Named, fill, load_model, save_model, to_bytes
 from chronos.backends.torch.model import Model
 
 # Here and not in `session`: a first import later would bind the module's name over the function's.
@@ -21,6 +21,7 @@ from chronos.common.model.guest import GuestConfig, read_config
 if TYPE_CHECKING:
     from chronos.backends.torch.arena import Arena
     from chronos.backends.torch.train import TrainStep
+    from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
     from chronos.common.experts.feed import Feed, FeedOptions
     from chronos.common.layout import Layout
@@ -59,9 +60,18 @@ def pick_device(device: str | None) -> torch.device:
     return wanted
 
 
-def build(config: ModelConfig, *, seed: int, device: str | None = None) -> Model:
-    """A freshly initialised model with its routed experts, in float32."""
-    return Model(config).initialize(seed).to(pick_device(device))
+def build(
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: str | None = None,
+    weights: Iterable[tuple[TensorEntry, memoryview]] | None = None,
+) -> Model:
+    """A model with its routed experts, in float32, to be trained. weights: its first ones, by name;
+    None: random ones. Where they lack the LookaheadRouter, so does the model."""
+    model = Model(config)
+    model = model.initialize(seed) if weights is None else fill(model, weights)
+    return model.to(pick_device(device))
 
 
 def load(
@@ -156,3 +166,17 @@ def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:
     from chronos.backends.torch.train import TrainStep
 
     return TrainStep(model, recipe)
+
+
+def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
+    """What references and old policies think of a batch."""
+    from chronos.backends.torch import train
+
+    return train.score(model, batch, temperature)
+
+
+def anchor(model: Any) -> None:
+    """Keep a frozen copy of every gate, which losses compare the routers with."""
+    from chronos.backends.torch import train
+
+    train.anchor(model)

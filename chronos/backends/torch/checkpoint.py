@@ -138,6 +138,28 @@ def _read(
     return tensors
 
 
+@torch.no_grad()
+def fill(model: Model, weights: Iterable[tuple[TensorEntry, memoryview]]) -> Model:
+    """Copy tensors into a model's parameters by name. One that has no LookaheadRouter loses its
+    own. Raises ShapeMismatch where others are missing or of another shape."""
+    missing = dict(model.named_parameters())
+    for entry, data in weights:
+        parameter = missing.pop(entry.name, None)
+        if parameter is None:
+            continue
+        if entry.dtype not in _FROM_FILE or entry.shape != tuple(parameter.shape):
+            raise ShapeMismatch(
+                f"{entry.name} is {entry.dtype} {list(entry.shape)}; "
+                f"the config implies {list(parameter.shape)}"
+            )
+        parameter.copy_(from_bytes(data, entry.dtype, entry.shape))
+    if any(name.startswith("lookahead.") for name in missing):
+        model.lookahead = None
+    if rest := [name for name in missing if not name.startswith("lookahead.")]:
+        raise ShapeMismatch(f"tensor {rest[0]} is missing ({len(rest)} in all)")
+    return model
+
+
 def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor that shares the buffer's memory; `dtype` is safetensors' name. Raises ShapeMismatch
     for one that this PyTorch does not have."""

@@ -4,17 +4,21 @@ A term is a batch's sum over a count of the whole update (`Counts`), so micro-ba
 joined batch, uneven ones too. The formulas are those of `common.training.losses`; a new objective
 is a function here under its name in OBJECTIVES.
 
-Shape legend: B batch, T tokens, V vocabulary, L layers, E experts, K top-k, J lookahead steps + 1.
+Shape legend: B batch, T tokens, N labels, P pairs, V vocabulary, L layers, E experts, K top-k,
+J lookahead steps + 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from chronos.backends.torch.model import Model, Output
 from chronos.common.data import IGNORE, Batch
@@ -23,6 +27,11 @@ from chronos.common.training.objectives import Counts, Objective
 
 Tensors = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
+AtLabels = Callable[..., tuple[Tensor, ...]]  # `at_labels` of a model and a batch
+# Logits are made for labels only, and for so many bytes of them at a time: in float32 they are what
+# takes most memory (16 rows of 1,024 tokens and 32,000 words: 2.1 GB). More than one tile is made
+# again in the backward pass.
+_TILE_BYTES = 256 << 20
 
 
 class Losses(NamedTuple):
@@ -53,10 +62,13 @@ def losses(
         segments_BT=segments_BT,
         want_lookahead=model.lookahead is not None,
         lookahead_into_trunk=objective.lookahead_into_trunk,
+        replay=partial(_replayed, arrays["picks"]) if "picks" in arrays else None,
+        want_logits=False,
     )
     weights, (probs_LBTE, ids_LBTK) = objective.weights, _routed(out, segments_BT)
-    terms = formula(out, arrays, objective, counts)
+    terms = formula(partial(at_labels, model, out.hidden, arrays), arrays, objective, counts)
     terms |= routing_terms(probs_LBTE, ids_LBTK, segments_BT, objective, counts)
+    terms |= anchor_terms(out, probs_LBTE, ids_LBTK, arrays, counts)
     if out.lookahead is not None:
         terms |= lookahead_terms(out.lookahead, probs_LBTE, ids_LBTK, segments_BT, counts)
     own_LE = _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
@@ -65,6 +77,11 @@ def losses(
     mix = terms | {"balance": balance}
     loss = torch.stack([w * mix[name] for name, w in weights.items() if w and name in mix]).sum()
     return Losses(loss, terms, own_LE, probs_LE)
+
+
+def _replayed(picks_BTLK: Tensor, layer: int) -> tuple[Tensor, None]:
+    """The picks of a policy of before, weighed by the gates as they are (R2 of 2510.11370)."""
+    return picks_BTLK[:, :, layer].flatten(0, 1).long(), None
 
 
 def tensors_of(batch: Batch, device: torch.device) -> Tensors:
@@ -79,28 +96,234 @@ def count_picks(model: Model, batch: Batch) -> Tensor:
     """How often a batch's tokens choose each expert, [L, E], by a pass without logits. As gradients
     are on, its products are those of `losses`, to the last bit."""
     arrays = tensors_of(batch, model.device)
-    out = model(arrays["ids"], segments_BT=arrays["segments"], last_only=True)
+    out = model(arrays["ids"], segments_BT=arrays["segments"], want_logits=False)
     probs_LBTE, ids_LBTK = _routed(out, arrays["segments"])
     return _picks(ids_LBTK, arrays["segments"], probs_LBTE.shape[-1])
 
 
-def label_log_probs(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """log softmax(logits)[label] in nats, [B, T]; 0 where there is no label."""
-    nats_N = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        labels_BT.flatten(),
-        ignore_index=IGNORE,
-        reduction="none",
-    )
-    return -nats_N.view_as(labels_BT)
+def at_labels(
+    model: Model,
+    hidden_BTD: Tensor | None,
+    batch: Tensors,
+    function: Callable[..., tuple[Tensor, ...]],
+    *others: Tensor,
+) -> tuple[Tensor, ...]:
+    """What a function of (logits [n, V], labels [n], others [n, ...]) makes of each label, [B, T];
+    0 where there is none. It gets as many labels at a time as `_TILE_BYTES` hold logits."""
+    assert hidden_BTD is not None
+    labels_BT = batch["labels"]
+    at_N = (labels_BT.flatten() != IGNORE).nonzero()[:, 0]
+    x_ND, labels_N = hidden_BTD.flatten(0, 1)[at_N], labels_BT.flatten()[at_N]
+    size = max(1, _TILE_BYTES // (4 * model.config.vocab_size))
+
+    def tile(x_nD: Tensor, labels_n: Tensor, *others_n: Tensor) -> tuple[Tensor, ...]:
+        return function(model.head(x_nD).float(), labels_n, *others_n)
+
+    if len(at_N) <= size:
+        found = tile(x_ND, labels_N, *others)
+    else:
+        tiles = zip(*(x.split(size) for x in (x_ND, labels_N, *others)), strict=True)
+        parts = [checkpoint(tile, *each, use_reentrant=False) for each in tiles]
+        found = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    none_M = x_ND.new_zeros(labels_BT.numel(), dtype=torch.float32)
+    return tuple(none_M.index_put((at_N,), x_N).view_as(labels_BT) for x_N in found)
 
 
-def next_token(out: Output, batch: Tensors, objective: Objective, counts: Counts) -> Terms:
+def label_log_probs(logits_NV: Tensor, labels_N: Tensor, temperature: float = 1) -> tuple[Tensor]:
+    """log softmax(logits / temperature)[label] in nats. [N]"""
+    if temperature != 1:
+        logits_NV = logits_NV / temperature
+    return (-F.cross_entropy(logits_NV, labels_N, reduction="none"),)
+
+
+def label_details(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probabilities, whether the label was the first choice, and the entropy in nats."""
+    with torch.no_grad():
+        hit_N = (logits_NV.argmax(-1) == labels_N).float()
+        logp_NV = logits_NV.log_softmax(-1)
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N
+
+
+def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Cross-entropy of the labels."""
-    return {"ce": -label_log_probs(out.logits, batch["labels"]).sum() / max(counts.own, 1)}
+    count = counts.own["labels"]
+    lp_BT, *details = labels(label_details if objective.details else label_log_probs)
+    nats_BT = -lp_BT * lp_BT.detach().exp() if objective.dft else -lp_BT
+    terms = {"ce": nats_BT.sum() / count}
+    for name, value_BT in zip(("mean_token_accuracy", "entropy"), details, strict=False):
+        terms[name] = value_BT.sum() / count
+    return terms
 
 
-OBJECTIVES: dict[str, Callable[[Output, Tensors, Any, Counts], Terms]] = {"next-token": next_token}
+def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
+    """Preference of the chosen answer over the rejected one, against a reference."""
+    o, (lp_BT,) = objective, labels(label_log_probs)
+    mask_BT = (batch["labels"] != IGNORE).float()
+    length_B1 = mask_BT.sum(1, keepdim=True)
+    shorter_B1 = length_B1.view(-1, 2).amin(1).repeat_interleave(2)[:, None]
+    weight_BT = torch.where(mask_BT.cumsum(1) <= shorter_B1, 1.0, o.ld_alpha) * mask_BT
+    if o.kind in ("ipo", "sigmoid_norm"):
+        weight_BT = weight_BT / length_B1.clamp(min=1)
+    own_P2 = (lp_BT * weight_BT).sum(1).view(-1, 2)
+    gain_P2 = own_P2 - (batch["reference"] * weight_BT).sum(1).view(-1, 2)
+    d_P = gain_P2[:, 0] - gain_P2[:, 1]
+    loss_P, opposite_P, e = F.softplus(-o.beta * d_P), F.softplus(o.beta * d_P), o.label_smoothing
+    if o.kind == "ipo":
+        loss_P = (d_P - 1 / (2 * o.beta)).square()
+    elif o.kind == "robust":
+        loss_P = ((1 - e) * loss_P - e * opposite_P) / (1 - 2 * e)
+    else:
+        loss_P = (1 - e) * loss_P + e * opposite_P
+    terms = {"dpo": loss_P.sum() / counts.own["pairs"]}
+    if o.sft:
+        terms["nll_loss"] = -lp_BT[::2].sum() / counts.own["chosen"]
+    return terms | _rewards(o.beta * gain_P2, own_P2, counts)
+
+
+def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
+    """Cross-entropy of the chosen answers, and the odds of chosen over rejected."""
+    (lp_BT,) = labels(label_log_probs)
+    answer_BT = batch["answer"].float()
+    x_P2 = ((lp_BT * answer_BT).sum(1) / answer_BT.sum(1).clamp(min=1)).view(-1, 2)
+    odds_P2 = x_P2 - _log1mexp(x_P2)
+    d_P = odds_P2[:, 0] - odds_P2[:, 1]
+    terms = {
+        "nll_loss": -lp_BT[::2].sum() / counts.own["chosen"],
+        "log_odds_ratio": F.logsigmoid(d_P).sum() / counts.own["pairs"],
+        "log_odds_chosen": d_P.sum() / counts.own["pairs"],
+    }
+    return terms | _rewards(objective.beta * x_P2, x_P2, counts)
+
+
+def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
+    """Clipped policy gradient of sampled rows, and the divergence from a reference."""
+    o, mask_BT = objective, (batch["labels"] != IGNORE).float()
+    lp_BT, _, entropy_BT = labels(partial(_tempered, temperature=o.temperature))
+    old_BT = batch["old"] if "old" in batch else lp_BT.detach()
+    length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    token_BT = log_BT = (lp_BT - old_BT) * mask_BT
+    if o.level == "sequence":
+        log_BT = (token_BT.sum(1, keepdim=True) / length_B1).expand_as(token_BT)
+    ratio_BT, a_B1 = log_BT.exp(), batch["advantages"][:, None]
+    low, high = 1 - o.epsilon, 1 + o.epsilon_high
+    loss_BT = -torch.minimum(ratio_BT * a_B1, ratio_BT.clamp(low, high) * a_B1)
+    terms: Terms = {}
+    if o.beta:
+        d_BT = (batch["reference"] - lp_BT) * mask_BT
+        k3_BT = d_BT.exp() - d_BT - 1
+        loss_BT = loss_BT + o.beta * k3_BT * token_BT.exp()
+        terms["kl"] = k3_BT.detach().sum() / counts.own["labels"]
+    weight_BT = mask_BT / length_B1 if o.kind == "grpo" else mask_BT
+    if o.kind == "bnpo":
+        weight_BT = mask_BT / mask_BT.sum().clamp(min=1)
+    terms["policy"] = (loss_BT * weight_BT).sum() / counts.own["policy"]
+    below, above = (ratio_BT < low) & (a_B1 < 0), (ratio_BT > high) & (a_B1 > 0)
+    logged = {
+        "entropy": entropy_BT,
+        "clip_ratio/low_mean": below * mask_BT,
+        "clip_ratio/high_mean": above * mask_BT,
+        "clip_ratio/region_mean": (below | above) * mask_BT,
+    }
+    return terms | {k: x.detach().sum() / counts.own["labels"] for k, x in logged.items()}
+
+
+def distill(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
+    """Divergence from a teacher, and cross-entropy."""
+    kd_BT, lp_BT = labels(partial(_divergence, objective), batch["teacher"])
+    count = counts.own["labels"]
+    return {"kd": kd_BT.sum() / count, "ce": -lp_BT.sum() / count}
+
+
+OBJECTIVES: dict[str, Callable[[AtLabels, Tensors, Any, Counts], Terms]] = {
+    "next-token": next_token,
+    "dpo": dpo,
+    "orpo": orpo,
+    "grpo": grpo,
+    "distill": distill,
+}
+
+
+def _tempered(logits_NV: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return label_details(logits_NV / temperature, labels_N)
+
+
+def _divergence(
+    objective: Any, logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`common.training.losses.divergence` of each label, and its log-probability."""
+    T, beta = objective.temperature, objective.jsd
+    s, t = (logits_NV / T).log_softmax(-1), (teacher_NV.float() / T).log_softmax(-1)
+    if beta is None:
+        kd_N = T**2 * _kl(t, s)
+    elif beta in (0, 1):
+        kd_N = _kl(s, t) if beta else _kl(t, s)
+    else:
+        m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+        kd_N = beta * _kl(t, m) + (1 - beta) * _kl(s, m)
+    return kd_N, *label_log_probs(logits_NV, labels_N)
+
+
+def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities. [N]"""
+    return (p_NV.exp() * (p_NV - q_NV)).sum(-1)
+
+
+def _rewards(rewards_P2: Tensor, lp_P2: Tensor, counts: Counts) -> Terms:
+    """What is logged of pairs, none of it to be trained."""
+    chosen, rejected = rewards_P2.detach().unbind(1)
+    logged = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": lp_P2[:, 0].detach(),
+        "logps/rejected": lp_P2[:, 1].detach(),
+    }
+    return {name: x_P.sum() / counts.own["pairs"] for name, x_P in logged.items()}
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0. Each branch computes where it is used only: a gradient of the other
+    would be NaN times 0."""
+    x = x.clamp(max=-1e-12)
+    near = x > -math.log(2)
+    return torch.where(
+        near,
+        (-torch.where(near, x, -1.0).expm1()).log(),
+        (-torch.where(near, -1.0, x).exp()).log1p(),
+    )
+
+
+def anchor_terms(
+    out: Output, probs_LBTE: Tensor, ids_LBTK: Tensor, batch: Tensors, counts: Counts
+) -> Terms:
+    """Distance from a reference router on the same tokens: KL(router || reference), and the share
+    of the picks that are not the reference's.
+
+    The reference is `reference_probs` [B, T, L, E] of the batch, a frozen model's on its own
+    states, or else the frozen gates (`MoE.anchor`) on this model's states, without gradient into
+    those. Its picks are `reference_ids` [B, T, L, K] where the batch has them.
+    """
+    real_BT, count = batch["segments"] >= 0, max(counts.tokens * len(probs_LBTE), 1)
+    terms, reference_LBTE = {}, None
+    if "reference_probs" in batch:
+        reference_LBTE = batch["reference_probs"].permute(2, 0, 1, 3)
+    elif out.routing[0].reference_TE is not None:
+        reference_LTE = torch.stack([r.reference_TE for r in out.routing])  # type: ignore[misc]
+        reference_LBTE = reference_LTE.unflatten(1, real_BT.shape)
+    if reference_LBTE is not None:
+        p, r = probs_LBTE.clamp(min=1e-9).log(), reference_LBTE.clamp(min=1e-9).log()
+        terms["anchor"] = ((probs_LBTE * (p - r)).sum(-1) * real_BT).sum() / count
+    if "reference_ids" in batch:
+        known_LBTK = batch["reference_ids"].permute(2, 0, 1, 3)
+    elif reference_LBTE is not None:
+        known_LBTK = reference_LBTE.topk(ids_LBTK.shape[-1], dim=-1).indices
+    else:
+        return terms
+    same_LBTK = (ids_LBTK[..., :, None] == known_LBTK[..., None, :]).any(-1)
+    moved = ((~same_LBTK).float().mean(-1) * real_BT).sum() / count
+    return terms | {"router/shift": moved}
 
 
 def routing_terms(
@@ -116,7 +339,7 @@ def routing_terms(
         kept = now.gather(-1, ids_LBTK[:, :, :-1]).sum(-1)
         terms["locality"] = (-kept.clamp(min=1e-9).log() * both_BT).sum() / pairs
     entropy = -(probs_LBTE * probs_LBTE.clamp(min=1e-9).log()).sum(-1)
-    return terms | {"entropy": (entropy * real_BT).sum().detach() / tokens}
+    return terms | {"router/entropy": (entropy * real_BT).sum().detach() / tokens}
 
 
 def lookahead_terms(

@@ -39,12 +39,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Output:
-    """Logits [B, T, V] (T = 1 with `last_only`), the routing of each layer over the B * T tokens,
-    and the LookaheadRouter's logits [B, T, J, L, E] where they were asked for."""
+    """Logits [B, T, V] (T = 1 with `last_only`, none unless wanted) and the states [B, T, D] that
+    `head` makes them of, the routing of each layer over the B * T tokens, and the LookaheadRouter's
+    logits [B, T, J, L, E] where they were asked for."""
 
     logits: Tensor
     routing: list[Routing] = field(default_factory=list)
     lookahead: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass
@@ -149,14 +151,16 @@ class Model(nn.Module):
         on_lookahead: Callable[[Tensor], None] | None = None,
         want_lookahead: bool = False,
         lookahead_into_trunk: bool = False,
-        replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+        replay: Callable[[int], tuple[Tensor, Tensor | None]] | None = None,
         last_only: bool = False,
+        want_logits: bool = True,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch).
 
         segments_BT: document number of each token, -1 for padding; tokens see their own document
         only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E] right
-        after block 0. replay(layer) gives (ids, weights) [T, K] in place of the gates' choice.
+        after block 0. replay(layer) gives (ids, weights) [T, K] in place of the gates' choice;
+        weights None: those the gates give these experts.
         """
         x_BTD = self.model.embed_tokens(ids_BT).to(self.model.norm.weight.dtype)
         geometry = self._geometry(ids_BT, cache, segments_BT, x_BTD)
@@ -186,9 +190,14 @@ class Model(nn.Module):
                     on_lookahead(out.lookahead.float().softmax(-1).flatten(0, 1))
         if cache is not None:
             cache.position += ids_BT.shape[1]
-        x_BTD = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
-        out.logits = linear(x_BTD, self.model.embed_tokens.weight)
+        out.hidden = self.model.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        if want_logits:
+            out.logits = self.head(out.hidden)
         return out
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of normed states [..., D]; the head is tied to the embedding."""
+        return linear(x, self.model.embed_tokens.weight)
 
     def _geometry(
         self, ids_BT: Tensor, cache: Cache | None, segments_BT: Tensor | None, like: Tensor

@@ -30,19 +30,23 @@ from chronos.common.model.config import ModelConfig
 
 
 class Routing(NamedTuple):
-    """A layer's decision: ids and weights of the chosen [T, K], all probabilities [T, E]."""
+    """A layer's decision: ids and weights of the chosen [T, K], all probabilities [T, E], and what
+    a frozen gate gives for the same states, where there is one."""
 
     ids_TK: Tensor
     weights_TK: Tensor
     probs_TE: Tensor
+    reference_TE: Tensor | None = None
 
 
 def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
     """Top-k of the router probabilities, renormalised over the chosen if asked (2401.06066)."""
     weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
-    if normalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return Routing(ids_TK, weights_TK, probs_TE)
+    return Routing(ids_TK, _normal(weights_TK, normalize), probs_TE)
+
+
+def _normal(weights_TK: Tensor, normalize: bool) -> Tensor:
+    return weights_TK / weights_TK.sum(-1, keepdim=True) if normalize else weights_TK
 
 
 def refuse_gradients(*inputs: Tensor) -> None:
@@ -91,20 +95,24 @@ class MoE(nn.Module):
         count = config.num_experts if resident and encoding == SWIGLU else 0
         self.experts = _weights(config, count)
         self.shared_experts = _weights(config, config.num_shared_experts)
+        self.anchor: Tensor | None = None  # a frozen gate's weight, beside which training stays
 
     def forward(
         self,
         x_TD: Tensor,
         *,
         probs_TE: Tensor | None = None,
-        chosen: tuple[Tensor, Tensor] | None = None,
+        chosen: tuple[Tensor, Tensor | None] | None = None,
         source: Source | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Output [T, D] and the routing; `probs_TE` or `chosen` replace the layer's own gate."""
+        """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
+        gate's own of these experts) replace the layer's own gate."""
         routing = self.decide(x_TD, probs_TE)
         if chosen is not None:
             ids_TK, weights_TK = chosen
-            routing = Routing(ids_TK, weights_TK.to(x_TD.dtype), routing.probs_TE)
+            if weights_TK is None:
+                weights_TK = _normal(routing.probs_TE.gather(-1, ids_TK), self.normalize)
+            routing = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK.to(x_TD.dtype))
         if source is not None:
             refuse_gradients(x_TD, routing.weights_TK)
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
@@ -115,7 +123,12 @@ class MoE(nn.Module):
         if probs_TE is None:
             probs_TE = self.gate(x_TD).float().softmax(dim=-1)
         routing = route(probs_TE, self.top_k, self.normalize)
-        return routing._replace(weights_TK=routing.weights_TK.to(x_TD.dtype))
+        reference_TE = None
+        if self.anchor is not None:
+            reference_TE = F.linear(x_TD.detach(), self.anchor).float().softmax(dim=-1)
+        return routing._replace(
+            weights_TK=routing.weights_TK.to(x_TD.dtype), reference_TE=reference_TE
+        )
 
     def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Any]) -> Tensor:
         """One token's output from its experts, in the order of its routing."""

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from chronos.backends.protocol import Scores
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
-from chronos.backends.torch.losses import Losses, count_picks, label_log_probs, losses, tensors_of
+from chronos.backends.torch.losses import (
+    Losses,
+    at_labels,
+    count_picks,
+    label_log_probs,
+    losses,
+    tensors_of,
+)
 from chronos.backends.torch.model import Model
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
@@ -79,13 +87,6 @@ class TrainStep:
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
-    @torch.no_grad()
-    def score(self, batch: Batch) -> np.ndarray:
-        """Log-probabilities of the labels in nats, float32 [B, T]; 0 where there is no label."""
-        arrays = tensors_of(batch, self.model.device)
-        out = self.model.eval()(arrays["ids"], segments_BT=arrays["segments"])
-        return label_log_probs(out.logits, arrays["labels"]).cpu().numpy()
-
     def _seed(self, number: int) -> None:
         torch.manual_seed(self.recipe.seed * 1_000_003 + number)
 
@@ -135,6 +136,27 @@ class TrainStep:
             if self.updates:  # on the parameter's device, where the fused update reads it
                 step = torch.tensor(float(self.updates), device=parameter.device)
                 self.optimizer.state[parameter]["step"] = step
+
+
+@torch.no_grad()
+def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
+    """What a model without dropout and masks says of a batch."""
+    arrays = tensors_of(batch, model.device)
+    out = model.eval()(arrays["ids"], segments_BT=arrays["segments"], want_logits=False)
+    measure = partial(label_log_probs, temperature=temperature)
+    (lp_BT,) = at_labels(model, out.hidden, arrays, measure)
+    shape = (*batch.ids_BT.shape, len(out.routing), -1)
+    ids, probs = (
+        torch.stack(x, 1).view(shape).cpu().numpy()
+        for x in ([r.ids_TK for r in out.routing], [r.probs_TE.float() for r in out.routing])
+    )
+    return Scores(lp_BT.cpu().numpy(), ids, probs)
+
+
+def anchor(model: Model) -> None:
+    """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
+    for block in model.model.layers:
+        block.mlp.anchor = block.mlp.gate.weight.detach().clone()
 
 
 def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from chronos.common.data.answers import (
+    Example,
+    Pair,
+    Prompt,
+    encode_examples,
+    encode_pairs,
+    encode_prompts,
+)
 from chronos.common.data.documents import (
+    BadRows,
     Document,
     ReadReport,
     read_documents,
@@ -10,6 +19,8 @@ from chronos.common.data.documents import (
     stdlib_documents,
 )
 from chronos.common.data.encode import Encoded, encode_documents
+from chronos.common.data.fitting import FittedRows, PairBatches, join
+from chronos.common.data.functions import stdlib_functions
 from chronos.common.data.packing import (
     IGNORE,
     Batch,
@@ -20,15 +31,26 @@ from chronos.common.data.packing import (
 
 __all__ = [
     "IGNORE",
+    "BadRows",
     "Batch",
     "Document",
     "Encoded",
+    "Example",
+    "FittedRows",
     "PackedBatches",
     "PackedDataset",
+    "Pair",
+    "PairBatches",
+    "Prompt",
     "ReadReport",
     "encode_documents",
+    "encode_examples",
+    "encode_pairs",
+    "encode_prompts",
+    "join",
     "pack_documents",
     "read_documents",
     "split_documents",
     "stdlib_documents",
+    "stdlib_functions",
 ]

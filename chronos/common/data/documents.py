@@ -60,7 +60,7 @@ def read_documents(
     `file:line: reason`. A folder's other files are counted. Hidden files and links are ignored.
     """
     path, report = Path(path), report if report is not None else ReadReport()
-    budget = _Budget(skip_bad, report)
+    budget = BadRows(skip_bad, report)
     for file, name in _files(path, report):
         report.files += 1
         read = _rows if name.endswith(_ROW_SUFFIXES) else _text
@@ -112,7 +112,7 @@ def split_documents(
     return train, validation
 
 
-class _Budget:
+class BadRows:
     """Counts bad rows; the first beyond the budget is raised."""
 
     def __init__(self, allowed: int, report: ReadReport) -> None:
@@ -154,7 +154,7 @@ def _files(path: Path, report: ReadReport) -> Iterator[tuple[Path, str]]:
                 report.ignored += 1
 
 
-def _rows(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
+def _rows(file: Path, name: str, budget: BadRows) -> Iterator[Document]:
     kind, number = "", 0
     for number, line in numbered_lines(file, name):
         where = f"{name}:{number}"
@@ -176,7 +176,7 @@ def _rows(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
         budget.spend(name, "the file is empty", "remove it")
 
 
-def _text(file: Path, name: str, budget: _Budget) -> Iterator[Document]:
+def _text(file: Path, name: str, budget: BadRows) -> Iterator[Document]:
     """One document per file, without a byte order mark, its lines ended by LF."""
     try:
         if file.stat().st_size > MAX_TEXT_BYTES:

@@ -82,7 +82,9 @@ def _encode_chat(
     for start, end in _pairs(prefixes):
         if ids[: len(end)] != end or end[: len(start)] != start:
             raise DataError(f"{where}: the chat template rewrites earlier turns")
-        mask[len(start) : len(end)] = True
+        # What a template writes behind the token that ends a turn is nobody's to say.
+        ends = [i for i in range(len(start), len(end)) if ids[i] in tokenizer.stop_ids]
+        mask[len(start) : ends[-1] + 1 if ends else len(end)] = True
     return ids, mask
 
 

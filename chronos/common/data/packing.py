@@ -11,8 +11,9 @@ Shape legend: N tokens of all documents, R rows, B batch, T seq_len.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,14 +36,52 @@ class Batch:
     segments_BT: Ints
     extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
+    def with_extra(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Batch:
+        """The same batch with more arrays."""
+        return replace(self, extra={**self.extra, **arrays})
+
     @property
     def tokens(self) -> int:
         """Positions that carry a label."""
         return int((self.labels_BT != IGNORE).sum())
 
 
-class PackedDataset:
-    """Rows over one token stream; `len()` is their number. Immutable."""
+class Rows(ABC):
+    """Rows by number, in an order drawn anew for each epoch. `len()` is their number."""
+
+    seed: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens of all documents, end tokens included."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of everything batches depend on, for a run that wants to know its data again."""
+
+    @abstractmethod
+    def assemble(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """The batch of these rows; -1 is a row of padding."""
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """The batch of one step: the same whenever and however often it is asked for."""
+        if step < 0 or batch_size < 1:
+            raise UsageError(f"no batch at step {step} of {batch_size} rows")
+        return self.assemble(order(self.seed, len(self), step * batch_size, batch_size))
+
+    def sweep(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, in document order; the last batch is filled up with padding."""
+        for first in range(0, len(self), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(self)))
+            yield self.assemble(np.pad(rows, (0, batch_size - len(rows)), constant_values=-1))
+
+
+class PackedDataset(Rows):
+    """Rows over one token stream. Immutable."""
 
     def __init__(
         self,
@@ -73,28 +112,9 @@ class PackedDataset:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents, end tokens included."""
         return len(self._tokens_N)
 
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """The batch of one step: the same whenever and however often it is asked for."""
-        if step < 0 or batch_size < 1:
-            raise UsageError(f"no batch at step {step} of {batch_size} rows")
-        epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(self))
-        rows = [
-            self._rows_R[_epoch_order(self.seed, int(epoch), len(self))[place]]
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
-        return self._assemble(np.array(rows, np.int64))
-
-    def sweep(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, in document order; the last batch is filled up with padding."""
-        for first in range(0, len(self), batch_size):
-            rows = self._rows_R[first : first + batch_size]
-            yield self._assemble(np.pad(rows, (0, batch_size - len(rows)), constant_values=-1))
-
     def fingerprint(self) -> str:
-        """A digest of everything batches depend on, for a run that wants to know its data again."""
         numbers = f"{self.seq_len} {self.pad_id} {self.seed}"
         digest = hashlib.blake2b(numbers.encode(), digest_size=16)
         for array in (self._tokens_N, self._trained_N, self._starts):
@@ -108,8 +128,8 @@ class PackedDataset:
         result: npt.NDArray[np.bool_] = self._trained_N[1:] & inside[1:]
         return result
 
-    def _assemble(self, rows: npt.NDArray[np.int64]) -> Batch:
-        """Rows by their number in the stream; -1 is a row of padding."""
+    def assemble(self, rows: npt.NDArray[np.int64]) -> Batch:
+        rows = np.where(rows < 0, -1, self._rows_R[rows])
         last = len(self._tokens_N) - 1
         at_BT = rows[:, None] * self.seq_len + np.arange(self.seq_len)
         real_BT = (rows[:, None] >= 0) & (at_BT <= last)
@@ -129,7 +149,7 @@ class PackedDataset:
 class PackedBatches:
     """The updates of a run over packed rows: `accumulate` micro-batches of `batch_size` rows."""
 
-    dataset: PackedDataset
+    dataset: Rows
     batch_size: int
     accumulate: int = 1
 
@@ -137,14 +157,13 @@ class PackedBatches:
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.dataset.seq_len * self.accumulate
-
     def at(self, number: int) -> list[Batch]:
         """The micro-batches of an update, counted from 0."""
         first = number * self.accumulate
         return [self.dataset.batch(first + i, self.batch_size) for i in range(self.accumulate)]
+
+    def notes(self) -> Mapping[str, float]:
+        return {}
 
 
 def pack_documents(
@@ -176,6 +195,13 @@ def pack_documents(
     return PackedDataset(
         tokens_N, trained_N, ends - lengths, seq_len=seq_len, pad_id=pad_id, seed=seed
     )
+
+
+def order(seed: int, rows: int, first: int, count: int) -> npt.NDArray[np.int64]:
+    """Rows by number: `count` visits from visit `first` on, each epoch in an order of its own."""
+    epochs, places = np.divmod(first + np.arange(count), rows)
+    visits = zip(epochs, places, strict=True)
+    return np.array([_epoch_order(seed, int(e), rows)[p] for e, p in visits], np.int64)
 
 
 @lru_cache(maxsize=8)

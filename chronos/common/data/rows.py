@@ -1,7 +1,8 @@
 """One row of training data: JSON in the field names TRL uses, checked before anything uses it.
 
 `text` | `messages` | `prompt` + `completion` | `prompt` + `chosen` + `rejected` | `prompt`.
-A prompt and its answers are all text or all lists of messages. Other fields are ignored.
+A prompt and its answers are all text or all lists of messages. Other fields are kept: a reward may
+want them.
 Not covered: tool calls, images.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 Message = dict[str, str]
@@ -33,7 +34,7 @@ class RowError(ValueError):
 class Document:
     """One example. `where` is file:line or the file's relative name; `key` decides its split.
 
-    Of the fields only those of its `kind` are set.
+    Of the fields only those of its `kind` are set. columns: a JSON row's other fields.
     """
 
     where: str
@@ -45,6 +46,7 @@ class Document:
     chosen: Turns = ""
     rejected: Turns = ""
     key: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def decode_utf8(data: bytes) -> str:
@@ -73,7 +75,8 @@ def parse_row(line: bytes, where: str) -> Document:
     if len({type(value) for value in fields.values()}) > 1:
         raise RowError(f"{' and '.join(fields)} must all be text, or all lists of messages")
     key = json.dumps([fields[name] for name in _KINDS[kind]], sort_keys=True)
-    return Document(where, kind, key=key, **fields)
+    columns = {name: value for name, value in row.items() if name not in fields}
+    return Document(where, kind, key=key, columns=columns, **fields)
 
 
 def _kind(row: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from chronos.common.layout.folder import (
     open_layout,
     packed_experts,
     read_experts,
+    read_weights,
 )
 from chronos.common.layout.manifest import Record, RecordTensor
 from chronos.common.layout.overview import inspect
@@ -32,6 +33,7 @@ __all__ = [
     "packed_experts",
     "read_experts",
     "read_records",
+    "read_weights",
     "reorder",
     "verify",
     "write_experts",

@@ -18,8 +18,15 @@ from pathlib import Path
 from chronos.common.disk.header import TensorEntry, read_header
 from chronos.common.disk.io import FileIO, StrPath, corrupt
 from chronos.common.disk.linked import LINK, link_fingerprint
-from chronos.common.errors import BudgetError, CorruptClusterError, CorruptFileError, ShapeMismatch
-from chronos.common.layout.codecs import codec_of
+from chronos.common.disk.tensors import read_checkpoint, read_tensors
+from chronos.common.errors import (
+    BudgetError,
+    CorruptClusterError,
+    CorruptFileError,
+    ShapeMismatch,
+    UsageError,
+)
+from chronos.common.layout.codecs import SWIGLU, codec_of
 from chronos.common.layout.ctsr import Template, read_records
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
@@ -219,6 +226,26 @@ def read_experts(
                 name = expert_name(*record.key, tensor.name)
                 entry = TensorEntry(name, tensor.dtype, tensor.shape, 0, tensor.nbytes)
                 yield entry, views[tensor.name]
+
+
+def read_weights(folder: Path, config: ModelConfig) -> Iterator[tuple[TensorEntry, memoryview]]:
+    """Every tensor of a native model folder, packed or not, under its unpacked name.
+
+    A view is valid until the next. Raises UsageError for experts that are coded for running only.
+    """
+    layout = packed_experts(folder, config, checked=True)
+    coded = sorted(set(layout.encodings.values()) - {SWIGLU}) if layout else []
+    if coded:
+        raise UsageError(
+            f"experts coded as {coded[0]} are for running only, they cannot be trained",
+            str(folder),
+            "train the model they were made of, or adapt this one with --lora",
+        )
+    yield from read_checkpoint(folder)
+    if layout is not None:
+        yield from read_experts(layout)
+    if (folder / "lookahead.safetensors").exists():
+        yield from read_tensors(folder / "lookahead.safetensors")
 
 
 def check_geometry(manifest: Manifest, config: ModelConfig | GuestConfig) -> None:

@@ -126,6 +126,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as it is written, and its id."""
+        return dict(self._core.get_vocab(with_added_tokens=True))
+
     @cached_property
     def eos_id(self) -> int:
         """The id that closes a document. Raises DataError where the model's files name none."""

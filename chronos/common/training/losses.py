@@ -101,6 +101,198 @@ def router_entropy(probs_LBTE: Floats, segments_BT: Ints) -> float:
     return _mean((probs * _surprise(probs)).sum(-1), segments_BT >= 0)
 
 
+def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    """log softmax over the last axis."""
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return result
+
+
+def label_log_probs(
+    logits_BTV: Floats, labels_BT: Ints, temperature: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """log softmax(logits / temperature)[label] in nats, [B, T]; 0 where there is no label."""
+    lp = log_softmax(np.asarray(logits_BTV, np.float64) / temperature)
+    taken = np.take_along_axis(lp, np.maximum(labels_BT, 0)[..., None], -1)[..., 0]
+    return np.where(labels_BT == IGNORE, 0.0, taken)
+
+
+def dft(lp_BT: Floats, labels_BT: Ints) -> float:
+    """Mean of -p log p of the labels, p without gradient (2508.05629, eq. 8)."""
+    return _mean(-np.exp(lp_BT) * lp_BT, labels_BT != IGNORE)
+
+
+def dpo(
+    lp_BT: Floats,
+    reference_BT: Floats,
+    labels_BT: Ints,
+    *,
+    kind: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    ld_alpha: float = 1.0,
+) -> dict[str, float]:
+    """The loss of `Preference` and what is logged beside it: means over pairs (rows 2i and 2i + 1
+    are chosen and rejected), log-probabilities summed over a row's labels."""
+    mask = (labels_BT != IGNORE).astype(np.float64)
+    length_B = mask.sum(1)
+    shorter_B = np.repeat(length_B.reshape(-1, 2).min(1), 2)
+    weight_BT = np.where(mask.cumsum(1) <= shorter_B[:, None], 1.0, ld_alpha) * mask
+    if kind in ("ipo", "sigmoid_norm"):
+        weight_BT = weight_BT / np.maximum(length_B, 1)[:, None]
+    own_P2, reference_P2 = (
+        (np.asarray(x, np.float64) * weight_BT).sum(1).reshape(-1, 2) for x in (lp_BT, reference_BT)
+    )
+    gain_P2 = own_P2 - reference_P2
+    d = gain_P2[:, 0] - gain_P2[:, 1]
+    loss, opposite = np.logaddexp(0, -beta * d), np.logaddexp(0, beta * d)
+    e = label_smoothing
+    if kind == "ipo":
+        loss = np.square(d - 1 / (2 * beta))
+    elif kind == "robust":
+        loss = ((1 - e) * loss - e * opposite) / (1 - 2 * e)
+    else:
+        loss = (1 - e) * loss + e * opposite
+    rewards = beta * gain_P2
+    return {
+        "dpo": float(loss.mean()),
+        "rewards/chosen": float(rewards[:, 0].mean()),
+        "rewards/rejected": float(rewards[:, 1].mean()),
+        "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
+        "rewards/accuracies": float((rewards[:, 0] > rewards[:, 1]).mean()),
+        "logps/chosen": float(own_P2[:, 0].mean()),
+        "logps/rejected": float(own_P2[:, 1].mean()),
+    }
+
+
+def orpo(lp_BT: Floats, answer_BT: Bools, labels_BT: Ints, beta: float = 0.1) -> dict[str, float]:
+    """The terms of `OddsRatio`: `nll_loss` - beta * `log_odds_ratio` is the loss."""
+    lp, answer = np.asarray(lp_BT, np.float64), np.asarray(answer_BT, np.float64)
+    x_P2 = ((lp * answer).sum(1) / np.maximum(answer.sum(1), 1)).reshape(-1, 2)
+    odds_P2 = x_P2 - log1mexp(x_P2)
+    d = odds_P2[:, 0] - odds_P2[:, 1]
+    chosen = labels_BT[::2] != IGNORE
+    return {
+        "nll_loss": float(-(lp[::2] * chosen).sum() / max(int(chosen.sum()), 1)),
+        "log_odds_ratio": float(-np.logaddexp(0, -d).mean()),
+        "log_odds_chosen": float(d.mean()),
+        "rewards/chosen": float(beta * x_P2[:, 0].mean()),
+        "rewards/rejected": float(beta * x_P2[:, 1].mean()),
+        "rewards/margins": float(beta * (x_P2[:, 0] - x_P2[:, 1]).mean()),
+        "rewards/accuracies": float((x_P2[:, 0] > x_P2[:, 1]).mean()),
+        "logps/chosen": float(x_P2[:, 0].mean()),
+        "logps/rejected": float(x_P2[:, 1].mean()),
+    }
+
+
+def log1mexp(x: Floats) -> npt.NDArray[np.float64]:
+    """log(1 - e^x) for x < 0, by expm1 near 0 and log1p elsewhere (Maechler 2012); x is kept
+    below -1e-12, where its odds are beyond any use."""
+    x = np.minimum(np.asarray(x, np.float64), -1e-12)
+    near = x > -np.log(2)
+    return np.where(
+        near, np.log(-np.expm1(np.where(near, x, -1.0))), np.log1p(-np.exp(np.where(near, -1.0, x)))
+    )
+
+
+def grpo(
+    lp_BT: Floats,
+    old_BT: Floats,
+    reference_BT: Floats,
+    advantages_B: Floats,
+    labels_BT: Ints,
+    *,
+    kind: str = "dapo",
+    level: str = "token",
+    beta: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.2,
+    max_tokens: int = 1,
+) -> dict[str, float]:
+    """The loss of `PolicyGradient` and what is logged beside it, of one micro-batch alone."""
+    mask = (labels_BT != IGNORE).astype(np.float64)
+    length_B, labels = mask.sum(1), max(float(mask.sum()), 1.0)
+    lp, old = np.asarray(lp_BT, np.float64), np.asarray(old_BT, np.float64)
+    token_log = log_BT = lp - old
+    if level == "sequence":
+        mean_B = (token_log * mask).sum(1) / np.maximum(length_B, 1)
+        log_BT = np.broadcast_to(mean_B[:, None], lp.shape)
+    ratio, a_BT = np.exp(log_BT), np.asarray(advantages_B, np.float64)[:, None]
+    low, high = 1 - epsilon, 1 + epsilon_high
+    loss_BT = -np.minimum(ratio * a_BT, np.clip(ratio, low, high) * a_BT)
+    d = np.asarray(reference_BT, np.float64) - lp
+    k3_BT = np.exp(d) - d - 1
+    if beta:
+        loss_BT = loss_BT + beta * k3_BT * np.exp(token_log)
+    rows = max(int((length_B > 0).sum()), 1)
+    per_row = (loss_BT * mask).sum(1) / np.maximum(length_B, 1)
+    total = float((loss_BT * mask).sum())
+    policy = {
+        "dapo": total / labels,
+        "bnpo": total / labels,
+        "grpo": float(per_row.sum()) / rows,
+        "dr_grpo": total / (rows * max_tokens),
+    }[kind]
+    below, above = (ratio < low) & (a_BT < 0), (ratio > high) & (a_BT > 0)
+    return {
+        "policy": policy,
+        "kl": float((k3_BT * mask).sum() / labels),
+        "clip_ratio/low_mean": float((below * mask).sum() / labels),
+        "clip_ratio/high_mean": float((above * mask).sum() / labels),
+        "clip_ratio/region_mean": float(((below | above) * mask).sum() / labels),
+    }
+
+
+def advantages(
+    rewards_GN: Floats, *, scale: str = "group", epsilon: float = 1e-4
+) -> npt.NDArray[np.float64]:
+    """(r - mean) / (std + epsilon) within each group (2402.03300, section 4.1.2), std unbiased.
+
+    NaN is an answer that was not judged: its advantage is 0 and the others of its group do without
+    it, as does a group with fewer than two judged. scale: `group`, `batch` (std of all) or `none`.
+    """
+    r = np.asarray(rewards_GN, np.float64)
+    judged = np.isfinite(r)
+    count_G = judged.sum(1, keepdims=True)
+    filled = np.where(judged, r, 0.0)
+    centred = np.where(judged, filled - filled.sum(1, keepdims=True) / np.maximum(count_G, 1), 0.0)
+    if scale == "group":
+        spread = np.sqrt(np.square(centred).sum(1, keepdims=True) / np.maximum(count_G - 1, 1))
+    elif scale == "batch":
+        known = r[judged]
+        spread = np.array(known.std(ddof=1) if len(known) > 1 else 0.0)
+    else:
+        spread = np.array(1.0 - epsilon)
+    return np.where(judged & (count_G > 1), centred / (spread + epsilon), 0.0)
+
+
+def divergence(
+    logits_NV: Floats, teacher_NV: Floats, temperature: float = 1.0, jsd: float | None = None
+) -> npt.NDArray[np.float64]:
+    """What `Distillation` takes the mean of over the labels. [N]"""
+    s = log_softmax(np.asarray(logits_NV, np.float64) / temperature)
+    t = log_softmax(np.asarray(teacher_NV, np.float64) / temperature)
+
+    def kl(p: Floats, q: Floats) -> Any:
+        return (np.exp(p) * (p - q)).sum(-1)
+
+    if jsd is None:
+        result = temperature**2 * kl(t, s)
+    elif jsd in (0, 1):
+        result = kl(s, t) if jsd else kl(t, s)
+    else:
+        m = np.logaddexp(t + np.log(jsd), s + np.log1p(-jsd))
+        result = jsd * kl(t, m) + (1 - jsd) * kl(s, m)
+    return np.asarray(result, np.float64)
+
+
+def shift(ids_LBTK: Ints, reference_LBTK: Ints, segments_BT: Ints) -> float:
+    """Share of the picks that are not among a reference router's on the same tokens."""
+    same = (ids_LBTK[..., :, None] == reference_LBTK[..., None, :]).any(-1)
+    return _mean(np.moveaxis(1.0 - same, -1, 0), segments_BT >= 0)
+
+
 def pick_shares(ids_LBTK: Ints, segments_BT: Ints, num_experts: int) -> npt.NDArray[np.float64]:
     """Each expert's share of its layer's picks. [L, E]"""
     real = ids_LBTK[:, segments_BT >= 0].reshape(len(ids_LBTK), -1)

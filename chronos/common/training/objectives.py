@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from chronos.common.data import Batch
+from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
 from chronos.common.model.config import LossWeights
 from chronos.common.training import losses
@@ -33,11 +33,11 @@ class Batches(Protocol):
     def fingerprint(self) -> str:
         """A digest of everything they depend on, for a run that wants to know its data again."""
 
-    @property
-    def tokens_per_step(self) -> int: ...
-
     def at(self, number: int) -> list[Batch]:
         """The micro-batches of an update, counted from 0."""
+
+    def notes(self) -> Mapping[str, float]:
+        """What making the last ones came to, for the log: rewards, lengths."""
 
 
 class Objective(Protocol):
@@ -59,36 +59,175 @@ class Objective(Protocol):
     def lookahead_into_trunk(self) -> bool:
         """Whether the LookaheadRouter's gradient reaches the model below it."""
 
-    def count(self, batch: Batch) -> float:
+    def count(self, batch: Batch) -> Mapping[str, float]:
         """What the objective's own terms are divided by, of one batch: labels, pairs, rows."""
 
 
+# What the log says in place of a term that a stage does not train.
+NO_ROUTING = LossWeights(balance=0, temporal=0, locality=0, lookahead=0, lookahead_hit=0)
+
+
 @dataclass(frozen=True)
-class NextToken:
-    """Cross-entropy of the labels and the routing terms of `losses.py`."""
+class _Stage:
+    """What the objectives of all stages have in common."""
+
+    routing: LossWeights = NO_ROUTING
+    """Weights of the routing terms."""
+    anchor: float = 0.0
+    """Weight of the router's distance from a frozen one."""
+    lookahead_into_trunk: bool = False
+    name: ClassVar[str]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset()
+
+    def _mix(self, **own: float) -> Mapping[str, float]:
+        return own | dataclasses.asdict(self.routing) | {"anchor": self.anchor}
+
+
+@dataclass(frozen=True)
+class NextToken(_Stage):
+    """Cross-entropy of the labels: pretraining and SFT.
+
+    dft: each label weighs its own probability, without gradient (2508.05629, eq. 8). details: say
+    how often the label was the first choice, and the entropy of the predictions.
+    """
 
     routing: LossWeights = LossWeights()
-    lookahead_into_trunk: bool = False
+    dft: bool = False
+    details: bool = False
     name: ClassVar[str] = "next-token"
-    fields: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {"ce": 1.0} | dataclasses.asdict(self.routing)
+        return self._mix(ce=1.0)
 
-    def count(self, batch: Batch) -> float:
-        return batch.tokens
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        return {"labels": batch.tokens}
+
+
+@dataclass(frozen=True)
+class Preference(_Stage):
+    """DPO (2305.18290, eq. 7) and its variants over rows chosen, rejected, chosen, rejected ...
+
+    kind: sigmoid; ipo (2310.12036, eq. 17, of means); robust (2403.00409, eq. 9, with
+    label_smoothing); sigmoid_norm (of means). ld_alpha: weight of the tokens of an answer beyond
+    the other's length (2409.06411); 1 is off. sft: weight of the chosen answers' cross-entropy.
+    """
+
+    kind: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    ld_alpha: float = 1.0
+    sft: float = 0.0
+    name: ClassVar[str] = "dpo"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({"reference"})
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._mix(dpo=1.0, nll_loss=self.sft)
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        chosen = int((batch.labels_BT[::2] != IGNORE).sum())
+        return {"pairs": len(batch.ids_BT) / 2, "chosen": chosen}
+
+
+@dataclass(frozen=True)
+class OddsRatio(_Stage):
+    """ORPO (2403.07691, eq. 6-7): cross-entropy of the chosen answers, and their odds over the
+    rejected ones', by mean log-probabilities. Labels beyond the answers (`answer` says which are
+    theirs) count for the cross-entropy alone."""
+
+    beta: float = 0.1
+    name: ClassVar[str] = "orpo"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({"answer"})
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._mix(nll_loss=1.0, log_odds_ratio=-self.beta)
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        chosen = int((batch.labels_BT[::2] != IGNORE).sum())
+        return {"pairs": len(batch.ids_BT) / 2, "chosen": chosen}
+
+
+@dataclass(frozen=True)
+class PolicyGradient(_Stage):
+    """GRPO (2402.03300, eq. 3) over sampled rows with an advantage each.
+
+    kind: what token losses are divided by: dapo, all tokens of the update (2503.14476, eq. 8);
+    grpo, each row's own tokens and the rows; dr_grpo, the rows times `max_tokens` (2503.20783);
+    bnpo, each micro-batch's tokens and the micro-batches. level: of the ratio, token or sequence
+    (2507.18071, eq. 7). beta: weight of the k3 estimate of the KL divergence from `reference`, per
+    token, times the token's ratio, which makes its gradient that of the reverse KL. Without `old`
+    the policy is the one that sampled.
+    """
+
+    kind: str = "dapo"
+    level: str = "token"
+    beta: float = 0.0
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    temperature: float = 1.0
+    max_tokens: int = 1
+    name: ClassVar[str] = "grpo"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({"advantages"} | ({"reference"} if self.beta else set()))
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._mix(policy=1.0)  # the divergence is in it: both are divided alike
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        labels, rows = batch.tokens, int((batch.labels_BT != IGNORE).any(1).sum())
+        over = {"dapo": labels, "grpo": rows, "dr_grpo": rows * self.max_tokens, "bnpo": 1}
+        return {"labels": labels, "policy": over[self.kind]}
+
+
+@dataclass(frozen=True)
+class Distillation(_Stage):
+    """A teacher's distribution at the labels, `teacher`: logits [N, V], N labels in row order.
+
+    jsd None: T^2 KL(teacher || student) of both at the temperature T (1503.02531), beside (1 -
+    alpha) cross-entropy. Else GKD's generalised Jensen-Shannon divergence of that beta (2306.13649,
+    eq. 1): 0 is the forward, 1 the reverse KL; without T^2.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 1.0
+    jsd: float | None = None
+    name: ClassVar[str] = "distill"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset({"teacher"})
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return self._mix(kd=self.alpha, ce=1 - self.alpha)
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        return {"labels": batch.tokens}
 
 
 @dataclass(frozen=True)
 class Counts:
     """What an update's sums are divided by: known before its first micro-batch is computed.
 
-    own: of the objective's terms. pairs[j]: tokens whose j-th successor is of the same document,
-    padding left out; pairs[0] are all tokens.
+    own: of the objective's terms, at least 1 each. pairs[j]: tokens whose j-th successor is of the
+    same document, padding left out; pairs[0] are all tokens.
     """
 
-    own: float
+    own: Mapping[str, float]
     pairs: tuple[int, ...]
 
     @property
@@ -108,7 +247,11 @@ def count(batches: Sequence[Batch], objective: Objective, steps: int) -> Counts:
         sum(int(losses.same_segment(batch.segments_BT, j).sum()) for batch in batches)
         for j in range(max(steps, 1) + 1)
     )
-    return Counts(sum(objective.count(batch) for batch in batches), tuple(pairs))
+    own: dict[str, float] = {}
+    for batch in batches:
+        for name, number in objective.count(batch).items():
+            own[name] = own.get(name, 0) + number
+    return Counts({name: max(number, 1) for name, number in own.items()}, tuple(pairs))
 
 
 class Part(NamedTuple):
@@ -132,9 +275,9 @@ def report(parts: Sequence[Part], counts: Counts, objective: Objective) -> Terms
     effective_L = losses.effective_experts(share_LE)
     terms |= {
         "balance": losses.balance_of(share_LE, probs_LE / max(counts.tokens, 1)),
-        "largest_share": losses.largest_share(share_LE),
-        "effective_experts": float(effective_L.mean()),
-        "effective_experts_min": float(effective_L.min()),
+        "router/largest_share": losses.largest_share(share_LE),
+        "router/effective_experts": float(effective_L.mean()),
+        "router/effective_experts_min": float(effective_L.min()),
     }
     mix = {name: weight for name, weight in objective.weights.items() if weight and name in terms}
     return terms | {"loss": sum(weight * terms[name] for name, weight in mix.items())}

@@ -1,9 +1,10 @@
 """Training recipes: a TOML file checked into frozen dataclasses before anything is allocated.
 
-Every stage has [model] (ModelConfig fields), [loss], [data], [tokenizer], [cadence], [optimizer]
-and one section of its own; unknown names are refused with the nearest valid one. Knows no stage: a
-stage hands in the dataclass of its section. docs/recipes.md is made from the text below each field.
-Units: tokens, steps.
+Every stage has [loss], [data], [cadence], [optimizer] and one section of its own. One that begins
+from nothing has [model] (ModelConfig fields) and [tokenizer]; one that goes on with a model has
+`path` in [model], and [anchor]. Unknown names are refused with the nearest valid one. Knows no
+stage: a stage hands in the dataclass of its section. docs/recipes.md is made from the text below
+each field. Units: tokens, steps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from chronos.common.model.config import LossWeights, ModelConfig
 _T = TypeVar("_T")
 S = TypeVar("S", bound="StageRecipe")
 STDLIB = "stdlib"  # as data: the Python standard library's own sources
+# Its documented functions: a docstring asks and the code answers; the code beside damaged code; the
+# question alone.
+CHATS, PAIRS, PROMPTS = "stdlib-chats", "stdlib-pairs", "stdlib-prompts"
+BUILT_IN = (STDLIB, CHATS, PAIRS, PROMPTS)
+DEMO = "demo"
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "recipes"
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
@@ -30,7 +36,8 @@ class DataRecipe:
     """What to train on, and what of it is held out."""
 
     path: str = STDLIB
-    """A file or a folder, or `stdlib`: the Python standard library's own sources."""
+    """A file or a folder, or `stdlib`: the Python standard library's own sources. Its documented
+    functions as rows: `stdlib-chats`, `stdlib-pairs`, `stdlib-prompts`."""
     validation_share: float = 0.02
     """Share of the documents that is held out, chosen by a hash of each."""
     skip_bad: int = 0
@@ -113,10 +120,32 @@ class OptimizerRecipe:
             raise ConfigError("optimizer.beta1 and beta2 must be in [0, 1), clip above 0")
 
 
+@dataclass(frozen=True)
+class AnchorRecipe:
+    """How the routers are kept near those the stage began with."""
+
+    weight: float = 0.0
+    """Of KL(router || frozen router) in the loss, a mean over layers and tokens."""
+    form: str = "gate"
+    """What the frozen router sees: `gate`, the states of the model that is trained (a copy of its
+    gates, no second pass), or `states`, those of the reference, for stages that have one."""
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ConfigError("anchor.weight must be at least 0")
+        if self.form not in ("gate", "states"):
+            raise ConfigError(f"anchor.form must be gate or states, not {self.form!r}")
+
+
 class StageRecipe(Protocol):
-    """A stage's own section: a frozen dataclass that says what it is called in a recipe."""
+    """A stage's own section: a frozen dataclass that says what it is called in a recipe.
+
+    STARTS: whether it goes on with a model. DEFAULTS: of the other sections, by section and key.
+    """
 
     SECTION: ClassVar[str]
+    STARTS: ClassVar[bool]
+    DEFAULTS: ClassVar[dict[str, dict[str, Any]]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
@@ -130,10 +159,17 @@ class Recipe(Generic[S]):
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     cadence: CadenceRecipe = field(default_factory=CadenceRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    start: str = ""
+    """The model a stage goes on with: a folder, or `demo`."""
+    anchor: AnchorRecipe = field(default_factory=AnchorRecipe)
+    folder: str = ""
+    """Where the recipe lies: paths in it are looked for there first."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights a run ends with; compared on resume."""
         sections = dataclasses.asdict(self)
+        for name in ("folder", *(("tokenizer",) if self.stage.STARTS else ("start", "anchor"))):
+            del sections[name]
         return sections | {self.stage.SECTION: sections.pop("stage")}
 
 
@@ -169,12 +205,15 @@ def _beside(folder: Path, recipe: Recipe[S]) -> Recipe[S]:
     """The recipe with its paths as this process opens them."""
 
     def found(path: str) -> str:
-        special = path in ("", STDLIB) or Path(path).is_absolute()
+        special = path in ("", DEMO, *BUILT_IN) or Path(path).is_absolute()
         return str(folder / path) if not special and (folder / path).exists() else path
 
     data = dataclasses.replace(recipe.data, path=found(recipe.data.path))
     tokenizer = dataclasses.replace(recipe.tokenizer, path=found(recipe.tokenizer.path))
-    return dataclasses.replace(recipe, data=data, tokenizer=tokenizer)
+    start = found(recipe.start)
+    return dataclasses.replace(
+        recipe, data=data, tokenizer=tokenizer, start=start, folder=str(folder)
+    )
 
 
 def by_section(data: dict[str, Any], stage: type[StageRecipe]) -> dict[str, Any]:
@@ -206,9 +245,14 @@ def at_least_one(section: str, values: Any, *names: str) -> None:
 def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     data = by_section(data, stage)
     names = {"model", "data", "tokenizer", "loss", "cadence", "optimizer", stage.SECTION}
-    _known(data, names, "section")
+    _known(data, names ^ {"tokenizer", "anchor"} if stage.STARTS else names, "section")
+    for section, values in stage.DEFAULTS.items():
+        data[section] = values | _table(data, section)
     tokenizer = _section(TokenizerRecipe, data, "tokenizer")
-    model = dict(_table(data, "model"))
+    model, start = dict(_table(data, "model")), ""
+    if stage.STARTS:
+        _known(model, {"path"}, "key in [model]")
+        start = str(model.pop("path", ""))
     if isinstance(model.get("hybrid_pattern"), list):
         model["hybrid_pattern"] = tuple(model["hybrid_pattern"])
     model.setdefault("vocab_size", tokenizer.vocab_size)
@@ -220,6 +264,8 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
         tokenizer=tokenizer,
         cadence=_section(CadenceRecipe, data, "cadence"),
         optimizer=_section(OptimizerRecipe, data, "optimizer"),
+        start=start,
+        anchor=_section(AnchorRecipe, data, "anchor"),
     )
 
 
@@ -236,7 +282,13 @@ def _section(kind: type[_T], data: dict[str, Any], name: str) -> _T:
     _known(values, set(fields), f"key in [{name}]")
     for key, value in values.items():
         wanted = str(fields[key].type)
-        if wanted in _ACCEPTED and type(value) not in _ACCEPTED[wanted]:
+        if wanted.startswith("list["):
+            fits = type(value) is list and all(
+                type(item) in _ACCEPTED[wanted[5:-1]] for item in value
+            )
+        else:
+            fits = wanted not in _ACCEPTED or type(value) in _ACCEPTED[wanted]
+        if not fits:
             raise ConfigError(f"{name}.{key} must be of type {wanted}, not {value!r}")
     return kind(**values)
 

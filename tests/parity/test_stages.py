@@ -1,0 +1,287 @@
+"""The objectives of the fine-tuning stages against the NumPy formulas: terms, gradients, splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chronos.common.data import IGNORE, Batch
+from chronos.common.training import losses
+from chronos.common.training.objectives import (
+    Distillation,
+    NextToken,
+    OddsRatio,
+    PolicyGradient,
+    Preference,
+)
+from chronos.common.training.recipe import OptimizerRecipe
+from chronos.testing import oracle
+from chronos.testing.tolerances import assert_close
+from chronos.testing.train_tests import TINY, difference, rows
+
+RECIPE = OptimizerRecipe(clip=1e9, beta1=0.5, seed=3)
+PREFERENCES = [
+    Preference(),
+    Preference(label_smoothing=0.1),
+    Preference(kind="ipo"),
+    Preference(kind="robust", label_smoothing=0.2),
+    Preference(kind="sigmoid_norm", beta=2.0),
+    Preference(ld_alpha=0.5),
+    Preference(sft=0.3),
+]
+POLICIES = [
+    PolicyGradient(kind=kind, level=level, beta=beta, epsilon=0.1, epsilon_high=0.15, max_tokens=9)
+    for kind in ("dapo", "grpo", "dr_grpo", "bnpo")
+    for level, beta in (("token", 0.0), ("sequence", 0.1))
+]
+DISTILLATIONS = [
+    Distillation(temperature=2.0),
+    *(Distillation(alpha=1.0, jsd=jsd, temperature=2.0) for jsd in (0.0, 0.3, 1.0)),
+]
+ALL = [
+    NextToken(details=True, routing=TINY.loss_weights),
+    NextToken(dft=True),
+    *PREFERENCES,
+    OddsRatio(),
+    *POLICIES,
+    *DISTILLATIONS,
+]
+
+
+def pairs(count: int = 2, length: int = 12, seed: int = 0) -> Batch:
+    """Rows chosen, rejected, ...: a prompt of a few tokens, an answer, pads; of all lengths, one
+    answer of a single token, and everything an objective may ask for."""
+    rng = np.random.default_rng(seed)
+    B, V = 2 * count, TINY.vocab_size
+    ids = rng.integers(0, V, (B, length)).astype(np.int32)
+    labels, segments = np.full_like(ids, IGNORE), np.zeros_like(ids)
+    for row in range(B):
+        prompt = int(rng.integers(1, length - 4))
+        end = prompt + 1 if row == 1 else int(rng.integers(prompt + 1, length + 1))
+        labels[row, prompt - 1 : end - 1] = ids[row, prompt:end]
+        segments[row, end:], ids[row, end:] = -1, 0
+    N = int((labels != IGNORE).sum())
+    extra = {
+        "reference": np.where(labels == IGNORE, 0, rng.normal(-4, 1, ids.shape)),
+        "old": np.where(labels == IGNORE, 0, rng.normal(-4.2, 0.3, ids.shape)),
+        "answer": labels != IGNORE,
+        "advantages": rng.normal(0, 1, B),
+    }
+    arrays = {k: v if v.dtype == bool else v.astype(np.float32) for k, v in extra.items()}
+    arrays["teacher"] = rng.normal(0, 1, (N, V)).astype(np.float32)
+    return Batch(ids, labels, segments, arrays)
+
+
+def part(batch: Batch, first: int, last: int) -> Batch:
+    """Some rows, and of the teacher the logits at their labels."""
+    before = int((batch.labels_BT[:first] != IGNORE).sum())
+    inside = int((batch.labels_BT[first:last] != IGNORE).sum())
+    found = rows(batch, first, last)
+    teacher = batch.extra["teacher"][before : before + inside]
+    return dataclasses.replace(found, extra=dict(found.extra) | {"teacher": teacher})
+
+
+def by_formula(o: Any, logits_BTV: np.ndarray, data: Batch) -> dict[str, float]:
+    """The terms of one batch. Where the ratio's `old` is near, both sides of the clip occur."""
+    labels, extra = data.labels_BT, data.extra
+    lp = losses.label_log_probs(logits_BTV, labels, getattr(o, "temperature", 1.0))
+    if isinstance(o, NextToken):
+        found = {
+            "ce": losses.dft(lp, labels) if o.dft else losses.cross_entropy(logits_BTV, labels)
+        }
+        if o.details:
+            at = labels != IGNORE
+            logp = losses.log_softmax(logits_BTV)[at]
+            found["mean_token_accuracy"] = float((logp.argmax(-1) == labels[at]).mean())
+            found["entropy"] = float(-(np.exp(logp) * logp).sum(-1).mean())
+        return found
+    if isinstance(o, Preference):
+        names = ("kind", "beta", "label_smoothing", "ld_alpha")
+        found = losses.dpo(lp, extra["reference"], labels, **{n: getattr(o, n) for n in names})
+        if o.sft:
+            found["nll_loss"] = -float(lp[::2].sum() / (labels[::2] != IGNORE).sum())
+        return found
+    if isinstance(o, OddsRatio):
+        return losses.orpo(lp, extra["answer"], labels, o.beta)
+    if isinstance(o, PolicyGradient):
+        names = ("kind", "level", "beta", "epsilon", "epsilon_high", "max_tokens")
+        found = losses.grpo(
+            lp,
+            extra["old"],
+            extra["reference"],
+            extra["advantages"],
+            labels,
+            **{n: getattr(o, n) for n in names},
+        )
+        return found if o.beta else {k: v for k, v in found.items() if k != "kl"}
+    logits_NV = logits_BTV[labels != IGNORE]
+    kd = losses.divergence(logits_NV, extra["teacher"], o.temperature, o.jsd)
+    return {"kd": float(kd.mean()), "ce": losses.cross_entropy(logits_BTV, labels)}
+
+
+def start(backend: Any) -> Any:
+    return backend.train_step(backend.build(TINY, seed=7), RECIPE)
+
+
+def state_of(step: Any) -> dict[str, np.ndarray]:
+    return {
+        name: np.frombuffer(bytes(data), np.float32).reshape(shape).astype(np.float64)
+        for name, _, shape, data in step.state()
+    }
+
+
+def gradients(step: Any) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix("exp_avg."): moment / (1 - RECIPE.beta1)
+        for name, moment in state_of(step).items()
+        if name.startswith("exp_avg.")
+    }
+
+
+@pytest.mark.parametrize(
+    "data", [pairs(), pairs(1, seed=1), pairs(3, 9, seed=2)], ids=lambda b: str(b.ids_BT.shape)
+)
+@pytest.mark.parametrize("o", ALL, ids=repr)
+def test_terms_are_the_formulas(backend: Any, o: Any, data: Batch) -> None:
+    step = start(backend)
+    out = backend.forward(step.model, data.ids_BT, segments_BT=data.segments_BT)
+    expected = by_formula(o, out.logits_BTV, data)
+    found = step.evaluate([data], o)
+    for name, value in expected.items():
+        assert_close(found[name], value, "losses", name)
+    mix = sum(w * found[n] for n, w in o.weights.items() if w and n in found)
+    assert found["loss"] == pytest.approx(mix, rel=1e-6)
+
+
+@pytest.mark.parametrize("o", ALL, ids=repr)
+def test_gradients_by_finite_differences(backend: Any, o: Any) -> None:
+    """Along the whole gradient and a random direction together, in float64 by the oracle. DFT's
+    weights are those of the start: they have no gradient."""
+    o = dataclasses.replace(o, routing=Preference().routing)
+    data = pairs()
+    step = start(backend)
+    weights = state_of(step)
+    weights.pop("optimizer.step", None)
+    step.step([data], o, 1e-3, 0)
+    found = {n: g for n, g in gradients(step).items() if not n.startswith("lookahead.")}
+    rng, size = np.random.default_rng(1), 1e-5
+    norm = np.sqrt(sum(np.square(g).sum() for g in found.values()))
+    direction = {n: g / norm + 0.01 * rng.standard_normal(g.shape) for n, g in found.items()}
+
+    def lp(sign: int) -> Any:
+        moved = weights | {n: weights[n] + sign * size * d for n, d in direction.items()}
+        return oracle.forward(moved, TINY, data.ids_BT, segments_BT=data.segments_BT).logits_BTV
+
+    start_lp = losses.label_log_probs(lp(0), data.labels_BT)
+
+    def loss(sign: int) -> float:
+        if getattr(o, "dft", False):
+            gain = np.exp(start_lp) * losses.label_log_probs(lp(sign), data.labels_BT)
+            return -float(gain[data.labels_BT != IGNORE].mean())
+        terms = by_formula(o, lp(sign), data)
+        return sum(w * terms[n] for n, w in o.weights.items() if w and n in terms)
+
+    slope = (loss(1) - loss(-1)) / (2 * size)
+    assert norm > 1e-3
+    assert_close(sum((found[n] * direction[n]).sum() for n in found), slope, "finite differences")
+
+
+@pytest.mark.parametrize("o", ALL, ids=repr)
+def test_any_split_of_a_batch_is_the_batch(backend: Any, o: Any) -> None:
+    """bnpo's divisor is each micro-batch's own: of parts with as many labels it is the joined."""
+    joined = pairs(4)
+    splits = [(0, 2), (2, 8)]
+    if getattr(o, "kind", "") == "bnpo":
+        half, splits = part(joined, 0, 4), [(0, 4), (4, 8)]
+        ids, labels, segments = (
+            np.concatenate([x, x]) for x in (half.ids_BT, half.labels_BT, half.segments_BT)
+        )
+        twice = {name: np.concatenate([x, x]) for name, x in half.extra.items()}
+        joined = Batch(ids, labels, segments, twice)
+    found = []
+    for batches in ([joined], [part(joined, *split) for split in splits]):
+        step = start(backend)
+        terms = step.step(batches, o, 1e-3, 0)
+        found.append((terms, gradients(step)))
+    for name, value in found[0][0].items():
+        assert found[1][0][name] == pytest.approx(value, rel=2e-6, abs=2e-6), name
+    assert difference(found[1][1], found[0][1]) < 1e-6
+
+
+@pytest.mark.parametrize("o", [Preference(), OddsRatio(), DISTILLATIONS[0]], ids=repr)
+def test_logits_in_tiles_are_the_same(
+    backend: Any, o: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, found = pairs(3), []
+    for tile in (None, 4 * TINY.vocab_size * 5):
+        if tile:
+            module = importlib.import_module(f"{backend.__name__}.losses")
+            monkeypatch.setattr(module, "_TILE_BYTES", tile)
+        step = start(backend)
+        found.append((step.step([data], o, 1e-3, 0), gradients(step)))
+    assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-6)
+    assert difference(found[1][1], found[0][1]) < 1e-6
+
+
+@pytest.mark.parametrize("frozen", ["gate", "states"])
+def test_anchor(backend: Any, frozen: str) -> None:
+    """0 and without gradient where nothing has moved; the formula's value and a gradient into the
+    gates where it has."""
+    o = NextToken(anchor=2.0, routing=Preference().routing)
+    data = pairs()
+    step = start(backend)
+    if frozen == "gate":
+        backend.anchor(step.model)
+    else:
+        known = backend.score(step.model, data)
+        extra = {"reference_probs": known.probs_BTLE, "reference_ids": known.ids_BTLK}
+        data = dataclasses.replace(data, extra=dict(data.extra) | extra)
+    terms = step.step([data], o, 1e-2, 0)
+    assert terms["anchor"] == pytest.approx(0, abs=1e-7) and terms["router/shift"] == 0
+    out = backend.score(step.model, data)
+    found = step.evaluate([data], o)
+    assert found["anchor"] > 1e-6
+    if frozen == "states":
+        p, r = (np.moveaxis(x, 2, 0) for x in (out.probs_BTLE, data.extra["reference_probs"]))
+        assert_close(found["anchor"], losses.anchor(p, r, data.segments_BT), "losses")
+        ids, known_ids = (np.moveaxis(x, 2, 0) for x in (out.ids_BTLK, data.extra["reference_ids"]))
+        moved = losses.shift(ids, known_ids, data.segments_BT)
+        assert found["router/shift"] == pytest.approx(moved, abs=1e-6)
+    held = []
+    for anchor in (0.0, 1000.0):
+        step = start(backend)
+        backend.anchor(step.model)
+        for i in range(5):
+            step.step([pairs()], dataclasses.replace(o, anchor=anchor), 1e-3, i)
+        held.append(step.evaluate([pairs()], o)["anchor"])
+    assert held[1] < held[0] / 3
+
+
+def test_policy_is_reference(backend: Any) -> None:
+    """DPO's loss is ln 2 and its margins 0; the divergence is 0; the ratio exactly 1."""
+    data, step = pairs(), start(backend)
+    known = backend.score(step.model, data).log_probs_BT
+    same = dataclasses.replace(data, extra=dict(data.extra) | {"reference": known})
+    terms = step.evaluate([same], Preference())
+    assert terms["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert terms["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    extra = {n: a for n, a in same.extra.items() if n != "old"}
+    terms = step.evaluate([dataclasses.replace(same, extra=extra)], PolicyGradient(beta=0.1))
+    assert terms["kl"] == pytest.approx(0, abs=1e-6)
+    assert terms["clip_ratio/region_mean"] == 0
+    labels = (data.labels_BT != IGNORE).sum(1)
+    gain = (labels * data.extra["advantages"]).sum() / labels.sum()
+    assert terms["policy"] == pytest.approx(-gain, rel=1e-5)
+
+
+def test_teacher_is_student(backend: Any) -> None:
+    data, step = pairs(), start(backend)
+    out = backend.forward(step.model, data.ids_BT, segments_BT=data.segments_BT)
+    same = dict(data.extra) | {"teacher": out.logits_BTV[data.labels_BT != IGNORE]}
+    for o in DISTILLATIONS:
+        found = step.evaluate([dataclasses.replace(data, extra=same)], o)
+        assert found["kd"] == pytest.approx(0, abs=1e-6)
