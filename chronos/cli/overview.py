@@ -13,12 +13,19 @@ from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.files import PANEL, PathArg, path_of
 from chronos.cli.options import JsonOptions, check_budget
+from chronos.common.errors import UsageError
 
 
 @command("inspect", panel=PANEL)
 def inspect(
     path: PathArg,
     out: JsonOptions,
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="After the word `data`: rows to train on.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Whose tokens the rows of FILE are counted in.")
+    ] = "",
     budget: Annotated[
         str,
         typer.Option(
@@ -31,7 +38,17 @@ def inspect(
     """Explain a model folder or file: its experts, what budgets would hold, whether it fits.
 
     Reads headers only, of a folder of any kind, before packing or after.
+
+    `chronos inspect data FILE --model M` explains rows instead: their kind, how long they are, what
+    is wrong with which, and the first one with what would be trained of it.
     """
+    if file or model:
+        if path != "data" or not file or budget:
+            raise UsageError(
+                "inspect explains one thing", "", "chronos inspect data FILE [--model MODEL]"
+            )
+        _explain_rows(file, model, out)
+        return
     from chronos.backends.libraries import who_runs
     from chronos.common.layout import inspect as look
 
@@ -56,6 +73,41 @@ def inspect(
     output.table((path, ""), rows, align="ll")
     if following:
         output.command_line("next:", following)
+
+
+def _explain_rows(rows: str, model: str, out: JsonOptions) -> None:
+    from chronos.common.data.overview import overview
+    from chronos.common.text.tokenizer import Tokenizer
+    from chronos.common.training.recipe import BUILT_IN, STDLIB
+    from chronos.run.models import resolve_model
+
+    tokenizer = Tokenizer.load(resolve_model(model)) if model else None
+    built_in = rows in BUILT_IN and rows != STDLIB
+    found = overview(rows.removeprefix("stdlib-") if built_in else rows, tokenizer, built_in)
+    if out.json:
+        output.print_json(found)
+        return
+    first, bad = found.pop("first", {}), found.pop("bad_rows")
+    table = [
+        (key.replace("_", " "), _plain(value))
+        for key, value in found.items()
+        if value not in ([], {})
+    ]
+    output.table((rows, ""), table, align="ll")
+    for name, parts in first.items():
+        print(f"\nfirst {name}:" if name != "row" else "\nfirst row:")
+        for text, trained in parts:
+            mark = "trained | " if trained else "        | "
+            print("\n".join(mark + line for line in text.split("\n")))
+    if bad:
+        print("\nbad rows:")
+        print("\n".join(f"  {line}" for line in bad))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 _LABELS = {

@@ -1,0 +1,212 @@
+"""The fine-tuning stages as a user runs them, one after the other, on both backends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_train import RECIPE
+
+STAGES = ("sft", "dpo", "orpo", "grpo", "distill")
+CHATS = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": n * 2}]}
+    for n in ("ab", "ba", "aa", "bb", "abc", "cab")
+]
+PAIRS = [
+    {"prompt": f"say {n}", "chosen": n * 2, "rejected": n[::-1] + "x"}
+    for n in ("ab", "ba", "abc", "cab", "bc", "cb")
+]
+PROMPTS = [{"prompt": f"say {n}", "letter": n[0]} for n in ("ab", "ba", "abc", "cab")]
+COMMON = """
+[model]
+path = "{model}"
+[data]
+path = "{data}"
+validation_share = {share}
+[cadence]
+steps = {steps}
+log_every = 1
+eval_every = 2
+save_every = 2
+[optimizer]
+learning_rate = 1e-3
+min_learning_rate = 1e-4
+warmup_steps = 1
+"""
+SECTIONS = {
+    "sft": "[sft]\nbatch_size = 2\nseq_len = 32\n",
+    "dpo": "[dpo]\nbatch_size = 2\nmax_length = 32\nsft_weight = 0.0\n",
+    "orpo": "[orpo]\nbatch_size = 2\nmax_length = 32\n",
+    "grpo": """[grpo]
+rewards = ["reward.py:letters"]
+prompts = 2
+generations = 2
+batch_size = 2
+max_tokens = 6
+max_prompt = 32
+mask_truncated = false
+""",
+    "distill": """[distill]
+teacher = "{teacher}"
+teacher_budget = "50%"
+batch_size = 2
+seq_len = 32
+on_policy = 0.5
+max_tokens = 6
+""",
+}
+REWARD = """
+def letters(prompts, completions, letter, **columns):
+    return [text.count(one) - 0.01 * len(text) for text, one in zip(completions, letter)]
+"""
+
+
+class Runs:
+    """A folder of runs of one backend: recipes beside their data."""
+
+    def __init__(self, folder: Path, backend: str, chronos: Any) -> None:
+        self.folder, self.backend, self.chronos = folder, backend, chronos
+        for name, rows in (("chats", CHATS), ("pairs", PAIRS), ("prompts", PROMPTS)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, "utf-8")
+        (folder / "reward.py").write_text(REWARD, "utf-8")
+
+    def recipe(self, stage: str, model: Path, steps: int = 2, section: str = "") -> Path:
+        data = {"dpo": "pairs", "orpo": "pairs", "grpo": "prompts"}.get(stage, "chats")
+        head = COMMON.format(
+            model=model.as_posix(),
+            data=f"{data}.jsonl",
+            steps=steps,
+            share=0.0 if stage == "grpo" else 0.3,
+        )
+        teacher = (self.folder / "teacher").as_posix()
+        text = head + (section or SECTIONS[stage].replace("{teacher}", teacher))
+        path = self.folder / f"{stage}.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    def train(self, stage: str, recipe: Path, out: str, *flags: object) -> Any:
+        words = ("-c", recipe, "-o", self.folder / out, "--backend", self.backend, *flags)
+        return self.chronos("train", stage, *words)
+
+    def lines(self, out: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        text = (self.folder / out / name).read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def weights(self, out: str) -> bytes:
+        return (self.folder / out / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def runs(backend: Any, chronos: Any, tmp_path: Path, text: Path) -> Iterator[Runs]:
+    """With `base/model` pretrained, and packed as `teacher`."""
+    made = Runs(tmp_path, backend.name, chronos)
+    recipe = tmp_path / "base.toml"
+    recipe.write_text(RECIPE.format(data=text.as_posix(), steps=4), "utf-8")
+    done = made.train("pretrain", recipe, "base", "-q")
+    assert done.code == 0, done.err
+    done = chronos("pack", tmp_path / "base" / "model", "-o", tmp_path / "teacher")
+    assert done.code == 0, done.err
+    yield made
+
+
+def test_one_stage_after_the_other(runs: Runs, chronos: Any) -> None:
+    model = runs.folder / "base" / "model"
+    for stage in STAGES:
+        done = runs.train(stage, runs.recipe(stage, model), stage)
+        assert done.code == 0, done.err
+        model = runs.folder / stage / "model"
+        assert done.out.strip() == str(model) and "step 2/2" in done.err
+    first = {stage: runs.lines(stage)[0] for stage in STAGES}
+    assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["dpo"]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    for stage in ("dpo", "orpo", "grpo"):  # routers begin where their anchors are
+        assert first[stage]["anchor"] == pytest.approx(0, abs=1e-6)
+        assert first[stage]["router/shift"] == 0
+    assert first["grpo"].keys() >= {
+        "reward", "reward_std", "frac_reward_zero_std", "rewards/letters/mean", "policy", "entropy",
+        "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
+    }  # fmt: skip
+    assert first["distill"].keys() >= {"kd", "ce", "on_policy"}
+    assert first["sft"].keys() >= {"ce", "mean_token_accuracy", "router/effective_experts"}
+    answers = runs.lines("grpo", "completions.jsonl")
+    assert [line["step"] for line in answers] == [0] * 4 + [1] * 4
+    assert answers[0]["prompt"] == answers[1]["prompt"] and "letters" in answers[0]["rewards"]
+    packed = runs.folder / "packed"
+    assert chronos("pack", model, "-o", packed).code == 0
+    flags = ("-p", "say ab", "-n", 4, "--budget", "50%", "--backend", runs.backend, "--json")
+    assert chronos("generate", packed, *flags).json["finish_reason"] in ("length", "stop")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_resumed_is_the_same_run(runs: Runs, stage: str) -> None:
+    """To the last bit: batches, samples, references and answers follow from the step number."""
+    model = runs.folder / "base" / "model"
+    assert runs.train(stage, runs.recipe(stage, model, 4), "straight", "-q").code == 0
+    assert runs.train(stage, runs.recipe(stage, model, 2), "parts", "-q").code == 0
+    # The rate follows the longer schedule, so both runs take its first half from the same file.
+    checkpoint = "checkpoints/step-00000002.safetensors"
+    (runs.folder / "parts" / checkpoint).write_bytes(
+        (runs.folder / "straight" / checkpoint).read_bytes()
+    )
+    done = runs.train(stage, runs.recipe(stage, model, 4), "parts", "--resume", "-q")
+    assert done.code == 0, done.err
+    assert runs.weights("parts") == runs.weights("straight")
+    last = [lines[-1] for lines in (runs.lines("straight"), runs.lines("parts"))]
+    for name in last[0].keys() - {"tokens_per_s", "eta_s"}:
+        assert last[0][name] == last[1][name], name
+    if stage == "grpo":
+        answers = [runs.lines(out, "completions.jsonl") for out in ("straight", "parts")]
+        assert answers[0] == answers[1]
+
+
+def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
+    base = runs.folder / "base" / "model"
+    bad = (
+        ("sft", "[sft]\nseq_len = 4096\n", "do not fit the model's context"),
+        ("sft", "[sft]\nseq_len = 2\n", "there is room for 2"),
+        ("dpo", '[dpo]\nloss = "hinge"\n', "dpo.loss must be one of"),
+        ("dpo", "[dpo]\nlabel_smoothing = 0.5\n", "label_smoothing"),
+        ("grpo", "[grpo]\n", "names no reward"),
+        ("grpo", '[grpo]\nrewards = ["a:b"]\ngenerations = 1\n', "a group of one"),
+        ("grpo", '[grpo]\nrewards = ["reward.py:absent"]\nmax_prompt = 32\nmax_tokens = 8\n',
+         "has no attribute 'absent'"),
+        ("distill", "[distill]\n", "names no model"),
+        ("distill", f'[distill]\nteacher = "{packed.as_posix()}"\nseq_len = 32\n',
+         "another vocabulary"),
+        ("distill", '[distill]\nteacher = "x"\nbeta = 0.001\ndivergence = "jsd"\n', "distill.beta"),
+    )  # fmt: skip
+    for stage, section, said in bad:
+        done = runs.train(stage, runs.recipe(stage, base, section=section), "none", "-q")
+        assert done.code != 0 and said in done.err, (section, done.err)
+        assert not (runs.folder / "none" / "model").exists()
+    recipe = runs.recipe("sft", base)
+    recipe.write_text(recipe.read_text("utf-8").replace(f'path = "{base.as_posix()}"\n', ""))
+    assert "no model to go on with" in runs.train("sft", recipe, "none").err
+    done = runs.train("sft", recipe, "none", "--model", runs.folder / "absent")
+    assert done.code != 0 and "absent" in done.err
+
+
+def test_a_resumed_run_wants_the_model_it_began_with(runs: Runs) -> None:
+    base = runs.folder / "base" / "model"
+    assert runs.train("sft", runs.recipe("sft", base), "run", "-q").code == 0
+    recipe = runs.recipe("sft", runs.folder / "run" / "model", 4)
+    done = runs.train("sft", recipe, "run", "--resume")
+    assert done.code == 3 and "the model to go on with is not the run's" in done.err
+
+
+@pytest.mark.parametrize("reference", ["live", "precomputed"])
+def test_references_agree(runs: Runs, reference: str) -> None:
+    base, section = runs.folder / "base" / "model", SECTIONS["dpo"]
+    if reference == "live":
+        section += "precompute_reference = false\n"
+    done = runs.train("dpo", runs.recipe("dpo", base, 3, section), reference, "-q")
+    assert done.code == 0, done.err
+    other = runs.train("dpo", runs.recipe("dpo", base, 3), "other", "-q")
+    assert other.code == 0
+    assert runs.weights(reference) == runs.weights("other")
