@@ -73,11 +73,20 @@ def forward(
         attend = _latent if config.attention_kind(layer) == "mla" else _window
         x_BTD = x_BTD + attend(block.under("self_attn."), config, h_BTD, position_BT, segments_BT)
         h_BTD = rms_norm(x_BTD, block["post_attention_layernorm.weight"], config.rms_norm_eps)
-        probs_BTE = softmax(h_BTD @ block["mlp.gate.weight"].T)
-        if config.routing_source == "lookahead" and layer > 0:
+        source, mlp = config.routing_of(layer), block.under("mlp.")
+        z_BTE = h_BTD @ mlp["gate.weight"].T
+        if source in ("informed", "history"):
+            v_BTA = h_BTD @ mlp["previous_gate.weight"].T
+            z_BTE[..., : v_BTA.shape[-1]] += _before(v_BTA, position_BT)
+        if source == "lookahead" and layer > 0:
             assert q_BTJLE is not None, "committed routing needs the LookaheadRouter's weights"
-            probs_BTE = softmax(q_BTJLE[:, :, 0, layer])
-        ids_BTK, weights_BTK = route(probs_BTE, config.num_experts_per_tok, config.norm_topk_prob)
+            z_BTE = q_BTJLE[:, :, 0, layer]
+        if source == "history":
+            z_BTE = _history(config, z_BTE, position_BT)
+            probs_BTE, ids_BTK, weights_BTK = route_tiers(config, z_BTE)
+        else:
+            probs_BTE, top_k = softmax(z_BTE), config.num_experts_per_tok
+            ids_BTK, weights_BTK = route(probs_BTE, top_k, config.norm_topk_prob)
         available_E = None if available_LE is None else available_LE[layer]
         x_BTD = x_BTD + _mixture(w, config, layer, h_BTD, ids_BTK, weights_BTK, available_E)
         routing.append((probs_BTE, ids_BTK, weights_BTK))
@@ -124,6 +133,24 @@ def route(probs_BTE: Array, top_k: int, normalize: bool) -> tuple[npt.NDArray[np
     ids = np.argsort(-probs_BTE, -1, kind="stable")[..., :top_k]
     chosen = np.take_along_axis(probs_BTE, ids, -1)
     return ids, chosen / chosen.sum(-1, keepdims=True) if normalize else chosen
+
+
+def route_tiers(
+    config: ModelConfig, scores_BTE: Array
+) -> tuple[Array, npt.NDArray[np.int64], Array]:
+    """Of each tier its share of the k, by its scores, the resident one's first; the weights are a
+    softmax over all that were chosen. The probabilities are each tier's softmax times its share."""
+    split, near, k = (
+        config.num_resident_experts,
+        config.num_resident_experts_per_tok,
+        config.num_experts_per_tok,
+    )
+    a_BTA, s_BTS = scores_BTE[..., :split], scores_BTE[..., split:]
+    probs_BTE = np.concatenate((softmax(a_BTA) * near / k, softmax(s_BTS) * (k - near) / k), -1)
+    ids_a, _ = route(a_BTA, near, False)
+    ids_s, _ = route(s_BTS, k - near, False)
+    ids_BTK = np.concatenate((ids_a, ids_s + split), -1)
+    return probs_BTE, ids_BTK, softmax(np.take_along_axis(scores_BTE, ids_BTK, -1))
 
 
 def visible(segments_BT: Ints, window: int | None) -> Bools:
@@ -181,6 +208,31 @@ def _positions(segments_BT: Ints) -> npt.NDArray[np.int64]:
         same = segments_BT[:, t] == segments_BT[:, t - 1]
         position_BT[:, t] = np.where(same, position_BT[:, t - 1] + 1, 0)
     return position_BT
+
+
+def _before(x_BTX: Array, position_BT: Ints) -> Array:
+    """What the token before has, zeros at a document's first token."""
+    shifted = np.concatenate((np.zeros_like(x_BTX[:, :1]), x_BTX[:, :-1]), 1)
+    return np.where((position_BT == 0)[..., None], 0.0, shifted)
+
+
+def _history(config: ModelConfig, z_BTE: Array, position_BT: Ints) -> Array:
+    """The scores with those of streamed experts replaced, after a document's first token, by the
+    mean over its tokens so far, each counting rho times what the one after it does."""
+    scores_BTE, first = z_BTE.copy(), config.num_resident_experts
+    streamed = z_BTE.shape[-1] - first
+    for group, rho in enumerate(config.decays):
+        groups = len(config.decays)
+        part = slice(first + streamed * group // groups, first + streamed * (group + 1) // groups)
+        for row, positions in enumerate(position_BT):
+            total, weight = np.zeros(part.stop - part.start), 0.0
+            for t, position in enumerate(positions):
+                if position:
+                    scores_BTE[row, t, part] = total / weight
+                else:
+                    total, weight = np.zeros_like(total), 0.0
+                total, weight = rho * total + z_BTE[row, t, part], rho * weight + 1
+    return scores_BTE
 
 
 def _heads(x_BTC: Array, heads: int) -> Array:

@@ -21,6 +21,11 @@ from chronos.testing.model_tests import CONFIG
 from chronos.testing.store_rig import feed_over
 from chronos.testing.tolerances import assert_close
 
+HISTORY: dict[str, Any] = {
+    "routing_source": "history",
+    "num_resident_experts": 3,
+    "num_resident_experts_per_tok": 1,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "latent attention only": {"hybrid_pattern": ("mla",)},
@@ -31,6 +36,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no shared expert": {"num_shared_experts": 0},
     "two shared experts": {"num_shared_experts": 2},
     "committed lookahead": {"routing_source": "lookahead"},
+    "informed gates": {"routing_source": "informed"},
+    "history": HISTORY,
+    "two decays": HISTORY | {"history_decay": (0.5, 0.95), "num_experts_per_tok": 5},
+    "each layer its own": HISTORY
+    | {"routing_source": ("gate", "history", "lookahead", "informed")},
 }
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 23)).astype(np.int32)
 SEGMENTS = np.array([[0] * 11 + [1] * 12, [0] * 5 + [1] * 13 + [-1] * 5], np.int32)

@@ -22,6 +22,7 @@ from mlx import nn
 from chronos.backends.mlx.model import Model, Output
 from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
+from chronos.common.model.history import balance_scale
 from chronos.common.training.objectives import Counts, Objective
 
 Tensors = Mapping[str, mx.array]
@@ -35,7 +36,7 @@ _TILE_BYTES = 256 << 20
 
 class Losses(NamedTuple):
     """What a micro-batch adds to its update: the loss to differentiate, its terms, and the picks
-    and the probabilities of its tokens, summed."""
+    and the probabilities of its tokens, summed, the latter as they count for the balance."""
 
     loss: mx.array
     terms: Terms
@@ -72,6 +73,7 @@ def losses(
         terms |= lookahead_terms(out.lookahead, probs_LBTE, ids_LBTK, segments_BT, counts)
     own_LE = _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
     probs_LE = (probs_LBTE * (segments_BT >= 0)[..., None]).sum((1, 2))
+    probs_LE = probs_LE * mx.array(balance_scale(model.config).astype(np.float32))
     balance = _balance(own_LE if picks_LE is None else picks_LE, probs_LE, counts)
     mix = terms | {"balance": balance}
     loss = mx.stack([w * mix[name] for name, w in weights.items() if w and name in mix]).sum()

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -29,9 +30,10 @@ from chronos.backends.mlx.attention import (
     WindowAttention,
     causal_mask,
 )
-from chronos.backends.mlx.moe import LookaheadRouter, MoE, Routing
+from chronos.backends.mlx.moe import LookaheadRouter, MoE, Past, Routing, RoutingState
 from chronos.common.experts.feed import Source
 from chronos.common.layout.codecs import SWIGLU
+from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -53,6 +55,7 @@ class Output:
 class Cache:
     """What each layer keeps of the past; `position` is the number of tokens seen.
 
+    routing: of the layers whose routing looks at the past.
     prompt: tokens the sequence has once the prompt that is being read is in; 0 while decoding.
     Guests need it: some libraries rotate positions by how long a prompt is.
     """
@@ -60,13 +63,17 @@ class Cache:
     layers: list[Any]
     position: int = 0
     prompt: int = 0
+    routing: dict[int, RoutingState] = field(default_factory=dict)
 
     def copied(self) -> Cache:
         """One of its own with the same tokens."""
-        return Cache([layer.copied() for layer in self.layers], self.position)
+        routing = {layer: state.copied() for layer, state in self.routing.items()}
+        return Cache([layer.copied() for layer in self.layers], self.position, routing=routing)
 
     def cut(self, tokens: int) -> bool:
         """Keep the first `tokens` tokens; False where a layer cannot: it is worthless then."""
+        if self.routing and tokens != self.position:
+            return False  # sums do not say what they are made of
         self.position = tokens
         return all(layer.cut(tokens) for layer in self.layers)
 
@@ -121,6 +128,11 @@ class Model(nn.Module):
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident, encodings)
         self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
+        self._looking_back = [
+            layer
+            for layer, source in enumerate(config.routing_sources)
+            if source in ("informed", "history")
+        ]
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),
             "sliding": Rotary(config.head_dim, config.rope_theta),
@@ -133,7 +145,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int = 1) -> Cache:
         like = self.model.embed_tokens.weight
-        return Cache([block.self_attn.new_cache(batch, like) for block in self.model.layers])
+        layers = [block.self_attn.new_cache(batch, like) for block in self.model.layers]
+        return Cache(layers, routing={layer: RoutingState() for layer in self._looking_back})
 
     def __call__(
         self,
@@ -158,12 +171,19 @@ class Model(nn.Module):
         """
         x_BTD = self.model.embed_tokens(ids_BT)
         geometry = self._geometry(ids_BT, cache, segments_BT)
-        committed = self.config.routing_source == "lookahead"
+        past = None
+        if self._looking_back and segments_BT is not None:
+            past = self._packed_past(segments_BT)
+        elif self._looking_back:
+            start = cache.position if cache else 0
+            past = self._past_of(range(start, start + ids_BT.shape[1]))
+        sources = self.config.routing_sources
+        committed = "lookahead" in sources
         out = Output(x_BTD)
         for layer, block in enumerate(self.model.layers):
             rope, mask = geometry[block.kind]
             probs_TE = None
-            if committed and layer > 0:
+            if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = _softmax(out.lookahead[:, :, 0, layer].flatten(0, 1))
             x_BTD, decision = block(
@@ -172,6 +192,8 @@ class Model(nn.Module):
                 mask,
                 cache.layers[layer] if cache else None,
                 probs_TE=probs_TE,
+                past=past,
+                state=cache.routing.get(layer) if cache else None,
                 chosen=replay(layer) if replay else None,
                 source=source,
             )
@@ -208,13 +230,33 @@ class Model(nn.Module):
             masks = {"mla": "causal", "sliding": causal_mask(q_T, k_S, window)}
         return {kind: ((self._rotary[kind], start), masks[kind]) for kind in masks}
 
+    def upcoming(self, cache: Cache) -> dict[int, mx.array]:
+        """The streamed experts [B, K] that the token after those in the cache will use, of layers
+        whose routing follows the past."""
+        past = self._past_of(range(cache.position, cache.position + 1))
+        return {
+            layer: self.model.layers[layer].mlp.upcoming(past, state)
+            for layer, state in cache.routing.items()
+            if self.config.routing_of(layer) == "history"
+        }
+
+    def _past_of(self, positions: range) -> Past:
+        """What tokens of one document at these positions have before them."""
+        position_T = np.arange(positions.start, positions.stop)
+        share_GT = history.shares(self.config, position_T).astype(np.float32)
+        return Past(self.config, mx.array(position_T == 0)[None], mx.array(share_GT)[:, None], None)
+
+    def _packed_past(self, segments_BT: mx.array) -> Past:
+        position_BT = _positions(segments_BT)
+        share_GT = history.shares(self.config, np.arange(segments_BT.shape[1]))
+        share_GBT = mx.array(share_GT.astype(np.float32))[:, position_BT]
+        same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return Past(self.config, position_BT == 0, share_GBT, same_BTT)
+
     def _packed_geometry(self, segments_BT: mx.array) -> dict[str, tuple[Rope, Mask]]:
         index_T = mx.arange(segments_BT.shape[1])
-        changed_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-        # The first token of a document carries its index onwards as the largest seen so far.
-        start_BT = mx.cummax(mx.pad(changed_BT * index_T[1:], [(0, 0), (1, 0)]), axis=1)
         same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-        position_BT = index_T - start_BT
+        position_BT = _positions(segments_BT)
         full = same_B1TT & causal_mask(index_T, index_T, None)
         near = same_B1TT & causal_mask(index_T, index_T, self.config.sliding_window)
         return {
@@ -243,3 +285,11 @@ class Model(nn.Module):
 
 def _softmax(logits: mx.array) -> mx.array:
     return mx.softmax(logits.astype(mx.float32), axis=-1)
+
+
+def _positions(segments_BT: mx.array) -> mx.array:
+    """How far each token is from the first of its segment."""
+    index_T = mx.arange(segments_BT.shape[1])
+    changed_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    # The first token of a document carries its index onwards as the largest seen so far.
+    return index_T - mx.cummax(mx.pad(changed_BT * index_T[1:], [(0, 0), (1, 0)]), axis=1)

@@ -8,12 +8,14 @@ resident results are equal bit for bit. Weights keep their stored dtype and are 
 are used: `gather_mm` on a CPU takes float32 only.
 
 Shape legend: T tokens, D hidden, F expert hidden, E experts, S places of a stack, K top-k,
-N = T * K routed pairs, L layers, J lookahead steps + 1.
+N = T * K routed pairs, L layers, J lookahead steps + 1, A resident and S streamed experts,
+G values of rho.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -25,7 +27,9 @@ from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.experts.tier import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
+from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import previous_gate_rows
 
 # Below this many rows sorting them by expert costs more than the locality it gives (as in MLX-LM).
 _SORT_ROWS = 64
@@ -41,17 +45,95 @@ class Routing(NamedTuple):
     reference_TE: mx.array | None = None
 
 
-def route(probs_TE: mx.array, top_k: int, normalize: bool) -> Routing:
-    """Top-k of the router probabilities, renormalised over the chosen if asked (2401.06066). Equal
-    probabilities count as ordered by id."""
-    # Without stop_gradient the backward pass raises: choosing has no derivative.
-    ids_TK = mx.argsort(-mx.stop_gradient(probs_TE), axis=-1)[:, :top_k]
-    return Routing(ids_TK, _weights_of(probs_TE, ids_TK, normalize), probs_TE)
-
-
-def _weights_of(probs_TE: mx.array, ids_TK: mx.array, normalize: bool) -> mx.array:
+def route(
+    probs_TE: mx.array, top_k: int, normalize: bool, ids_TK: mx.array | None = None
+) -> Routing:
+    """Top-k of the router probabilities, or experts that are chosen already, their weights
+    renormalised over the chosen if asked (2401.06066). Equal probabilities count as ordered by
+    id."""
+    if ids_TK is None:
+        ids_TK = _best(probs_TE, top_k)
     weights_TK = mx.take_along_axis(probs_TE, ids_TK, axis=-1)
-    return weights_TK / weights_TK.sum(-1, keepdims=True) if normalize else weights_TK
+    if normalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
+    return Routing(ids_TK, weights_TK, probs_TE)
+
+
+class Past:
+    """What the tokens of a pass have before them, for layers whose routing looks there.
+
+    Made once for all layers: which tokens begin a document, and the matrix that makes means of the
+    past (`common.model.history`) of a layer's scores in one product, training and decoding alike.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        first_BT: mx.array,
+        share_GBT: mx.array,
+        same_BTT: mx.array | None,
+    ) -> None:
+        """first_BT: where a document begins. share_GBT: `history.shares` of the tokens before each.
+        same_BTT: whether two tokens are of one document; None where all are."""
+        T = first_BT.shape[1]
+        self._parts = history.parts(config)
+        powers_GP = history.powers(config, T + 1)
+        gap_TT = np.arange(T)[:, None] - 1 - np.arange(T)
+        weights_GTT = powers_GP[:, np.maximum(gap_TT, 0)] * (gap_TT >= 0)
+        self._powers_GP = mx.array(powers_GP.astype(np.float32))
+        self._weights_GBTT = mx.array(weights_GTT.astype(np.float32))[:, None]
+        if same_BTT is not None:
+            self._weights_GBTT = self._weights_GBTT * same_BTT
+        self.first_BT1 = first_BT[..., None]
+        self._share_GBT1 = share_GBT[..., None]
+
+    def before(self, x_BTX: mx.array, last_BX: mx.array | None) -> mx.array:
+        """What the token before has, zeros where there is none. last_BX: of the token before
+        all."""
+        if last_BX is None:
+            last_BX = mx.zeros_like(x_BTX[:, 0])
+        shifted_BTX = mx.concatenate([last_BX[:, None], x_BTX[:, :-1]], axis=1)
+        return mx.where(self.first_BT1, 0.0, shifted_BTX)
+
+    def means(self, z_BTS: mx.array, sum_BS: mx.array | None) -> mx.array:
+        """Of the scores of the tokens before; a document's first token has its own. sum_BS: the
+        weighted sum over the tokens before all."""
+        T, found = z_BTS.shape[1], []
+        for group, part in enumerate(self._parts):
+            mean_BTS = self._weights_GBTT[group] @ z_BTS[..., part]
+            if sum_BS is not None:
+                mean_BTS = mean_BTS + self._powers_GP[group, :T, None] * sum_BS[:, None, part]
+            found.append(mean_BTS * self._share_GBT1[group])
+        return mx.where(self.first_BT1, z_BTS, mx.concatenate(found, axis=-1))
+
+    def summed(self, z_BTS: mx.array, sum_BS: mx.array | None) -> mx.array:
+        """The weighted sum over all tokens up to the last of these."""
+        T, found = z_BTS.shape[1], []
+        for group, part in enumerate(self._parts):
+            powers_P = self._powers_GP[group]
+            total_BS = (powers_P[:T][::-1][:, None] * z_BTS[..., part]).sum(1)
+            if sum_BS is not None:
+                total_BS = total_BS + powers_P[T] * sum_BS[:, part]
+            found.append(total_BS)
+        return mx.concatenate(found, axis=-1)
+
+
+class RoutingState:
+    """What a layer's routing keeps of a sequence: the weighted sum of the scores of streamed
+    experts, and what the last token's second gate says."""
+
+    def __init__(self) -> None:
+        self.sum_BS: mx.array | None = None
+        self.last_BA: mx.array | None = None
+
+    def copied(self) -> RoutingState:
+        return copy(self)  # arrays are replaced, never written to
+
+
+def _best(scores_TX: mx.array, count: int) -> mx.array:
+    """Where the highest scores are, best first; equal ones count as ordered by place."""
+    # Without stop_gradient the backward pass raises: choosing has no derivative.
+    return mx.argsort(-mx.stop_gradient(scores_TX), axis=-1)[..., :count]
 
 
 def refuse_gradients(*inputs: mx.array | None) -> None:
@@ -96,11 +178,15 @@ class MoE(nn.Module):
         self.layer, self.top_k = layer, config.num_experts_per_tok
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.near = (config.num_resident_experts, config.num_resident_experts_per_tok)
+        self.follows = config.routing_of(layer) == "history"
+        if rows := previous_gate_rows(config, layer):
+            self.previous_gate = nn.Linear(config.hidden_size, rows, bias=False)
         if resident and encoding == SWIGLU:
             self.experts = ExpertWeights(config, config.num_experts)
         if config.num_shared_experts:
             self.shared_experts = ExpertWeights(config, config.num_shared_experts)
-        # A frozen gate's weight, beside which training stays; in a list, which is no parameter.
+        # The weights of frozen gates, beside which training stays; in a list: no parameters.
         self._anchor: list[mx.array] = []
 
     def __call__(
@@ -108,23 +194,18 @@ class MoE(nn.Module):
         x_TD: mx.array,
         *,
         probs_TE: mx.array | None = None,
+        past: Past | None = None,
+        state: RoutingState | None = None,
         chosen: tuple[mx.array, mx.array | None] | None = None,
         source: Source | None = None,
     ) -> tuple[mx.array, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
-        gate's own of these experts) replace the layer's own gate."""
-        if probs_TE is None:
-            probs_TE = mx.softmax(self.gate(x_TD).astype(mx.float32), axis=-1)
-        routing = route(probs_TE, self.top_k, self.normalize)
-        if self._anchor:
-            logits_TE = mx.stop_gradient(x_TD) @ self._anchor[0].T
-            reference_TE = mx.softmax(logits_TE.astype(mx.float32), axis=-1)
-            routing = routing._replace(reference_TE=reference_TE)
-        if chosen is not None:
-            ids_TK, weights_TK = chosen
-            if weights_TK is None:
-                weights_TK = _weights_of(probs_TE, ids_TK, self.normalize)
-            routing = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK)
+        gate's own of these experts) replace the layer's own gate. past, state: what comes before
+        the tokens, where the layer's routing looks there."""
+        ids_TK, weights_TK = chosen or (None, None)
+        routing = self.decide(x_TD, probs_TE, past, state, ids_TK)
+        if weights_TK is not None:
+            routing = routing._replace(weights_TK=weights_TK)
         routing = routing._replace(weights_TK=routing.weights_TK.astype(x_TD.dtype))
         if source is None and (self.training or len(x_TD) == 1):
             return self._gathered(x_TD, routing), routing
@@ -137,6 +218,84 @@ class MoE(nn.Module):
         if source is not None and len(x_TD) == 1:
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing
+
+    def gates(self) -> list[mx.array]:
+        """The weights of the gate and, where there is one, of that which sees the token before."""
+        second = [self.previous_gate.weight] if "previous_gate" in self else []
+        return [self.gate.weight, *second]
+
+    def decide(
+        self,
+        x_TD: mx.array,
+        probs_TE: mx.array | None = None,
+        past: Past | None = None,
+        state: RoutingState | None = None,
+        ids_TK: mx.array | None = None,
+    ) -> Routing:
+        """The gate's choice, or that of other probabilities, or the weights of experts that are
+        chosen already."""
+        reference_TE = None
+        if "previous_gate" in self:
+            assert past is not None
+            routing = self._informed(x_TD, self.gates(), past, state, ids_TK)
+            if self._anchor:
+                frozen = self._informed(mx.stop_gradient(x_TD), self._anchor, past, None, None)
+                reference_TE = frozen.probs_TE
+        else:
+            if probs_TE is None:
+                probs_TE = mx.softmax(self.gate(x_TD).astype(mx.float32), axis=-1)
+            routing = route(probs_TE, self.top_k, self.normalize, ids_TK)
+            if self._anchor:
+                logits_TE = mx.stop_gradient(x_TD) @ self._anchor[0].T
+                reference_TE = mx.softmax(logits_TE.astype(mx.float32), axis=-1)
+        return routing._replace(reference_TE=reference_TE)
+
+    def upcoming(self, past: Past, state: RoutingState) -> mx.array:
+        """The streamed experts of the token after the last, [B, K]: what `decide` will choose.
+        past: of that token."""
+        assert state.sum_BS is not None
+        none_B1S = mx.zeros_like(state.sum_BS)[:, None]
+        mean_BS = past.means(none_B1S, state.sum_BS)[:, 0]
+        return _best(mean_BS, self.top_k - self.near[1]) + self.near[0]
+
+    def _informed(
+        self,
+        x_TD: mx.array,
+        gates: Sequence[mx.array],
+        past: Past,
+        state: RoutingState | None,
+        ids_TK: mx.array | None,
+    ) -> Routing:
+        """The choice of a gate that sees the token before; with `follows`, of the resident experts
+        only, and the others by the tokens before alone. gates: weights of the gate and the second
+        one."""
+        shape = (-1, past.first_BT1.shape[1])
+        z_BTE, v_BTA = (
+            mx.unflatten((x_TD @ weight.T).astype(mx.float32), 0, shape) for weight in gates
+        )
+        known = state or RoutingState()
+        before_BTA = past.before(v_BTA, known.last_BA)
+        if state is not None:
+            state.last_BA = v_BTA[:, -1]
+        if not self.follows:
+            probs_TE = mx.softmax((z_BTE + before_BTA).flatten(0, 1), axis=-1)
+            return route(probs_TE, self.top_k, self.normalize, ids_TK)
+        (resident, near), K = self.near, self.top_k
+        z_BTS = z_BTE[..., resident:]
+        a_TA = (z_BTE[..., :resident] + before_BTA).flatten(0, 1)
+        s_TS = past.means(z_BTS, known.sum_BS).flatten(0, 1)
+        if state is not None:
+            state.sum_BS = past.summed(z_BTS, state.sum_BS)
+        if ids_TK is None:
+            near_TK, far_TK = _best(a_TA, near), _best(s_TS, K - near)
+            ids_TK = mx.concatenate([near_TK, far_TK + resident], axis=-1)
+        scores_TE = mx.concatenate([a_TA, s_TS], axis=-1)
+        weights_TK = mx.softmax(mx.take_along_axis(scores_TE, ids_TK, axis=-1), axis=-1)
+        shares = [
+            mx.softmax(a_TA, axis=-1) * (near / K),
+            mx.softmax(s_TS, axis=-1) * (1 - near / K),
+        ]
+        return Routing(ids_TK, weights_TK, mx.concatenate(shares, axis=-1))
 
     def held(self, experts: Sequence[int]) -> Lease:
         """The layer's own experts."""

@@ -171,7 +171,7 @@ def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
 def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
-        block.mlp._anchor = [mx.array(block.mlp.gate.weight)]
+        block.mlp._anchor = [mx.array(weight) for weight in block.mlp.gates()]
 
 
 def _places(weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from chronos.backends.torch.model import Model, Output
 from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
+from chronos.common.model.history import balance_scale
 from chronos.common.training.objectives import Counts, Objective
 
 Tensors = Mapping[str, Tensor]
@@ -36,7 +37,7 @@ _TILE_BYTES = 256 << 20
 
 class Losses(NamedTuple):
     """What a micro-batch adds to its update: the loss to differentiate, its terms, and the picks
-    and the probabilities of its tokens, summed."""
+    and the probabilities of its tokens, summed, the latter as they count for the balance."""
 
     loss: Tensor
     terms: Terms
@@ -72,7 +73,8 @@ def losses(
     if out.lookahead is not None:
         terms |= lookahead_terms(out.lookahead, probs_LBTE, ids_LBTK, segments_BT, counts)
     own_LE = _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
-    probs_LE = probs_LBTE[:, segments_BT >= 0].sum(1)
+    scale_LE = torch.from_numpy(balance_scale(model.config)).to(probs_LBTE)
+    probs_LE = probs_LBTE[:, segments_BT >= 0].sum(1) * scale_LE
     balance = _balance(own_LE if picks_LE is None else picks_LE, probs_LE, counts)
     mix = terms | {"balance": balance}
     loss = torch.stack([w * mix[name] for name, w in weights.items() if w and name in mix]).sum()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ from chronos.backends.torch.attention import (
     WindowAttention,
     causal_mask,
 )
-from chronos.backends.torch.moe import LookaheadRouter, MoE, Routing
+from chronos.backends.torch.moe import LookaheadRouter, MoE, Past, Routing, RoutingState
 from chronos.backends.torch.products import linear
 from chronos.common.experts.feed import Source
 from chronos.common.layout.codecs import SWIGLU
+from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +55,7 @@ class Output:
 class Cache:
     """What each layer keeps of the past; `position` is the number of tokens seen.
 
+    routing: of the layers whose routing looks at the past.
     prompt: tokens the sequence has once the prompt that is being read is in; 0 while decoding.
     Guests need it: some libraries rotate positions by how long a prompt is.
     """
@@ -60,13 +63,17 @@ class Cache:
     layers: list[Any]
     position: int = 0
     prompt: int = 0
+    routing: dict[int, RoutingState] = field(default_factory=dict)
 
     def copied(self) -> Cache:
         """One of its own with the same tokens."""
-        return Cache([layer.copied() for layer in self.layers], self.position)
+        routing = {layer: state.copied() for layer, state in self.routing.items()}
+        return Cache([layer.copied() for layer in self.layers], self.position, routing=routing)
 
     def cut(self, tokens: int) -> bool:
         """Keep the first `tokens` tokens; False where a layer cannot: it is worthless then."""
+        if self.routing and tokens != self.position:
+            return False  # sums do not say what they are made of
         self.position = tokens
         return all(layer.cut(tokens) for layer in self.layers)
 
@@ -128,6 +135,11 @@ class Model(nn.Module):
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident, encodings)
         self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
+        self._looking_back = [
+            layer
+            for layer, source in enumerate(config.routing_sources)
+            if source in ("informed", "history")
+        ]
         self._rotary = {
             "mla": Rotary(config.rope_dim, config.rope_theta),
             "sliding": Rotary(config.head_dim, config.rope_theta),
@@ -139,7 +151,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int = 1) -> Cache:
         like = self.model.norm.weight
-        return Cache([block.self_attn.new_cache(batch, like) for block in self.model.layers])
+        layers = [block.self_attn.new_cache(batch, like) for block in self.model.layers]
+        return Cache(layers, routing={layer: RoutingState() for layer in self._looking_back})
 
     def forward(
         self,
@@ -164,12 +177,19 @@ class Model(nn.Module):
         """
         x_BTD = self.model.embed_tokens(ids_BT).to(self.model.norm.weight.dtype)
         geometry = self._geometry(ids_BT, cache, segments_BT, x_BTD)
-        committed = self.config.routing_source == "lookahead"
+        past = None
+        if self._looking_back and segments_BT is not None:
+            past = self._packed_past(segments_BT)
+        elif self._looking_back:
+            start = cache.position if cache else 0
+            past = self._past_of(range(start, start + ids_BT.shape[1]))
+        sources = self.config.routing_sources
+        committed = "lookahead" in sources
         out = Output(x_BTD)
         for layer, block in enumerate(self.model.layers):
             rope, mask = geometry[block.kind]
             probs_TE = None
-            if committed and layer > 0:
+            if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = out.lookahead[:, :, 0, layer].flatten(0, 1).float().softmax(-1)
             x_BTD, decision = block(
@@ -178,6 +198,8 @@ class Model(nn.Module):
                 mask,
                 cache.layers[layer] if cache else None,
                 probs_TE=probs_TE,
+                past=past,
+                state=cache.routing.get(layer) if cache else None,
                 chosen=replay(layer) if replay else None,
                 source=source,
             )
@@ -217,16 +239,36 @@ class Model(nn.Module):
             masks["sliding"] = causal_mask(q_T, k_S, window)
         return {k: (self._rotary[k].tables(span, like), masks[k]) for k in masks}
 
+    def upcoming(self, cache: Cache) -> dict[int, Tensor]:
+        """The streamed experts [B, K] that the token after those in the cache will use, of layers
+        whose routing follows the past."""
+        past = self._past_of(range(cache.position, cache.position + 1))
+        return {
+            layer: self.model.layers[layer].mlp.upcoming(past, state)
+            for layer, state in cache.routing.items()
+            if self.config.routing_of(layer) == "history"
+        }
+
+    def _past_of(self, positions: range) -> Past:
+        """What tokens of one document at these positions have before them."""
+        position_T = np.arange(positions.start, positions.stop)
+        share_GT = torch.from_numpy(history.shares(self.config, position_T)).float()
+        first_1T = torch.from_numpy(position_T == 0)[None].to(self.device)
+        return Past(self.config, first_1T, share_GT[:, None].to(self.device), None)
+
+    def _packed_past(self, segments_BT: Tensor) -> Past:
+        position_BT = _positions(segments_BT)
+        share_GT = history.shares(self.config, np.arange(segments_BT.shape[1]))
+        share_GBT = torch.from_numpy(share_GT).float().to(self.device)[:, position_BT]
+        same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+        return Past(self.config, position_BT == 0, share_GBT, same_BTT)
+
     def _packed_geometry(
         self, segments_BT: Tensor, like: Tensor
     ) -> dict[str, tuple[Any, Tensor | None]]:
-        B, T = segments_BT.shape
-        index_T = torch.arange(T, device=segments_BT.device)
-        fresh_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-        fresh_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-        start_BT = torch.where(fresh_BT, index_T, 0).cummax(dim=1).values
+        index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
         same_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-        position_BT = index_T - start_BT
+        position_BT = _positions(segments_BT)
         full = same_B1TT & causal_mask(index_T, index_T, None)
         near = same_B1TT & causal_mask(index_T, index_T, self.config.sliding_window)
         return {
@@ -247,3 +289,11 @@ class Model(nn.Module):
             scale = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             parameter.normal_(0.0, self.config.initializer_range * scale, generator=generator)
         return self
+
+
+def _positions(segments_BT: Tensor) -> Tensor:
+    """How far each token is from the first of its segment."""
+    index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    fresh_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    fresh_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return index_T - torch.where(fresh_BT, index_T, 0).cummax(dim=1).values

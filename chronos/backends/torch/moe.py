@@ -7,12 +7,13 @@ depend on the order of arrival, bit for bit. Weights stay in the dtype they are 
 widened where they are used: bf16 products run at 1 % of float32's rate on a CPU without AVX-512.
 
 Shape legend: T tokens, D hidden, F expert hidden, E experts, K top-k, N = T * K routed pairs,
-L layers, J lookahead steps + 1.
+L layers, J lookahead steps + 1, A resident and S streamed experts, G values of rho, C rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.codecs import Expert, codec_of
-from chronos.backends.torch.products import Linear
+from chronos.backends.torch.products import Linear, linear
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.experts.tier import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
+from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.weights import previous_gate_rows
 
 
 class Routing(NamedTuple):
@@ -39,14 +42,82 @@ class Routing(NamedTuple):
     reference_TE: Tensor | None = None
 
 
-def route(probs_TE: Tensor, top_k: int, normalize: bool) -> Routing:
-    """Top-k of the router probabilities, renormalised over the chosen if asked (2401.06066)."""
-    weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
-    return Routing(ids_TK, _normal(weights_TK, normalize), probs_TE)
+def route(probs_TE: Tensor, top_k: int, normalize: bool, ids_TK: Tensor | None = None) -> Routing:
+    """Top-k of the router probabilities, or experts that are chosen already, their weights
+    renormalised over the chosen if asked (2401.06066)."""
+    if ids_TK is None:
+        weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
+    else:
+        weights_TK = probs_TE.gather(-1, ids_TK)
+    if normalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Routing(ids_TK, weights_TK, probs_TE)
 
 
-def _normal(weights_TK: Tensor, normalize: bool) -> Tensor:
-    return weights_TK / weights_TK.sum(-1, keepdim=True) if normalize else weights_TK
+class Past:
+    """What the tokens of a pass have before them, for layers whose routing looks there.
+
+    Made once for all layers: which tokens begin a document, and the matrix that makes means of the
+    past (`common.model.history`) of a layer's scores in one product, training and decoding alike.
+    """
+
+    def __init__(
+        self, config: ModelConfig, first_BT: Tensor, share_GBT: Tensor, same_BTT: Tensor | None
+    ) -> None:
+        """first_BT: where a document begins. share_GBT: `history.shares` of the tokens before each.
+        same_BTT: whether two tokens are of one document; None where all are."""
+        device, T = first_BT.device, first_BT.shape[1]
+        self._parts = history.parts(config)
+        self._powers_GP = torch.from_numpy(history.powers(config, T + 1)).float().to(device)
+        gap_TT = torch.arange(T, device=device)[:, None] - 1 - torch.arange(T, device=device)
+        weights_GTT = self._powers_GP[:, gap_TT.clamp(min=0)] * (gap_TT >= 0)
+        self._weights_GBTT = weights_GTT[:, None]
+        if same_BTT is not None:
+            self._weights_GBTT = self._weights_GBTT * same_BTT
+        self.first_BT1 = first_BT[..., None]
+        self._share_GBT1 = share_GBT[..., None]
+
+    def before(self, x_BTX: Tensor, last_BX: Tensor | None) -> Tensor:
+        """What the token before has, zeros where there is none. last_BX: of the token before
+        all."""
+        if last_BX is None:
+            last_BX = torch.zeros_like(x_BTX[:, 0])
+        shifted_BTX = torch.cat((last_BX[:, None], x_BTX[:, :-1]), dim=1)
+        return shifted_BTX.masked_fill(self.first_BT1, 0.0)
+
+    def means(self, z_BTS: Tensor, sum_BS: Tensor | None) -> Tensor:
+        """Of the scores of the tokens before; a document's first token has its own. sum_BS: the
+        weighted sum over the tokens before all."""
+        T, found = z_BTS.shape[1], []
+        for group, part in enumerate(self._parts):
+            mean_BTS = self._weights_GBTT[group] @ z_BTS[..., part]
+            if sum_BS is not None:
+                mean_BTS = mean_BTS + self._powers_GP[group, :T, None] * sum_BS[:, None, part]
+            found.append(mean_BTS * self._share_GBT1[group])
+        return torch.where(self.first_BT1, z_BTS, torch.cat(found, dim=-1))
+
+    def summed(self, z_BTS: Tensor, sum_BS: Tensor | None) -> Tensor:
+        """The weighted sum over all tokens up to the last of these."""
+        T, found = z_BTS.shape[1], []
+        for group, part in enumerate(self._parts):
+            powers_P = self._powers_GP[group]
+            total_BS = (powers_P[:T].flip(0)[:, None] * z_BTS[..., part]).sum(1)
+            if sum_BS is not None:
+                total_BS = total_BS + powers_P[T] * sum_BS[:, part]
+            found.append(total_BS)
+        return torch.cat(found, dim=-1)
+
+
+class RoutingState:
+    """What a layer's routing keeps of a sequence: the weighted sum of the scores of streamed
+    experts, and what the last token's second gate says."""
+
+    def __init__(self) -> None:
+        self.sum_BS: Tensor | None = None
+        self.last_BA: Tensor | None = None
+
+    def copied(self) -> RoutingState:
+        return copy(self)  # tensors are replaced, never written to
 
 
 def refuse_gradients(*inputs: Tensor) -> None:
@@ -92,43 +163,115 @@ class MoE(nn.Module):
         self.layer, self.top_k = layer, config.num_experts_per_tok
         self.normalize, self.mask_prob = config.norm_topk_prob, config.fallback_mask_prob
         self.gate = Linear(config.hidden_size, config.num_experts)
+        self.near = (config.num_resident_experts, config.num_resident_experts_per_tok)
+        self.follows = config.routing_of(layer) == "history"
+        if rows := previous_gate_rows(config, layer):
+            self.previous_gate: Linear | None = Linear(config.hidden_size, rows)
+        else:
+            self.previous_gate = None
         count = config.num_experts if resident and encoding == SWIGLU else 0
         self.experts = _weights(config, count)
         self.shared_experts = _weights(config, config.num_shared_experts)
-        self.anchor: Tensor | None = None  # a frozen gate's weight, beside which training stays
+        # The weights of frozen gates, beside which training stays.
+        self.anchor: tuple[Tensor, ...] | None = None
 
     def forward(
         self,
         x_TD: Tensor,
         *,
         probs_TE: Tensor | None = None,
+        past: Past | None = None,
+        state: RoutingState | None = None,
         chosen: tuple[Tensor, Tensor | None] | None = None,
         source: Source | None = None,
     ) -> tuple[Tensor, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
-        gate's own of these experts) replace the layer's own gate."""
-        routing = self.decide(x_TD, probs_TE)
-        if chosen is not None:
-            ids_TK, weights_TK = chosen
-            if weights_TK is None:
-                weights_TK = _normal(routing.probs_TE.gather(-1, ids_TK), self.normalize)
-            routing = routing._replace(ids_TK=ids_TK, weights_TK=weights_TK.to(x_TD.dtype))
+        gate's own of these experts) replace the layer's own gate. past, state: what comes before
+        the tokens, where the layer's routing looks there."""
+        ids_TK, weights_TK = chosen or (None, None)
+        routing = self.decide(x_TD, probs_TE, past, state, ids_TK)
+        if weights_TK is not None:
+            routing = routing._replace(weights_TK=weights_TK.to(x_TD.dtype))
         if source is not None:
             refuse_gradients(x_TD, routing.weights_TK)
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
+        if x_TD.is_cuda and self.training and source is None:
+            combine = self._batched
         return combine(x_TD, routing, source), routing
 
-    def decide(self, x_TD: Tensor, probs_TE: Tensor | None = None) -> Routing:
-        """The gate's choice, or that of other probabilities; weights in the dtype of x."""
-        if probs_TE is None:
-            probs_TE = self.gate(x_TD).float().softmax(dim=-1)
-        routing = route(probs_TE, self.top_k, self.normalize)
+    def gates(self) -> tuple[Tensor, ...]:
+        """The weights of the gate and, where there is one, of that which sees the token before."""
+        found = (self.gate, self.previous_gate)
+        return tuple(gate.weight for gate in found if gate is not None)
+
+    def decide(
+        self,
+        x_TD: Tensor,
+        probs_TE: Tensor | None = None,
+        past: Past | None = None,
+        state: RoutingState | None = None,
+        ids_TK: Tensor | None = None,
+    ) -> Routing:
+        """The gate's choice, or that of other probabilities, or the weights of experts that are
+        chosen already; weights in the dtype of x."""
         reference_TE = None
-        if self.anchor is not None:
-            reference_TE = F.linear(x_TD.detach(), self.anchor).float().softmax(dim=-1)
+        if self.previous_gate is not None:
+            assert past is not None
+            routing = self._informed(x_TD, self.gates(), past, state, ids_TK)
+            if self.anchor is not None:
+                frozen = self._informed(x_TD.detach(), self.anchor, past, None, None)
+                reference_TE = frozen.probs_TE
+        else:
+            if probs_TE is None:
+                probs_TE = self.gate(x_TD).float().softmax(dim=-1)
+            routing = route(probs_TE, self.top_k, self.normalize, ids_TK)
+            if self.anchor is not None:
+                logits_TE = F.linear(x_TD.detach(), self.anchor[0])
+                reference_TE = logits_TE.float().softmax(dim=-1)
         return routing._replace(
             weights_TK=routing.weights_TK.to(x_TD.dtype), reference_TE=reference_TE
         )
+
+    def upcoming(self, past: Past, state: RoutingState) -> Tensor:
+        """The streamed experts of the token after the last, [B, K]: what `decide` will choose.
+        past: of that token."""
+        assert state.sum_BS is not None
+        none_B1S = torch.zeros_like(state.sum_BS)[:, None]
+        best_BK = past.means(none_B1S, state.sum_BS)[:, 0].topk(self.top_k - self.near[1], dim=-1)
+        return best_BK.indices + self.near[0]
+
+    def _informed(
+        self,
+        x_TD: Tensor,
+        gates: Sequence[Tensor],
+        past: Past,
+        state: RoutingState | None,
+        ids_TK: Tensor | None,
+    ) -> Routing:
+        """The choice of a gate that sees the token before; with `follows`, of the resident experts
+        only, and the others by the tokens before alone. gates: weights of the gate and the second
+        one."""
+        shape = (-1, past.first_BT1.shape[1])
+        z_BTE, v_BTA = (linear(x_TD, weight).float().unflatten(0, shape) for weight in gates)
+        known = state or RoutingState()
+        before_BTA = past.before(v_BTA, known.last_BA)
+        if state is not None:
+            state.last_BA = v_BTA[:, -1]
+        if not self.follows:
+            probs_TE = (z_BTE + before_BTA).flatten(0, 1).softmax(dim=-1)
+            return route(probs_TE, self.top_k, self.normalize, ids_TK)
+        (resident, near), K = self.near, self.top_k
+        z_BTS = z_BTE[..., resident:]
+        a_TA = (z_BTE[..., :resident] + before_BTA).flatten(0, 1)
+        s_TS = past.means(z_BTS, known.sum_BS).flatten(0, 1)
+        if state is not None:
+            state.sum_BS = past.summed(z_BTS, state.sum_BS)
+        if ids_TK is None:
+            near_TK, far_TK = a_TA.topk(near, dim=-1).indices, s_TS.topk(K - near, dim=-1).indices
+            ids_TK = torch.cat((near_TK, far_TK + resident), dim=-1)
+        weights_TK = torch.cat((a_TA, s_TS), dim=-1).gather(-1, ids_TK).softmax(dim=-1)
+        shares = a_TA.softmax(-1) * (near / K), s_TS.softmax(-1) * (1 - near / K)
+        return Routing(ids_TK, weights_TK, torch.cat(shares, dim=-1))
 
     def mix(self, x_1D: Tensor, weights_1K: Tensor, experts: Sequence[Any]) -> Tensor:
         """One token's output from its experts, in the order of its routing."""
@@ -204,6 +347,36 @@ class MoE(nn.Module):
         if shared_TD is None:
             return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD)
         y_TKD = self._fall_back(y_TKD, shared_TD, routing, missing, source)
+        return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD) + shared_TD
+
+    def _batched(self, x_TD: Tensor, routing: Routing, source: Source | None) -> Tensor:
+        """As `_grouped` for training on a GPU: all experts in three products, each with as many
+        rows as the one used most, since the launches of one expert after another would take longer
+        than their arithmetic."""
+        T, K = routing.ids_TK.shape
+        flat_N = routing.ids_TK.reshape(-1)
+        order_N = flat_N.argsort(stable=True)
+        counts_E = flat_N.new_zeros(len(self.experts)).scatter_add(
+            0, flat_N, flat_N.new_ones(T * K)
+        )
+        rows = int(counts_E.max())
+        first_E = counts_E.cumsum(0) - counts_E
+        rank_N = torch.empty_like(order_N)
+        rank_N[order_N] = torch.arange(T * K, device=x_TD.device)
+        place_N = flat_N * rows + rank_N - first_E[flat_N]
+        # Places are taken once each, so no gradient depends on the order in which threads add.
+        x_ND = x_TD[:, None].expand(T, K, -1).reshape(T * K, -1)
+        x_XD = x_TD.new_zeros(len(self.experts) * rows, x_TD.shape[1]).index_copy(0, place_N, x_ND)
+        up_EFD = torch.stack([expert.gate_up_proj.weight for expert in self.experts])
+        down_EDF = torch.stack([expert.down_proj.weight for expert in self.experts])
+        x_ECD = x_XD.view(len(self.experts), rows, -1)
+        gate_ECF, up_ECF = (x_ECD @ up_EFD.transpose(1, 2)).chunk(2, dim=-1)
+        y_ECD = (F.silu(gate_ECF) * up_ECF) @ down_EDF.transpose(1, 2)
+        y_TKD = y_ECD.flatten(0, 1).index_select(0, place_N).view(T, K, -1)
+        shared_TD = self._shared(x_TD)
+        if shared_TD is None:
+            return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD)
+        y_TKD = self._fall_back(y_TKD, shared_TD, routing, [], source)
         return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD) + shared_TD
 
     def _fall_back(

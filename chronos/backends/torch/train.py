@@ -156,7 +156,7 @@ def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
 def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
-        block.mlp.anchor = block.mlp.gate.weight.detach().clone()
+        block.mlp.anchor = tuple(weight.detach().clone() for weight in block.mlp.gates())
 
 
 def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:

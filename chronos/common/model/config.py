@@ -21,6 +21,7 @@ from chronos.common.errors import ConfigError
 MODEL_TYPE = "chronos"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ATTENTION_KINDS = ("mla", "sliding")
+ROUTING_SOURCES = ("gate", "informed", "lookahead", "history")
 # Written by other libraries beside the geometry; they carry nothing Chronos needs.
 _IGNORED_KEYS = frozenset(
     "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id"
@@ -28,6 +29,7 @@ _IGNORED_KEYS = frozenset(
     " rope_scaling layer_types"
     " chronos_version is_encoder_decoder return_dict output_hidden_states".split()
 )
+LISTS = ("hybrid_pattern", "routing_source", "history_decay")  # tuples here, lists in JSON
 # Bounds no model of this family needs to pass; they stop a hostile file before allocation.
 _LIMITS = {
     "hidden_size": 65_536,
@@ -117,8 +119,20 @@ class ModelConfig:
     """Tokens ahead whose experts the LookaheadRouter forecasts; 0 to 16."""
     lookahead_hidden_size: int = 256
     """Width inside the LookaheadRouter."""
-    routing_source: str = "gate"
-    """What chooses experts: `gate`, or `lookahead`: after the first layer, for all others."""
+    routing_source: str | tuple[str, ...] = "gate"
+    """What chooses a layer's experts, one for all layers or a list with one for each: `gate`;
+    `informed`, a gate that sees the token before too; `lookahead`, what is known after the first
+    layer, for later ones; `history`, a few resident experts by an informed gate and the others by
+    the tokens before alone, so that they are known a token ahead."""
+    num_resident_experts: int = 4
+    """History: the first experts of a layer, always in memory."""
+    num_resident_experts_per_tok: int = 2
+    """History: of those used for a token, how many are resident ones."""
+    history_decay: float | tuple[float, ...] = 0.9
+    """History: what a token counts for the choice of streamed experts, by that of the token after
+    it; several values share these experts out, in order and evenly."""
+    streamed_balance: float = 1.0
+    """History: factor on the balance of the streamed experts."""
     loss_weights: LossWeights = LossWeights()
     """Weights of the terms of training."""
     fallback_mask_prob: float = 0.0
@@ -137,6 +151,22 @@ class ModelConfig:
         """ "mla" or "sliding": the pattern repeats over the layers."""
         return self.hybrid_pattern[layer % len(self.hybrid_pattern)]
 
+    def routing_of(self, layer: int) -> str:
+        """What chooses a layer's experts: one of ROUTING_SOURCES."""
+        source = self.routing_source
+        return source if isinstance(source, str) else source[layer]
+
+    @property
+    def routing_sources(self) -> tuple[str, ...]:
+        """What chooses the experts of each layer."""
+        return tuple(map(self.routing_of, range(self.num_hidden_layers)))
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The values of `history_decay`."""
+        decay = self.history_decay
+        return decay if isinstance(decay, tuple) else (decay,)
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
@@ -154,7 +184,9 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The config.json object, in both spellings."""
         data = dataclasses.asdict(self)
-        data["hybrid_pattern"] = list(self.hybrid_pattern)
+        for name in LISTS:
+            if isinstance(data[name], tuple):
+                data[name] = list(data[name])
         return data | {
             "model_type": MODEL_TYPE,
             "architectures": ["ChronosForCausalLM"],
@@ -243,8 +275,9 @@ def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"RoPE scaling {scaling!r} is not supported", where, "use default")
     if data.get("tie_word_embeddings", True) is not True:
         raise ConfigError("tie_word_embeddings must be true", where)
-    if isinstance(fields.get("hybrid_pattern"), list):
-        fields["hybrid_pattern"] = tuple(fields["hybrid_pattern"])
+    for name in LISTS:
+        if isinstance(fields.get(name), list):
+            fields[name] = tuple(fields[name])
     weights = fields.get("loss_weights")
     if weights is not None:
         fields["loss_weights"] = _loss_weights(weights, where)
@@ -295,8 +328,6 @@ def _check(c: ModelConfig) -> None:
         "fallback_mask_prob needs a shared expert": c.fallback_mask_prob > 0
         and c.num_shared_experts == 0,
         f"dtype must be one of {sorted(DTYPE_BYTES)}": c.dtype not in list(DTYPE_BYTES),
-        "routing_source must be 'gate' or 'lookahead'": c.routing_source
-        not in ("gate", "lookahead"),
         f"hybrid_pattern must list some of {ATTENTION_KINDS}": not (
             isinstance(c.hybrid_pattern, tuple)
             and c.hybrid_pattern
@@ -304,8 +335,38 @@ def _check(c: ModelConfig) -> None:
             and all(kind in ATTENTION_KINDS for kind in c.hybrid_pattern)
         ),
     }
-    for message, broken in rules.items():
+    for message, broken in (rules | _routing_rules(c)).items():
         if broken:
             raise ConfigError(message)
     if (c.num_routed_experts + c.num_shared_experts) * c.expert_parameters > _MAX_PARAMETERS:
         raise ConfigError(f"the experts would hold more than {_MAX_PARAMETERS} parameters")
+
+
+def _routing_rules(c: ModelConfig) -> dict[str, bool]:
+    """What `routing_source` asks for: message -> whether it is broken."""
+    listed = c.routing_source if isinstance(c.routing_source, tuple) else (c.routing_source,)
+    rules = {
+        f"routing_source must be one of {ROUTING_SOURCES}, or a list of them with one for each of"
+        f" the {c.num_hidden_layers} layers": any(name not in ROUTING_SOURCES for name in listed)
+        or (isinstance(c.routing_source, tuple) and len(listed) != c.num_hidden_layers),
+        "history_decay must be one number or several, between 0 and 1, at most one a streamed"
+        " expert": not (
+            c.decays
+            and all(_is_number(decay) and 0 < decay < 1 for decay in c.decays)
+            and len(c.decays) <= max(1, c.num_experts - c.num_resident_experts)
+        ),
+        "streamed_balance must be at least 0": c.streamed_balance < 0,
+    }
+    if "history" not in listed:
+        return rules
+    resident, streamed = c.num_resident_experts, c.num_experts - c.num_resident_experts
+    near = c.num_resident_experts_per_tok
+    far = c.num_experts_per_tok - near
+    return rules | {
+        "history routing needs 1 <= num_resident_experts_per_tok <= num_resident_experts": not (
+            1 <= near <= resident
+        ),
+        "history routing needs at least one streamed expert for each token, and as many as that:"
+        f" {far} of {streamed} are left beside the resident ones": not 1 <= far <= streamed,
+        "history routing needs norm_topk_prob": not c.norm_topk_prob,
+    }

@@ -71,6 +71,8 @@ def dense_tensors(config: ModelConfig) -> list[TensorSpec]:
         shapes += [(prefix + "self_attn." + n, s) for n, s in _attention(config, layer)]
         shapes.append((prefix + "post_attention_layernorm.weight", (D,)))
         shapes.append((prefix + "mlp.gate.weight", (config.num_experts, D)))
+        if rows := previous_gate_rows(config, layer):
+            shapes.append((prefix + "mlp.previous_gate.weight", (rows, D)))
         for shared in range(config.num_shared_experts):
             shapes += [
                 (f"{prefix}mlp.shared_experts.{shared}.{spec.name}.weight", spec.shape)
@@ -78,6 +80,12 @@ def dense_tensors(config: ModelConfig) -> list[TensorSpec]:
             ]
     shapes.append(("model.norm.weight", (D,)))
     return [TensorSpec(name, shape, config.dtype) for name, shape in shapes]
+
+
+def previous_gate_rows(config: ModelConfig, layer: int) -> int:
+    """Experts whose choice the token before has a gate for: 0 for none."""
+    rows = {"informed": config.num_experts, "history": config.num_resident_experts}
+    return rows.get(config.routing_of(layer), 0)
 
 
 def _attention(config: ModelConfig, layer: int) -> list[tuple[str, tuple[int, ...]]]:

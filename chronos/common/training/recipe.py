@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from chronos.common.errors import ConfigError
-from chronos.common.model.config import LossWeights, ModelConfig
+from chronos.common.model.config import LISTS, LossWeights, ModelConfig
 
 _T = TypeVar("_T")
 S = TypeVar("S", bound="StageRecipe")
@@ -253,8 +253,9 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     if stage.STARTS:
         _known(model, {"path"}, "key in [model]")
         start = str(model.pop("path", ""))
-    if isinstance(model.get("hybrid_pattern"), list):
-        model["hybrid_pattern"] = tuple(model["hybrid_pattern"])
+    for name in LISTS:
+        if isinstance(model.get(name), list):
+            model[name] = tuple(model[name])
     model.setdefault("vocab_size", tokenizer.vocab_size)
     model["loss_weights"] = _section(LossWeights, data, "loss")
     return Recipe(

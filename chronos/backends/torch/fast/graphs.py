@@ -224,4 +224,4 @@ def usable(model: Any, exact: bool) -> bool:
     """Whether steps of a model can be captured, and what they leave out is not asked for."""
     if plain() or not isinstance(model, Model) or model.device.type != "cuda":
         return False
-    return exact and model.config.routing_source != "lookahead"
+    return exact and set(model.config.routing_sources) == {"gate"}
