@@ -179,7 +179,7 @@ def measured(
     with torch.no_grad():
         for piece in pieces:
             recorder.new_sequence()
-            routing = model(torch.from_numpy(piece).long()[None], last_only=True).routing
+            routing = model(torch.from_numpy(piece).long()[None], want_logits=False).routing
             recorder.append(torch.stack([r.ids_TK for r in routing], 1).numpy())
         announced = ahead(model, config, pieces, decoded)
     trace = recorder.trace()
@@ -239,7 +239,7 @@ def ahead(
             told = {}
             if cache.position:
                 told = {k: set(v[0].tolist()) for k, v in model.upcoming(cache).items()}
-            routing = model(torch.tensor([[token]]), cache=cache, last_only=True).routing
+            routing = model(torch.tensor([[token]]), cache=cache, want_logits=False).routing
             if cache.position == 1:
                 continue
             for layer, chosen in enumerate(routing):
