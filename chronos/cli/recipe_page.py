@@ -124,7 +124,10 @@ def _section(name: str, kind: type[Any]) -> str:
 
 
 def _type(field: dataclasses.Field[Any]) -> str:
-    text = str(field.type)
+    return " or ".join(map(_kind, str(field.type).split(" | ")))
+
+
+def _kind(text: str) -> str:
     if text.startswith(("tuple[", "list[")):
         return "list of " + text.partition("[")[2].partition("]")[0].partition(",")[0]
     return text
