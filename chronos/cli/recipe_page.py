@@ -99,7 +99,7 @@ def meanings(kind: type[Any]) -> dict[str, str]:
     for field, text in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             assert isinstance(field.target, ast.Name)
-            found[field.target.id] = str(ast.literal_eval(text.value))
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
     return found
 
 
