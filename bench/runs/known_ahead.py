@@ -51,6 +51,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "balance5": HISTORY | {"streamed_balance": 5.0},
     "n6": HISTORY | {"num_resident_experts": 6},
     "near3": HISTORY | {"num_resident_experts": 5, "num_resident_experts_per_tok": 3},
+    "near3-balance5": HISTORY
+    | {"num_resident_experts": 5, "num_resident_experts_per_tok": 3, "streamed_balance": 5.0},
+    "slow-balance5": HISTORY | {"streamed_balance": 5.0, "history_decay": 0.95},
     "edges": {"routing_source": ("gate", *["history"] * 6, "gate")},
     "edges-informed": {"routing_source": ("informed", *["history"] * 6, "informed")},
     # As much arithmetic with two of the four chosen experts made shared ones.

@@ -190,7 +190,7 @@ def test_coded_experts_are_not_trained(backend: Any, coded: Path) -> None:
         if backend.name == "torch":
             import torch
 
-            model(torch.from_numpy(ids_BT))
+            model(torch.from_numpy(ids_BT).to(model.device))
         else:
             import mlx.core as mx
 
