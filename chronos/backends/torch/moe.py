@@ -353,10 +353,10 @@ class MoE(nn.Module):
         """As `_grouped` for training on a GPU: all experts in three products, each with as many
         rows as the one used most, since the launches of one expert after another would take longer
         than their arithmetic."""
-        T, K = routing.ids_TK.shape
+        (T, K), table = routing.ids_TK.shape, self.table
         flat_N = routing.ids_TK.reshape(-1)
         order_N = flat_N.argsort(stable=True)
-        counts_E = flat_N.new_zeros(len(self.experts)).scatter_add(
+        counts_E = flat_N.new_zeros(len(table)).scatter_add(
             0, flat_N, flat_N.new_ones(T * K)
         )
         rows = int(counts_E.max())
@@ -366,10 +366,10 @@ class MoE(nn.Module):
         place_N = flat_N * rows + rank_N - first_E[flat_N]
         # Places are taken once each, so no gradient depends on the order in which threads add.
         x_ND = x_TD[:, None].expand(T, K, -1).reshape(T * K, -1)
-        x_XD = x_TD.new_zeros(len(self.experts) * rows, x_TD.shape[1]).index_copy(0, place_N, x_ND)
-        up_EFD = torch.stack([expert.gate_up_proj.weight for expert in self.experts])
-        down_EDF = torch.stack([expert.down_proj.weight for expert in self.experts])
-        x_ECD = x_XD.view(len(self.experts), rows, -1)
+        x_XD = x_TD.new_zeros(len(table) * rows, x_TD.shape[1]).index_copy(0, place_N, x_ND)
+        up_EFD = torch.stack([expert.gate_up_FD for expert in table])
+        down_EDF = torch.stack([expert.down_DF for expert in table])
+        x_ECD = x_XD.view(len(table), rows, -1)
         gate_ECF, up_ECF = (x_ECD @ up_EFD.transpose(1, 2)).chunk(2, dim=-1)
         y_ECD = (F.silu(gate_ECF) * up_ECF) @ down_EDF.transpose(1, 2)
         y_TKD = y_ECD.flatten(0, 1).index_select(0, place_N).view(T, K, -1)
