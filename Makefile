@@ -36,6 +36,7 @@ test: $(DEV_STAMP)
 
 check: $(DEV_STAMP)
 	$(RUN) ruff check .
+	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(BIN)/lint-imports
 	$(RUN) chronos.cli.docs --check docs

@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _title(model: str, data: str, documents: list[Document]) -> str:
-    return f"{model} on {data}: {len(documents)} documents"
+    return f"{model} on {data}: {output.count(len(documents), 'document')}"
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -120,7 +120,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "tokens",
             str(result["tokens"]),
-            f"predicted, in {result['rows']} rows of {result['seq_len']}",
+            f"predicted, in {output.count(result['rows'], 'row')} of {result['seq_len']}",
         ),
         ("loss", f"{result['loss']:.4f}", "nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}", ""),

@@ -230,11 +230,11 @@ def verify(path: PathArg, out: JsonOptions) -> None:
         for problem in report.problems:
             errors.report(problem["what"], problem["where"], problem["fix"])
         coded = f" ({', '.join(report.encodings)})" if report.encodings else ""
-        count = len(report.problems)
+        found = output.count(len(report.problems), "problem") if report.problems else "no problems"
         print(
-            f"{path}: {output.size(report.bytes)} in {report.files} "
-            f"file{'s' * (report.files != 1)}, {report.records} "
-            f"experts{coded}, {report.tensors} tensors: {count or 'no'} problem{'s' * (count != 1)}"
+            f"{path}: {output.size(report.bytes)} in {output.count(report.files, 'file')}, "
+            f"{output.count(report.records, 'expert')}{coded}, "
+            f"{output.count(report.tensors, 'tensor')}: {found}"
         )
         for what in report.unchecked:
             output.note(f"not checked: {what}")

@@ -68,10 +68,15 @@ def limit_share(stats: dict[str, Any]) -> float | None:
 
 def lines(engine: Engine, result: GenerationResult) -> list[str]:
     """MLX-LM's three lines and one on the experts, for stderr."""
-    stats, made = result.stats, len(result.tokens)
+    stats = result.stats
+    prompt, made = (
+        output.count(number, "token") for number in (result.prompt_tokens, len(result.tokens))
+    )
+    # The first token is the prompt's: where no other came, there is no speed.
+    speed = f", {stats['decode_tps']:.1f} tokens/s" if stats["decode_tokens"] else ""
     return [
-        f"prompt: {result.prompt_tokens} tokens, {stats['prefill_tps']:.1f} tokens/s",
-        f"generation: {made} tokens, {stats['decode_tps']:.1f} tokens/s{_ended(engine, result)}",
+        f"prompt: {prompt}, {stats['prefill_tps']:.1f} tokens/s",
+        f"generation: {made}{speed}{_ended(engine, result)}",
         f"peak memory: {output.size(peak_memory())}",
         f"experts: {_experts(engine, stats)}",
         *busy(),
@@ -137,6 +142,8 @@ def to_json(
         "threads": engine.threads,
         "load": load.average if (load := machine_load()) else None,
         "budget_bytes": engine.budget_bytes,
+        # None where nothing was to be chosen: every expert was in memory
+        "predictor_used": engine.feed.predictor if engine.feed else None,
         "expert_bytes_total": engine.expert_bytes_total,
         "peak_memory_bytes": peak_memory(),
         "stats": result.stats,

@@ -154,7 +154,9 @@ def finish_many(engine: Engine, results: Sequence[GenerationResult], out: JsonOp
         output.print_json([footer.to_json(engine, result) for result in results])
     else:
         for number, result in enumerate(results, start=1):
-            output.note(f"[{number}] {len(result.tokens)} tokens, {result.finish_reason}")
+            output.note(
+                f"[{number}] {output.count(len(result.tokens), 'token')}, {result.finish_reason}"
+            )
             print(result.text, flush=True)
     for number, result in enumerate(results, start=1):
         if result.error:

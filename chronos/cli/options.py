@@ -211,7 +211,11 @@ class RunOptions(DeviceOptions):
         from chronos.run.engine import load
 
         options = {"own_process": own_process} | dataclasses.asdict(self)
-        return load(model, **(options | changes))
+        engine = load(model, **(options | changes))
+        chosen = engine.feed.predictor if engine.feed else None
+        if self.predictor != "auto" and "budget" not in changes and chosen is None:
+            output.note(f"--predictor {self.predictor}: no effect where every expert is in memory")
+        return engine
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,11 @@ def size(nbytes: float) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 

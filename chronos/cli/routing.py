@@ -133,6 +133,7 @@ def trace_json(recorded: RoutingTrace) -> dict[str, object]:
 def describe(recorded: RoutingTrace) -> str:
     d = trace_json(recorded)
     return (
-        f"{d['tokens']} tokens in {d['sequences']} sequences ({d['phase']}), "
+        f"{output.count(recorded.num_tokens, 'token')} in "
+        f"{output.count(len(set(recorded.seq_T.tolist())), 'sequence')} ({d['phase']}), "
         f"{d['layers']} layers x {d['experts']} experts, top-{d['top_k']}"
     )

@@ -90,37 +90,55 @@ def record(
         extra={"expert_bytes": expert_bytes} if expert_bytes else None,
     )
     sequence = OneSequence(session, record=True)
-    done = 0
-    for ids in sequences:
-        if done >= max_tokens:
-            break
+    wanted = list(_within(sequences, max_tokens, new_tokens))
+    done, total = 0, sum(count for _, count in wanted)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    for ids, count in wanted:
         sequence.reset()
         recorder.new_sequence()
-        ids = list(ids) if new_tokens else list(ids)[: max_tokens - done]
-        count = min(new_tokens, max_tokens - done)
-        tokens, parts = _routing(sequence, ids, count)
-        for ids_TLK, weights_TLK in parts:
+        tokens = ids
+        if new_tokens:
+            tokens = _written(sequence, ids, count, advance)
+        else:
+            sequence.prefill(ids, SamplingParams(), advance=advance)
+        for ids_TLK, weights_TLK in sequence.routing():
             recorder.append(ids_TLK, weights_TLK, tokens[: len(ids_TLK)])
             tokens = tokens[len(ids_TLK) :]
-            done += len(ids_TLK)
-        progress(done, max_tokens)
     return recorder.trace()
 
 
-def _routing(
-    sequence: OneSequence, ids: list[int], new_tokens: int
-) -> tuple[list[int], Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]]:
-    """The tokens that were run, and the routing of them in parts."""
+def _within(
+    sequences: Iterable[Sequence[int]], max_tokens: int, new_tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """The sequences that are run, and how many tokens are recorded of each: `max_tokens` in all."""
+    left = max_tokens
+    for ids in sequences:
+        if left <= 0:
+            return
+        kept = list(ids) if new_tokens else list(ids)[:left]
+        count = min(new_tokens, left) if new_tokens else len(kept)
+        yield kept, count
+        left -= count
+
+
+def _written(
+    sequence: OneSequence, prompt: list[int], new_tokens: int, advance: Callable[[int], None]
+) -> list[int]:
+    """What the model writes after a prompt, greedily; the prompt's routing is dropped."""
     greedy = SamplingParams()
-    token = sequence.prefill(ids, greedy)
-    if not new_tokens:
-        return ids, sequence.routing()
+    token = sequence.prefill(prompt, greedy)
     sequence.routing()
     written = []
     for _ in range(new_tokens):
         written.append(token)
         token = sequence.decode(token, greedy)
-    return written, sequence.routing()
+        advance(1)
+    return written
 
 
 def cut(tokenizer: Tokenizer, documents: Sequence[Document], length: int) -> Iterator[list[int]]:

@@ -43,14 +43,23 @@ class OneSequence:
         """Forget the tokens; the experts stay where they are."""
         self.session.drop(self.seq)
 
-    def prefill(self, tokens: Sequence[int], sampling: SamplingParams, prompt: int = 0) -> int:
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        sampling: SamplingParams,
+        prompt: int = 0,
+        *,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> int:
         """Append a prompt and sample the token after it; -1 where the logits are not finite.
 
         prompt: tokens of the sequence once its whole prompt is in, where `tokens` are a part.
+        advance: called with the tokens of each piece that is in.
         """
         token, whole = None, max(prompt, self.position + len(tokens))
         for work in pieces(self.seq, tokens, sampling):
             token = self._run(replace(work, prompt=whole))
+            advance(len(work.tokens))
         assert token is not None
         return token
 

@@ -9,12 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chronos.cli import charts, output
+from chronos.testing.tiny import tiny_packed
 from tests.support.tiny_guest import tiny_guest
 
 
@@ -99,6 +102,32 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     output.configure()
     shown = [] if quiet else [f"recording: {10 * n / 0.6:.0f} %, {10 * n} s" for n in (1, 2, 3)]
     assert capsys.readouterr().err.splitlines() == shown
+
+
+@pytest.mark.needs_backend
+@pytest.mark.parametrize("new_tokens", [0, 6])
+def test_progress_of_one_sequence_goes_piece_by_piece_to_its_end(
+    chronos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_tokens: int
+) -> None:
+    """Of what there is to record, not of the most that was asked for."""
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def progress(label: str, **options: Any) -> Iterator[Any]:
+        yield lambda done, total: seen.append((done, total))
+
+    monkeypatch.setattr(output, "progress", progress)
+    packed = tiny_packed(tmp_path / "tiny", max_position_embeddings=2048)
+    (tmp_path / "one.txt").write_text("left and right are words. " * 400)
+    to, flags = tmp_path / "t.npz", ("--seq-len", 1100, "--new-tokens", new_tokens, "-n", 1000)
+    if new_tokens:
+        flags = ("--seq-len", 2000, "--new-tokens", new_tokens, "-n", 2 * new_tokens)
+    done = chronos("trace", packed, "--data", tmp_path / "one.txt", "-o", to, *flags, "--json")
+    assert seen[-1] == (done.json["tokens"], done.json["tokens"])
+    if new_tokens:
+        assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
+    else:
+        assert seen == [(512, 1000), (1000, 1000)] and done.json["sequences"] == 1
 
 
 def test_a_table_too_wide_for_the_terminal_becomes_a_list(
@@ -266,6 +295,26 @@ def test_json_of_generate_says_what_was_asked(chronos: Any, packed: Path) -> Non
         "--temp", data["sampling"]["temperature"], "--seed", data["sampling"]["seed"],
     ).json  # fmt: skip
     assert again["tokens"] == data["tokens"]
+    assert (data["predictor_used"], again["predictor"]) == ("lru", "auto")
+    assert again["predictor_used"] == "token-table"  # the model has no forecaster
+
+
+@pytest.mark.needs_backend
+def test_where_all_experts_are_in_memory_no_predictor_runs(chronos: Any, packed: Path) -> None:
+    """And one that was asked for is told to have no effect."""
+    for budget in ("all", "resident"):
+        flags = ("-p", "x", "-n", 1, "--budget", budget, "--predictor", "lfu")
+        done = chronos("generate", packed, *flags, "--json")
+        assert done.json["predictor_used"] is None
+        assert done.err == "--predictor lfu: no effect where every expert is in memory\n"
+
+
+@pytest.mark.needs_backend
+def test_one_is_no_plural_and_one_token_has_no_speed(chronos: Any, packed: Path) -> None:
+    shown = chronos("generate", packed, "-p", "x", "-n", 1).err.splitlines()
+    assert "generation: 1 token" in shown
+    shown = chronos("generate", packed, "-p", "x", "-n", 2).err.splitlines()
+    assert any(line.startswith("generation: 2 tokens, ") for line in shown)
 
 
 def test_a_failed_packing_leaves_no_folder_that_it_made(

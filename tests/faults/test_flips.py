@@ -116,6 +116,16 @@ def test_damage_of_several_kinds_is_listed_each_once(packed: Path) -> None:
     assert {"LICENSE", "config.json"} <= {Path(p["where"]).name for p in found}
 
 
+def test_every_problem_of_a_packed_folder_says_what_to_do(packed: Path) -> None:
+    first, second, *_ = open_layout(packed).files
+    first.write_bytes(first.read_bytes()[:100])
+    second.unlink()
+    flip(packed / "model.safetensors", 0)
+    found = problems(packed)
+    assert {first.name, second.name} <= {Path(problem["where"]).name for problem in found}
+    assert all(problem["fix"] for problem in found)
+
+
 def test_a_folder_of_before_says_what_cannot_be_checked(packed: Path) -> None:
     (packed / "experts" / DIGESTS).unlink()
     report = verify(packed, collect=True)

@@ -13,6 +13,7 @@ import chronos
 from chronos.common.disk.linked import LINK
 from chronos.common.errors import CorruptFileError, UsageError
 from chronos.common.layout import inspect, pack, verify
+from chronos.common.layout.pack import check_destination
 from tests.support.tiny_guest import tiny_guest
 
 
@@ -94,3 +95,17 @@ def test_files_of_others_are_never_written_over(sharded, tmp_path):
         pack(sharded, tmp_path / "project")
     assert [path.name for path in (tmp_path / "project").iterdir()] == ["LICENSE"]
     assert (tmp_path / "project/LICENSE").read_text() == "the project's"
+
+
+def test_a_folder_of_other_files_is_no_place_for_a_model(sharded, tmp_path):
+    (project := tmp_path / "project").mkdir()
+    (project / "notes.txt").write_text("mine")
+    for check in (pack, check_destination):
+        with pytest.raises(UsageError, match="holds other files: notes.txt"):
+            check(sharded, project)
+    assert [path.name for path in project.iterdir()] == ["notes.txt"]
+    (project / "notes.txt").rename(project / ".notes")
+    pack(sharded, project)  # hidden ones may be there, of a repository made for the model
+    (project / "notes.txt").write_text("written later")
+    pack(sharded, project)
+    assert (project / ".notes").read_text() == "mine"

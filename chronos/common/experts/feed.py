@@ -212,6 +212,7 @@ class Feed:
         self.layout, self.exact = layout, options.miss == "exact"
         self._capacity_bytes, self._warm_bytes = capacity_bytes, options.warm_bytes
         self._arena, self._reader = arena, reader
+        self.predictor = policy.name if policy is not None else None  # that ranks the experts
         self.tier = make_tier(layout, arena, reader, policy, verify=options.verify)
         self.ahead: Prefetcher | None = None
         if prefetch:

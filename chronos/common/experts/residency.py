@@ -28,6 +28,10 @@ class Policy(Protocol):
     """Ranks every (layer, expert), and may forecast what is needed next. Called under the lock of
     the tier it serves, on the thread of whoever runs the model."""
 
+    @property
+    def name(self) -> str:
+        """As `--predictor` has it."""
+
     forecasts: bool  # true: it ranks absent keys too, and a prefetch must outrank its victim
     can_disable: bool  # whether `disable` spares time; else it does nothing
 
@@ -85,6 +89,8 @@ class Counts:
 class LRU(Counts):
     """Least recently used."""
 
+    name = "lru"
+
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.priority = np.zeros((num_layers, num_experts))
         self._rows = list(self.priority)  # views: indexing a row costs half of indexing the matrix
@@ -104,6 +110,8 @@ class DecayedLFU(Counts):
     Uses are noted at once and added up when the ranking is asked for: a NumPy update costs 4 us,
     and a layer that misses nothing asks for no ranking.
     """
+
+    name = "lfu"
 
     def __init__(self, num_layers: int, num_experts: int, decay: float = LFU_DECAY) -> None:
         if not 0.0 < decay <= 1.0:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chronos.common.disk import foreign
-from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.atomic import LOCK, RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import build_header
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, check_free_space
 from chronos.common.disk.linked import LINK, write_link
@@ -278,7 +278,7 @@ def _existing_nbytes(dst: Path) -> int:
 def _refuse_foreign(src: Path, dst: Path, io: FileIO) -> None:
     """Go on in an empty folder or where an unfinished run left off, never over other files.
 
-    Raises UsageError: the dense part is written first, so what has none of ours is not ours.
+    Raises UsageError: the dense part is written first, so a folder without ours is not ours.
     """
     if is_unfinished(dst, io):
         return
@@ -292,6 +292,17 @@ def _refuse_foreign(src: Path, dst: Path, io: FileIO) -> None:
             else f"the destination holds a {there[0].name} that was not written by Chronos",
             str(dst),
             "choose an empty or a new folder: its files would be overwritten",
+        )
+    # Hidden ones may be there: a repository made to hold the model, what file managers leave.
+    others = sorted(
+        path.name for path in dst.iterdir() if path.name != LOCK and not path.name.startswith(".")
+    )
+    if others:
+        shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        raise UsageError(
+            f"the destination holds other files: {shown}",
+            str(dst),
+            "choose an empty or a new folder",
         )
 
 

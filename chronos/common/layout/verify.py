@@ -67,6 +67,9 @@ class VerifyReport:
         return asdict(self)
 
 
+_RESTORE = "restore the file, or pack the model again into a new folder"
+
+
 class _Verifier:
     def __init__(
         self,
@@ -77,11 +80,12 @@ class _Verifier:
     ) -> None:
         self.report, self.collect, self.io = VerifyReport(str(path)), collect, io
         self.progress, self.total = progress, 0
+        self.fix = ""  # of problems that name none
 
     def problem(self, error: ChronosError) -> None:
         if not self.collect or isinstance(error, ResourceError):  # the machine's, not the file's
             raise error
-        found = {"what": error.what, "where": error.where, "fix": error.fix}
+        found = {"what": error.what, "where": error.where, "fix": error.fix or self.fix}
         if found not in self.report.problems:
             self.report.problems.append(found)
 
@@ -109,6 +113,7 @@ class _Verifier:
         if not is_packed(folder):
             self.unpacked(folder, read_config(folder))
             return
+        self.fix = _RESTORE
         with self.noting():
             config = read_config(folder)
             with self.noting():
@@ -228,6 +233,7 @@ class _Verifier:
         inside = path.parent.name == EXPERTS
         folder = path.parent.parent if inside else path.parent
         packed = is_packed(folder)
+        self.fix = _RESTORE if packed else ""
         if packed and inside and path.suffix == ".ctsr":
             layout = described_layout(folder, io=self.io)
             if path not in layout.files:

@@ -250,6 +250,8 @@ def _layout(trace: RoutingTrace, record_bytes: int) -> Layout:
 class Oracle:
     """A `Predictor` that has read the trace: the upper line of every forecast."""
 
+    name = "oracle"
+
     def __init__(self, trace: RoutingTrace, foresight: int = _FORESIGHT) -> None:
         tokens, layers, _ = trace.ids_TLK.shape
         self._needed_TLE = np.zeros((tokens + foresight + 1, layers, trace.num_experts), np.float32)

@@ -23,8 +23,7 @@ from chronos.common.layout import Layout
 
 # Those that nothing trains, made for (layers that have experts, experts of a layer).
 UNTRAINED: dict[str, Callable[[int, int], Predictor]] = {
-    "token-table": TokenTable,
-    "lfu": DecayedUse,
+    kind.name: kind for kind in (TokenTable, DecayedUse)
 }
 
 

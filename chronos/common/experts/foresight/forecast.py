@@ -162,6 +162,8 @@ class History:
 class Forecaster:
     """A `Predictor` made of a trained model, following one sequence."""
 
+    name = "forecast"
+
     def __init__(self, model: ForecastModel, moments: int = 0) -> None:
         """moments: how often in a token forecasts are renewed; 0 for a number that suits."""
         self._params, self._geometry = model.params, model.geometry

@@ -39,6 +39,8 @@ class Predictor(Protocol):
     Layers are those of the model in the order a token meets them, 0 to L - 1.
     """
 
+    name: str  # as `--predictor` has it
+
     def observe(self, layer: int, experts: Collection[int]) -> None:
         """The token under way needs these experts of a layer. At most once a layer and token.
         Reads wait for this: what takes long is left to `reconsider`."""
@@ -82,6 +84,10 @@ class PredictorPolicy:
         self._row = {layer: row for row, layer in enumerate(self._layers)}
         self._priority: Scores | None = None
         self._pass: TokenClock | None = None  # while a prompt is read
+
+    @property
+    def name(self) -> str:
+        return self.predictor.name
 
     @property
     def priority(self) -> Scores:
@@ -159,6 +165,10 @@ class SwitchablePolicy(PredictorPolicy):
     """
 
     can_disable = True
+
+    @property
+    def name(self) -> str:
+        return self._forecaster.name
 
     def __init__(
         self,
@@ -238,6 +248,8 @@ class DecayedUse:
     share slots: bench/log/forecasts.md has the figures. LRFU: Lee et al. 2001.
     """
 
+    name = "lfu"
+
     def __init__(
         self,
         num_layers: int,
@@ -279,6 +291,8 @@ class DecayedUse:
 class PreviousToken(DecayedUse):
     """Expects of each layer what it needed last; of other experts, what it needed more recently."""
 
+    name = "previous-token"
+
     def __init__(self, num_layers: int, num_experts: int, discount: float = RANK_DISCOUNT) -> None:
         super().__init__(num_layers, num_experts, 0.25, discount)
 
@@ -292,6 +306,8 @@ class TokenTable(DecayedUse):
 
     Needs the token's id, which is known as soon as it was sampled: `begin_token`.
     """
+
+    name = "token-table"
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
