@@ -36,7 +36,7 @@ RoundsOption = Annotated[
 
 _COLUMNS = (
     *("budget", "tok/s", "spread", "of resident", "same"),
-    *("hits", "MB/token", "stall ms", "of limit"),
+    *("hits", "MB/tok", "stall ms", "of limit"),
 )
 _LEGEND = (
     "tok/s: median of the rounds. spread: from the slowest to the fastest of them, by the median. "

@@ -72,7 +72,7 @@ def test_simulate_orders_the_policies(chronos: Any, trace: Path) -> None:
         assert hits["min"] == max(hits.values())
     assert data["budgets"]["50%"]["r_min"] < data["budgets"]["25%"]["r_min"]
     done = chronos("simulate", trace, "--budget", "50%")
-    assert "120 tokens in 1 sequences" in done.out and "gap closed" in done.out
+    assert "120 tokens in 1 sequence (" in done.out and "gap closed" in done.out
     assert max(map(len, (done.out + done.err).splitlines())) <= 80
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from chronos.cli import charts, output
+from chronos.cli import bench, charts, output
 from chronos.testing.tiny import tiny_packed
 from tests.support.tiny_guest import tiny_guest
 
@@ -142,6 +142,16 @@ def test_a_table_too_wide_for_the_terminal_becomes_a_list(
     assert capsys.readouterr().out.split("\n")[1:] == [
         "model", "budget 12.5%", "  tok/s: 10.0", "  of resident: 50.0 %", "  hits: -", ""
     ]  # fmt: skip
+
+
+def test_the_table_of_bench_fits_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = ("resident", "999.9", "12.5 %", "100.0 %", "yes", "99.9 %", "12.345", "12.34", "99.9 %")
+    output.table(bench._COLUMNS, [row])
+    header = capsys.readouterr().out.splitlines()[1].split()
+    assert header == " ".join(bench._COLUMNS).split()
 
 
 @pytest.mark.needs_backend

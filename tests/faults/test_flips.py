@@ -120,7 +120,7 @@ def test_every_problem_of_a_packed_folder_says_what_to_do(packed: Path) -> None:
     first, second, *_ = open_layout(packed).files
     first.write_bytes(first.read_bytes()[:100])
     second.unlink()
-    flip(packed / "model.safetensors", 0)
+    flip(packed / "config.json", 0)  # not JSON any more
     found = problems(packed)
     assert {first.name, second.name} <= {Path(problem["where"]).name for problem in found}
     assert all(problem["fix"] for problem in found)
