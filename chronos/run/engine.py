@@ -22,26 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 from chronos import backends
 from chronos.backends.startup import ReadAhead, fast_import, wait_asleep
-from chronos.common.budget import parse_budget
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedOptions, open_feed
-from chronos.common.experts.foresight.choose import check_predictor, choose_policy
-from chronos.common.layout import is_packed, open_layout
-from chronos.common.layout.folder import refuse_unfinished, slots_within
-from chronos.common.layout.source import open_source
-from chronos.common.model.config import ModelConfig
-from chronos.common.model.guest import Geometry, GuestConfig, end_ids, read_config
-from chronos.common.model.weights import dense_tensors
-from chronos.common.text.generation_config import ReplyDefaults, read_defaults
+from chronos.common.model.guest import Geometry
+from chronos.common.text.generation_config import ReplyDefaults
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.tuning import threads_for
 from chronos.run.batch import Batch
 from chronos.run.generation import Generation, GenerationResult, Step
 from chronos.run.meter import Machine, measure_machine
-from chronos.run.models import resolve_model
+from chronos.run.opening import RESIDENT, dense_names, experts_of, plan_for, replies_of
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import Session
@@ -51,8 +44,6 @@ __all__ = ["RESIDENT", "Engine", "Generation", "GenerationResult", "Step", "load
 _log = logging.getLogger("chronos")
 GREEDY = SamplingParams()
 Prompt = str | Iterable[int]
-RESIDENT = "resident"  # as a budget: the model holds its own experts, there is no feed
-_WARM = "a warm tier"
 _NO_DEFAULTS = ReplyDefaults()
 
 
@@ -359,32 +350,22 @@ def load(
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
     """
-    _check_choice("miss", miss, ("exact", "fallback"))
-    _check_choice("prefetch", prefetch, ("auto", "off"))
-    check_predictor(predictor)
     wait_asleep()  # before anything of ours runs that it would take for a neighbour
     threads_wanted = threads_for(threads)
-    if allow_missing and miss != "fallback":
-        raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
-    folder = resolve_model(model)
-    config = read_config(folder)
-    _check_context(context, config)
-    if miss == "fallback" and config.num_shared_experts == 0:
-        raise UsageError("miss=fallback needs shared experts, and this model has none", str(folder))
-    layout = _open_layout(folder, config, budget, allow_missing)
-    capacity = 0 if layout is None else parse_budget(budget, layout.total_bytes)
-    warm_bytes, policy = 0, None
-    if layout is not None:
-        slots_within(layout, capacity, config.num_experts_per_tok)
-        warm_bytes = _warm_bytes(warm, layout, config.num_experts_per_tok)
-        if capacity < layout.total_bytes:
-            policy = choose_policy(predictor, layout, config.num_experts_per_tok)
-    elif str(warm) != "0":
-        parse_budget(warm, 1, _WARM)  # refused if it makes no sense
-        _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
-    known = _of_experts(folder, config) if layout is None else {}
+    plan = plan_for(
+        model,
+        budget=budget,
+        warm=warm,
+        miss=miss,
+        prefetch=prefetch,
+        predictor=predictor,
+        allow_missing=allow_missing,
+        context=context,
+    )
+    folder, config, layout = plan.folder, plan.config, plan.layout
+    known = experts_of(folder, config) if layout is None else {}
     name = backends.select(backend)
-    with ReadAhead(read_checkpoint(folder, _dense_names(folder, config))) as dense:
+    with ReadAhead(read_checkpoint(folder, dense_names(folder, config))) as dense:
         with fast_import(name, own_process=own_process):
             module = backends.load(name)
         threads_taken = module.set_threads(threads_wanted)
@@ -394,96 +375,23 @@ def load(
             folder, device=device, resident=layout is None, dense=dense, layout=layout
         )
     known |= {"backend": name, "device": str(core.device), "context": context}
-    known["threads"] = threads_taken
-    if (folder / "tokenizer.json").exists():
-        known["tokenizer"] = Tokenizer.load(folder, config.vocab_size)
-    if isinstance(config, GuestConfig):
-        known["stop_ids"] = end_ids(folder)
-        known["defaults"] = _defaults(folder)
+    known |= {"threads": threads_taken, **replies_of(folder, config)}
     if layout is None:
         return Engine(module.session(core, None), config, **known)
-    options = FeedOptions(config.num_experts_per_tok, warm_bytes, core.device, miss)
-    ahead = prefetch == "auto"
-    # Where every expert has room, forecasts have no use.
-    forecast = ahead and policy is not None
+    options = FeedOptions(config.num_experts_per_tok, plan.warm_bytes, core.device, miss)
     feed = open_feed(
-        module.open_arena, layout, capacity, options, policy=policy, prefetch=forecast, io=io
+        module.open_arena,
+        layout,
+        plan.capacity_bytes,
+        options,
+        policy=plan.policy,
+        prefetch=plan.forecasts,
+        io=io,
     )
     try:
-        if ahead and capacity >= layout.total_bytes:
-            feed.preload(sorted(layout.records))  # all have room: filled in the background
+        if plan.preloads:
+            feed.preload(sorted(layout.records))  # filled in the background
         return Engine(module.session(core, feed), config, feed=feed, layout=layout, **known)
     except BaseException:
         feed.close()
         raise
-
-
-def _defaults(folder: Path) -> ReplyDefaults:
-    """The model's own penalties and rules; says once which others have no effect."""
-    defaults = read_defaults(folder)
-    if defaults.ignored:
-        names = ", ".join(defaults.ignored)
-        _log.warning("generation_config.json: %s has no effect here", names)
-    return defaults
-
-
-def _dense_names(folder: Path, config: ModelConfig | GuestConfig) -> list[str] | None:
-    """Tensors to read while the framework is imported, None for all. A guest that is not packed is
-    read by its own library."""
-    if isinstance(config, ModelConfig):
-        return [spec.name for spec in dense_tensors(config)]
-    return None if is_packed(folder) else []
-
-
-def _of_experts(folder: Path, config: ModelConfig | GuestConfig) -> dict[str, Any]:
-    """What a layout would say: bytes of all routed experts, and the layers that have some."""
-    if isinstance(config, ModelConfig) and not is_packed(folder):
-        nbytes = config.num_routed_experts * config.expert_parameters * config.dtype_bytes
-        return {"expert_bytes": nbytes}
-    source = open_source(folder, FileIO())
-    return {"expert_bytes": source.expert_nbytes, "moe_layers": tuple(source.templates)}
-
-
-def _open_layout(
-    folder: Path, config: ModelConfig | GuestConfig, budget: str | int, allow_missing: bool
-) -> Layout | None:
-    """The packed experts, or None where the model is to hold them itself."""
-    refuse_unfinished(folder)
-    if str(budget).strip().lower() == RESIDENT:
-        return None
-    if is_packed(folder):
-        return open_layout(folder, config=config, allow_missing=allow_missing)
-    if str(budget).strip().lower() == "all":
-        return None
-    raise UsageError(
-        f"a budget of {budget} needs a packed model folder",
-        str(folder),
-        f"pack it: chronos pack {folder} -o {folder}-packed",
-    )
-
-
-def _warm_bytes(warm: str | int, layout: Layout, top_k: int) -> int:
-    """Bytes of the warm tier, 0 for none; refused here if they could not work."""
-    nbytes = 0 if str(warm) == "0" else parse_budget(warm, layout.total_bytes, _WARM)
-    if nbytes:
-        slots_within(layout, nbytes, top_k, _WARM)
-    return nbytes
-
-
-def _check_context(context: int | None, config: Geometry) -> None:
-    if context is None:
-        return
-    if context < 1:
-        raise UsageError(f"a context of {context} tokens", "", "give at least 1")
-    if context > config.max_position_embeddings:
-        _log.warning(
-            "a context of %d tokens is more than the %d this model was made for: what it writes"
-            " beyond may make no sense",
-            context,
-            config.max_position_embeddings,
-        )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} cannot be {value!r}", f"--{name}", f"use {' or '.join(choices)}")
