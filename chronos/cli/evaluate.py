@@ -22,7 +22,8 @@ from chronos.cli.options import (
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from chronos.common.data import Document
+    from chronos.common.data import Batch, Document
+    from chronos.run.engine import Engine
 
 
 @command("eval", panel="Measure")
@@ -54,10 +55,6 @@ def evaluate(
 
     The same tokens in the same contexts are measured at every budget and batch size.
     """
-    from chronos import backends
-    from chronos.common.model.config import ModelConfig
-    from chronos.common.training.objectives import NextToken
-    from chronos.common.training.recipe import OptimizerRecipe
     from chronos.measure import evaluate as room
     from chronos.run.engine import RESIDENT
 
@@ -65,16 +62,8 @@ def evaluate(
     budget = RESIDENT if run.budget == "all" else run.budget
     # own_process leaves out parts of a framework that losses of a resident model need.
     with run.open(model, budget=budget, own_process=False) as engine:
-        if seq_len is None:
-            seq_len = min(256, engine.context)
-        if seq_len > engine.context:
-            raise UsageError(
-                f"a row of {seq_len} tokens is longer than the context of {engine.context}",
-                "--seq-len",
-                f"use at most {engine.context}",
-            )
-        tokenizer, backend = tokenizer_of(engine, model), backends.load(engine.backend)
-        dataset = room.packed(tokenizer, documents, seq_len)
+        seq_len = _row_length(engine, seq_len)
+        dataset = room.packed(tokenizer_of(engine, model), documents, seq_len)
         rows = room.rows_of(dataset, max_tokens)
         with output.progress("routing") as update:
             trace = room.record(
@@ -85,15 +74,7 @@ def evaluate(
                 model=model,
                 progress=update,
             )
-        loaded = engine.session.model
-        if engine.feed is None and isinstance(engine.config, ModelConfig):
-            step = backend.train_step(loaded, OptimizerRecipe())
-            batches = list(room.together(rows, batch_size))
-            terms = step.evaluate(batches, NextToken(engine.config.loss_weights))
-        else:
-            with engine.feed.step() if engine.feed else nullcontext() as source:
-                forward = partial(backend.forward, loaded, source=source)
-                terms = room.sequence_loss(forward, room.pieces_of(rows))
+        terms = _terms(engine, rows, batch_size)
     result = {
         "documents": len(documents),
         "tokens": sum(row.tokens for row in rows),
@@ -108,6 +89,36 @@ def evaluate(
     output.table(
         ("measure", "value", ""), _rows(result), title=_title(model, data, documents), align="lrl"
     )
+
+
+def _row_length(engine: Engine, asked: int | None) -> int:
+    if asked is None:
+        return min(256, engine.context)
+    if asked > engine.context:
+        raise UsageError(
+            f"a row of {asked} tokens is longer than the context of {engine.context}",
+            "--seq-len",
+            f"use at most {engine.context}",
+        )
+    return asked
+
+
+def _terms(engine: Engine, rows: list[Batch], batch_size: int) -> dict[str, float]:
+    """The terms of the loss: of a native model in memory as training has them, else its loss."""
+    from chronos import backends
+    from chronos.common.model.config import ModelConfig
+    from chronos.common.training.objectives import NextToken
+    from chronos.common.training.recipe import OptimizerRecipe
+    from chronos.measure import evaluate as room
+
+    backend, loaded = backends.load(engine.backend), engine.session.model
+    if engine.feed is None and isinstance(engine.config, ModelConfig):
+        step = backend.train_step(loaded, OptimizerRecipe())
+        batches = list(room.together(rows, batch_size))
+        return step.evaluate(batches, NextToken(engine.config.loss_weights))
+    with engine.feed.step() if engine.feed else nullcontext() as source:
+        forward = partial(backend.forward, loaded, source=source)
+        return room.sequence_loss(forward, room.pieces_of(rows))
 
 
 def _title(model: str, data: str, documents: list[Document]) -> str:

@@ -390,10 +390,11 @@ def _fields(bundle: type[Any]) -> list[dataclasses.Field[Any]]:
 
 def _parameters(bundle: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(bundle, include_extras=True)
+    command = getattr(bundle, "command", "")  # of a bundle that one command alone has
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-            annotation=_with_twin(field.name, hints[field.name], ""),
+            annotation=_with_twin(field.name, hints[field.name], command),
         )
         for field in _fields(bundle)
     ]  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -14,10 +15,12 @@ from chronos.cli import charts, footer, output
 from chronos.cli.app import command
 from chronos.cli.bench import BudgetsOption, RoundsOption, bench
 from chronos.cli.options import JsonOptions, ReplayOptions, checked, size_of, split
+from chronos.common.budget import parse_size
 from chronos.common.disk.io import drop_page_cache
 
 if TYPE_CHECKING:
     from chronos.common.model.config import ModelConfig
+    from chronos.common.traces.trace import RoutingTrace
     from chronos.measure.recorded import Progress, Replayed, Results
     from chronos.measure.timebox import Count, Timebox
 
@@ -46,13 +49,14 @@ _LEGEND = (
 )
 
 
-@command("replay", on=bench)
-def replay(
-    trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
-    run: ReplayOptions,
-    out: JsonOptions,
-    budgets: BudgetsOption = "25%",
-    rounds: RoundsOption = 1,
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is generated, what of it is measured, and where it is kept."""
+
+    command: ClassVar = "bench replay"
+
+    budgets: BudgetsOption = "25%"
+    rounds: RoundsOption = 1
     expert_size: Annotated[
         str,
         typer.Option(
@@ -60,13 +64,13 @@ def replay(
             help="Bytes of one expert of the generated model.",
             callback=checked(size_of("an expert size")),
         ),
-    ] = "3MB",
+    ] = "3MB"
     minutes: Annotated[
         float,
         typer.Option(
             min=0.1, metavar="M", help="Measure what fits in; options that are given win."
         ),
-    ] = 3.0,
+    ] = 3.0
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -76,7 +80,7 @@ def replay(
             help="Counted tokens.",
             show_default=f"{_TOKENS[1]}, fewer where time is short",
         ),
-    ] = None,
+    ] = None
     warmup: Annotated[
         int | None,
         typer.Option(
@@ -84,11 +88,11 @@ def replay(
             help="Tokens before them that fill caches.",
             show_default=f"{_WARMUP[1]}, fewer where time is short",
         ),
-    ] = None,
+    ] = None
     work: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the generated model here; used again next time."),
-    ] = None,
+    ] = None
     forecast: Annotated[
         Path | None,
         typer.Option(
@@ -96,7 +100,7 @@ def replay(
             help="A forecaster that `chronos fit` wrote.",
             show_default="one trained on the trace's training sequences",
         ),
-    ] = None,
+    ] = None
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -104,11 +108,11 @@ def replay(
             help="Of that training, at most; 0: no forecaster.",
             show_default=f"{_EPOCHS}, fewer where time is short",
         ),
-    ] = None,
+    ] = None
     cold: Annotated[
         bool,
         typer.Option("--cold", help="Start with empty caches: nothing is warmed up uncounted."),
-    ] = False,
+    ] = False
     disk: Annotated[
         str | None,
         typer.Option(
@@ -117,8 +121,21 @@ def replay(
             callback=checked(size_of("a disk's rate")),
             show_default="as fast as the disk gives them",
         ),
-    ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None,
+    ] = None
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a chart too.")] = None
+
+    @property
+    def disk_rate(self) -> int | None:
+        """Bytes per second, where a slower disk than this one is asked for."""
+        return None if self.disk is None else parse_size(self.disk, "a disk's rate")
+
+
+@command("replay", on=bench)
+def replay(
+    trace_file: Annotated[Path, typer.Argument(metavar="T.npz", help="A routing trace.")],
+    run: ReplayOptions,
+    out: JsonOptions,
+    settings: ReplaySettings,
 ) -> None:
     """Replay a real model's recorded routing on a generated model of its geometry.
 
@@ -130,52 +147,24 @@ def replay(
     Within --minutes as many tokens are counted as the machine's pace allows; what was measured
     stands in the title and in --json. Making and training the model are part of that time.
     """
-    from chronos.common.budget import parse_size
-    from chronos.common.disk.io import FileIO, PacedIO
-    from chronos.common.traces.fit import split as parts
     from chronos.common.traces.trace import RoutingTrace
     from chronos.measure import recorded as room
-    from chronos.measure.timebox import Count, Timebox
+    from chronos.measure.timebox import Timebox
 
-    limit = Timebox(60 * minutes)
-    if png is not None:
-        charts.check(png)
+    limit = Timebox(60 * settings.minutes)
+    if settings.png is not None:
+        charts.check(settings.png)
     trace = RoutingTrace.load(trace_file)
-    config = room.config_for(trace, parse_size(expert_size, "an expert size"))
-    rate = None if disk is None else parse_size(disk, "a disk's rate")
-    io = FileIO() if rate is None else PacedIO(rate)
-    with _work_folder(work) as folder:
-        with output.progress("making the model") as update:
-            room.make_model(folder, config, update)
-        runs = dict(room.RUNS)
-        if forecast is not None:
-            room.use_forecaster(folder, forecast)
-        elif epochs != 0:
-            seconds = 60 * minutes * _TRAINING if epochs is None else float("inf")
-            with output.progress("training the forecaster") as update:
-                room.train_forecaster(folder, trace, epochs or _EPOCHS, update, seconds)
-        else:
-            del runs[room.FORECAST], runs[room.AUTO]
+    config = room.config_for(trace, parse_size(settings.expert_size, "an expert size"))
+    with _work_folder(settings.work) as folder:
+        runs = _made(folder, trace, config, settings)
         # A tenth is for closing and for the limits; whatever the parts before took, some is left.
-        box = limit.part(0.9, least_s=60 * minutes / 4)
-        with output.progress("replaying") as update:
-            results = room.compare(
-                lambda budget, options: run.open(str(folder), budget=budget, io=io, **options),
-                parts(trace).test if room.FORECAST in runs else trace,
-                split(budgets),
-                rounds=rounds,
-                warmup=Count(0, 0) if cold else _count(warmup, _WARMUP),
-                tokens=_count(tokens, _TOKENS),
-                limit=box,
-                runs=runs,
-                before_each=_drop_page_cache if cold else lambda: None,
-                io=io,
-                progress=_told(update, box),
-            )
-    if png is not None:
-        _draw(png, results, f"{trace_file.name} on {_geometry(config)}")
+        box = limit.part(0.9, least_s=60 * settings.minutes / 4)
+        results = _compared(folder, trace, runs, run, settings, box)
+    if settings.png is not None:
+        _draw(settings.png, results, f"{trace_file.name} on {_geometry(config)}")
     if out.json:
-        print_json(trace_file, config, results, cold=cold, disk=rate)
+        _print_json(trace_file, config, results, settings)
         return
     title = f"{trace_file.name} on {_geometry(config)}\n{_measured(results, limit)}"
     output.table(_COLUMNS, [_row(results, *key) for key in results], title=title)
@@ -186,8 +175,59 @@ def replay(
     output.legend(_LEGEND)
 
 
-def print_json(
-    trace_file: Path, config: ModelConfig, results: Results, *, cold: bool, disk: int | None
+def _made(
+    folder: Path, trace: RoutingTrace, config: ModelConfig, settings: ReplaySettings
+) -> dict[str, dict[str, str]]:
+    """Generate the model with its forecaster; the runs to compare, by name."""
+    from chronos.measure import recorded as room
+
+    with output.progress("making the model") as update:
+        room.make_model(folder, config, update)
+    runs, epochs = dict(room.RUNS), settings.epochs
+    if settings.forecast is not None:
+        room.use_forecaster(folder, settings.forecast)
+    elif epochs != 0:
+        seconds = 60 * settings.minutes * _TRAINING if epochs is None else float("inf")
+        with output.progress("training the forecaster") as update:
+            room.train_forecaster(folder, trace, epochs or _EPOCHS, update, seconds)
+    else:
+        del runs[room.FORECAST], runs[room.AUTO]
+    return runs
+
+
+def _compared(
+    folder: Path,
+    trace: RoutingTrace,
+    runs: dict[str, dict[str, str]],
+    run: ReplayOptions,
+    settings: ReplaySettings,
+    box: Timebox,
+) -> Results:
+    from chronos.common.disk.io import FileIO, PacedIO
+    from chronos.common.traces.fit import split as parts
+    from chronos.measure import recorded as room
+    from chronos.measure.timebox import Count
+
+    cold, rate = settings.cold, settings.disk_rate
+    io = FileIO() if rate is None else PacedIO(rate)
+    with output.progress("replaying") as update:
+        return room.compare(
+            lambda budget, options: run.open(str(folder), budget=budget, io=io, **options),
+            parts(trace).test if room.FORECAST in runs else trace,
+            split(settings.budgets),
+            rounds=settings.rounds,
+            warmup=Count(0, 0) if cold else _count(settings.warmup, _WARMUP),
+            tokens=_count(settings.tokens, _TOKENS),
+            limit=box,
+            runs=runs,
+            before_each=_drop_page_cache if cold else lambda: None,
+            io=io,
+            progress=_told(update, box),
+        )
+
+
+def _print_json(
+    trace_file: Path, config: ModelConfig, results: Results, settings: ReplaySettings
 ) -> None:
     from chronos.measure.recorded import ratio_to_off
 
@@ -203,7 +243,8 @@ def print_json(
                 "rounds": [found.to_json() for found in rounds],
             }
         )
-    data = {"trace": str(trace_file), "cold": cold, "disk": disk, "config": config.to_json()}
+    measured = {"trace": str(trace_file), "cold": settings.cold, "disk": settings.disk_rate}
+    data = measured | {"config": config.to_json()}
     output.print_json(data | {"runs": runs})
 
 

@@ -27,6 +27,25 @@ _TOP = ("forecast", "min")  # drawn bold
 EpochsOption = Annotated[
     int, typer.Option(min=1, help="Passes over the training sequences, at most.")
 ]
+ExpertSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Size of one expert, for bytes read.",
+        callback=checked(size_of("an expert size")),
+        show_default="as the trace says; without, reads are counted",
+    ),
+]
+ForecasterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        show_default="forecast.safetensors in the model folder",
+        help="The file to write.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Makes training repeatable.")]
 
 
@@ -48,15 +67,7 @@ def simulate(
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Equal slots in every layer, not one pool.")
     ] = False,
-    expert_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Size of one expert, for bytes read.",
-            callback=checked(size_of("an expert size")),
-            show_default="as the trace says; without, reads are counted",
-        ),
-    ] = None,
+    expert_size: ExpertSizeOption = None,
     forecast: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A forecaster that `chronos fit` wrote."),
@@ -71,7 +82,6 @@ def simulate(
     With a forecaster, only test sequences are run, which training never sees.
     """
     from chronos.common.budget import parse_size
-    from chronos.common.experts.foresight.forecast import ForecastModel
     from chronos.common.traces.measure import measure
     from chronos.common.traces.simulate import check_slots, slots_for
     from chronos.common.traces.trace import RoutingTrace
@@ -79,24 +89,13 @@ def simulate(
     if png is not None:
         charts.check(png)
     shares = shares_of(budget)
-    recorded = tested = RoutingTrace.load(trace_file)
+    recorded = RoutingTrace.load(trace_file)
     record_bytes = recorded.expert_bytes
     if expert_size is not None:
         record_bytes = parse_size(expert_size, "an expert size")
     for _, share in shares:
         check_slots(recorded, slots_for(recorded, share, pooled=not per_layer))
-    model: ForecastModel | None = None
-    if forecast is not None:
-        model = ForecastModel.load(forecast)
-        model.check_fits(*_geometry(recorded), where=str(forecast))
-        tested = _parts(recorded).test
-    elif fit:
-        try:
-            parts = _parts(recorded)
-            tested = parts.test
-            model = _trained(parts).model
-        except DataError as error:
-            output.legend(f"No forecaster was trained: {error.what}.")
+    model, tested = _forecaster(recorded, forecast, fit)
     sizes = [slots_for(tested, share, pooled=not per_layer) for _, share in shares]
     with output.progress("replaying") as update:
         measured = measure(
@@ -104,24 +103,12 @@ def simulate(
         )
     results = {text: result for (text, _), result in zip(shares, measured, strict=True)}
     if png is not None:
-        rates = {
-            share: {run.policy: run.hit_rate for run in _runs(*result)}
-            for (_, share), result in zip(shares, measured, strict=True)
-        }
-        title = f"{tested.meta['model'] or 'trace'}: expert cache hits, {tested.num_tokens} tokens"
-        draw(png, rates, title)
+        draw(png, dict(zip([share for _, share in shares], measured, strict=True)), tested)
     if out.json:
-        output.print_json(
-            {
-                "trace": trace_json(recorded),
-                "replayed": trace_json(tested),
-                "warmup": warmup,
-                "expert_bytes": record_bytes,
-                "budgets": {
-                    text: result_json(*result, record_bytes) for text, result in results.items()
-                },
-            }
-        )
+        traces = {"trace": trace_json(recorded), "replayed": trace_json(tested)}
+        about = {"warmup": warmup, "expert_bytes": record_bytes}
+        budgets = {text: result_json(*result, record_bytes) for text, result in results.items()}
+        output.print_json(traces | about | {"budgets": budgets})
         return
     print(describe(recorded))
     if tested is not recorded:
@@ -129,6 +116,26 @@ def simulate(
     for text, result in results.items():
         _table(text, *result, record_bytes)
     output.legend(_LEGEND)
+
+
+def _forecaster(
+    recorded: RoutingTrace, file: Path | None, fit: bool
+) -> tuple[ForecastModel | None, RoutingTrace]:
+    """The forecaster of a file or, with `fit`, one trained now, if there is one; and what of the
+    trace it has never seen."""
+    from chronos.common.experts.foresight.forecast import ForecastModel
+
+    if file is not None:
+        model = ForecastModel.load(file)
+        model.check_fits(*_geometry(recorded), where=str(file))
+        return model, _parts(recorded).test
+    if fit:
+        try:
+            parts = _parts(recorded)
+            return _trained(parts).model, parts.test
+        except DataError as error:
+            output.legend(f"No forecaster was trained: {error.what}.")
+    return None, recorded
 
 
 _LEGEND = (
@@ -190,11 +197,20 @@ def result_json(
     }
 
 
-def draw(path: Path, rates: Mapping[float, Mapping[str, float]], title: str) -> None:
+def draw(
+    path: Path,
+    results: Mapping[float, tuple[Comparison, dict[str, Measured]]],
+    trace: RoutingTrace,
+) -> None:
     """Hit rate by share of the experts, a line per policy and predictor; of one share, bars.
 
     A name has the same look in every chart, whichever others are drawn.
     """
+    rates = {
+        share: {run.policy: run.hit_rate for run in _runs(*result)}
+        for share, result in results.items()
+    }
+    title = f"{trace.meta['model'] or 'trace'}: expert cache hits, {trace.num_tokens} tokens"
     y = "requests served from memory"
     names = sorted({name for policies in rates.values() for name in policies}, key=_place)
     if len(rates) == 1:
@@ -244,16 +260,7 @@ def fit(
             help="With MODEL: text to record routing of, as for trace.",
         ),
     ] = None,
-    to: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="FILE",
-            show_default="forecast.safetensors in the model folder",
-            help="The file to write.",
-        ),
-    ] = None,
+    to: ForecasterOption = None,
     epochs: EpochsOption = 10,
     seed: SeedOption = 0,
     budget_tested: Annotated[
@@ -300,21 +307,21 @@ def fit(
         tested = measure(test, [slots], fitted.model, warmup=0.1, progress=update)
     result = result_json(*tested[0], recorded.expert_bytes)
     if out.json:
-        about = {
-            "file": str(file),
-            "trace": trace_json(recorded),
-            "tested": trace_json(test),
-            "seconds": fitted.seconds,
-            "validation_losses": fitted.losses,
-            "geometry": dataclasses.asdict(fitted.model.geometry),
-            "budget": budget_tested,
-        }
-        output.print_json(about | {"test": result})
+        about = {"file": str(file), "trace": trace_json(recorded), "tested": trace_json(test)}
+        output.print_json(about | _fitted_json(fitted) | {"budget": budget_tested, "test": result})
         return
     print(f"{file}: trained in {fitted.seconds:.0f} s on {describe(recorded)}")
     print(f"Tested on sequences it never saw: {describe(test)}")
     _table(budget_tested, *tested[0], recorded.expert_bytes)
     output.legend(_LEGEND)
+
+
+def _fitted_json(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "seconds": fitted.seconds,
+        "validation_losses": fitted.losses,
+        "geometry": dataclasses.asdict(fitted.model.geometry),
+    }
 
 
 def _recorded(

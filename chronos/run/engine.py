@@ -353,15 +353,9 @@ def load(
     wait_asleep()  # before anything of ours runs that it would take for a neighbour
     threads_wanted = threads_for(threads)
     plan = plan_for(
-        model,
-        budget=budget,
-        warm=warm,
-        miss=miss,
-        prefetch=prefetch,
-        predictor=predictor,
-        allow_missing=allow_missing,
-        context=context,
-    )
+        model, budget=budget, warm=warm, miss=miss, prefetch=prefetch, predictor=predictor,
+        allow_missing=allow_missing, context=context,
+    )  # fmt: skip
     folder, config, layout = plan.folder, plan.config, plan.layout
     known = experts_of(folder, config) if layout is None else {}
     name = backends.select(backend)
@@ -380,14 +374,9 @@ def load(
         return Engine(module.session(core, None), config, **known)
     options = FeedOptions(config.num_experts_per_tok, plan.warm_bytes, core.device, miss)
     feed = open_feed(
-        module.open_arena,
-        layout,
-        plan.capacity_bytes,
-        options,
-        policy=plan.policy,
-        prefetch=plan.forecasts,
-        io=io,
-    )
+        module.open_arena, layout, plan.capacity_bytes, options,
+        policy=plan.policy, prefetch=plan.forecasts, io=io,
+    )  # fmt: skip
     try:
         if plan.preloads:
             feed.preload(sorted(layout.records))  # filled in the background
