@@ -28,13 +28,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from chronos.common.experts.foresight.forecast import ForecastModel
-from chronos.common.experts.foresight.predictor import (
-    DecayedUse,
-    PredictorPolicy,
-    Scores,
-    SwitchablePolicy,
-    TokenTable,
-)
+from chronos.common.experts.foresight.policy import PredictorPolicy, SwitchablePolicy
+from chronos.common.experts.foresight.predictor import ByRouting, DecayedUse, Scores, TokenTable
 from chronos.common.experts.plan import PAYS, LinkUse
 from chronos.common.experts.prefetch import Prefetcher
 from chronos.common.traces.fit import split
@@ -85,8 +80,10 @@ class Recorded:
         self.scores[at], self.chance[at] = forecaster.scores(), forecaster.next_uses()
 
 
-class Repeated:
+class Repeated(ByRouting):
     """A `Predictor` that answers as a recorded one did. change: of its chances of use."""
+
+    name = "repeated"
 
     def __init__(self, recorded: Recorded, change: Callable[[Scores], Scores]) -> None:
         self._recorded, self._change = recorded, change

@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from chronos.common.experts.foresight.forecast import ForecastModel
-from chronos.common.experts.foresight.predictor import (
-    DecayedUse,
-    PredictorPolicy,
-    SwitchablePolicy,
-    TokenTable,
-)
+from chronos.common.experts.foresight.policy import PredictorPolicy, SwitchablePolicy
+from chronos.common.experts.foresight.predictor import DecayedUse, TokenTable
 from chronos.common.experts.residency import Policy
 from chronos.common.traces.fit import split
 from chronos.common.traces.rehearse import Oracle, Pace, rehearse

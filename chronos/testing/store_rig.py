@@ -90,7 +90,7 @@ class Ranking(Counts):
         self.priority = np.zeros((LAYERS, EXPERTS))
         self.told: list[Any] = []
 
-    def observe(self, layer: int, experts: object) -> None:
+    def observe(self, layer: int, experts: object, by: object = None) -> None:
         self.told.append(layer)
 
     def end_token(self) -> None:
@@ -99,7 +99,7 @@ class Ranking(Counts):
     def begin_prompt(self) -> None:
         self.told.append("begin")
 
-    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+    def end_prompt(self, ids_TLK: np.ndarray, seq: int = 0) -> None:
         self.told.append("end")
 
 
@@ -126,7 +126,7 @@ class Driver:
     def begin_prompt(self) -> None:
         self.feed.tier.begin_prompt()
 
-    def end_prompt(self, ids_TLK: np.ndarray) -> None:
+    def end_prompt(self, ids_TLK: np.ndarray, seq: int = 0) -> None:
         self.feed.tier.end_prompt(ids_TLK)
 
     def idle(self) -> bool:

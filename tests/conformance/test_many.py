@@ -18,6 +18,7 @@ import pytest
 
 from chronos.common.errors import StoreError, UsageError
 from chronos.common.experts.feed import FeedStep
+from chronos.common.experts.residency import NOBODY
 from chronos.common.layout import open_layout, pack
 from chronos.common.text.sampling import PIECE, Rules, SamplingParams, Work, draw, pieces
 from chronos.run.batch import Batch
@@ -126,6 +127,34 @@ def logits(sequence: OneSequence, prompt: Sequence[int], steps: int = 5) -> list
     return found
 
 
+@pytest.mark.parametrize("slots", [TOP_K, 12])
+def test_the_policy_is_told_what_each_sequence_needs(
+    backend: Any, folder: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And which sequences there are, until each has ended."""
+    with opened(backend, folder, slots) as engine:
+        assert engine.feed is not None
+        session, policy, told = engine.session, engine.feed.tier.policy, []
+        observe, follow = policy.observe, policy.follow
+        monkeypatch.setattr(
+            policy, "observe",
+            lambda layer, experts, by: told.append((layer, by)) or observe(layer, experts, by),
+        )  # fmt: skip
+        followed: list[list[int]] = []
+        monkeypatch.setattr(policy, "follow", lambda seqs: followed.append([*seqs]) or follow(seqs))
+        for seq in (4, 6):
+            session.run([Work(seq, [seq, 9], GREEDY, prompt=2)])
+        told.clear()
+        session.run([Work(seq, [seq + 1], GREEDY) for seq in (4, 6)], record=True)
+        for seq in (4, 6):
+            [(ids_TLK, _)] = session.routing(seq)
+            needs = [[(layer, set(by[seq])) for layer, by in told if seq in by]]
+            assert needs == [list(enumerate(set(row) for row in ids_TLK[0].tolist()))]
+        session.drop(4)
+        session.run([Work(6, [3], GREEDY)])
+        assert followed == [[4, 6], [6]]
+
+
 def test_an_expert_is_read_once_for_all_who_need_it(backend: Any, folder: Path) -> None:
     """Four times the same sequence: as many reads, and as many needs, as one of them has."""
     needs, reads = [], []
@@ -187,12 +216,12 @@ def test_one_that_fails_leaves_the_others_as_they_are(
         needed: list[list[int]] = []
         acquire = FeedStep.acquire
 
-        def fails(step: FeedStep, layer: int, experts: Sequence[int]) -> Any:
+        def fails(step: FeedStep, layer: int, experts: Sequence[int], by: Any = NOBODY) -> Any:
             if layer == LAYERS - 1:
                 needed.append(list(experts))
                 if len(experts) > TOP_K or len(needed) == 2:  # the union, then the first alone
                     raise StoreError("a disk that is gone")
-            return acquire(step, layer, experts)
+            return acquire(step, layer, experts, by)
 
         work = [Work(0, [9], GREEDY), Work(1, [9], GREEDY)]
         with monkeypatch.context() as patch:
@@ -377,7 +406,7 @@ def test_the_prompt_is_over_once(
             told_of = getattr(tier, name)
 
             def note(*args: Any, name: str = name, told_of: Callable[..., Any] = told_of) -> Any:
-                told.append((name, *(len(ids_TLK) for ids_TLK in args)))
+                told.append((name, *(len(ids_TLK) for ids_TLK in args[:1])))
                 return told_of(*args)
 
             monkeypatch.setattr(tier, name, note)
@@ -407,10 +436,10 @@ def broken(engine: Engine, layer: int = 1) -> Callable[[], None]:
     assert engine.feed is not None
     tier, acquire = engine.feed.tier, engine.feed.tier.acquire
 
-    def refuse(at: int, experts: Sequence[int], **options: Any) -> Any:
+    def refuse(at: int, experts: Sequence[int], by: Any, **options: Any) -> Any:
         if at == layer:
             raise StoreError("broken on purpose")
-        return acquire(at, experts, **options)
+        return acquire(at, experts, by, **options)
 
     tier.acquire = refuse  # type: ignore[method-assign]
     return lambda: setattr(tier, "acquire", acquire)
@@ -468,9 +497,9 @@ def test_a_prompt_that_fails_at_once_is_over_once_it_is_dropped(backend: Any, fo
         told: list[str] = []
         begin, end = feed.tier.begin_prompt, feed.tier.end_prompt
 
-        def ended(ids_TLK: np.ndarray) -> None:
-            told.append(f"end {len(ids_TLK)}")
-            end(ids_TLK)
+        def ended(ids_TLK: np.ndarray, seq: int) -> None:
+            told.append(f"end {len(ids_TLK)} of {seq}")
+            end(ids_TLK, seq)
 
         feed.tier.begin_prompt = lambda: (told.append("begin"), begin())[1]  # type: ignore[func-returns-value,method-assign]
         feed.tier.end_prompt = ended  # type: ignore[method-assign]
@@ -479,9 +508,9 @@ def test_a_prompt_that_fails_at_once_is_over_once_it_is_dropped(backend: Any, fo
         assert isinstance(error, StoreError)
         mend()
         session.drop(0)
-        assert told == ["begin", "end 0"]
+        assert told == ["begin", "end 0 of 0"]
         session.run([Work(1, [9], GREEDY)])
-        assert told == ["begin", "end 0"]
+        assert told == ["begin", "end 0 of 0"]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)])

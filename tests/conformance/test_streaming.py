@@ -23,6 +23,7 @@ from chronos.common.errors import StoreError, UsageError
 from chronos.common.experts.feed import FeedStep
 from chronos.common.experts.foresight.forecast import ForecastModel
 from chronos.common.experts.foresight.network import Geometry
+from chronos.common.experts.residency import NOBODY
 from chronos.common.layout import open_layout, pack
 from chronos.common.model.weights import Key
 from chronos.common.text.sampling import SamplingParams
@@ -272,10 +273,10 @@ def test_a_sequence_that_an_error_cut_is_refused_until_it_is_reset(
         runner = OneSequence(engine.session)
         acquire = FeedStep.acquire
 
-        def fails(step: FeedStep, layer: int, experts: Sequence[int]) -> Any:
+        def fails(step: FeedStep, layer: int, experts: Sequence[int], by: Any = NOBODY) -> Any:
             if layer == LAYERS - 1:
                 raise StoreError("a disk that is gone")
-            return acquire(step, layer, experts)
+            return acquire(step, layer, experts, by)
 
         runner.prefill(SHORT, GREEDY)
         expected = [runner.decode(token, GREEDY) for token in (9, 8, 7)]

@@ -23,7 +23,7 @@ from chronos.common.experts.foresight.network import (
     loss,
     slope,
 )
-from chronos.common.experts.foresight.predictor import PredictorPolicy
+from chronos.common.experts.foresight.policy import PredictorPolicy
 from chronos.common.traces.fit import FitOptions, Fitted, Samples, fit, split
 from chronos.common.traces.measure import measure, predictors
 from chronos.common.traces.simulate import simulate_policy, slots_for

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from chronos.common.experts.foresight.policy import PredictorPolicy, SwitchablePolicy
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     Predictor,
-    PredictorPolicy,
     PreviousToken,
-    SwitchablePolicy,
     TokenClock,
     TokenTable,
 )

@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.experts.foresight.predictor import (
-    DecayedUse,
-    PredictorPolicy,
-    SwitchablePolicy,
-    TokenTable,
-)
+from chronos.common.experts.foresight.policy import PredictorPolicy, SwitchablePolicy
+from chronos.common.experts.foresight.predictor import DecayedUse, TokenTable
 from chronos.common.experts.residency import LRU, Policy
 from chronos.common.traces.rehearse import Oracle, Pace, Rehearsal, rehearse
 from chronos.common.traces.simulate import simulate, simulate_policy

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from chronos.common.errors import StoreError
+from chronos.common.experts.residency import NOBODY
 from chronos.common.experts.together import together
 
 Forward = Callable[[Any], Any]
+By = Mapping[int, Collection[int]]
 
 
 class Taken:
@@ -43,7 +45,7 @@ class Disk:
         self.fallbacks: list[float] = []
         self.exact = not absent
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
+    def acquire(self, layer: int, experts: Sequence[int], by: By = NOBODY) -> Taken:
         self.acquired.append((layer, list(experts)))
         if layer > 8:
             raise StoreError(f"no layer {layer}")
@@ -113,6 +115,21 @@ def test_the_union_of_a_layer_is_acquired_and_read_once() -> None:
     assert len(disk.reads) == len(set(disk.reads)) == 10
 
 
+@pytest.mark.parametrize("room", [None, 3])
+def test_who_needs_what_is_told_by_place(room: int | None) -> None:
+    """Of those that are served together, in every part of what they take in turns."""
+    told: dict[tuple[int, int], list[int]] = {}
+
+    class Told(Disk):
+        def acquire(self, layer: int, experts: Sequence[int], by: By = NOBODY) -> Taken:
+            assert set(experts) == {expert for needs in by.values() for expert in needs}
+            told.update({(layer, place): [*needs] for place, needs in by.items()})
+            return super().acquire(layer, experts, by)
+
+    together(Told(), [forward(plan) for plan in PLANS], room)
+    assert told == {(at, n): PLANS[n][at] for at in range(3) for n in range(3)}
+
+
 def test_without_room_for_the_union_they_take_turns() -> None:
     """Where experts are held until all of a forward's are there (MLX), it must have room."""
     disk = Disk()
@@ -137,9 +154,9 @@ def test_what_is_held_is_used_before_the_next_acquire() -> None:
     log: list[str] = []
 
     class Noting(Disk):
-        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
+        def acquire(self, layer: int, experts: Sequence[int], by: By = NOBODY) -> Taken:
             log.append(f"acquire {layer}")
-            return super().acquire(layer, experts)
+            return super().acquire(layer, experts, by)
 
     def holds(name: str, plan: dict[int, list[int]]) -> Forward:
         def run(source: Any) -> None:
@@ -167,9 +184,9 @@ def test_reads_have_begun_when_acquire_returns_to_each() -> None:
                 log.append(f"expert {item[0]}")
                 yield item
 
-        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
+        def acquire(self, layer: int, experts: Sequence[int], by: By = NOBODY) -> Taken:
             log.append("reads begin")
-            return super().acquire(layer, experts)
+            return super().acquire(layer, experts, by)
 
     together(Noting(), [forward({0: [1]}, log, "a"), forward({0: [1, 2]}, log, "b")])
     assert log == ["reads begin", "a waits", "b waits", "expert 2", "expert 1"]
@@ -243,8 +260,8 @@ def test_a_refused_acquire_is_that_of_those_who_asked() -> None:
 
 def test_experts_that_never_come_end_the_iteration_as_they_do_alone() -> None:
     class Forgetful(Disk):
-        def acquire(self, layer: int, experts: Sequence[int]) -> Taken:
-            return super().acquire(layer, list(experts)[:-1])
+        def acquire(self, layer: int, experts: Sequence[int], by: By = NOBODY) -> Taken:
+            return super().acquire(layer, list(experts)[:-1], by)
 
     found = together(Forgetful(), [forward({0: [1, 2]}), forward({0: [1]})])
     assert isinstance(found[0], KeyError)

@@ -14,7 +14,7 @@ reading ahead (`prefetch`), what a record means (the backend).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +27,7 @@ from chronos.common.disk.io import FileIO
 from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
 from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
-from chronos.common.experts.residency import DecayedLFU, Policy
+from chronos.common.experts.residency import NOBODY, DecayedLFU, Policy
 from chronos.common.experts.stats import StoreStats
 from chronos.common.experts.tier import PRELOAD, Lease, Tier
 from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
@@ -120,15 +120,19 @@ class FeedStep:
         self._deferred: Callable[[], Floats] | None = None
         self.in_prompt = any(map(feed.reads_prompt, work))
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+    def acquire(
+        self, layer: int, experts: Sequence[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> Lease:
         """Start the missing reads now; a lease on the experts, those that are here first.
 
-        Ends the lease before: the caller has computed with what it held. Raises what the read of a
-        needed expert raised, and the feed stays usable.
+        by: what each work of several needs of them, by its place. Ends the lease before: the caller
+        has computed with what it held. Raises what the read of a needed expert raised, and the feed
+        stays usable.
         """
         if self._lease is not None:
             self._lease.close()
-        self._lease = lease = self._feed.tier.acquire(layer, experts, exact=self._feed.exact)
+        needs = {self.work[place].seq: wanted for place, wanted in by.items()} if by else NOBODY
+        self._lease = lease = self._feed.tier.acquire(layer, experts, needs, exact=self._feed.exact)
         if (ahead := self._feed.ahead) is not None:
             ahead.acquired(layer, experts)
             if self._deferred is not None:
@@ -274,7 +278,8 @@ class Feed:
         pieces = self._prompts.pop(seq, None)
         if pieces is not None and not self._prompts and self._reading_prompt:
             self._reading_prompt = False
-            self.tier.end_prompt(self._routing(pieces))
+            self.tier.end_prompt(self._routing(pieces), seq)
+        self.tier.tell(lambda policy: policy.drop(seq))
 
     def fork(self, seq: int, new: int) -> None:
         """A sequence `new` begins where `seq` is."""
@@ -282,6 +287,7 @@ class Feed:
             self._decoding.add(new)
         if seq in self._prompts:
             self._prompts[new] = [*self._prompts[seq]]
+        self.tier.tell(lambda policy: policy.fork(seq, new))
 
     def reads_prompt(self, work: Work) -> bool:
         """Whether a sequence's next tokens are a piece of a prompt."""
@@ -310,8 +316,11 @@ class Feed:
             if not self._reading_prompt:
                 self.tier.begin_prompt()
             self._reading_prompt = True
-        elif step.work and self.ahead is not None:
-            self.ahead.begin_token(step.work[0].tokens[0])
+        elif step.work:
+            seqs = [work.seq for work in step.work]
+            self.tier.tell(lambda policy: policy.follow(seqs))
+            if self.ahead is not None:
+                self.ahead.begin_token(*(work.tokens[0] for work in step.work))
 
     def _end(self, step: FeedStep) -> None:
         if not step.finished:
@@ -329,11 +338,11 @@ class Feed:
                 pieces.append((work.tokens, ids_TLK))
             if work.last:
                 self._decoding.add(work.seq)
-                self._end_prompt(self._prompts.pop(work.seq))
+                self._end_prompt(work.seq, self._prompts.pop(work.seq))
 
-    def _end_prompt(self, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> None:
+    def _end_prompt(self, seq: int, pieces: list[tuple[Sequence[int], npt.NDArray[Any]]]) -> None:
         self._reading_prompt = False
-        self.tier.end_prompt(self._routing(pieces))
+        self.tier.end_prompt(self._routing(pieces), seq)
         if self.ahead is not None:
             for tokens, ids_TLK in pieces:
                 self.ahead.learn(tokens, ids_TLK)

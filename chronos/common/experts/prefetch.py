@@ -61,7 +61,8 @@ class Reader(Protocol):
 
 
 class Prefetcher:
-    """Decides what is read ahead of need, and when. One sequence at a time."""
+    """Decides what is read ahead of need, and when. Tokens that several sequences run together are
+    one that needs what all need."""
 
     def __init__(
         self,
@@ -112,12 +113,12 @@ class Prefetcher:
         if layer in self._moments and self._begun is not None:
             self._forecast_from_policy()
 
-    def begin_token(self, token: int) -> None:
-        """The token with this id is to be decoded."""
+    def begin_token(self, *tokens: int) -> None:
+        """The tokens with these ids, one a sequence, are to be decoded."""
         self._begun = self._clock()
         self._needed.clear()
         if self._forecasts is not None and self._forecasts.by_token:
-            self._forecasts.begin_token(token)
+            self._forecasts.begin_token(*tokens)
             self._forecast_from_policy()
 
     def wanted(self, source: str = LOOKAHEAD) -> bool:

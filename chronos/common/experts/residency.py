@@ -10,8 +10,9 @@ Sources: least recently used; frequency with exponential decay (LRFU, Lee et al.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from chronos.common.model.weights import Key
 # On two real traces at a quarter of the experts, 0.90 to 0.96 hit within 0.5 % of the best.
 LFU_DECAY = 0.95
 _PROTECTED = 1e300  # above every priority, below infinity
+NOBODY: Mapping[int, Collection[int]] = MappingProxyType({})
 
 
 class Policy(Protocol):
@@ -43,8 +45,20 @@ class Policy(Protocol):
     def priority(self) -> NDArray[np.float64]:
         """[L, E], higher = keep, all below 1e300."""
 
-    def observe(self, layer: int, experts: Collection[int]) -> None:
-        """These experts of a layer are needed now. Their reads wait for this to return."""
+    def follow(self, seqs: Sequence[int]) -> None:
+        """Tokens of these sequences, one each, are run from now on."""
+
+    def fork(self, seq: int, new: int) -> None:
+        """A sequence `new` begins where `seq` is."""
+
+    def drop(self, seq: int) -> None:
+        """A sequence has ended."""
+
+    def observe(
+        self, layer: int, experts: Collection[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> None:
+        """These experts of a layer are needed now. Their reads wait for this to return. by: what
+        each of several sequences needs, where that is known."""
 
     def reconsider(self) -> None:
         """The reads of what was observed last have begun: time for what takes longer."""
@@ -54,11 +68,11 @@ class Policy(Protocol):
     def begin_prompt(self) -> None:
         """Until `end_prompt`, `observe` gets what whole chunks of tokens need of a layer."""
 
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
-        """What each token of the prompt was routed to, in order."""
+    def end_prompt(self, ids_TLK: NDArray[Any], seq: int = 0) -> None:
+        """What each token of the sequence's prompt was routed to, in order."""
 
-    def begin_token(self, token: int) -> None:
-        """The token with this id is run next."""
+    def begin_token(self, *tokens: int) -> None:
+        """The tokens with these ids, one of each sequence that is followed, are run next."""
 
     def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None:
         """Tokens of a prompt were routed like this."""
@@ -76,10 +90,13 @@ class Counts:
 
     forecasts = can_disable = by_token = False
 
+    def follow(self, seqs: Sequence[int]) -> None: ...
+    def fork(self, seq: int, new: int) -> None: ...
+    def drop(self, seq: int) -> None: ...
     def reconsider(self) -> None: ...
     def begin_prompt(self) -> None: ...
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None: ...
-    def begin_token(self, token: int) -> None: ...
+    def end_prompt(self, ids_TLK: NDArray[Any], seq: int = 0) -> None: ...
+    def begin_token(self, *tokens: int) -> None: ...
     def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None: ...
     def disable(self, disabled: bool) -> None: ...
     def next_uses(self) -> NDArray[np.float64]:
@@ -96,7 +113,9 @@ class LRU(Counts):
         self._rows = list(self.priority)  # views: indexing a row costs half of indexing the matrix
         self._now = 0.0
 
-    def observe(self, layer: int, experts: Collection[int]) -> None:
+    def observe(
+        self, layer: int, experts: Collection[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> None:
         self._now += 1.0
         self._rows[layer][list(experts)] = self._now
 
@@ -127,7 +146,9 @@ class DecayedLFU(Counts):
             self._noted.clear()
         return self._uses
 
-    def observe(self, layer: int, experts: Collection[int]) -> None:
+    def observe(
+        self, layer: int, experts: Collection[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> None:
         first = layer * self._uses.shape[1]
         self._noted += [first + expert for expert in experts]
 

@@ -16,11 +16,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chronos.common.errors import StoreError
-from chronos.common.experts.residency import Policy, Residency
+from chronos.common.experts.residency import NOBODY, Policy, Residency
 from chronos.common.experts.stats import StoreStats, TokenReport
 from chronos.common.model.weights import Key
 
@@ -204,8 +204,16 @@ class Tier(ABC):
 
     # What consumers call.
 
-    def acquire(self, layer: int, experts: Sequence[int], *, exact: bool = True) -> Lease:
-        """Count the needs, start the missing reads now and return a lease on the experts.
+    def acquire(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        by: Mapping[int, Collection[int]] = NOBODY,
+        *,
+        exact: bool = True,
+    ) -> Lease:
+        """Count the needs, start the missing reads now and return a lease on the experts. by: what
+        each of several sequences needs of them.
 
         With more experts than slots the rest are read as slots come free. exact=False yields None
         for what is not ready and lets its read go on. A read that fails raises from the lease and
@@ -219,7 +227,7 @@ class Tier(ABC):
             self.settle()
             lease = SlotLease(self, layer)
             try:
-                self._fill(lease, wanted, exact)
+                self._fill(lease, wanted, by, exact)
             except BaseException:
                 lease.close()  # now: whoever keeps the error would keep its pins
                 raise
@@ -263,18 +271,22 @@ class Tier(ABC):
             report, self._report = self._report, TokenReport()
             return report
 
-    def begin_prompt(self) -> None:
-        """What is acquired from now on, pieces of a prompt need."""
+    def tell(self, about: Callable[[Policy], None]) -> None:
+        """Let the policy know something that may change its ranks."""
         with self.lock:
-            self.policy.begin_prompt()
+            about(self.policy)
             self.residency.reconsider()
 
-    def end_prompt(self, ids_TLK: Any) -> None:
-        """The prompt is over; its tokens were routed like this. Its needs are in no report."""
+    def begin_prompt(self) -> None:
+        """What is acquired from now on, pieces of a prompt need."""
+        self.tell(lambda policy: policy.begin_prompt())
+
+    def end_prompt(self, ids_TLK: Any, seq: int = 0) -> None:
+        """A sequence's prompt is over; its tokens were routed like this. Its needs are in no
+        report."""
         with self.lock:
             self.settle()
-            self.policy.end_prompt(ids_TLK)
-            self.residency.reconsider()
+            self.tell(lambda policy: policy.end_prompt(ids_TLK, seq))
             self._report = TokenReport()
 
     def resident(self) -> frozenset[Key]:
@@ -425,7 +437,13 @@ class Tier(ABC):
         if self.closed:
             raise StoreError("the expert store is closed")
 
-    def _fill(self, lease: SlotLease, wanted: dict[int, None], exact: bool) -> None:
+    def _fill(
+        self,
+        lease: SlotLease,
+        wanted: dict[int, None],
+        by: Mapping[int, Collection[int]],
+        exact: bool,
+    ) -> None:
         """Pin what is here for a lease, and seek the rest."""
         layer, ready, events = lease.layer, self.residency.ready, self._events
         absent: list[int] = []
@@ -446,7 +464,7 @@ class Tier(ABC):
         self._count(len(wanted) - len(absent) - late, late)
         if absent:
             self._check_known(layer, absent, exact)
-        self.policy.observe(layer, wanted)
+        self.policy.observe(layer, wanted, by)
         self.residency.reconsider()
         try:
             if absent:

@@ -9,7 +9,7 @@ All forwards take turns in the caller's thread. Knows no framework, no cache and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,11 @@ class Source(Protocol):
 
     @property
     def exact(self) -> bool: ...
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease: ...
+    def acquire(
+        self, layer: int, experts: Sequence[int], by: Mapping[int, Collection[int]]
+    ) -> Lease:
+        """by: what each forward needs of them, by its place."""
+
     def record_fallback(self, weight: float) -> None: ...
 
 
@@ -40,7 +44,7 @@ def together(source: Source, forwards: Sequence[Forward], room: int | None = Non
     room: experts that can be held at once, where forwards take all of a lease before they compute.
     Those that need more than that between them then take turns.
     """
-    lanes = [_Lane(source, forward) for forward in forwards]
+    lanes = [_Lane(source, place, forward) for place, forward in enumerate(forwards)]
     try:
         for lane in lanes:
             lane.switch()
@@ -57,8 +61,8 @@ def together(source: Source, forwards: Sequence[Forward], room: int | None = Non
 class _Lane:
     """One forward: it runs until it asks for experts or waits for the next one of them."""
 
-    def __init__(self, source: Source, forward: Forward) -> None:
-        self.source, self._forward = source, forward
+    def __init__(self, source: Source, place: int, forward: Forward) -> None:
+        self.source, self.place, self._forward = source, place, forward
         self.layer = -1
         self.asked: list[int] | None = None  # `acquire` was called and has not returned
         self.pending: set[int] = set()  # asked for, not taken yet
@@ -187,7 +191,9 @@ def _serve(source: Source, layer: int, lanes: Sequence[_Lane]) -> None:
     """Give lanes that wait at a layer what they asked for."""
     begun = False
     try:
-        lease = source.acquire(layer, list(dict.fromkeys(_wanted(lanes))))
+        by = {lane.place: list(lane.wanted) for lane in lanes}
+        union = dict.fromkeys(expert for wanted in by.values() for expert in wanted)
+        lease = source.acquire(layer, list(union), by)
         begun = True
         for lane in lanes:
             lane.begin(lease)
@@ -210,11 +216,6 @@ def _part(source: Source, layer: int, lanes: Sequence[_Lane], error: Exception) 
     for lane in lanes:
         if lane.asked is not None or lane.pending:
             _serve(source, layer, [lane])
-
-
-def _wanted(lanes: Iterable[_Lane]) -> Iterator[int]:
-    for lane in lanes:
-        yield from lane.wanted
 
 
 def _groups(lanes: Sequence[_Lane], room: int | None) -> list[list[_Lane]]:

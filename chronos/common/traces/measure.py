@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chronos.common.experts.foresight.forecast import ForecastModel
+from chronos.common.experts.foresight.policy import PredictorPolicy
 from chronos.common.experts.foresight.predictor import (
     DecayedUse,
     Predictor,
-    PredictorPolicy,
     PreviousToken,
     TokenTable,
 )
@@ -143,7 +143,7 @@ class _Judge:
 
     def __call__(self, token: int, caches: Caches) -> None:
         seq_T, K = self._trace.seq_T, self._trace.top_k
-        if isinstance(self._predictor, TokenTable) and self._trace.tokens_T is not None:
+        if self._predictor.by_token and self._trace.tokens_T is not None:
             self._predictor.begin_token(int(self._trace.tokens_T[token]))
         if token < max(1, self._first) or seq_T[token] != seq_T[token - 1]:
             return

@@ -8,24 +8,26 @@ prefetch and overtakes it after a chunk, as in `files`; the rate of the disk is 
 never varies. What reads and forecasts cost the computation are numbers too.
 Not covered: how long a prompt takes.
 
-Shape legend: T tokens, L layers, E experts, K top-k.
+Shape legend: T tokens, S sequences, L layers, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from chronos.common.disk.reader import ReaderStats, Request
-from chronos.common.experts.foresight.predictor import DISCOUNT, PredictorPolicy, Scores
+from chronos.common.experts.foresight.policy import PredictorPolicy
+from chronos.common.experts.foresight.predictor import DISCOUNT, ByRouting, Scores
 from chronos.common.experts.prefetch import Prefetcher
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import StoreStats
@@ -56,7 +58,8 @@ class Pace:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """token_s: seconds of each counted token. decisions: the keys asked for ahead, in order."""
+    """token_s: seconds of each counted token, or of a pass with one of each sequence. decisions:
+    the keys asked for ahead, in order."""
 
     token_s: npt.NDArray[np.float64]
     stats: StoreStats  # of the counted tokens
@@ -164,13 +167,18 @@ def rehearse(
     prefetch: bool = True,
     warmup: int = 0,
     prompt: int = 0,
+    beside: Sequence[RoutingTrace] = (),
     alter: Callable[[Prefetcher], None] = lambda prefetcher: None,
 ) -> Rehearsal:
     """Decode the trace's tokens; the first `warmup` are not counted. 2 ms a token or so.
 
-    prompt: so many tokens at the beginning are one, and not counted either. alter: changes the
-    prefetcher before the first token, to rehearse without a part of it.
+    prompt: so many tokens at the beginning are one, and not counted either. beside: routing of
+    other sequences, at least as long, of which a token is run in every pass too: reads are shared,
+    computing is not. alter: changes the prefetcher before the first token, to rehearse without a
+    part of it.
     """
+    company = [trace, *beside]
+    assert not (prompt and beside), "prompts are read alone"
     link = Link(pace.link_bytes_per_s, pace.read_s_per_byte)
     tier = _VirtualTier(_layout(trace, pace.record_bytes), slots, link, policy)
     prefetcher = Prefetcher(
@@ -186,26 +194,30 @@ def rehearse(
     alter(prefetcher)
     layer_s = pace.token_s / trace.num_layers
     expert_s = layer_s * pace.expert_share / trace.top_k
-    tokens = [0] * trace.num_tokens if trace.tokens_T is None else trace.tokens_T.tolist()
+    tokens = [_token_ids(each) for each in company]
+    tier.policy.follow(range(len(company)))
     seconds: list[float] = []
     before = tier.stats()
     if prompt:
         _read_prompt(trace.part(0, prompt), tier, prefetcher if prefetch else None)
-    for token, ids_LK in enumerate(trace.ids_TLK[prompt:].tolist(), start=prompt):
+    for token in range(prompt, trace.num_tokens):
+        ids_SLK = [each.ids_TLK[token].tolist() for each in company]
         if token == prompt + warmup:
             before = tier.stats()
         begin = link.now
         if prefetch:
-            prefetcher.begin_token(tokens[token])
-        for layer, experts in enumerate(ids_LK):
-            link.pass_time(layer_s * (1.0 - pace.expert_share))
-            lease = tier.acquire(layer, experts)
+            prefetcher.begin_token(*(ids[token] for ids in tokens))
+        for layer in range(trace.num_layers):
+            by = {seq: ids_LK[layer] for seq, ids_LK in enumerate(ids_SLK)}
+            uses = Counter(expert for ids_K in by.values() for expert in ids_K)
+            link.pass_time(layer_s * (1.0 - pace.expert_share) * len(by))
+            lease = tier.acquire(layer, list(uses), by)
             if prefetch:
-                prefetcher.acquired(layer, experts)
-            for _ in lease:
-                link.pass_time(expert_s)
+                prefetcher.acquired(layer, list(uses))
+            for expert, _ in lease:
+                link.pass_time(expert_s * uses[expert])
         if not (isinstance(policy, PredictorPolicy) and policy.disabled):
-            link.pass_time(pace.predict_s)
+            link.pass_time(pace.predict_s * len(company))
         report = tier.end_token()
         if prefetch:
             prefetcher.end_token(report)
@@ -213,6 +225,11 @@ def rehearse(
     return Rehearsal(
         np.array(seconds[warmup:]), tier.stats().minus(before), tier.decisions, prefetcher.to_json()
     )
+
+
+def _token_ids(trace: RoutingTrace) -> list[int]:
+    """Ids of its tokens; 0 where they are not known."""
+    return [0] * trace.num_tokens if trace.tokens_T is None else trace.tokens_T.tolist()
 
 
 def _read_prompt(prompt: RoutingTrace, tier: _VirtualTier, prefetcher: Prefetcher | None) -> None:
@@ -223,8 +240,7 @@ def _read_prompt(prompt: RoutingTrace, tier: _VirtualTier, prefetcher: Prefetche
             pass
     tier.end_prompt(prompt.ids_TLK)
     if prefetcher is not None:
-        tokens = [0] * prompt.num_tokens if prompt.tokens_T is None else prompt.tokens_T.tolist()
-        prefetcher.learn(tokens, prompt.ids_TLK)
+        prefetcher.learn(_token_ids(prompt), prompt.ids_TLK)
         prefetcher.end_prompt()
 
 
@@ -247,7 +263,7 @@ def _layout(trace: RoutingTrace, record_bytes: int) -> Layout:
     return cast(Layout, SimpleNamespace(**known))
 
 
-class Oracle:
+class Oracle(ByRouting):
     """A `Predictor` that has read the trace: the upper line of every forecast."""
 
     name = "oracle"
@@ -269,6 +285,9 @@ class Oracle:
 
     def prime(self, ids_TLK: npt.NDArray[Any]) -> None:
         self._token += len(ids_TLK)
+
+    def fork(self) -> Self:
+        return copy.copy(self)
 
     def next_uses(self) -> Scores:
         return self._at(0).astype(np.float64)

@@ -11,13 +11,8 @@ from pathlib import Path
 
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.foresight.forecast import Forecaster, ForecastModel, find_forecast
-from chronos.common.experts.foresight.predictor import (
-    DecayedUse,
-    Predictor,
-    PredictorPolicy,
-    SwitchablePolicy,
-    TokenTable,
-)
+from chronos.common.experts.foresight.policy import PredictorPolicy, SwitchablePolicy
+from chronos.common.experts.foresight.predictor import DecayedUse, Predictor, TokenTable
 from chronos.common.experts.residency import LRU, Policy
 from chronos.common.layout import Layout
 

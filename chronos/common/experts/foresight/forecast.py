@@ -12,6 +12,7 @@ Shape legend: T tokens, L layers, E experts, K top-k, D decays.
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ from chronos.common.experts.foresight.network import (
     sigmoid,
 )
 from chronos.common.experts.foresight.params import read_params, write_params
-from chronos.common.experts.foresight.predictor import DISCOUNT, RANK_DISCOUNT, Scores, TokenClock
+from chronos.common.experts.foresight.predictor import (
+    DISCOUNT,
+    RANK_DISCOUNT,
+    ByRouting,
+    Scores,
+    TokenClock,
+)
 
 FORECAST = "forecast.safetensors"
 HORIZON = 8  # turns that the second answer looks ahead to, the first answer's included
@@ -159,7 +166,7 @@ class History:
         self.last_LE[rows_L1, ids_TLK[-1]] = 1.0
 
 
-class Forecaster:
+class Forecaster(ByRouting):
     """A `Predictor` made of a trained model, following one sequence."""
 
     name = "forecast"
@@ -214,6 +221,10 @@ class Forecaster:
                 self.observe(layer, experts)
                 self.reconsider()
             self.end_token()
+
+    def fork(self) -> Forecaster:
+        shared = (self._params, self._geometry, self.renews_after)
+        return deepcopy(self, {id(part): part for part in shared})
 
     def scores(self) -> Scores:
         scores: Scores = self._now_LE * self._clock.weight_L[:, None]

@@ -1,8 +1,8 @@
-"""Predictors of routing: how much each expert is going to be used, and policies made of them.
+"""Predictors of routing: how much each expert of one sequence is going to be used.
 
 A `Predictor` is told what each layer asks for, as it happens, and scores every (layer, expert). It
-may be asked at any moment of a token. A `PredictorPolicy` lets one rank what a cache keeps, takes
-in and reads ahead.
+may be asked at any moment of a token. `policy` lets them rank what a cache keeps, takes in and
+reads ahead.
 Ids and NumPy only: nothing here knows bytes, slots or a model.
 Not covered: forecasts that a model makes of itself (LookaheadRouter, next gate); a backend hands
 those to `plan` as probabilities.
@@ -12,14 +12,12 @@ Shape legend: T tokens, L layers, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections import deque
+import copy
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-
-from chronos.common.experts.foresight.memory import REMEMBERED
 
 Scores = NDArray[np.float64]
 Shares = NDArray[np.float32]
@@ -62,160 +60,31 @@ class Predictor(Protocol):
         """[L, E], the chance (or a number that orders like it) that a layer, when asked next,
         needs the expert."""
 
-
-class PredictorPolicy:
-    """A `residency.Policy` that keeps what a predictor scores highest.
-
-    Chunks of a prompt go layer by layer, and what a layer asks for is what many tokens need: that
-    would spoil a predictor's state, so it is told of a prompt at its end, token by token. Meanwhile
-    the layer that the pass comes to last, the one just served, gives its slots first.
-    """
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        layers: Sequence[int] | None = None,
-    ) -> None:
-        """layers: the model's layer that each row of the predictor stands for, where some of the
-        model's layers have no experts."""
-        self.predictor, self.forecasts = predictor, True
-        rows = len(predictor.scores())
-        self._layers = list(range(rows)) if layers is None else list(layers)
-        self._row = {layer: row for row, layer in enumerate(self._layers)}
-        self._priority: Scores | None = None
-        self._pass: TokenClock | None = None  # while a prompt is read
-
-    @property
-    def name(self) -> str:
-        return self.predictor.name
-
-    @property
-    def priority(self) -> Scores:
-        if self._priority is None:
-            self._priority = self._by_layer(self._rank())
-        return self._priority
-
-    def next_uses(self) -> Scores:
-        """[L, E], the chance that a layer, when asked next, needs the expert."""
-        return self._by_layer(self.predictor.next_uses())
-
-    def observe(self, layer: int, experts: Collection[int]) -> None:
-        (self._pass or self.predictor).observe(self._row[layer], experts)
-        self._priority = None
-
-    def reconsider(self) -> None:
-        if self._pass is None:
-            self.predictor.reconsider()
-            self._priority = None
-
-    def end_token(self) -> None:
-        self.predictor.end_token()
-        self._priority = None
-
     @property
     def by_token(self) -> bool:
-        """Whether it forecasts a token best when its id is known: `begin_token`."""
-        return isinstance(self.predictor, TokenTable)
+        """Whether it is told of token ids: `begin_token`, `learn`."""
 
     def begin_token(self, token: int) -> None:
-        """The token with this id is run next, where `by_token`."""
-        if isinstance(self.predictor, TokenTable):
-            self.predictor.begin_token(token)
-            self._priority = None
+        """The token with this id is run next."""
 
     def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None:
-        """Tokens of a prompt were routed like this, where `by_token`."""
-        if isinstance(self.predictor, TokenTable):
-            self.predictor.learn(tokens, ids_TLK)
+        """Tokens of a prompt were routed like this."""
 
-    can_disable = False  # whether `disable` does anything
-    disabled = False
-
-    def disable(self, disabled: bool) -> None:
-        """Rank by something cheaper from the next token on, or not, where `can_disable`."""
-
-    def begin_prompt(self) -> None:
-        self._pass, self._priority = TokenClock(len(self._layers)), None
-        self.forecasts = False  # what a chunk prefetches it is sure to need
-
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
-        self.predictor.prime(ids_TLK)
-        self._pass, self._priority = None, None
-        self.forecasts = True
-
-    def _rank(self) -> Scores:
-        scores = self.predictor.scores()
-        if self._pass is None:
-            return scores
-        within = scores / (1.0 + scores.max())  # decides between experts of one layer
-        return np.asarray(self._pass.weight_L[:, None] + 1e-3 * within)
-
-    def _by_layer(self, rows: Scores) -> Scores:
-        if self._layers[-1] == len(self._layers) - 1:
-            return rows
-        wide = np.zeros((self._layers[-1] + 1, rows.shape[1]))
-        wide[self._layers] = rows
-        return wide
+    def fork(self) -> Predictor:
+        """One of another sequence that begins where this one is."""
 
 
-class SwitchablePolicy(PredictorPolicy):
-    """Ranks by a forecaster, or while that is disabled, by decayed use.
+class ByRouting:
+    """What predictors that go by the routing alone make of token ids; and a fork that suits where
+    no state is large or a view of another."""
 
-    What tokens are routed to meanwhile is kept, and told to the forecaster when it is enabled.
-    """
+    by_token = False
 
-    can_disable = True
+    def fork(self) -> Self:
+        return copy.deepcopy(self)
 
-    @property
-    def name(self) -> str:
-        return self._forecaster.name
-
-    def __init__(
-        self,
-        forecaster: Predictor,
-        layers: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(forecaster, layers)
-        self._forecaster, self._plain = forecaster, DecayedUse(*forecaster.scores().shape)
-        self._missed: deque[list[list[int]]] = deque(maxlen=REMEMBERED)  # [T][L][K]
-        self._token: list[list[int]] = []
-
-    def disable(self, disabled: bool) -> None:
-        if disabled == self.disabled:
-            return
-        self.disabled = disabled
-        self._catch_up()
-        self.predictor, self._priority = self._plain if disabled else self._forecaster, None
-
-    def observe(self, layer: int, experts: Collection[int]) -> None:
-        super().observe(layer, experts)
-        if self._pass is None and self.disabled:
-            self._token.append(list(experts))
-        elif self._pass is None:
-            self._plain.observe(self._row[layer], experts)
-
-    def end_token(self) -> None:
-        super().end_token()
-        if self.disabled:
-            if len(self._token) == len(self._layers):
-                self._missed.append(self._token)
-            self._token = []
-        else:
-            self._plain.end_token()
-
-    def end_prompt(self, ids_TLK: NDArray[Any]) -> None:
-        self._catch_up()
-        other = self._forecaster if self.disabled else self._plain
-        other.prime(ids_TLK)
-        super().end_prompt(ids_TLK)
-
-    def _catch_up(self) -> None:
-        if self._missed:
-            # Tokens of several sequences, run together, needed more experts than one.
-            width = min(len(experts) for token in self._missed for experts in token)
-            ids = [[experts[:width] for experts in token] for token in self._missed]
-            self._forecaster.prime(np.array(ids, np.intp))
-            self._missed.clear()
+    def begin_token(self, token: int) -> None: ...
+    def learn(self, tokens: Sequence[int], ids_TLK: NDArray[Any]) -> None: ...
 
 
 class TokenClock:
@@ -240,7 +109,7 @@ class TokenClock:
         return row
 
 
-class DecayedUse:
+class DecayedUse(ByRouting):
     """The share of a layer's last turns in which it needed the expert, old turns fading.
 
     Each layer has a clock of its own (its counts fade when it is asked, so within a token all are
@@ -273,6 +142,12 @@ class DecayedUse:
     def reconsider(self) -> None:
         pass
 
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._rate_LE, other._clock = self._rate_LE.copy(), copy.copy(self._clock)
+        other._rows = list(other._rate_LE)
+        return other
+
     def end_token(self) -> None:
         self._clock.end_token()
 
@@ -302,12 +177,14 @@ _PRIMED = 128  # tokens of a prompt that count: of a use before these 0.1 % is l
 
 
 class TokenTable(DecayedUse):
-    """What the token to be run needed when it was run before; without a before, decayed use.
+    """What the token to be run needed when it was run before; without a before, decayed use. Forks
+    share what is known of tokens.
 
     Needs the token's id, which is known as soon as it was sampled: `begin_token`.
     """
 
     name = "token-table"
+    by_token = True
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
@@ -316,6 +193,11 @@ class TokenTable(DecayedUse):
         self._now_LE = np.zeros((num_layers, num_experts), np.float32)
         self._token: int | None = None
         self._met = 0
+
+    def fork(self) -> Self:
+        other = super().fork()
+        other._now_LE = self._now_LE.copy()
+        return other
 
     def begin_token(self, token: int) -> None:
         """The token with this id is run next."""
