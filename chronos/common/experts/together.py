@@ -128,7 +128,8 @@ class _Lane:
 
 
 class _Seen:
-    """The source as a forward sees it. Forecasts follow one sequence, so none are asked for."""
+    """The source as a forward sees it. What a model forecasts of itself is of one sequence, so it
+    is not asked for."""
 
     def __init__(self, lane: _Lane) -> None:
         self._lane = lane
