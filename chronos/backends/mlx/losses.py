@@ -168,11 +168,11 @@ def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Ter
     length_B1 = mask_BT.sum(1, keepdims=True)
     shorter_B1 = mx.repeat(length_B1.reshape(-1, 2).min(1), 2)[:, None]
     weight_BT = mx.where(mx.cumsum(mask_BT, axis=1) <= shorter_B1, 1.0, o.ld_alpha) * mask_BT
-    if o.kind in ("ipo", "sigmoid_norm"):
-        weight_BT = weight_BT / mx.maximum(length_B1, 1)
     own_P2 = (lp_BT * weight_BT).sum(1).reshape(-1, 2)
     gain_P2 = own_P2 - (batch["reference"] * weight_BT).sum(1).reshape(-1, 2)
-    d_P = gain_P2[:, 0] - gain_P2[:, 1]
+    means = o.kind in ("ipo", "sigmoid_norm")
+    scores_P2 = gain_P2 / mx.maximum(length_B1, 1).reshape(-1, 2) if means else gain_P2
+    d_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss_P, opposite_P = _softplus(-o.beta * d_P), _softplus(o.beta * d_P)
     e = o.label_smoothing
     if o.kind == "ipo":

@@ -165,11 +165,11 @@ def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Ter
     length_B1 = mask_BT.sum(1, keepdim=True)
     shorter_B1 = length_B1.view(-1, 2).amin(1).repeat_interleave(2)[:, None]
     weight_BT = torch.where(mask_BT.cumsum(1) <= shorter_B1, 1.0, o.ld_alpha) * mask_BT
-    if o.kind in ("ipo", "sigmoid_norm"):
-        weight_BT = weight_BT / length_B1.clamp(min=1)
     own_P2 = (lp_BT * weight_BT).sum(1).view(-1, 2)
     gain_P2 = own_P2 - (batch["reference"] * weight_BT).sum(1).view(-1, 2)
-    d_P = gain_P2[:, 0] - gain_P2[:, 1]
+    means = o.kind in ("ipo", "sigmoid_norm")
+    scores_P2 = gain_P2 / length_B1.clamp(min=1).view(-1, 2) if means else gain_P2
+    d_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss_P, opposite_P, e = F.softplus(-o.beta * d_P), F.softplus(o.beta * d_P), o.label_smoothing
     if o.kind == "ipo":
         loss_P = (d_P - 1 / (2 * o.beta)).square()
