@@ -280,6 +280,60 @@ def test_a_model_without_lookahead_stays_so(tmp_path: Path) -> None:
     assert ChronosForCausalLM.from_pretrained(tmp_path / "second").native.lookahead is None
 
 
+def test_states_and_head_make_the_logits(model: Any) -> None:
+    """What trainers take apart to make logits for labels only."""
+    ids, mask = torch.from_numpy(IDS), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :4] = mask[1, -6:] = 0
+    with torch.no_grad():
+        out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        whole = model(ids, attention_mask=mask, output_router_logits=True)
+        assert torch.equal(model.get_output_embeddings()(out.last_hidden_state), whole.logits)
+        scores = model.base_model(ids, mask, output_router_logits=True).router_logits
+    assert out.router_logits is None
+    torch.testing.assert_close(scores, whole.router_logits, rtol=0, atol=0)
+    with pytest.raises(UsageError, match="without a cache"):
+        model.base_model(ids, use_cache=True)
+
+
+def test_the_head_is_the_embedding(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    head, names = model.get_output_embeddings(), model.state_dict().keys()
+    assert head.weight is model.get_input_embeddings().weight and head.bias is None
+    model.set_output_embeddings(head)
+    with pytest.raises(UsageError, match="head is the embedding"):
+        model.set_output_embeddings(torch.nn.Linear(2, 2))
+    model.resize_token_embeddings(CONFIG.vocab_size + 4, mean_resizing=False)
+    assert model.get_output_embeddings().out_features == CONFIG.vocab_size + 4
+    assert model(torch.from_numpy(IDS)).logits.shape[-1] == CONFIG.vocab_size + 4
+    assert model.state_dict().keys() == names
+
+
+def test_no_code_is_named_beside_the_weights(packed: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(packed)
+    assert config.auto_map == {}
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_training_has_no_misses_and_dropout_can_be_switched_off(tmp_path: Path) -> None:
+    """A policy in training mode is its reference; what is saved still asks for both."""
+    folder = tiny_model(tmp_path / "model", dropout=0.5, fallback_mask_prob=0.9)
+    ids = torch.from_numpy(IDS)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)),
+    ):
+        wanted = model.eval()(ids).logits
+        assert not torch.allclose(model.train()(ids).logits, wanted)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # as TRL does
+        torch.testing.assert_close(model(ids).logits, wanted)
+        model.save_pretrained(tmp_path / "saved")
+        saved = ModelConfig.from_json(tmp_path / "saved")
+        assert (saved.dropout, saved.fallback_mask_prob) == (0.5, 0.9)
+
+
 @pytest.mark.parametrize(
     ("mask", "options", "text"),
     [

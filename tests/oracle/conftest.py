@@ -1,4 +1,4 @@
-"""Comparisons with libraries that nobody here wrote: `pip install -r tests/oracle/requirements.txt`.
+"""Comparisons with libraries that nobody here wrote (requirements.txt says which).
 
 A file names what it needs in NEEDS; each of its tests is skipped by name where that is absent.
 """

@@ -217,9 +217,9 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
     terms: Terms = {}
     if o.beta:
         d_BT = (batch["reference"] - lp_BT) * mask_BT
-        k3_BT = mx.exp(d_BT) - d_BT - 1
-        loss_BT = loss_BT + o.beta * k3_BT * mx.exp(token_BT)
-        terms["kl"] = mx.stop_gradient(k3_BT).sum() / counts.own["labels"]
+        kl_BT = (mx.exp(d_BT) - d_BT - 1) * mx.exp(token_BT)
+        loss_BT = loss_BT + o.beta * kl_BT
+        terms["kl"] = mx.stop_gradient(kl_BT).sum() / counts.own["labels"]
     weight_BT = mask_BT / length_B1 if o.kind == "grpo" else mask_BT
     if o.kind == "bnpo":
         weight_BT = mask_BT / mx.maximum(mask_BT.sum(), 1)

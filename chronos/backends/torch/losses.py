@@ -213,9 +213,9 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
     terms: Terms = {}
     if o.beta:
         d_BT = (batch["reference"] - lp_BT) * mask_BT
-        k3_BT = d_BT.exp() - d_BT - 1
-        loss_BT = loss_BT + o.beta * k3_BT * token_BT.exp()
-        terms["kl"] = k3_BT.detach().sum() / counts.own["labels"]
+        kl_BT = (d_BT.exp() - d_BT - 1) * token_BT.exp()
+        loss_BT = loss_BT + o.beta * kl_BT
+        terms["kl"] = kl_BT.detach().sum() / counts.own["labels"]
     weight_BT = mask_BT / length_B1 if o.kind == "grpo" else mask_BT
     if o.kind == "bnpo":
         weight_BT = mask_BT / mask_BT.sum().clamp(min=1)

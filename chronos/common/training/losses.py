@@ -223,9 +223,9 @@ def grpo(
     low, high = 1 - epsilon, 1 + epsilon_high
     loss_BT = -np.minimum(ratio * a_BT, np.clip(ratio, low, high) * a_BT)
     d = np.asarray(reference_BT, np.float64) - lp
-    k3_BT = np.exp(d) - d - 1
+    kl_BT = (np.exp(d) - d - 1) * np.exp(token_log)
     if beta:
-        loss_BT = loss_BT + beta * k3_BT * np.exp(token_log)
+        loss_BT = loss_BT + beta * kl_BT
     rows = max(int((length_B > 0).sum()), 1)
     per_row = (loss_BT * mask).sum(1) / np.maximum(length_B, 1)
     total = float((loss_BT * mask).sum())
@@ -238,7 +238,7 @@ def grpo(
     below, above = (ratio < low) & (a_BT < 0), (ratio > high) & (a_BT > 0)
     return {
         "policy": policy,
-        "kl": float((k3_BT * mask).sum() / labels),
+        "kl": float((kl_BT * mask).sum() / labels),
         "clip_ratio/low_mean": float((below * mask).sum() / labels),
         "clip_ratio/high_mean": float((above * mask).sum() / labels),
         "clip_ratio/region_mean": float(((below | above) * mask).sum() / labels),
