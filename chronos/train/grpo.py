@@ -248,6 +248,7 @@ def notes_of(
     """
     spreads = [_spread(group) for group in total_GN]
     lengths = [len(answer.ids) for answer in answers]
+    ended = [len(answer.ids) for answer in answers if not answer.truncated] or [0]
     notes = {
         "reward": _mean(total_GN),
         "reward_std": _spread(total_GN),
@@ -256,6 +257,9 @@ def notes_of(
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(np.mean([a.truncated for a in answers])),
+        "completions/mean_terminated_length": float(np.mean(ended)),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
     }
     for label, rewards_N in zip(labels, rewards_FN, strict=True):
         notes[f"rewards/{label}/mean"] = _mean(rewards_N)

@@ -92,19 +92,27 @@ def by_formula(o: Any, logits_BTV: np.ndarray, data: Batch) -> dict[str, float]:
     """The terms of one batch. Where the ratio's `old` is near, both sides of the clip occur."""
     labels, extra = data.labels_BT, data.extra
     lp = losses.label_log_probs(logits_BTV, labels, getattr(o, "temperature", 1.0))
+    at = labels != IGNORE
+    logp = losses.log_softmax(logits_BTV)
+    hit_BT, entropy_BT = at & (logp.argmax(-1) == labels), -(np.exp(logp) * logp).sum(-1)
     if isinstance(o, NextToken):
         found = {
             "ce": losses.dft(lp, labels) if o.dft else losses.cross_entropy(logits_BTV, labels)
         }
         if o.details:
-            at = labels != IGNORE
-            logp = losses.log_softmax(logits_BTV)[at]
-            found["mean_token_accuracy"] = float((logp.argmax(-1) == labels[at]).mean())
-            found["entropy"] = float(-(np.exp(logp) * logp).sum(-1).mean())
+            found["mean_token_accuracy"] = float(hit_BT[at].mean())
+            found["entropy"] = float(entropy_BT[at].mean())
         return found
     if isinstance(o, Preference):
         names = ("kind", "beta", "label_smoothing", "ld_alpha")
         found = losses.dpo(lp, extra["reference"], labels, **{n: getattr(o, n) for n in names})
+        mean_BT, chosen, rejected = logits_BTV.mean(-1), at[::2], at[1::2]
+        found |= {
+            "entropy": float(entropy_BT[at].mean()),
+            "mean_token_accuracy": float(hit_BT[::2][chosen].mean()),
+            "logits/chosen": float(mean_BT[::2][chosen].mean()),
+            "logits/rejected": float(mean_BT[1::2][rejected].mean()),
+        }
         if o.sft:
             found["nll_loss"] = -float(lp[::2].sum() / (labels[::2] != IGNORE).sum())
         return found

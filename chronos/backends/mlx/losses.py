@@ -11,7 +11,7 @@ J lookahead steps + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -141,13 +141,14 @@ def label_log_probs(
     return (-nn.losses.cross_entropy(logits_NV, labels_N),)
 
 
-def label_details(logits_NV: mx.array, labels_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The log-probabilities, whether the label was the first choice, and the entropy in nats."""
+def label_details(logits_NV: mx.array, labels_N: mx.array) -> tuple[mx.array, ...]:
+    """The log-probabilities, whether the label was the first choice, the entropy in nats, and the
+    mean of all logits."""
     still_NV = mx.stop_gradient(logits_NV)
     hit_N = (mx.argmax(still_NV, axis=-1) == labels_N).astype(mx.float32)
     logp_NV = _log_softmax(still_NV)
     entropy_N = -(mx.exp(logp_NV) * logp_NV).sum(-1)
-    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N
+    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N, still_NV.mean(-1)
 
 
 def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -163,7 +164,7 @@ def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts)
 
 def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Preference of the chosen answer over the rejected one, against a reference."""
-    o, (lp_BT,) = objective, labels(label_log_probs)
+    o, (lp_BT, *details) = objective, labels(label_details)
     mask_BT = (batch["labels"] != IGNORE).astype(mx.float32)
     length_B1 = mask_BT.sum(1, keepdims=True)
     shorter_B1 = mx.repeat(length_B1.reshape(-1, 2).min(1), 2)[:, None]
@@ -184,7 +185,7 @@ def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Ter
     terms = {"dpo": loss_P.sum() / counts.own["pairs"]}
     if o.sft:
         terms["nll_loss"] = -lp_BT[::2].sum() / counts.own["chosen"]
-    return terms | _rewards(o.beta * gain_P2, own_P2, counts)
+    return terms | _rewards(o.beta * gain_P2, own_P2, counts) | _details(details, counts)
 
 
 def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -205,7 +206,7 @@ def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
 def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Clipped policy gradient of sampled rows, and the divergence from a reference."""
     o, mask_BT = objective, (batch["labels"] != IGNORE).astype(mx.float32)
-    lp_BT, _, entropy_BT = labels(partial(_tempered, temperature=o.temperature))
+    lp_BT, _, entropy_BT, _ = labels(partial(_tempered, temperature=o.temperature))
     old_BT = batch["old"] if "old" in batch else mx.stop_gradient(lp_BT)
     length_B1 = mx.maximum(mask_BT.sum(1, keepdims=True), 1)
     token_BT = log_BT = (lp_BT - old_BT) * mask_BT
@@ -296,6 +297,17 @@ def _rewards(rewards_P2: mx.array, lp_P2: mx.array, counts: Counts) -> Terms:
         "logps/rejected": lp_P2[:, 1],
     }
     return {name: x_P.sum() / counts.own["pairs"] for name, x_P in logged.items()}
+
+
+def _details(details: Sequence[mx.array], counts: Counts) -> Terms:
+    """What is logged of the labels of pairs."""
+    hit_BT, entropy_BT, mean_BT = details
+    return {
+        "entropy": entropy_BT.sum() / counts.own["labels"],
+        "mean_token_accuracy": hit_BT[::2].sum() / counts.own["chosen"],
+        "logits/chosen": mean_BT[::2].sum() / counts.own["chosen"],
+        "logits/rejected": mean_BT[1::2].sum() / counts.own["rejected"],
+    }
 
 
 def _log1mexp(x: mx.array) -> mx.array:
