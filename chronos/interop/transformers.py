@@ -143,6 +143,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ChronosConfig) -> None:
         super().__init__(config)
         self.native = _without_misses(Model(config.native()))
+        self.register_load_state_dict_pre_hook(_names_of_a_folder)
         self.post_init()
 
     @classmethod
@@ -218,16 +219,21 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Logits [B, T, V] of input_ids [B, T]; zeros where a row is padded and cached.
 
         attention_mask: 1 for text and 0 for padding, [B, T] or [B, S] with a cache; text is in one
         piece, and at the right end where there is a cache. use_cache: off unless asked for.
-        labels: -100 is left out; the loss is the mean cross entropy of the next token alone.
+        labels: -100 is left out; the loss is the mean cross entropy of the next token alone, or
+        the sum over `num_items_in_batch`, the labels of all micro-batches of an update.
         logits_to_keep: the last so many positions, or their indices. output_router_logits: log
-        probabilities [B * T, E] of each layer, without a cache only.
+        probabilities [B * T, E] of each layer, without a cache only. options: what other libraries
+        pass along; UsageError for one that is set.
         """
+        _refuse_set(options)
         if past_key_values is None and not use_cache:
             last = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
             out = self._whole(input_ids, attention_mask, last_only=last)
@@ -241,7 +247,8 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values.seen += input_ids.shape[1]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits_BTV, labels, logits_BTV.shape[-1])
+            V = logits_BTV.shape[-1]
+            loss = self.loss_function(logits_BTV, labels, V, num_items_in_batch=num_items_in_batch)
         if isinstance(logits_to_keep, Tensor):
             logits_BTV = logits_BTV[:, logits_to_keep]
         elif logits_to_keep:
@@ -252,7 +259,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         result = MoeCausalLMOutputWithPast(
             loss=loss, logits=logits_BTV, past_key_values=past_key_values, router_logits=scores
         )
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
     def _whole(self, ids_BT: Tensor, mask_BT: Tensor | None, **options: bool) -> Output:
         """The batch at once, without a cache."""
@@ -304,16 +311,20 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         output_router_logits: bool = False,
-        use_cache: bool = False,
-    ) -> MoeModelOutputWithPast:
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
         """`last_hidden_state` [B, T, D], of which the output embeddings make logits."""
+        _refuse_set(options)
         if use_cache:
             raise UsageError("hidden states come without a cache", fix="use_cache=False")
         out = self._whole(input_ids, attention_mask, want_logits=False)
-        return MoeModelOutputWithPast(
+        result = MoeModelOutputWithPast(
             last_hidden_state=out.hidden,
             router_logits=_router_logits(out.routing) if output_router_logits else None,
         )
+        return result.to_tuple() if return_dict is False else result
 
     def init_weights(self) -> None:
         """Random weights as in training; `torch.manual_seed` decides which."""
@@ -355,6 +366,23 @@ def _filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Mode
     except RuntimeError as error:
         raise ShapeMismatch(str(error), where, "the config is of another geometry") from None
     return model
+
+
+def _names_of_a_folder(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any
+) -> None:
+    """Take the names a folder has, too: a Trainer that resumes loads its checkpoint's file."""
+    own = f"{prefix}native."
+    for name in [n for n in state if n.startswith(prefix) and not n.startswith(own)]:
+        state[own + name.removeprefix(prefix)] = state.pop(name)
+
+
+def _refuse_set(options: dict[str, Any]) -> None:
+    """Libraries pass what a model might have, unset; one that is set would have no effect."""
+    if odd := sorted(
+        name for name, value in options.items() if value is not None and value is not False
+    ):
+        raise UsageError(f"a native model takes no {', '.join(odd)}")
 
 
 def _without_misses(model: Model) -> Model:

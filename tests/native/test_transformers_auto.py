@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import chronos
@@ -190,6 +191,32 @@ def test_the_loss_is_the_next_tokens_and_padding_is_no_part_of_it(model: Any) ->
         torch.testing.assert_close(found, wanted)
 
 
+def test_micro_batches_share_the_labels_of_their_update(model: Any) -> None:
+    """Their losses are parts of the joined batch's, however few labels one has."""
+    ids = torch.from_numpy(IDS)
+    labels = ids.clone()
+    labels[0, :-3] = -100
+    whole = model(ids, labels=labels).loss
+    parts = [
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=3 + 20).loss
+        for row in (0, 1)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_options_of_other_models_are_refused_where_they_are_set(model: Any) -> None:
+    ids = torch.from_numpy(IDS)
+    wanted = model(ids).logits
+    unset = {"inputs_embeds": None, "output_attentions": None, "output_hidden_states": False}
+    assert torch.equal(model(ids, **unset).logits, wanted)
+    states = model.base_model(ids, **unset).last_hidden_state
+    assert torch.equal(model(ids, return_dict=False)[0], wanted)
+    assert torch.equal(model.base_model(ids, return_dict=False)[0], states)
+    for call in (model, model.base_model):
+        with pytest.raises(UsageError, match="takes no output_hidden_states"):
+            call(ids, output_hidden_states=True)
+
+
 def test_router_logits_are_scores_of_the_routers(model: Any) -> None:
     with torch.no_grad():
         out = model(torch.from_numpy(IDS), output_router_logits=True)
@@ -241,6 +268,18 @@ def test_a_state_dict_replaces_the_weights_that_are_saved(model: Any, tmp_path: 
     assert all(torch.equal(again[name], value) for name, value in state.items())
     with pytest.raises(ShapeMismatch):
         model.save_pretrained(tmp_path, state_dict=dict(list(state.items())[1:]))
+
+
+def test_the_file_of_a_folder_is_a_state_dict(model: Any, tmp_path: Path) -> None:
+    """By the names it has on disk, as a Trainer that resumes loads it."""
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_config(model.config)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert all(name.startswith("native.lookahead.") for name in found.missing_keys)
+    ids = torch.from_numpy(IDS)
+    assert torch.equal(other.eval()(ids).logits, model(ids).logits)
+    assert not other.load_state_dict(model.state_dict()).missing_keys
 
 
 def test_random_weights_follow_the_seed() -> None:

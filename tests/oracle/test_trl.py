@@ -422,13 +422,15 @@ def test_gkd(models: Models, beta: float) -> None:
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_five_updates(models: Models, kind: str) -> None:
-    """AdamW with a clipped norm, over batches of their own: TRL's loop against TrainStep's."""
+    """AdamW with a clipped norm, over two micro-batches each, of as many rows and not as many
+    labels: TRL's loop against TrainStep's."""
     from chronos.backends import torch as backend
 
     rate, clip, data = 1e-3, 0.5, chats(20, seed=3)
     data = completions(data) if kind == "SFT" else data
     trainer = models.trainer(
-        kind, data, reference=models.reference, per_device_train_batch_size=4, max_steps=5,
+        kind, data, reference=models.reference, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, max_steps=5,
         learning_rate=rate, max_grad_norm=clip,
     )  # fmt: skip
     before = {name: x.detach().clone() for name, x in trainer.model.native.named_parameters()}
@@ -438,13 +440,13 @@ def test_five_updates(models: Models, kind: str) -> None:
     )
     log = [line for line in trainer.state.log_history if "loss" in line]
     for number in range(5):
-        part = data[4 * number : 4 * number + 4]
+        parts = [data[at : at + 2] for at in (4 * number, 4 * number + 2)]
         if kind == "SFT":
-            batch, objective = models.rows_of(part), NextToken(routing=Preference().routing)
+            batches, objective = list(map(models.rows_of, parts)), NextToken(Preference().routing)
         else:
-            batch, objective = models.pairs_of(part), Preference()
-            batch = batch.with_extra({"reference": models.score(batch)})
-        terms = step.step([batch], objective, rate, number)
+            batches, objective = list(map(models.pairs_of, parts)), Preference()
+            batches = [batch.with_extra({"reference": models.score(batch)}) for batch in batches]
+        terms = step.step(batches, objective, rate, number)
         assert terms["loss"] == pytest.approx(log[number]["loss"], rel=1e-4)
         assert terms["grad_norm"] == pytest.approx(log[number]["grad_norm"], rel=1e-4)
         assert terms["grad_norm"] > clip
@@ -501,3 +503,18 @@ def test_grpo_trains(models: Models) -> None:
     assert len(log) == 2 and all(line["grad_norm"] > 0 and line["kl"] > 0 for line in log)
     moved = [n for n, x in trainer.model.native.named_parameters() if not x.equal(before[n])]
     assert "model.layers.0.mlp.gate.weight" in moved and "model.embed_tokens.weight" in moved
+
+
+def test_a_run_of_theirs_is_resumed(models: Models) -> None:
+    """From the folder that a native model is saved as."""
+    data, found = completions(chats(8)), []
+    options = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_steps": 4}
+    saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(models.home / "resumed")}
+    for resume in (None, str(models.home / "resumed" / "checkpoint-2")):
+        trainer = models.trainer("SFT", data, **options, **saving)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(dict(trainer.model.native.named_parameters()))
+    for name, parameter in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name].detach(), parameter.detach(), atol=1e-7, err_msg=name
+        )
