@@ -25,7 +25,7 @@ from mlx import nn
 from chronos.backends.mlx.codecs import Expert, codec_of, silu
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
-from chronos.common.experts.tier import HeldLease, Lease
+from chronos.common.experts.lease import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig

@@ -25,7 +25,7 @@ from chronos.backends.torch.codecs import Expert, codec_of
 from chronos.backends.torch.products import Linear, linear
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
-from chronos.common.experts.tier import HeldLease, Lease
+from chronos.common.experts.lease import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig

@@ -23,8 +23,8 @@ from mlx import nn
 from chronos.backends.mlx.codecs import Switch, codec_of
 from chronos.backends.mlx.moe import Routing, refuse_gradients
 from chronos.common.experts.feed import Source
+from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import NEXT_GATE
-from chronos.common.experts.tier import Lease
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
 _SORT_PAIRS = 64
