@@ -179,8 +179,9 @@ class Model:
 def _joined(call: ExpertsCall, pieces: list[Tensor], count: int) -> list[Routing]:
     """The routing of the last of the tokens that ran one after the other, layer by layer."""
     layers = len(call.routing) // len(pieces)
+    decisions = [one[:3] for one in call.routing]  # a guest has no frozen gate beside its own
     return [
-        Routing(*(torch.cat(p)[-count:] for p in zip(*call.routing[layer::layers], strict=True)))
+        Routing(*(torch.cat(p)[-count:] for p in zip(*decisions[layer::layers], strict=True)))
         for layer in range(layers)
     ]
 
