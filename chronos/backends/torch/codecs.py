@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chronos.backends.torch.products import linear, onednn_linear, packed, packs
+from chronos.backends.torch.quantised import dequantised
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout.codecs import SWIGLU, TRANSFORMERS
+from chronos.common.layout.codecs import MLX, QUANTISED, SWIGLU, TRANSFORMERS, encodings_of
+from chronos.common.layout.quantised import is_coded, split
 
 if TYPE_CHECKING:
     from chronos.common.layout import Record
@@ -108,7 +110,7 @@ class Transformers:
         """One expert on its rows: up (with the gate, where there is one), activation, down."""
         if expert.release is not None:
             self._rearrange(expert, block)
-        named = expert.tensors
+        named = self.parameters(expert, block, x_TD.dtype)
         if block.has_gate:
             h_TF = block._apply_gate(_project(block, x_TD, named, "gate_up_proj"))
         else:
@@ -116,8 +118,8 @@ class Transformers:
         y_TD = _project(block, h_TF, named, "down_proj")
         return block.post_expert_norm(y_TD) if block.has_post_expert_norm else y_TD
 
-    def parameters(self, expert: Named) -> Mapping[str, Tensor]:
-        """One slice of each parameter of the library's module."""
+    def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """One slice of each parameter of the library's module; dtype: what it computes in."""
         return expert.tensors
 
     def _rearrange(self, expert: Named, block: Any) -> None:
@@ -134,6 +136,49 @@ class Transformers:
             for name, w in expert.tensors.items()
         }
         release()
+
+
+@dataclass(slots=True)
+class Coded(Named):
+    """The same of a quantised expert; encodings: of each matrix."""
+
+    encodings: Mapping[str, str] = field(default_factory=dict)
+
+
+class Quantised(Transformers):
+    """The experts of a checkpoint that another library quantised, in its layout: dequantised at
+    each use, so a slot has the checkpoint's bytes and its products the library's bits."""
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Coded:
+        tensors = tensors_of(raw, record)
+        matrices = dict.fromkeys(split(name).matrix for name in tensors)
+        return Coded(tensors, None, encodings_of(record.encoding, matrices))
+
+    def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        assert isinstance(expert, Coded)
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in expert.tensors.items():
+            matrix, kind = split(name)
+            kinds.setdefault(matrix, {})[kind] = tensor
+        weights: dict[str, Tensor] = {}
+        for matrix, found in kinds.items():
+            coded = is_coded(found)
+            weights[matrix] = (
+                dequantised(expert.encodings[matrix], found, dtype) if coded else found["weight"]
+            )
+            if "bias" in found:
+                weights[f"{matrix}_bias"] = found["bias"]
+        for end in ("", "_bias"):
+            if (gate := weights.pop(f"gate_proj{end}", None)) is not None:
+                up = weights.pop(f"up_proj{end}").to(gate.dtype)
+                weights[f"gate_up_proj{end}"] = (
+                    torch.cat([gate, up])
+                    if block.is_concatenated
+                    else torch.stack([gate, up], 1).flatten(0, 1)
+                )
+        if block.is_transposed:
+            weights = {n: w.t().contiguous() if w.dim() > 1 else w for n, w in weights.items()}
+        return {name: weights[name] for name in PARAMETERS if name in weights}
 
 
 def _project(block: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
@@ -161,7 +206,12 @@ def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:
 
 
 # By the pattern of their names.
-CODECS: dict[str, Callable[[], Codec]] = {SWIGLU: Swiglu, TRANSFORMERS: Transformers}
+CODECS: dict[str, Callable[[], Codec]] = {
+    SWIGLU: Swiglu,
+    TRANSFORMERS: Transformers,
+    rf"{MLX}(-(affine[234568]|mxfp[48]|nvfp4|bf16|f16|f32))*": Quantised,
+    QUANTISED: Quantised,
+}
 
 
 @cache
@@ -173,5 +223,5 @@ def codec_of(encoding: str) -> Any:
     raise ConfigError(
         f"PyTorch does not compute experts encoded as {encoding[:80]}",
         "",
-        "use --backend mlx" if encoding.startswith("mlx") else "use another backend",
+        "use --backend mlx" if encoding.startswith(MLX) else "use another backend",
     )

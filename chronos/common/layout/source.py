@@ -23,7 +23,7 @@ from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors, read_pieces
 from chronos.common.errors import ShapeMismatch, UsageError
-from chronos.common.layout.codecs import SWIGLU, encoder_of, encoding_of
+from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts, left_out_of
@@ -71,10 +71,12 @@ class ModelSource:
 
     @property
     def dialect(self) -> str:
-        """Whose modules the records fit: "chronos", "transformers" or "mlx"."""
+        """Whose modules the records fit: "chronos", "transformers", "mlx", or "quantised" for those
+        that another library quantised."""
         if isinstance(self.config, ModelConfig):
             return "chronos"
-        return next(iter(self.templates.values())).encoding.partition("-")[0]
+        first = next(iter(self.templates.values())).encoding.partition("-")[0]
+        return first if first in (TRANSFORMERS, MLX) else "quantised"
 
     @property
     def encodings(self) -> dict[int, str]:
@@ -180,7 +182,7 @@ def _guest(
 ) -> ModelSource:
     found, raw = find_experts(located, config), load_config(src)[0]
     templates = {
-        layer: laid._replace(encoding=encoding_of(raw, layer, laid.tensors))
+        layer: laid._replace(encoding=encoding_of(raw, layer, laid.tensors, config.coding))
         for layer, laid in found.templates.items()
     }
     left_out = set(found.left_out)

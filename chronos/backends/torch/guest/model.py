@@ -5,7 +5,7 @@ own renames, from bytes our strict reader gave; routed experts never become para
 caches, norms and routers stay the library's; its experts interface calls `experts`. A resident
 guest holds its experts as parameters and computes them with the library's own kernel. Everything
 runs in the checkpoint's dtype, so the tokens are the library's. Nothing is fetched, no code of a
-checkpoint runs. Not covered: training, saving, packed rows, checkpoints quantised by the library.
+checkpoint runs. Not covered: training, saving, packed rows.
 
 Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from chronos.backends.libraries import STACKED_ONLY
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.fast.steps import Steps, integers
 from chronos.backends.torch.guest.build import (
@@ -54,8 +55,9 @@ from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
-from chronos.common.layout.codecs import TRANSFORMERS
+from chronos.common.layout.codecs import TRANSFORMERS, dense_encoding
 from chronos.common.layout.naming import layer_of
+from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 from chronos.common.text.sampling import PIECE
 from chronos.common.tuning import plain
@@ -200,8 +202,8 @@ def load_guest(
     ShapeMismatch, CorruptFileError.
     """
     config = GuestConfig.from_json(folder)
-    _check_runnable(config, folder)
     layout = layout or packed_experts(folder, config, checked=resident)
+    _check_runnable(config, folder, packed=layout is not None)
     with quiet():
         settings, kind = text_model(config, folder)
         if layout is None:
@@ -209,8 +211,10 @@ def load_guest(
             options: dict[str, Any] = {"pretrained_model_name_or_path": folder}
         else:
             found = read_checkpoint(folder) if dense is None else dense
+            encoding_of = partial(dense_encoding, load_config(folder)[0], coding=config.coding)
+            tensors = dense_tensors(found, encoding_of, DTYPES[config.dtype])
             kind = without_experts(kind)
-            options = {"pretrained_model_name_or_path": None, "state_dict": dense_tensors(found)}
+            options = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         core, report = built(
             lambda: kind.from_pretrained(
                 **options,
@@ -240,18 +244,24 @@ def load_guest(
     return Model(config, core, resident)
 
 
-def _check_runnable(config: GuestConfig, folder: Path) -> None:
-    if config.quantization == "mlx":
+def _check_runnable(config: GuestConfig, folder: Path, packed: bool) -> None:
+    if config.quantization == "mlx" and config.model_type not in STACKED_ONLY:
         raise ConfigError(
-            "the checkpoint is quantised by MLX-LM, which PyTorch cannot compute with",
+            f"MLX-LM's {config.model_type}, quantised, has not the weights of Transformers'",
             str(folder),
             "use --backend mlx",
         )
-    if config.quantization:
+    if config.quantization not in ("", "mlx") and not config.coding:
         raise ConfigError(
             f"the checkpoint is quantised ({config.quantization}), which Chronos does not run",
             str(folder),
             "use a bfloat16 checkpoint of the model",
+        )
+    if config.quantization and not packed:
+        raise ConfigError(
+            f"the checkpoint is quantised ({config.quantization}): only packed ones run",
+            str(folder),
+            f"pack it: chronos pack {folder} -o {folder}-packed",
         )
 
 
@@ -291,7 +301,7 @@ def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, A
         record = layout.records[layer, 0]  # all of a layer are alike
         codec = codec_of(record.encoding)
         raw = torch.empty(record.nbytes, dtype=torch.uint8, device="meta")
-        found = codec.parameters(codec.view(raw, record))
+        found = codec.parameters(codec.view(raw, record), module, torch.float32)
         shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if shapes != module.chronos_shapes:
             raise ShapeMismatch(
@@ -313,7 +323,7 @@ def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.d
         layer, expert = record.key
         codec = codec_of(record.encoding)
         held = codec.view(torch.frombuffer(data, dtype=torch.uint8), record)
-        for name, tensor in codec.parameters(held).items():
+        for name, tensor in codec.parameters(held, modules[layer][1], dtype).items():
             stacks[layer][name][expert] = tensor
     for layer, (_, module) in modules.items():
         for name, stack in stacks[layer].items():

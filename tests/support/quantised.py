@@ -1,0 +1,232 @@
+"""Tiny checkpoints quantised as they are published, and the plain ones they stand for.
+
+Each writer takes a matrix [N, K] and gives the tensors of its format by kind, and the matrix in
+float32 that they stand for, computed here by other code than Chronos': the libraries' own, where
+they have some, else value by value. `save` replaces matrices of a model's checkpoint by theirs and
+sets the model itself to what they stand for: it is then the library's run of the dequantised one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Coded = tuple[dict[str, Tensor], Tensor]
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+BLOCK = 16  # of FP8: widths of tiny models are no multiples of it
+
+
+def mxfp4(weight_NK: Tensor) -> Coded:
+    """As gpt-oss; dequantised by Transformers."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    N, K = weight_NK.shape
+    groups = weight_NK.float().view(N, K // 32, 32)
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1) / 6)) + 1
+    scaled = groups / torch.exp2(exponent)[..., None]
+    nearest = (scaled.abs()[..., None] - FP4).abs().argmin(-1)
+    codes = (nearest + 8 * (scaled < 0)).to(torch.uint8)
+    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+    scales = (exponent + 127).to(torch.uint8)
+    plain_KN = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)[0]
+    return {"blocks": blocks, "scales": scales}, plain_KN.T
+
+
+def fp8(weight_NK: Tensor, scale_dtype: torch.dtype = torch.float32) -> Coded:
+    """As DeepSeek-V3: a scale for each block that begins."""
+    N, K = weight_NK.shape
+    down, across = -(-N // BLOCK), -(-K // BLOCK)
+    coded = torch.empty(N, K, dtype=torch.float8_e4m3fn)
+    scales, plain = torch.empty(down, across), torch.empty(N, K)
+    for i in range(down):
+        for j in range(across):
+            at = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+            block = weight_NK[at].float()
+            scale = block.abs().max() / 448
+            if scale_dtype == torch.float8_e8m0fnu:
+                scale = torch.exp2(torch.ceil(torch.log2(scale)))
+            scale = scale.to(scale_dtype).float()
+            coded[at] = (block / scale).to(torch.float8_e4m3fn)
+            scales[i, j], plain[at] = scale, coded[at].float() * scale
+    return {"weight": coded, "weight_scale_inv": scales.to(scale_dtype)}, plain
+
+
+def fp8_e8m0(weight_NK: Tensor) -> Coded:
+    return fp8(weight_NK, torch.float8_e8m0fnu)
+
+
+def compressed(weight_NK: Tensor, bits: int = 4, symmetric: bool = True, group: int = 32) -> Coded:
+    """As llm-compressor; packed and dequantised by compressed-tensors."""
+    from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    N, K = weight_NK.shape
+    groups = weight_NK.float().view(N, K // group, group)
+    most, offset = (1 << bits) - 1, 1 << bits - 1
+    if symmetric:
+        scale = (groups.abs().amax(-1) / (most / 2)).to(torch.bfloat16)
+        zero = torch.zeros_like(scale)
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / most).to(torch.bfloat16)
+        zero = torch.round(-offset - low / scale.float()).clamp(-offset, offset - 1)
+    exact = torch.round(groups / scale.float()[..., None] + zero.float()[..., None])
+    q = exact.clamp(-offset, offset - 1).view(N, K).to(torch.int8)
+    tensors = {
+        "weight_packed": pack_to_int32(q, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([N, K]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
+    return tensors, dequantize(q, scale, None if symmetric else zero.to(torch.int8)).float()
+
+
+def compressed_asymmetric(weight_NK: Tensor) -> Coded:
+    return compressed(weight_NK, symmetric=False)
+
+
+def compressed_int8(weight_NK: Tensor) -> Coded:
+    return compressed(weight_NK, bits=8, group=weight_NK.shape[1])
+
+
+def compressed_fp8(weight_NK: Tensor) -> Coded:
+    """A scale for each row."""
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    scale = (weight_NK.float().abs().amax(1, keepdim=True) / 448).to(torch.bfloat16)
+    coded = (weight_NK.float() / scale.float()).to(torch.float8_e4m3fn)
+    return {"weight": coded, "weight_scale": scale}, dequantize(coded, scale).float()
+
+
+def _integers(weight_NK: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K], scales and zeros [N, G] of four bits, with zeros from 1 on."""
+    groups = weight_NK.float().unflatten(1, (-1, group))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = ((high - low) / 15).to(torch.float16)
+    zero = torch.round(-low / scale.float()).clamp(1, 15)
+    codes = torch.round(groups / scale.float()[..., None] + zero[..., None]).clamp(0, 15)
+    return codes.flatten(1).int(), scale, zero.int()
+
+
+def _words(values: list[list[int]], order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Rows of four-bit values, eight a word; value number order[i] lies at bit 4 i."""
+    rows = []
+    for row in values:
+        words = []
+        for start in range(0, len(row), 8):
+            word = sum(row[start + value] << 4 * place for place, value in enumerate(order))
+            words.append(word - (1 << 32) if word >= 1 << 31 else word)
+        rows.append(words)
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def gptq(weight_NK: Tensor, version: int = 1, shuffled: bool = False) -> Coded:
+    """As AutoGPTQ packs, columns in groups by their index, or in any order."""
+    N, K = weight_NK.shape
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(3))
+    order = order if shuffled else torch.arange(K)
+    codes, scale, zero = _integers(weight_NK[:, order])
+    groups = torch.empty(K, dtype=torch.int32)
+    groups[order] = (torch.arange(K) // 16).int()
+    back = torch.argsort(order)
+    codes = codes[:, back]
+    less = 1 if version == 1 else 0
+    tensors = {
+        "qweight": _words(codes.tolist()).T.contiguous(),
+        "qzeros": _words((zero.T - less).tolist()),
+        "scales": scale.T.contiguous(),
+        "g_idx": groups,
+    }
+    spread = groups.long()
+    return tensors, ((codes - zero[:, spread]).half() * scale[:, spread]).float()
+
+
+def gptq2(weight_NK: Tensor) -> Coded:
+    return gptq(weight_NK, version=2, shuffled=True)
+
+
+def awq(weight_NK: Tensor) -> Coded:
+    """As AutoAWQ packs, version gemm."""
+    codes, scale, zero = _integers(weight_NK)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    tensors = {
+        "qweight": _words(codes.T.tolist(), order),
+        "qzeros": _words(zero.T.tolist(), order),
+        "scales": scale.T.contiguous(),
+    }
+    difference = codes - zero.repeat_interleave(16, 1)
+    return tensors, (difference.half() * scale.repeat_interleave(16, 1)).float()
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+def _groups(bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, **more}
+    return {"config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
+
+
+# By a name for tests: the quantization_config, the encoding Chronos gives it, and the writer.
+FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
+    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4", mxfp4),
+    "fp8": (FP8, f"fp8-{BLOCK}x{BLOCK}", fp8),
+    "fp8-e8m0": (FP8 | {"scale_fmt": "ue8m0"}, f"fp8-{BLOCK}x{BLOCK}", fp8_e8m0),
+    "int4": (PACKED | _groups(4, group_size=32), "compressed-int4", compressed),
+    "int4-asym": (
+        PACKED | _groups(4, group_size=32, symmetric=False),
+        "compressed-int4",
+        compressed_asymmetric,
+    ),
+    "int8": (PACKED | _groups(8, strategy="channel"), "compressed-int8", compressed_int8),
+    "float": (
+        PACKED | {"format": "float-quantized"} | _groups(8, "float"),
+        "compressed-fp8",
+        compressed_fp8,
+    ),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "gptq-int4", gptq),
+    "gptq2": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "desc_act": True},
+        "gptq2-int4",
+        gptq2,
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-int4", awq),
+}
+
+
+def save(model: Any, folder: Path, name: str, wanted: Callable[[str], bool]) -> None:
+    """Write the model's checkpoint with the matrices that are `wanted`, by their names, quantised;
+    the model has what they stand for afterwards."""
+    settings, _, write = FORMATS[name]
+    model.save_pretrained(folder)
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for key, weight in load_file(folder / "model.safetensors").items():
+        stacked = weight.dim() == 3 and ".experts." in key  # gpt-oss, [E, K, N]
+        if not wanted(key) or weight.dim() == 1 or ".experts." in key and "bias" in key:
+            tensors[key] = plain[key] = weight
+        elif stacked:
+            coded = [write(one.T) for one in weight]
+            for kind in coded[0][0]:
+                tensors[f"{key}_{kind}"] = torch.stack([parts[kind] for parts, _ in coded])
+            plain[key] = torch.stack([value.T for _, value in coded]).to(weight.dtype)
+        else:
+            parts, value = write(weight)
+            base = key.removesuffix(".weight")
+            tensors |= {f"{base}.{kind}": part for kind, part in parts.items()}
+            plain[key] = value.to(weight.dtype)
+    twin = folder.with_name(folder.name + "-plain")
+    model.save_pretrained(twin)
+    save_file({k: v.contiguous() for k, v in plain.items()}, twin / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(twin, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
