@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,52 +58,26 @@ def fp8(weight_NK: Tensor, scale_dtype: torch.dtype = torch.float32) -> Coded:
     return {"weight": coded, "weight_scale_inv": scales.to(scale_dtype)}, plain
 
 
-def fp8_e8m0(weight_NK: Tensor) -> Coded:
-    return fp8(weight_NK, torch.float8_e8m0fnu)
+def compressed(
+    weight_NK: Tensor, bits: int = 4, kind: str = "int", group: int = 0, symmetric: bool = True
+) -> Coded:
+    """As llm-compressor: packed and dequantised by compressed-tensors. group: 0 for whole rows."""
+    from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
 
-
-def compressed(weight_NK: Tensor, bits: int = 4, symmetric: bool = True, group: int = 32) -> Coded:
-    """As llm-compressor; packed and dequantised by compressed-tensors."""
-    from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    N, K = weight_NK.shape
-    groups = weight_NK.float().view(N, K // group, group)
-    most, offset = (1 << bits) - 1, 1 << bits - 1
-    if symmetric:
-        scale = (groups.abs().amax(-1) / (most / 2)).to(torch.bfloat16)
-        zero = torch.zeros_like(scale)
-    else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = ((high - low) / most).to(torch.bfloat16)
-        zero = torch.round(-offset - low / scale.float()).clamp(-offset, offset - 1)
-    exact = torch.round(groups / scale.float()[..., None] + zero.float()[..., None])
-    q = exact.clamp(-offset, offset - 1).view(N, K).to(torch.int8)
-    tensors = {
-        "weight_packed": pack_to_int32(q, bits),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor([N, K]),
-    }
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    args = QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, **strategy)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    by_group = weight_NK.to(torch.bfloat16).unflatten(1, (-1, group or weight_NK.shape[1]))
+    scale, zero = calculate_qparams(by_group.amin(-1), by_group.amax(-1), args)
+    tensors = {"weight": weight_NK.to(torch.bfloat16), "weight_scale": scale.to(torch.bfloat16)}
     if not symmetric:
-        tensors["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
-    return tensors, dequantize(q, scale, None if symmetric else zero.to(torch.int8)).float()
-
-
-def compressed_asymmetric(weight_NK: Tensor) -> Coded:
-    return compressed(weight_NK, symmetric=False)
-
-
-def compressed_int8(weight_NK: Tensor) -> Coded:
-    return compressed(weight_NK, bits=8, group=weight_NK.shape[1])
-
-
-def compressed_fp8(weight_NK: Tensor) -> Coded:
-    """A scale for each row."""
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    scale = (weight_NK.float().abs().amax(1, keepdim=True) / 448).to(torch.bfloat16)
-    coded = (weight_NK.float() / scale.float()).to(torch.float8_e4m3fn)
-    return {"weight": coded, "weight_scale": scale}, dequantize(coded, scale).float()
+        tensors["weight_zero_point"] = zero
+    coder = PackedQuantizationCompressor if kind == "int" else NaiveQuantizationCompressor
+    coded = coder.compress(tensors, scheme)
+    return coded, coder.decompress(dict(coded), scheme)["weight"].float()
 
 
 def _integers(weight_NK: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,10 +123,6 @@ def gptq(weight_NK: Tensor, version: int = 1, shuffled: bool = False) -> Coded:
     return tensors, ((codes - zero[:, spread]).half() * scale[:, spread]).float()
 
 
-def gptq2(weight_NK: Tensor) -> Coded:
-    return gptq(weight_NK, version=2, shuffled=True)
-
-
 def awq(weight_NK: Tensor) -> Coded:
     """As AutoAWQ packs, version gemm."""
     codes, scale, zero = _integers(weight_NK)
@@ -178,24 +149,24 @@ def _groups(bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
 FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
     "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4", mxfp4),
     "fp8": (FP8, f"fp8-{BLOCK}x{BLOCK}", fp8),
-    "fp8-e8m0": (FP8 | {"scale_fmt": "ue8m0"}, f"fp8-{BLOCK}x{BLOCK}", fp8_e8m0),
-    "int4": (PACKED | _groups(4, group_size=32), "compressed-int4", compressed),
+    "fp8-e8m0": (FP8 | {"scale_fmt": "ue8m0"}, f"fp8-{BLOCK}x{BLOCK}", partial(fp8, scale_dtype=torch.float8_e8m0fnu)),
+    "int4": (PACKED | _groups(4, group_size=32), "compressed-int4", partial(compressed, group=32)),
     "int4-asym": (
         PACKED | _groups(4, group_size=32, symmetric=False),
         "compressed-int4",
-        compressed_asymmetric,
+        partial(compressed, group=32, symmetric=False),
     ),
-    "int8": (PACKED | _groups(8, strategy="channel"), "compressed-int8", compressed_int8),
+    "int8": (PACKED | _groups(8, strategy="channel"), "compressed-int8", partial(compressed, bits=8)),
     "float": (
         PACKED | {"format": "float-quantized"} | _groups(8, "float"),
         "compressed-fp8",
-        compressed_fp8,
+        partial(compressed, bits=8, kind="float"),
     ),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "gptq-int4", gptq),
     "gptq2": (
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "desc_act": True},
         "gptq2-int4",
-        gptq2,
+        partial(gptq, version=2, shuffled=True),
     ),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-int4", awq),
 }

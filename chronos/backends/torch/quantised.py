@@ -31,7 +31,8 @@ Kinds = Mapping[str, Tensor]
 def dequantised(encoding: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     """The matrix [N, K] that its tensors, by kind, stand for. encoding: of this one matrix."""
     method, _, setting = encoding.partition("-")
-    return _METHODS[method](setting, kinds, dtype)
+    # Rows lie one behind the other, as in the plain checkpoint: products of others have other bits.
+    return _METHODS[method](setting, kinds, dtype).contiguous()
 
 
 def _mxfp4(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
@@ -61,7 +62,7 @@ def _compressed(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     zero_NG = (
         torch.full_like(scale, float(1 << bits - 1))
         if zero is None
-        else _codes(zero.t(), bits, scale.dtype).t()
+        else _codes(zero.t(), bits, scale.dtype)[:, : len(scale)].t()
     )
     return _grouped(codes_NK, scale, zero_NG).to(dtype)
 

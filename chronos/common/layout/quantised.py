@@ -114,7 +114,7 @@ def _compressed(setting: str, kinds: Kinds) -> tuple[int, int]:
     groups = _groups(kinds, "weight_scale", rows, columns)
     _check(kinds["weight_shape"] in (("I64", (2,)), ("I32", (2,))))
     if "weight_zero_point" in kinds:
-        _check(kinds["weight_zero_point"] == ("I32", (rows // each, groups)) and not rows % each)
+        _check(kinds["weight_zero_point"] == ("I32", (-(-rows // each), groups)))
     return rows, columns
 
 
