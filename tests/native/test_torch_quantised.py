@@ -32,7 +32,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
 CASES = {
     "mxfp4": "gpt_oss", "fp8": "deepseek_v3", "fp8-e8m0": "qwen3_moe", "int4": "qwen3_moe",
     "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "gptq": "qwen3_moe",
-    "gptq2": "qwen2_moe", "awq": "mixtral",
+    "gptq2": "qwen2_moe", "awq": "mixtral", "mlx-affine4": "qwen3_moe", "mlx-affine3": "olmoe",
+    "mlx-affine6": "dots1", "mlx-affine8": "glm4_moe", "mlx-mxfp4": "gpt_oss",
+    "mlx-mxfp8": "mixtral", "mlx-nvfp4": "phimoe",
 }  # fmt: skip
 
 
@@ -55,6 +57,14 @@ def wanted(name: str) -> bool:
     return ".experts." in name or "_proj.weight" in name or "kv_a_proj" in name
 
 
+def experts_only(name: str) -> bool:
+    return ".experts." in name
+
+
+def everything(name: str) -> bool:
+    return "norm" not in name and name.endswith(("weight", "_proj"))
+
+
 def build(model_type: str, dtype: torch.dtype, wide: bool) -> Any:
     torch.manual_seed(1)
     settings = BASE | {"initializer_range": 0.3} | ARCHITECTURES[model_type]
@@ -72,7 +82,11 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Guest]:
         if (name, dtype) not in made:
             folder = tmp_path_factory.mktemp(name)
             model = build(CASES[name], dtype, not name.startswith("fp8"))
-            chosen = (lambda key: ".experts." in key) if name == "mxfp4" else wanted
+            chosen = wanted
+            if name == "mxfp4":
+                chosen = experts_only
+            elif name.startswith("mlx"):
+                chosen = everything
             quantised.save(model, folder / "source", name, chosen)
             pack(folder / "source", folder / "packed")
             made[name, dtype] = Guest(model, folder / "source", folder / "packed")

@@ -9,11 +9,13 @@ sets the model itself to what they stand for: it is then the library's run of th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -136,6 +138,48 @@ def awq(weight_NK: Tensor) -> Coded:
     return tensors, (difference.half() * scale.repeat_interleave(16, 1)).float()
 
 
+def mlx(weight_NK: Tensor, mode: str = "affine", bits: int = 4, group: int = 32) -> Coded:
+    """As MLX-LM: coded and dequantised by MLX, in bfloat16."""
+    import mlx.core as mx
+
+    weight = mx.array(weight_NK.float().numpy()).astype(mx.bfloat16)
+    options = {"mode": mode, "bits": bits, "group_size": group}
+    coded = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, **options), strict=False))
+    plain = mx.dequantize(coded["weight"], coded["scales"], coded.get("biases"), **options)
+    return {kind: _torch(array) for kind, array in coded.items()}, _torch(plain).float()
+
+
+def _torch(array: Any) -> Tensor:
+    import mlx.core as mx
+
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.astype(mx.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _as_mlx_names_them(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts one by one become stacks; gpt-oss' gate and up are matrices of their own there."""
+    found: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}
+    for key in sorted(tensors, key=lambda key: [int(p) if p.isdigit() else 0 for p in key.split(".")]):
+        one = re.fullmatch(r"(.+\.)experts\.\d+\.(.+)", key)
+        if one:
+            names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+            projection, kind = one[2].split(".")
+            name = f"{one[1]}switch_mlp.{names.get(projection, projection)}.{kind}"
+            stacks.setdefault(name, []).append(tensors[key])
+        elif stacked := re.fullmatch(r"(.+\.experts)\.(gate_up|down)_proj_(.+)", key):
+            at, projection, kind = stacked.groups()
+            if projection == "down":
+                found[f"{at}.down_proj.{kind}"] = tensors[key]
+            else:
+                found[f"{at}.gate_proj.{kind}"] = tensors[key][:, ::2]
+                found[f"{at}.up_proj.{kind}"] = tensors[key][:, 1::2]
+        else:
+            found[key] = tensors[key]
+    return found | {name: torch.stack(parts) for name, parts in stacks.items()}
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
@@ -143,6 +187,12 @@ PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 def _groups(bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, **more}
     return {"config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
+
+
+def _mlx(mode: str, bits: int, group: int = 32) -> tuple[dict[str, Any], str, Any]:
+    settings = {"mode": mode, "bits": bits, "group_size": group}
+    word = mode if mode[-1].isdigit() else f"{mode}{bits}"
+    return {"mlx": settings}, f"mlx-{word}", partial(mlx, mode=mode, bits=bits, group=group)
 
 
 # By a name for tests: the quantization_config, the encoding Chronos gives it, and the writer.
@@ -168,6 +218,13 @@ FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
         "gptq2-int4",
         partial(gptq, version=2, shuffled=True),
     ),
+    "mlx-affine4": _mlx("affine", 4),
+    "mlx-affine3": _mlx("affine", 3),
+    "mlx-affine6": _mlx("affine", 6),
+    "mlx-affine8": _mlx("affine", 8),
+    "mlx-mxfp4": _mlx("mxfp4", 4),
+    "mlx-mxfp8": _mlx("mxfp8", 8),
+    "mlx-nvfp4": _mlx("nvfp4", 4, 16),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-int4", awq),
 }
 
@@ -195,9 +252,20 @@ def save(model: Any, folder: Path, name: str, wanted: Callable[[str], bool]) -> 
             plain[key] = value.to(weight.dtype)
     twin = folder.with_name(folder.name + "-plain")
     model.save_pretrained(twin)
-    save_file({k: v.contiguous() for k, v in plain.items()}, twin / "model.safetensors", {"format": "pt"})
+    _write(twin, plain)
     loaded = type(model).from_pretrained(twin, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    if "mlx" in settings:
+        tensors = _as_mlx_names_them(tensors)
+        settings = settings["mlx"]
+        keys = {"quantization": settings, "quantization_config": settings}
+    else:
+        keys = {"quantization_config": settings}
+    _write(folder, tensors)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
