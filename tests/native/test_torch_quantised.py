@@ -6,7 +6,6 @@ The reference is Transformers' resident run of the plain model that the quantise
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import transformers
 
 import chronos
-from chronos.common.layout import inspect, open_layout, pack, verify
+from chronos.common.layout import open_layout, pack, verify
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import quantised
 from tests.support.guests import ARCHITECTURES, BASE
@@ -27,8 +26,14 @@ from tests.support.quantised import FORMATS
 
 PROMPT = np.random.default_rng(1).integers(3, 64, 40).tolist()
 # Where a format needs groups of 32 or 16 columns; FP8's widths are no multiples of its blocks.
-WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 32,
-        "kv_lora_rank": 32, "shared_expert_intermediate_size": 32}
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "shared_expert_intermediate_size": 32,
+}
 CASES = {
     "mxfp4": "gpt_oss", "fp8": "deepseek_v3", "fp8-e8m0": "qwen3_moe", "int4": "qwen3_moe",
     "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "gptq": "qwen3_moe",

@@ -161,7 +161,9 @@ def _as_mlx_names_them(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Experts one by one become stacks; gpt-oss' gate and up are matrices of their own there."""
     found: dict[str, Tensor] = {}
     stacks: dict[str, list[Tensor]] = {}
-    for key in sorted(tensors, key=lambda key: [int(p) if p.isdigit() else 0 for p in key.split(".")]):
+    for key in sorted(
+        tensors, key=lambda key: [int(p) if p.isdigit() else 0 for p in key.split(".")]
+    ):
         one = re.fullmatch(r"(.+\.)experts\.\d+\.(.+)", key)
         if one:
             names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -199,14 +201,22 @@ def _mlx(mode: str, bits: int, group: int = 32) -> tuple[dict[str, Any], str, An
 FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
     "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4", mxfp4),
     "fp8": (FP8, f"fp8-{BLOCK}x{BLOCK}", fp8),
-    "fp8-e8m0": (FP8 | {"scale_fmt": "ue8m0"}, f"fp8-{BLOCK}x{BLOCK}", partial(fp8, scale_dtype=torch.float8_e8m0fnu)),
+    "fp8-e8m0": (
+        FP8 | {"scale_fmt": "ue8m0"},
+        f"fp8-{BLOCK}x{BLOCK}",
+        partial(fp8, scale_dtype=torch.float8_e8m0fnu),
+    ),
     "int4": (PACKED | _groups(4, group_size=32), "compressed-int4", partial(compressed, group=32)),
     "int4-asym": (
         PACKED | _groups(4, group_size=32, symmetric=False),
         "compressed-int4",
         partial(compressed, group=32, symmetric=False),
     ),
-    "int8": (PACKED | _groups(8, strategy="channel"), "compressed-int8", partial(compressed, bits=8)),
+    "int8": (
+        PACKED | _groups(8, strategy="channel"),
+        "compressed-int8",
+        partial(compressed, bits=8),
+    ),
     "float": (
         PACKED | {"format": "float-quantized"} | _groups(8, "float"),
         "compressed-fp8",

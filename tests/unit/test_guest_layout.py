@@ -232,6 +232,18 @@ def test_memory_does_not_grow_with_the_expert(tmp_path):
         ("model.layers.3.mlp.shared_expert.gate_proj.weight", None),
         ("model.layers.3.mlp.gate.weight", None),
         ("model.experts_norm.weight", None),
+        (
+            "model.layers.3.mlp.experts.7.w3.weight_scale_inv",
+            ("model.", 3, 7, "up_proj.weight_scale_inv", 0),
+        ),
+        (
+            "model.layers.3.mlp.experts.7.down_proj.g_idx",
+            ("model.", 3, 7, "down_proj.g_idx", 0),
+        ),
+        (
+            "model.layers.3.mlp.experts.gate_up_proj_blocks",
+            ("model.", 3, None, "gate_up_proj_blocks", 0),
+        ),
     ],
 )
 def test_names(name, part):
@@ -241,9 +253,9 @@ def test_names(name, part):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.3.mlp.experts.0.gate_proj.weight_scale_inv",
-        "model.layers.3.mlp.experts.0.gate_proj.qweight",
-        "model.layers.3.mlp.experts.gate_up_proj_blocks",
+        "model.layers.3.mlp.experts.0.gate_proj.weight_global_scale",
+        "model.layers.3.mlp.experts.0.gate_proj.weight.quant_state.bitsandbytes__nf4",
+        "model.layers.3.mlp.experts.gate_up_proj_absmax",
         "model.layers.3.mlp.experts.w13_weight",
         "transformer.blocks.3.ffn.experts.mlp.w1",
         "model.layers.3.mlp.experts.0.adapter.weight",

@@ -1,4 +1,4 @@
-"""Quantised matrices as the numbers they stand for: one function an encoding, by torch's operations.
+"""Quantised matrices as the numbers they stand for: one function an encoding, in torch.
 
 What the tensors look like is `common.layout.quantised`'s; here they become a matrix [N, K] (rows
 out, columns in) in the dtype the model is computed in. Each formula is that of the library whose

@@ -41,6 +41,14 @@ def first_nonfinite(data: Any, dtype: str) -> int | None:
     return None
 
 
+def check_below(data: Any, limit: int, name: str, where: str = "") -> None:
+    """Of I32 indices. Raises CorruptFileError naming the tensor and the first that is not one."""
+    values = np.frombuffer(data, "<i4", data.nbytes // 4)
+    wrong = (values < 0) | (values >= limit)
+    if wrong.any():
+        raise CorruptFileError(f"{name}: {values[wrong.argmax()]} is no index below {limit}", where)
+
+
 def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int = 0) -> None:
     """Raises CorruptFileError naming the tensor and the element.
 

@@ -32,6 +32,7 @@ _GATE_UP = ("gate_up_proj", "gate_up_proj_bias")
 # What a record ends with, and what it must have beside it: one of these.
 _DIRECTIONS = {"down_proj": ("gate_up_proj", "up_proj"), "fc2": ("fc1",)}
 
+_MLX_KINDS = frozenset({"weight", "scales", "biases", "bias"})
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _UNREAD = ("F4", "F6_E2M3", "F6_E3M2")
 # The embedding and the head of the text model; those of other parts have other vocabularies.
@@ -283,23 +284,39 @@ def _check_whole(layer: int, tensors: _Tensors, config: GuestConfig) -> None:
             str(path),
             "are shards missing?",
         )
-    coded = config.quantization != "mlx" and any(map(is_coded, matrices.values()))
-    if coded:
+    coded = any(map(is_coded, matrices.values()))
+    if coded and config.coding:
         where = f"of the experts of layer {layer}"
         sizes = {n: shape_of(config.coding, k, f"{n} {where}") for n, k in matrices.items()}
         ups = [size for name, size in sizes.items() if name != last]
         wide, down = sum(rows for rows, _ in ups), sizes[last]
         gated = any(name.startswith("gate") for name in sizes)
         fits = wide == (1 + gated) * down[1] and {columns for _, columns in ups} == {down[0]}
+    elif coded:  # by MLX-LM, projection by projection: a backend compares them with its model
+        _check_mlx(tensors)
+        fits = True
     elif last == "down_proj" and last in shapes:
         times = 2 if "gate_up_proj" in shapes else 1
         wide = math.prod(shapes["gate_up_proj" if times == 2 else "up_proj"][1])
         fits = wide == times * math.prod(shapes["down_proj"][1])
-    else:  # MLX-LM's, quantised projection by projection: its backend compares them
+    else:
         fits = True
     if not fits:
         spelled = ", ".join(f"{n} {d} {list(s)}" for n, (d, s) in shapes.items())
         raise ShapeMismatch(f"the experts of layer {layer} do not fit together: {spelled}")
+
+
+def _check_mlx(tensors: _Tensors) -> None:
+    """Refuse what is quantised in another way, of which config.json does not speak."""
+    for name, parts in tensors.items():
+        path, entry = _some(parts[0])
+        if split(name).kind not in _MLX_KINDS:
+            raise ShapeMismatch(
+                f"tensor {entry.name} is of a quantised expert, and config.json does not say how",
+                str(path),
+                "add the quantization_config it was published with; or save the model with"
+                " Transformers in bfloat16, or convert it with MLX-LM, and pack that",
+            )
 
 
 def _shapes(tensors: _Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:

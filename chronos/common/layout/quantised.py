@@ -11,8 +11,8 @@ is whose (`naming`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from chronos.common.errors import ShapeMismatch
 
@@ -24,7 +24,7 @@ KINDS = (*VALUES, *SCALES, "biases", "weight_zero_point", "qzeros", "g_idx", "we
 # gpt-oss writes its kinds behind an underscore.
 _SUFFIX = re.compile(rf"(.+?)(?:\.({'|'.join(KINDS)})|_(blocks|scales|bias))")
 _FLOATS = ("F32", "BF16", "F16")
-Kinds = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape by kind
+Kinds = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by kind
 
 
 class Named(NamedTuple):
@@ -40,9 +40,9 @@ def split(name: str) -> Named:
     return Named(found[1], found[2] or found[3]) if found else Named(name, "weight")
 
 
-def grouped(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+def grouped(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Kinds]:
     """Tensors given by name, dtype and shape: matrix by matrix, in the order given."""
-    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    found: dict[str, Kinds] = {}
     for name, dtype, shape in tensors:
         matrix, kind = split(name)
         found.setdefault(matrix, {})[kind] = (dtype, shape)
@@ -54,6 +54,17 @@ def is_coded(kinds: Iterable[str]) -> bool:
     return not {"weight", "bias"}.issuperset(kinds)
 
 
+def index_limits(tensors: Iterable[Any]) -> dict[str, int]:
+    """Of tensors with a name and a shape, those that are indices, and how many things they count
+    into: groups of GPTQ."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return {
+        name: shapes[f"{matrix}.qzeros"][0]
+        for name in shapes
+        if (matrix := split(name).matrix) and name == f"{matrix}.g_idx"
+    }
+
+
 def shape_of(encoding: str, kinds: Kinds, name: str) -> tuple[int, int]:
     """Rows and columns of the matrix `name`. Raises ShapeMismatch."""
     method, _, setting = encoding.partition("-")
@@ -62,7 +73,7 @@ def shape_of(encoding: str, kinds: Kinds, name: str) -> tuple[int, int]:
             return _plain(kinds)
         return _METHODS[method](setting, kinds)
     except (KeyError, ValueError, ZeroDivisionError):
-        spelled = ", ".join(f"{kind} {dtype} {list(shape)}" for kind, (dtype, shape) in kinds.items())
+        spelled = ", ".join(f"{kind} {d} {list(shape)}" for kind, (d, shape) in kinds.items())
         raise ShapeMismatch(
             f"{name} is no matrix as {encoding} stores them: {spelled}",
             "",

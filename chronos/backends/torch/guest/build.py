@@ -23,7 +23,8 @@ from chronos.backends.torch.quantised import dequantised
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout.quantised import VALUES, grouped, is_coded, shape_of
+from chronos.common.layout.finite import check_below
+from chronos.common.layout.quantised import VALUES, grouped, index_limits, is_coded, shape_of
 from chronos.common.model.guest import GuestConfig
 
 _ALIGN = 64  # of everything torch allocates
@@ -144,6 +145,8 @@ def dense_tensors(
         if is_coded(kinds) and not kinds.keys().isdisjoint(VALUES):
             encoding = encoding_of(matrix)
             shape_of(encoding, kinds, matrix)
+            for name, limit in index_limits(entries[f"{matrix}.{k}"] for k in kinds).items():
+                check_below(tensors[name].numpy().data, limit, name)
             parts = {k: tensors.pop(f"{matrix}.{k}") for k in kinds if k != "bias"}
             tensors[f"{matrix}.weight"] = dequantised(encoding, parts, dtype)
     return tensors
