@@ -23,8 +23,6 @@ from chronos.common.layout.quantised import bits_of, block_of
 # E2M1 of OCP MX 1.0, by its code: eight magnitudes, and the same with the sign.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INT4 = tuple(float(code) for code in range(16))
-# Where a word of AWQ has its values 0 to 7.
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 Kinds = Mapping[str, Tensor]
 
 
@@ -49,32 +47,37 @@ def _fp8(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     wide = _powers(scale, torch.float32) if scale.dtype == torch.uint8 else scale.float()
     N, K = weight_NK.shape
     scale_NK = wide.repeat_interleave(down, 0)[:N].repeat_interleave(across, 1)[:, :K]
-    return (weight_NK.float() * scale_NK).to(dtype)
+    return (_eight_bits(weight_NK) * scale_NK).to(dtype)
 
 
 def _compressed(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     scale = kinds["weight_scale"]
     if setting == "fp8":
-        return (kinds["weight"].to(scale.dtype) * scale).to(dtype)
+        return (_eight_bits(kinds["weight"]) * scale.float()).to(scale.dtype).to(dtype)
     bits = bits_of(setting)
-    codes_NK = _codes(kinds["weight_packed"], bits, scale.dtype)
+    codes_NK = _codes(kinds["weight_packed"], bits)
     zero = kinds.get("weight_zero_point")  # packed along the rows
     zero_NG = (
         torch.full_like(scale, float(1 << bits - 1))
         if zero is None
-        else _codes(zero.t(), bits, scale.dtype)[:, : len(scale)].t()
+        else _codes(zero.t(), bits)[:, : len(scale)].t()
     )
     return _grouped(codes_NK, scale, zero_NG).to(dtype)
 
 
 def _gptq(setting: str, kinds: Kinds, dtype: torch.dtype, less: int = 1) -> Tensor:
     """less: what the first version of the format stores zeros less by. Columns may be of any group,
-    where they were quantised in the order of their activations."""
-    bits, scales_GN = bits_of(setting), kinds["scales"]
-    codes_NK = _codes(kinds["qweight"].t(), bits, scales_GN.dtype)
-    zeros_GN = _codes(kinds["qzeros"], bits, scales_GN.dtype) + less
-    group_K = kinds["g_idx"].long()
-    return ((codes_NK - zeros_GN[group_K].t()) * scales_GN[group_K].t()).to(dtype)
+    where they were quantised in the order of their activations: rows of scales are spread then."""
+    bits, group_K = bits_of(setting), kinds["g_idx"]
+    codes_NK = _codes(kinds["qweight"].t(), bits)
+    scales_NG, zeros_NG = kinds["scales"].t(), (_codes(kinds["qzeros"], bits) + less).t()
+    K, G = len(group_K), scales_NG.shape[1]
+    regular_K = torch.arange(K, device=group_K.device) // -(-K // G)
+    if group_K.is_meta or K % G or not torch.equal(group_K.long(), regular_K):
+        scales_NG, zeros_NG = (
+            m.contiguous().index_select(1, group_K) for m in (scales_NG, zeros_NG)
+        )
+    return _grouped(codes_NK, scales_NG, zeros_NG).to(dtype)
 
 
 def _gptq2(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
@@ -82,24 +85,23 @@ def _gptq2(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
 
 
 def _awq(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
-    scales_GN = kinds["scales"]
 
     def ordered(packed: Tensor) -> Tensor:
-        codes = _codes(packed, 4, scales_GN.dtype)
-        return codes.unflatten(1, (-1, 8))[..., list(_AWQ)].flatten(1)
+        """Words have the even ones of their eight values first."""
+        return _codes(packed, 4).unflatten(1, (-1, 2, 4)).transpose(-1, -2).flatten(1)
 
-    codes_NK, zeros_GN = ordered(kinds["qweight"]).t(), ordered(kinds["qzeros"])
-    return _grouped(codes_NK, scales_GN.t(), zeros_GN.t()).to(dtype)
+    codes_NK = ordered(kinds["qweight"]).t().contiguous()
+    return _grouped(codes_NK, kinds["scales"].t(), ordered(kinds["qzeros"]).t()).to(dtype)
 
 
 def _mlx(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     weight, scales = kinds["weight"], kinds["scales"]
     if setting.startswith("affine"):
-        codes_NK = _codes(weight, bits_of(setting), scales.dtype)
-        values_NGk = codes_NK.unflatten(1, (scales.shape[1], -1))
-        return (values_NGk * scales[..., None] + kinds["biases"][..., None]).flatten(1).to(dtype)
+        codes_NGk = _codes(weight, bits_of(setting)).unflatten(1, (scales.shape[1], -1))
+        scaled_NGk = (codes_NGk * scales.float()[..., None]).to(scales.dtype)
+        return (scaled_NGk + kinds["biases"][..., None]).flatten(1).to(dtype)
     values_NK = (
-        _bytes(weight).view(torch.float8_e4m3fn).float()
+        _eight_bits(_bytes(weight).view(torch.float8_e4m3fn))
         if setting == "mxfp8"
         else _four_bits(_bytes(weight), _FP4, torch.float32)
     )
@@ -124,21 +126,25 @@ _METHODS: dict[str, Callable[[str, Kinds, torch.dtype], Tensor]] = {
 
 
 def _grouped(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor) -> Tensor:
-    """(code - zero) * scale, for groups of neighbouring columns."""
+    """(code - zero) * scale in the dtype of the scale, for groups of neighbouring columns."""
     codes_NGk = codes_NK.unflatten(1, (scales_NG.shape[1], -1))
-    return ((codes_NGk - zeros_NG[..., None]) * scales_NG[..., None]).flatten(1)
+    wide_NGk = (codes_NGk - zeros_NG[..., None]) * scales_NG.float()[..., None]
+    return wide_NGk.to(scales_NG.dtype).flatten(1)
 
 
-def _codes(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Unsigned integers that lie one behind the other in rows of words, lowest bits first."""
+def _codes(packed: Tensor, bits: int) -> Tensor:
+    """Unsigned integers, as float32, that lie one behind the other in rows of words, lowest bits
+    first."""
     raw = _bytes(packed)
+    if bits == 8:
+        return raw.float()
     if bits == 4:
-        return _four_bits(raw, _INT4, dtype)
+        return _four_bits(raw, _INT4, torch.float32)
     group = math.lcm(bits, 8)  # bits after which whole bytes begin again
     bytes_ = raw.unflatten(1, (-1, group // 8)).long()
     words = (bytes_ << torch.arange(0, group, 8, device=raw.device)).sum(-1, keepdim=True)
     shifts = torch.arange(0, group, bits, device=raw.device)
-    return ((words >> shifts) & ((1 << bits) - 1)).flatten(1).to(dtype)
+    return ((words >> shifts) & ((1 << bits) - 1)).flatten(1).float()
 
 
 def _four_bits(raw: Tensor, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -155,6 +161,23 @@ def _pairs(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) 
     byte = torch.arange(256, device=device)
     both = torch.stack([value[byte & 15], value[byte >> 4]], 1)
     return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
+
+
+def _eight_bits(coded_NK: Tensor) -> Tensor:
+    """E4M3 in float32. On a CPU by a table of pairs: torch's own conversion takes eight times as
+    long."""
+    if coded_NK.device.type != "cpu" or coded_NK.shape[-1] % 2:
+        return coded_NK.float()
+    pairs = _bytes(coded_NK).view(torch.int16).int() & 0xFFFF
+    return _fp8_pairs().index_select(0, pairs.flatten()).view(torch.float32).view(coded_NK.shape)
+
+
+@cache
+def _fp8_pairs() -> Tensor:
+    """For each two bytes their two values, as one integer: 512 KiB."""
+    value = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    two = torch.arange(1 << 16)
+    return torch.stack([value[two & 255], value[two >> 8]], 1).view(torch.int64).flatten()
 
 
 def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
