@@ -36,7 +36,8 @@ WIDE = {
 }
 CASES = {
     "mxfp4": "gpt_oss", "fp8": "deepseek_v3", "fp8-e8m0": "qwen3_moe", "int4": "qwen3_moe",
-    "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "gptq": "qwen3_moe",
+    "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "ct-mxfp4": "mixtral",
+    "ct-mxfp8": "qwen3_moe", "ct-nvfp4": "qwen3_moe", "gptq": "qwen3_moe",
     "gptq2": "qwen2_moe", "awq": "mixtral", "mlx-affine4": "qwen3_moe", "mlx-affine3": "olmoe",
     "mlx-affine6": "dots1", "mlx-affine8": "glm4_moe", "mlx-mxfp4": "gpt_oss",
     "mlx-mxfp8": "mixtral", "mlx-nvfp4": "phimoe",

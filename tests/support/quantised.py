@@ -61,23 +61,27 @@ def fp8(weight_NK: Tensor, scale_dtype: torch.dtype = torch.float32) -> Coded:
 
 
 def compressed(
-    weight_NK: Tensor, bits: int = 4, kind: str = "int", group: int = 0, symmetric: bool = True
+    weight_NK: Tensor, format_: str, bits: int = 4, kind: str = "int", **more: Any
 ) -> Coded:
-    """As llm-compressor: packed and dequantised by compressed-tensors. group: 0 for whole rows."""
-    from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    """As llm-compressor: coded and dequantised by compressed-tensors. more: of QuantizationArgs."""
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    args = QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, **strategy)
+    args = QuantizationArgs(num_bits=bits, type=kind, **more)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    by_group = weight_NK.to(torch.bfloat16).unflatten(1, (-1, group or weight_NK.shape[1]))
-    scale, zero = calculate_qparams(by_group.amin(-1), by_group.amax(-1), args)
-    tensors = {"weight": weight_NK.to(torch.bfloat16), "weight_scale": scale.to(torch.bfloat16)}
-    if not symmetric:
+    by_group = weight_NK.to(torch.bfloat16).unflatten(
+        1, (-1, args.group_size or weight_NK.shape[1])
+    )
+    low, high = by_group.amin(-1), by_group.amax(-1)
+    tensors = {"weight": weight_NK.to(torch.bfloat16)}
+    if args.strategy == "tensor_group":
+        tensors["weight_global_scale"] = generate_gparam(low.min(), high.max())
+    scale, zero = calculate_qparams(low, high, args, tensors.get("weight_global_scale"))
+    tensors["weight_scale"] = scale.to(torch.bfloat16)
+    if not args.symmetric:
         tensors["weight_zero_point"] = zero
-    coder = PackedQuantizationCompressor if kind == "int" else NaiveQuantizationCompressor
+    coder = BaseCompressor.load_from_registry(format_)
     coded = coder.compress(tensors, scheme)
     return coded, coder.decompress(dict(coded), scheme)["weight"].float()
 
@@ -183,12 +187,19 @@ def _as_mlx_names_them(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 
-def _groups(bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": kind, **more}
-    return {"config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
+def _compressed(
+    format_: str, word: str, bits: int, kind: str = "int", **more: Any
+) -> tuple[dict[str, Any], str, Any]:
+    weights = {"num_bits": bits, "type": kind}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": format_,
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+    }
+    write = partial(compressed, format_=format_, bits=bits, kind=kind, **more)
+    return settings, f"compressed-{word}", write
 
 
 def _mlx(mode: str, bits: int, group: int = 32) -> tuple[dict[str, Any], str, Any]:
@@ -206,21 +217,16 @@ FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
         f"fp8-{BLOCK}x{BLOCK}",
         partial(fp8, scale_dtype=torch.float8_e8m0fnu),
     ),
-    "int4": (PACKED | _groups(4, group_size=32), "compressed-int4", partial(compressed, group=32)),
-    "int4-asym": (
-        PACKED | _groups(4, group_size=32, symmetric=False),
-        "compressed-int4",
-        partial(compressed, group=32, symmetric=False),
+    "int4": _compressed("pack-quantized", "int4", 4, group_size=32),
+    "int4-asym": _compressed("pack-quantized", "int4", 4, group_size=32, symmetric=False),
+    "int8": _compressed("pack-quantized", "int8", 8, strategy="channel"),
+    "float": _compressed("float-quantized", "fp8", 8, "float", strategy="channel"),
+    "ct-mxfp4": _compressed("mxfp4-pack-quantized", "mxfp4", 4, "float", group_size=32),
+    "ct-mxfp8": _compressed(
+        "mxfp8-quantized", "mxfp8", 8, "float", group_size=32, scale_dtype=torch.uint8
     ),
-    "int8": (
-        PACKED | _groups(8, strategy="channel"),
-        "compressed-int8",
-        partial(compressed, bits=8),
-    ),
-    "float": (
-        PACKED | {"format": "float-quantized"} | _groups(8, "float"),
-        "compressed-fp8",
-        partial(compressed, bits=8, kind="float"),
+    "ct-nvfp4": _compressed(
+        "nvfp4-pack-quantized", "nvfp4", 4, "float", strategy="tensor_group", group_size=16
     ),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "gptq-int4", gptq),
     "gptq2": (

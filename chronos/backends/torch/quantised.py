@@ -54,6 +54,8 @@ def _compressed(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     scale = kinds["weight_scale"]
     if setting == "fp8":
         return (_eight_bits(kinds["weight"]) * scale.float()).to(scale.dtype).to(dtype)
+    if setting in ("mxfp4", "mxfp8", "nvfp4"):
+        return _compressed_mx(setting, kinds, _bytes(scale)).to(dtype)
     bits = bits_of(setting)
     codes_NK = _codes(kinds["weight_packed"], bits)
     zero = kinds.get("weight_zero_point")  # packed along the rows
@@ -63,6 +65,20 @@ def _compressed(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
         else _codes(zero.t(), bits)[:, : len(scale)].t()
     )
     return _grouped(codes_NK, scale, zero_NG).to(dtype)
+
+
+def _compressed_mx(setting: str, kinds: Kinds, scale: Tensor) -> Tensor:
+    """In bfloat16, as the library makes them."""
+    if setting == "mxfp8":
+        values = _eight_bits(kinds["weight"])
+    else:
+        values = _four_bits(kinds["weight_packed"], _FP4, torch.float32)
+    if setting == "nvfp4":
+        scale_NG = _eight_bits(scale.view(torch.float8_e4m3fn)) / kinds["weight_global_scale"]
+    else:
+        scale_NG = _powers(scale, torch.float32)
+    values_NGk = values.unflatten(1, (scale_NG.shape[1], -1))
+    return (values_NGk * scale_NG[..., None]).flatten(1).to(torch.bfloat16)
 
 
 def _gptq(setting: str, kinds: Kinds, dtype: torch.dtype, less: int = 1) -> Tensor:

@@ -25,7 +25,10 @@ from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tens
 
 SWIGLU, TRANSFORMERS, MLX = "swiglu", "transformers", "mlx"
 # What other libraries quantise, each in a layout of its own: see `quantised`.
-QUANTISED = r"mxfp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8)|gptq2?-int[48]|awq-int4"
+QUANTISED = (
+    r"mxfp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"
+    r"|gptq2?-int[48]|awq-int4"
+)
 
 
 class Codec(Protocol):

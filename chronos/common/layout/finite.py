@@ -54,7 +54,9 @@ def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int
 
     skipped: bytes of the tensor before `data`, where it comes in pieces.
     """
-    if dtype == "U8" and name.endswith("scales"):  # of MX formats: exponents, 255 is NaN
+    if dtype == "U8" and name.endswith(
+        ("scales", "weight_scale")
+    ):  # of MX formats: exponents, 255 is NaN
         dtype = "F8_E8M0"
     if data.nbytes and (index := first_nonfinite(data, dtype)) is not None:
         index += skipped // np.dtype(_PATTERNS[dtype][0]).itemsize

@@ -20,10 +20,16 @@ from chronos.common.errors import ShapeMismatch
 # has the kind "weight" alone.
 VALUES = ("blocks", "weight_packed", "qweight", "weight")
 SCALES = ("scales", "weight_scale_inv", "weight_scale")
-KINDS = (*VALUES, *SCALES, "biases", "weight_zero_point", "qzeros", "g_idx", "weight_shape", "bias")
+KINDS = (
+    *VALUES, *SCALES, "biases", "weight_zero_point", "weight_global_scale", "qzeros", "g_idx",
+    "weight_shape", "input_scale", "input_global_scale", "bias",
+)  # fmt: skip
+# Of activations, which a run of the dequantised checkpoint does not round.
+_UNUSED = frozenset({"input_scale", "input_global_scale"})
 # gpt-oss writes its kinds behind an underscore.
 _SUFFIX = re.compile(rf"(.+?)(?:\.({'|'.join(KINDS)})|_(blocks|scales|bias))")
 _FLOATS = ("F32", "BF16", "F16")
+_E8M0 = ("U8", "F8_E8M0")
 Kinds = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by kind
 
 
@@ -112,6 +118,13 @@ def block_of(setting: str) -> tuple[int, int]:
 def _compressed(setting: str, kinds: Kinds) -> tuple[int, int]:
     """weight_packed I32 [N, K/8] of four bits, weight_scale [N, groups], weight_zero_point I32
     [N/8, groups]; or weight F8_E4M3 [N, K] and a scale for all of it or for each row."""
+    if setting in ("mxfp4", "nvfp4"):
+        return _compressed_fp4(setting, kinds)
+    if setting == "mxfp8":
+        _only(kinds, "weight", "weight_scale")
+        rows, columns = _matrix(kinds, "weight", ("F8_E4M3",))
+        _check(columns == 32 * _groups(kinds, "weight_scale", rows, columns, _E8M0))
+        return rows, columns
     if setting == "fp8":
         _only(kinds, "weight", "weight_scale")
         rows, columns = _matrix(kinds, "weight", ("F8_E4M3",))
@@ -127,6 +140,19 @@ def _compressed(setting: str, kinds: Kinds) -> tuple[int, int]:
     if "weight_zero_point" in kinds:
         _check(kinds["weight_zero_point"] == ("I32", (-(-rows // each), groups)))
     return rows, columns
+
+
+def _compressed_fp4(setting: str, kinds: Kinds) -> tuple[int, int]:
+    """weight_packed U8 [N, K/2]; weight_scale E8M0 [N, K/32], or E4M3 [N, K/16] that is to be
+    divided by weight_global_scale F32 [1]."""
+    mx = setting == "mxfp4"
+    _only(kinds, "weight_packed", "weight_scale", *([] if mx else ["weight_global_scale"]))
+    rows, packed = _matrix(kinds, "weight_packed", ("U8",))
+    scales = _E8M0 if mx else ("F8_E4M3",)
+    groups = _groups(kinds, "weight_scale", rows, 2 * packed, scales)
+    _check(2 * packed == groups * (32 if mx else 16))
+    _check(mx or kinds["weight_global_scale"] == ("F32", (1,)))
+    return rows, 2 * packed
 
 
 def bits_of(setting: str) -> int:
@@ -198,7 +224,7 @@ def _groups(
 
 
 def _only(kinds: Kinds, *known: str) -> None:
-    _check({*known, "bias"}.issuperset(kinds))
+    _check(_UNUSED.union(known, ("bias",)).issuperset(kinds))
 
 
 def _check(holds: bool) -> None:

@@ -11,6 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# compressed-tensors' formats of floating values: their bits, and the encoding.
+_FLOAT_FORMATS = {
+    "float-quantized": (8, "compressed-fp8"),
+    "mxfp8-quantized": (8, "compressed-mxfp8"),
+    "mxfp4-pack-quantized": (4, "compressed-mxfp4"),
+    "nvfp4-pack-quantized": (4, "compressed-nvfp4"),
+}
 _LIMIT = 1 << 16  # rows or columns that share a scale
 
 
@@ -49,8 +56,9 @@ def _compressed(settings: Mapping[str, Any]) -> tuple[str, str]:
     ordered = any(w.get("actorder") not in (None, False, "static", "weight") for w in weights)
     if format_ == "pack-quantized" and kinds in ({("int", 4)}, {("int", 8)}) and not ordered:
         return method, f"compressed-int{kinds.pop()[1]}"
-    if format_ == "float-quantized" and kinds == {("float", 8)}:
-        return method, "compressed-fp8"
+    if format_ in _FLOAT_FORMATS:
+        bits, word = _FLOAT_FORMATS[format_]
+        return (method, word) if kinds == {("float", bits)} else (f"{method} {format_}", "")
     return f"{method} {format_}", ""
 
 
