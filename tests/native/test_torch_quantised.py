@@ -6,9 +6,13 @@ The reference is Transformers' resident run of the plain model that the quantise
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,18 @@ import torch
 import transformers
 
 import chronos
-from chronos.common.layout import open_layout, pack, verify
+from chronos.cli import main
+from chronos.common.disk.tensors import read_checkpoint
+from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.layout import inspect, open_layout, pack, read_records, verify
+from chronos.common.text.sampling import PIECE
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import quantised
 from tests.support.guests import ARCHITECTURES, BASE
 from tests.support.quantised import FORMATS
 
 PROMPT = np.random.default_rng(1).integers(3, 64, 40).tolist()
+BLOCKS = ("mlp", "block_sparse_moe")
 # Where a format needs groups of 32 or 16 columns; FP8's widths are no multiples of its blocks.
 WIDE = {
     "hidden_size": 64,
@@ -58,25 +67,22 @@ class Guest:
     packed: Path
 
 
-def wanted(name: str) -> bool:
-    """Experts and attention; routers, embeddings and the head stay plain, as everywhere."""
-    return ".experts." in name or "_proj.weight" in name or "kv_a_proj" in name
+def chosen(name: str, key: str) -> bool:
+    """What a format's checkpoints have quantised: of gpt-oss experts, of MLX-LM all, of others
+    experts and attention."""
+    if name == "mxfp4":
+        return ".experts." in key
+    if name.startswith("mlx"):
+        return "norm" not in key and key.endswith(("weight", "_proj"))
+    return ".experts." in key or "_proj.weight" in key or "kv_a_proj" in key
 
 
-def experts_only(name: str) -> bool:
-    return ".experts." in name
-
-
-def everything(name: str) -> bool:
-    return "norm" not in name and name.endswith(("weight", "_proj"))
-
-
-def build(model_type: str, dtype: torch.dtype, wide: bool) -> Any:
+def build(model_type: str, dtype: torch.dtype, wide: bool, **changes: Any) -> Any:
     torch.manual_seed(1)
     settings = BASE | {"initializer_range": 0.3} | ARCHITECTURES[model_type]
     if wide:
         settings |= {k: v for k, v in WIDE.items() if k in settings}
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = transformers.AutoConfig.for_model(model_type, **(settings | changes))
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
@@ -88,12 +94,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Guest]:
         if (name, dtype) not in made:
             folder = tmp_path_factory.mktemp(name)
             model = build(CASES[name], dtype, not name.startswith("fp8"))
-            chosen = wanted
-            if name == "mxfp4":
-                chosen = experts_only
-            elif name.startswith("mlx"):
-                chosen = everything
-            quantised.save(model, folder / "source", name, chosen)
+            quantised.save(model, folder / "source", name, partial(chosen, name))
             pack(folder / "source", folder / "packed")
             made[name, dtype] = Guest(model, folder / "source", folder / "packed")
         return made[name, dtype]
@@ -117,7 +118,93 @@ def test_it_has_the_bits_of_the_dequantised_checkpoint(
                 assert engine.feed.stats().peak_expert_bytes <= engine.budget_bytes
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-asym", "mlx-affine4"])
+def test_prompts_of_many_tokens_have_the_same_bits(name: str, tmp_path: Path) -> None:
+    model = build(CASES[name], torch.bfloat16, name != "fp8", max_position_embeddings=2048)
+    quantised.save(model, tmp_path / "source", name, partial(chosen, name))
+    pack(tmp_path / "source", tmp_path / "packed")
+    prompt = (PROMPT * 28)[:1100]
+    expected = by_pieces(model, prompt)
+    for budget in (2 * open_layout(tmp_path / "packed").record_nbytes, "all"):
+        with chronos.load(tmp_path / "packed", backend="torch", budget=budget) as engine:
+            np.testing.assert_array_equal(by_engine(engine, prompt, 1), expected)
+
+
+def by_pieces(model: Any, prompt: list[int]) -> list[np.ndarray]:
+    """The library's logits where its prompts come in the pieces of ours, and one token more."""
+    cache, found = transformers.DynamicCache(config=model.config), []
+    pieces = [prompt[at : at + PIECE] for at in range(0, len(prompt), PIECE)]
+    with torch.inference_mode():
+        for ids in pieces:
+            out = model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+        found.append(out.logits[0, -1].float().numpy())
+        ids = torch.tensor([[int(found[-1].argmax())]])
+        out = model(ids, past_key_values=cache, logits_to_keep=1)
+        found.append(out.logits[0, -1].float().numpy())
+    return found
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_record_has_the_bytes_of_the_source(name: str, guest: Callable[..., Guest]) -> None:
-    tiny = guest(name)
-    assert verify(tiny.packed).encodings == [FORMATS[name][1]]
+    """Each tensor of each expert: a tensor of the source, or a slice of one."""
+    tiny, names, compared = guest(name), {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}, 0
+    with closing(read_checkpoint(tiny.source)) as stream:
+        source = {entry.name: (entry.shape, bytes(data)) for entry, data in stream}
+    layout = open_layout(tiny.packed)
+    for record, data in read_records([(layout.path(k), r) for k, r in layout.records.items()]):
+        layer, expert = record.key
+        for tensor, view in record.views(data).items():
+            matrix, _, kind = tensor.partition(".")
+            ways = [f"switch_mlp.{tensor}", f"experts.{tensor}", f"experts.{expert}.{tensor}"]
+            ways.append(f"experts.{expert}.{names.get(matrix, matrix)}.{kind}")
+            at = [f"model.layers.{layer}.{b}.{way}" for b in BLOCKS for way in ways]
+            (key,) = source.keys() & set(at)
+            shape, stored = source[key]
+            if f"experts.{expert}." not in key:
+                size = len(stored) // shape[0]
+                stored = stored[expert * size : (expert + 1) * size]
+            assert bytes(view) == stored
+            compared += 1
+    assert compared == sum(len(record.tensors) for record in layout.records.values()) > 0
+
+
+def test_inspect_and_verify_show_them_as_stored(guest: Callable[..., Guest]) -> None:
+    tiny = guest("fp8")
+    found = inspect(tiny.packed)
+    assert (found["encoding"], found["quantization"]) == (FORMATS["fp8"][1], "fp8")
+    assert found["expert_bytes"] == open_layout(tiny.packed).record_nbytes
+    held = sum(p.nbytes for n, p in tiny.model.named_parameters() if ".experts." not in n)
+    buffers = sum(b.nbytes for n, b in tiny.model.named_buffers() if "correction_bias" in n)
+    assert found["dense_bytes"] < found["dense_memory_bytes"] == held + buffers
+    assert verify(tiny.packed).encodings == [FORMATS["fp8"][1]]
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "torchao", "foo"])
+def test_what_is_not_computed_is_refused_with_the_way_out(
+    method: str, guest: Callable[..., Guest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(guest("fp8").source, tmp_path / "source")
+    path = tmp_path / "source/config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(config))
+    assert main.run(["pack", str(path.parent), "-o", str(tmp_path / "packed")]) == 3
+    error = capsys.readouterr().err
+    assert f"quantised ({method})" in error and "convert it with MLX-LM" in error
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_quantised_checkpoint_is_packed_before_it_runs(guest: Callable[..., Guest]) -> None:
+    with pytest.raises(ConfigError, match="quantised .fp8.: only packed(.|\n)*chronos pack"):
+        chronos.load(guest("fp8").source, backend="torch", budget="resident")
+
+
+def test_wrong_shapes_beside_the_experts_are_named(
+    guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    """Of what config.json says now and said not when the folder was packed."""
+    folder = Path(shutil.copytree(guest("fp8").packed, tmp_path / "packed"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [8, 8]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ShapeMismatch, match="is no matrix as fp8-8x8 stores them"):
+        chronos.load(folder, backend="torch", budget="50%")

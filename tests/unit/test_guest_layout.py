@@ -253,7 +253,7 @@ def test_names(name, part):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.3.mlp.experts.0.gate_proj.weight_global_scale",
+        "model.layers.3.mlp.experts.0.gate_proj.weight_g_idx",
         "model.layers.3.mlp.experts.0.gate_proj.weight.quant_state.bitsandbytes__nf4",
         "model.layers.3.mlp.experts.gate_up_proj_absmax",
         "model.layers.3.mlp.experts.w13_weight",

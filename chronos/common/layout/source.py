@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chronos.common.disk.header import Located
+from chronos.common.disk.header import Located, tensor_nbytes
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors, read_pieces
@@ -27,6 +27,7 @@ from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, 
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts, left_out_of
+from chronos.common.layout.quantised import grouped, is_coded, shape_of
 from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
@@ -63,6 +64,21 @@ class ModelSource:
     @property
     def dense_nbytes(self) -> int:
         return sum(entry.nbytes for _, entry in self.dense)
+
+    @property
+    def dense_memory_nbytes(self) -> int:
+        """Of the dense part in memory, where quantised matrices are dequantised at loading."""
+        if not isinstance(self.config, GuestConfig) or not self.config.coding:
+            return self.dense_nbytes
+        nbytes = 0
+        matrices = grouped((e.name, e.dtype, e.shape) for _, e in self.dense)
+        for name, kinds in matrices.items():
+            if is_coded(kinds):
+                rows, columns = shape_of(self.config.coding, kinds, name)
+                nbytes += rows * columns * self.config.dtype_bytes
+            else:
+                nbytes += sum(tensor_nbytes(*kind) for kind in kinds.values())
+        return nbytes
 
     @property
     def expert_nbytes(self) -> int:
