@@ -22,10 +22,12 @@ import torch
 import transformers
 
 import chronos
+from chronos.backends.torch.quantised import dequantised
 from chronos.cli import main
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout import inspect, open_layout, pack, read_records, verify
+from chronos.common.layout.quantised import shape_of
 from chronos.common.text.sampling import PIECE
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import quantised
@@ -47,7 +49,8 @@ CASES = {
     "mxfp4": "gpt_oss", "fp8": "deepseek_v3", "fp8-e8m0": "qwen3_moe", "int4": "qwen3_moe",
     "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "ct-mxfp4": "mixtral",
     "ct-mxfp8": "qwen3_moe", "ct-nvfp4": "qwen3_moe", "gptq": "qwen3_moe",
-    "gptq2": "qwen2_moe", "awq": "mixtral", "mlx-affine4": "qwen3_moe", "mlx-affine3": "olmoe",
+    "gptq2": "qwen2_moe", "gptq8": "olmoe", "awq": "mixtral",
+    "mlx-affine4": "qwen3_moe", "mlx-affine3": "olmoe",
     "mlx-affine6": "dots1", "mlx-affine8": "glm4_moe", "mlx-mxfp4": "gpt_oss",
     "mlx-mxfp8": "mixtral", "mlx-nvfp4": "phimoe",
 }  # fmt: skip
@@ -116,6 +119,20 @@ def test_it_has_the_bits_of_the_dequantised_checkpoint(
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
             if engine.feed is not None:
                 assert engine.feed.stats().peak_expert_bytes <= engine.budget_bytes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_bits_of_mlx_lie_across_words(bits: int) -> None:
+    weight_NK = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits))
+    kinds, expected = quantised.mlx(weight_NK, bits=bits, group=64)
+    found = dequantised(f"mlx-affine{bits}", kinds, torch.float32)
+    assert shape_of(f"mlx-affine{bits}", described(kinds), "x") == (24, 128)
+    assert torch.equal(found, expected)
+
+
+def described(kinds: dict[str, torch.Tensor]) -> Any:
+    names = {torch.uint32: "U32", torch.bfloat16: "BF16"}
+    return {kind: (names[tensor.dtype], tuple(tensor.shape)) for kind, tensor in kinds.items()}
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-asym", "mlx-affine4"])

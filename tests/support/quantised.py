@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,42 +86,43 @@ def compressed(
     return coded, coder.decompress(dict(coded), scheme)["weight"].float()
 
 
-def _integers(weight_NK: Tensor, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [N, K], scales and zeros [N, G] of four bits, with zeros from 1 on."""
+def _integers(weight_NK: Tensor, bits: int = 4, group: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K], scales and zeros [N, G], with zeros from 1 on."""
+    most = (1 << bits) - 1
     groups = weight_NK.float().unflatten(1, (-1, group))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = ((high - low) / 15).to(torch.float16)
-    zero = torch.round(-low / scale.float()).clamp(1, 15)
-    codes = torch.round(groups / scale.float()[..., None] + zero[..., None]).clamp(0, 15)
+    scale = ((high - low) / most).to(torch.float16)
+    zero = torch.round(-low / scale.float()).clamp(1, most)
+    codes = torch.round(groups / scale.float()[..., None] + zero[..., None]).clamp(0, most)
     return codes.flatten(1).int(), scale, zero.int()
 
 
-def _words(values: list[list[int]], order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Rows of four-bit values, eight a word; value number order[i] lies at bit 4 i."""
-    rows = []
+def _words(values: list[list[int]], bits: int = 4, order: Sequence[int] = range(8)) -> Tensor:
+    """Rows of values in words of 32 bits; value number order[i] lies at bit i * bits."""
+    each, rows = 32 // bits, []
     for row in values:
         words = []
-        for start in range(0, len(row), 8):
-            word = sum(row[start + value] << 4 * place for place, value in enumerate(order))
+        for start in range(0, len(row), each):
+            word = sum(row[start + order[place]] << bits * place for place in range(each))
             words.append(word - (1 << 32) if word >= 1 << 31 else word)
         rows.append(words)
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def gptq(weight_NK: Tensor, version: int = 1, shuffled: bool = False) -> Coded:
+def gptq(weight_NK: Tensor, version: int = 1, shuffled: bool = False, bits: int = 4) -> Coded:
     """As AutoGPTQ packs, columns in groups by their index, or in any order."""
     N, K = weight_NK.shape
     order = torch.randperm(K, generator=torch.Generator().manual_seed(3))
     order = order if shuffled else torch.arange(K)
-    codes, scale, zero = _integers(weight_NK[:, order])
+    codes, scale, zero = _integers(weight_NK[:, order], bits)
     groups = torch.empty(K, dtype=torch.int32)
     groups[order] = (torch.arange(K) // 16).int()
     back = torch.argsort(order)
     codes = codes[:, back]
     less = 1 if version == 1 else 0
     tensors = {
-        "qweight": _words(codes.tolist()).T.contiguous(),
-        "qzeros": _words((zero.T - less).tolist()),
+        "qweight": _words(codes.tolist(), bits).T.contiguous(),
+        "qzeros": _words((zero.T - less).tolist(), bits),
         "scales": scale.T.contiguous(),
         "g_idx": groups,
     }
@@ -134,8 +135,8 @@ def awq(weight_NK: Tensor) -> Coded:
     codes, scale, zero = _integers(weight_NK)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     tensors = {
-        "qweight": _words(codes.T.tolist(), order),
-        "qzeros": _words(zero.T.tolist(), order),
+        "qweight": _words(codes.T.tolist(), order=order),
+        "qzeros": _words(zero.T.tolist(), order=order),
         "scales": scale.T.contiguous(),
     }
     difference = codes - zero.repeat_interleave(16, 1)
@@ -241,6 +242,11 @@ FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
     "mlx-mxfp4": _mlx("mxfp4", 4),
     "mlx-mxfp8": _mlx("mxfp8", 8),
     "mlx-nvfp4": _mlx("nvfp4", 4, 16),
+    "gptq8": (
+        {"quant_method": "gptq", "bits": 8, "group_size": 16},
+        "gptq-int8",
+        partial(gptq, bits=8),
+    ),
     "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq-int4", awq),
 }
 
