@@ -22,11 +22,12 @@ import torch
 import transformers
 
 import chronos
+from chronos.backends.torch.checkpoint import dequantised_bytes
 from chronos.backends.torch.quantised import dequantised
 from chronos.cli import main
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout import inspect, open_layout, pack, read_records, verify
+from chronos.common.layout import inspect, open_layout, pack, read_records, unpack, verify
 from chronos.common.layout.quantised import shape_of
 from chronos.common.text.sampling import PIECE
 from tests.native.test_transformers_guests import by_engine, by_library
@@ -183,6 +184,48 @@ def test_a_record_has_the_bytes_of_the_source(name: str, guest: Callable[..., Gu
             assert bytes(view) == stored
             compared += 1
     assert compared == sum(len(record.tensors) for record in layout.records.values()) > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unpack_gives_the_checkpoint_back(
+    name: str, guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    tiny = guest(name, torch.bfloat16)
+    report = unpack(tiny.packed, tmp_path / "same")
+    assert contents(tmp_path / "same") == contents(tiny.source)
+    assert report.tensors == len(contents(tiny.source))
+    config = (tiny.source / "config.json").read_bytes()
+    assert (tmp_path / "same/config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("mlx")])
+def test_unpacked_and_dequantised_it_is_the_plain_checkpoint(
+    name: str, guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    tiny = guest(name, torch.bfloat16)
+    out = str(tmp_path / "plain")
+    assert main.run(["unpack", str(tiny.packed), "--dequantize", "-o", out]) == 0
+    assert contents(tmp_path / "plain") == contents(tiny.source.with_name("source-plain"))
+    assert "quantization" not in (tmp_path / "plain/config.json").read_text()
+    pack(tmp_path / "plain", tmp_path / "packed")
+    with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+
+
+def test_a_dequantised_mlx_folder_is_one_of_mlx_lm_and_runs(
+    guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    tiny = guest("mlx-affine4", torch.bfloat16)
+    unpack(tiny.packed, tmp_path / "plain", dequantise=dequantised_bytes)
+    pack(tmp_path / "plain", tmp_path / "packed")
+    assert set(open_layout(tmp_path / "packed").encodings.values()) == {"mlx"}
+    with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    with closing(read_checkpoint(folder)) as stream:
+        return {entry.name: (entry.dtype, entry.shape, bytes(data)) for entry, data in stream}
 
 
 def test_inspect_and_verify_show_them_as_stored(guest: Callable[..., Guest]) -> None:

@@ -50,6 +50,7 @@ ONLY = {
     "arena.Place": "MLX gathers from stacks of slots: a layer needs the slot's index",
     "session.Session.keep": "torch cuts and copies a cache in inference mode; MLX inherits it",
     "session.Session.fork": "see session.Session.keep",
+    "checkpoint.dequantised_bytes": "see OWN",
     "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
     "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",
     "checkpoint.tensor_at": "see checkpoint.named",

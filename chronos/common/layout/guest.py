@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from chronos.common.disk.header import Located
 from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout.ctsr import Template, lay_out
+from chronos.common.layout.names import Names, Pattern, pattern_of
 from chronos.common.layout.naming import (
     ORDER,
     Part,
@@ -51,6 +52,17 @@ class GuestExperts:
     left_out: list[str]
     templates: Mapping[int, Template]  # by layer
     _tensors: Mapping[int, _Tensors]
+
+    @property
+    def names(self) -> Names:
+        """What the tensors of records are called here; none where a layer's are called otherwise
+        from expert to expert."""
+        found = {
+            layer: {name: tuple(map(_pattern, parts)) for name, parts in tensors.items()}
+            for layer, tensors in self._tensors.items()
+        }
+        patterns = (p for tensors in found.values() for parts in tensors.values() for p in parts)
+        return found if all(patterns) else {}
 
     def locate(self, key: Key, tensor: str) -> Iterator[Located]:
         """Where the parts of one tensor of one expert lie, in order."""
@@ -333,6 +345,14 @@ def _shapes(tensors: _Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 f" {other.name} is {other.dtype} {list(other.shape)}: they are one matrix"
             )
         yield name, entries[0].dtype, (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _pattern(where: _Where) -> Pattern:
+    """How all of them are called; empty where there is no such rule."""
+    expert, (_, entry) = next(iter(where.items()))
+    pattern = pattern_of(entry.name, expert)
+    named = (str(expert).join(pattern) == at[1].name for expert, at in where.items())
+    return pattern if expert is None or all(named) else ()
 
 
 def _some(where: _Where) -> Located:

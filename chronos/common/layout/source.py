@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, 
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts, left_out_of
+from chronos.common.layout.names import Names, pattern_of, read_names
 from chronos.common.layout.quantised import grouped, is_coded, shape_of
 from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig, read_config
@@ -47,7 +48,8 @@ class ModelSource:
     """A model to pack: where the dense tensors are, how to get experts, and which model it is.
 
     templates: the record of an expert, by layer. identify: reads the samples for the fingerprint.
-    left_out: names of tensors no decoder runs.
+    names: what the experts' tensors are called, where that is known. left_out: names of tensors no
+    decoder runs.
     """
 
     config: ModelConfig | GuestConfig
@@ -55,6 +57,7 @@ class ModelSource:
     templates: Mapping[int, Template]
     experts: Source
     identify: Callable[[], str]
+    names: Names = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     @cached_property
@@ -139,7 +142,7 @@ def encoded(model: ModelSource, encoding: str) -> ModelSource:
                 yield key, {name: array.data.cast("B") for name, array in made.items()}
 
     templates = dict.fromkeys(model.templates, template)
-    return replace(model, templates=templates, experts=experts)
+    return replace(model, templates=templates, experts=experts, names={})
 
 
 def widened(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -163,6 +166,7 @@ def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSo
         {layer: layout.template(layer) for layer in layout.moe_layers},
         partial(_packed_experts, layout, io),
         lambda: layout.fingerprint,
+        read_names(src, io),
     )
 
 
@@ -190,6 +194,10 @@ def _native(
         templates,
         partial(_gathered, templates, locate, io),
         partial(sample_digest, located, io),
+        {
+            layer: {t.name: (pattern_of(expert_name(layer, 0, t.name), 0),) for t in record.tensors}
+            for layer in templates
+        },
     )
 
 
@@ -209,6 +217,7 @@ def _guest(
         templates,
         partial(_gathered, templates, found.locate, io),
         partial(sample_digest, kept, io),
+        found.names,
         tuple(found.left_out),
     )
 
