@@ -284,7 +284,7 @@ def test_inspect_says_before_packing_what_the_packed_model_will_weigh(tmp_path):
 
 def test_a_second_run_keeps_what_the_first_had_finished(tmp_path):
     source, target = tiny_guest(tmp_path / "src", shards=2), tmp_path / "dst"
-    renames = 2 + 1  # dense part, config.json, the first cluster; the next one fails
+    renames = 3 + 1  # dense part, config.json, names, the first cluster; the next one fails
     with pytest.raises(ResourceError):
         pack(source, target, io=FaultyIO(fail_at=renames + 1, ops={"replace"}))
     dense = (target / "model.safetensors").stat().st_mtime_ns
