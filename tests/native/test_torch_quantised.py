@@ -115,7 +115,8 @@ def test_it_has_the_bits_of_the_dequantised_checkpoint(
     layout = open_layout(tiny.packed)
     assert set(layout.encodings.values()) == {FORMATS[name][1]}
     expected = by_library(tiny.model, PROMPT)
-    for budget in (2 * layout.record_nbytes, "50%", "all", "resident"):
+    some = (2 * layout.record_nbytes, "all") if dtype == torch.float32 else ("50%", "resident")
+    for budget in some:
         with chronos.load(tiny.packed, backend="torch", budget=budget) as engine:
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
             if engine.feed is not None:
@@ -143,9 +144,9 @@ def test_prompts_of_many_tokens_have_the_same_bits(name: str, tmp_path: Path) ->
     pack(tmp_path / "source", tmp_path / "packed")
     prompt = (PROMPT * 28)[:1100]
     expected = by_pieces(model, prompt)
-    for budget in (2 * open_layout(tmp_path / "packed").record_nbytes, "all"):
-        with chronos.load(tmp_path / "packed", backend="torch", budget=budget) as engine:
-            np.testing.assert_array_equal(by_engine(engine, prompt, 1), expected)
+    budget = 2 * open_layout(tmp_path / "packed").record_nbytes
+    with chronos.load(tmp_path / "packed", backend="torch", budget=budget) as engine:
+        np.testing.assert_array_equal(by_engine(engine, prompt, 1), expected)
 
 
 def by_pieces(model: Any, prompt: list[int]) -> list[np.ndarray]:
