@@ -259,6 +259,12 @@ def test_a_quantised_checkpoint_is_packed_before_it_runs(guest: Callable[..., Gu
         chronos.load(guest("fp8").source, backend="torch", budget="resident")
 
 
+def test_mlx_says_that_it_computes_with_no_such_checkpoint(guest: Callable[..., Guest]) -> None:
+    pytest.importorskip("mlx_lm")
+    with pytest.raises(ConfigError, match="quantised .fp8.(.|\n)*--backend torch"):
+        chronos.load(guest("fp8").packed, backend="mlx", budget="50%")
+
+
 def test_wrong_shapes_beside_the_experts_are_named(
     guest: Callable[..., Guest], tmp_path: Path
 ) -> None:

@@ -46,7 +46,10 @@ def check_below(data: Any, limit: int, name: str, where: str = "") -> None:
     values = np.frombuffer(data, "<i4", data.nbytes // 4)
     wrong = (values < 0) | (values >= limit)
     if wrong.any():
-        raise CorruptFileError(f"{name}: {values[wrong.argmax()]} is no index below {limit}", where)
+        found = values[wrong.argmax()]
+        raise CorruptFileError(
+            f"{name}: {found} is no index below {limit}", where, "download the checkpoint again"
+        )
 
 
 def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int = 0) -> None:

@@ -168,8 +168,11 @@ def _experts(layout: Layout, layer: int, names: Names, plain: _Plain | None) -> 
     found = {tensor.name: tensor for tensor in record.tensors}
     patterns = names.get(layer, {})
     if patterns.keys() != found.keys():
-        where = str(layout.folder)
-        raise CorruptFileError(f"names.json has not the tensors of layer {layer}", where)
+        raise CorruptFileError(
+            f"names.json has not the tensors of layer {layer}",
+            str(layout.folder),
+            "pack the model again into a new folder",
+        )
     matrices = _by_matrix(found)
     encodings = encodings_of(record.encoding, matrices)
 

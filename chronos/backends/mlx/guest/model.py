@@ -33,7 +33,7 @@ from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_ut
 from chronos.backends.mlx.guest.spelling import switch_of
 from chronos.backends.mlx.model import Cache, Output
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import UsageError
+from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import Layout, packed_experts
 from chronos.common.model.guest import GuestConfig
 
@@ -169,6 +169,12 @@ def load_guest(
     config = GuestConfig.from_json(folder)
     skeleton = Skeleton(mlx_lm_utils(), folder, config)
     layout = layout or packed_experts(folder, config, checked=resident)
+    if layout is not None and config.coding:
+        raise ConfigError(
+            f"the checkpoint is quantised ({config.quantization}), which MLX does not compute with",
+            str(folder),
+            "use --backend torch, or convert the checkpoint with MLX-LM and pack that",
+        )
     core = skeleton.whole() if layout is None else skeleton.without_experts(layout, dense)
     if config.rope_type and not _scales_positions(core):
         _log.warning(
