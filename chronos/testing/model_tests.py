@@ -115,9 +115,7 @@ class ModelTests:
     def test_a_packed_document_moves_nothing_of_the_next(self, backend: Any, source: str) -> None:
         """Whatever its tokens are, those behind choose the same experts. An expert's product is of
         all its rows, so how many the first document sends it may show in a last bit."""
-        config = dataclasses.replace(CONFIG, routing_source=source)
-        if source == "history":
-            config = dataclasses.replace(config, num_resident_experts_per_tok=1)
+        config = dataclasses.replace(CONFIG, routing_source=source, num_resident_experts_per_tok=1)
         model, ids = backend.build(config, seed=3), tokens(30)
         segments = np.array([[0] * 11 + [1] * 12 + [2] * 7], np.int32)
         other = ids.copy()
