@@ -259,6 +259,19 @@ def test_a_quantised_checkpoint_is_packed_before_it_runs(guest: Callable[..., Gu
         chronos.load(guest("fp8").source, backend="torch", budget="resident")
 
 
+def test_an_mlx_folder_of_other_weights_is_refused(
+    guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    """Also where it is not quantised: MLX-LM may have shifted norms and split matrices."""
+    tiny = guest("mlx-affine4", torch.bfloat16)
+    unpack(tiny.packed, tmp_path / "plain", dequantise=dequantised_bytes)
+    path = tmp_path / "plain/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "qwen3_next"}))
+    pack(tmp_path / "plain", tmp_path / "packed")
+    with pytest.raises(ConfigError, match="MLX-LM's qwen3_next has not the weights"):
+        chronos.load(tmp_path / "packed", backend="torch", budget="50%")
+
+
 def test_mlx_says_that_it_computes_with_no_such_checkpoint(guest: Callable[..., Guest]) -> None:
     pytest.importorskip("mlx_lm")
     with pytest.raises(ConfigError, match="quantised .fp8.(.|\n)*--backend torch"):

@@ -53,6 +53,16 @@ def test_a_native_model_too_whatever_became_of_its_packed_folder(tmp_path: Path)
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
 
 
+def test_experts_numbered_in_another_way_are_packed_and_have_no_names(tmp_path: Path) -> None:
+    def change(arrays: Any) -> None:
+        for name in [name for name in arrays if ".experts.1." in name]:
+            arrays[name.replace(".experts.1.", ".experts.01.")] = arrays.pop(name)
+
+    pack(tiny_guest(tmp_path / "src", change=change), tmp_path / "packed")
+    with pytest.raises(UsageError, match="does not say what"):
+        unpack(tmp_path / "packed", tmp_path / "out")
+
+
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     pack(tiny_guest(tmp_path / "src"), tmp_path / "packed")

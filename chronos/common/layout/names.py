@@ -25,11 +25,12 @@ Names = Mapping[int, Mapping[str, tuple[Pattern, ...]]]  # by layer, then tensor
 
 
 def pattern_of(name: str, expert: int | None) -> Pattern:
-    """expert: whose tensor has that name; None for a stack."""
+    """expert: whose tensor has that name; None for a stack. Empty where the number is spelled
+    otherwise ("01")."""
     if expert is None:
         return (name,)
-    before, behind = name.rsplit(f".{expert}.", 1)
-    return f"{before}.", f".{behind}"
+    before, number, behind = name.rpartition(f".{expert}.")
+    return (f"{before}.", f".{behind}") if number else ()
 
 
 def write_names(folder: Path, names: Names, io: FileIO) -> None:

@@ -55,7 +55,7 @@ from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
-from chronos.common.layout.codecs import TRANSFORMERS, dense_encoding
+from chronos.common.layout.codecs import MLX, TRANSFORMERS, dense_encoding
 from chronos.common.layout.naming import layer_of
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
@@ -203,7 +203,7 @@ def load_guest(
     """
     config = GuestConfig.from_json(folder)
     layout = layout or packed_experts(folder, config, checked=resident)
-    _check_runnable(config, folder, packed=layout is not None)
+    _check_runnable(config, folder, layout)
     with quiet():
         settings, kind = text_model(config, folder)
         if layout is None:
@@ -244,20 +244,22 @@ def load_guest(
     return Model(config, core, resident)
 
 
-def _check_runnable(config: GuestConfig, folder: Path, packed: bool) -> None:
-    if config.quantization == "mlx" and config.model_type not in STACKED_ONLY:
+def _check_runnable(config: GuestConfig, folder: Path, layout: Layout | None) -> None:
+    encodings = () if layout is None else layout.encodings.values()
+    by_mlx = config.quantization == MLX or any(name.startswith(MLX) for name in encodings)
+    if by_mlx and config.model_type not in STACKED_ONLY:
         raise ConfigError(
-            f"MLX-LM's {config.model_type}, quantised, has not the weights of Transformers'",
+            f"MLX-LM's {config.model_type} has not the weights of Transformers'",
             str(folder),
             "use --backend mlx",
         )
-    if config.quantization not in ("", "mlx") and not config.coding:
+    if config.quantization not in ("", MLX) and not config.coding:
         raise ConfigError(
             f"the checkpoint is quantised ({config.quantization}), which Chronos does not run",
             str(folder),
             "use a bfloat16 checkpoint of the model",
         )
-    if config.quantization and not packed:
+    if config.quantization and layout is None:
         raise ConfigError(
             f"the checkpoint is quantised ({config.quantization}): only packed ones run",
             str(folder),
