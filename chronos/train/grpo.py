@@ -293,7 +293,7 @@ def prepare(
     log = out / "completions.jsonl"
     batches = Generations(recipe, found, backend, prompts, judge, log, refers)
     objective = PolicyGradient(
-        found.config.loss_weights,
+        found.weights,
         recipe.anchor.weight,
         kind=stage.loss,
         level=stage.level,
@@ -303,13 +303,11 @@ def prepare(
         temperature=stage.temperature,
         max_tokens=stage.max_tokens,
     )
-    return Task(
+    return found.task(
         recipe,
-        found.model,
-        found.tokenizer,
+        backend,
         batches,
         objective,
-        start=found.digest,
         period=stage.iterations,
         logs=(log,),
         close=judge.close,

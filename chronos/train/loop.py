@@ -2,8 +2,8 @@
 
 A stage gives it a `Task`: a model, batches, an objective; of these it knows the protocols only.
 A run folder holds tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and
-optimizer in one atomic file) and, at the end, model/ (an unpacked model folder). One process writes
-a run folder at a time.
+optimizer in one atomic file) and, at the end, model/ (an unpacked model folder) or adapter/ (in
+peft's format). One process writes a run folder at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from chronos import backends
-from chronos.backends.protocol import Backend, TrainStep
+from chronos.backends.protocol import Adapter, Backend, TrainStep
 from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import read_header
 from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, UsageError
 from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.training.lora import write_adapter
 from chronos.common.training.objectives import Batches, Objective
 from chronos.common.training.recipe import CadenceRecipe, Recipe, S, by_section, load_recipe
 from chronos.common.training.schedule import learning_rate
@@ -53,6 +54,7 @@ class Report:
     skipped: int = 0
     last: Event = field(default_factory=dict)
     model: Path | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Task:
     recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation. start: a
     digest of the model it goes on with. period: updates that belong together, so that a run is
     saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
-    goes on cuts back to where it is. close: called when the run is over, whatever ended it.
+    goes on cuts back to where it is. adapt: gives what is trained beside the model in its place,
+    once the batches are there. close: called when the run is over, whatever ended it.
     """
 
     recipe: Recipe[Any]
@@ -74,6 +77,7 @@ class Task:
     start: str = ""
     period: int = 1
     logs: tuple[Path, ...] = ()
+    adapt: Callable[[Batches], Adapter] | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -157,6 +161,7 @@ class _Run:
         self.backend, self.task, self.out, self.on_event = backend, task, out, on_event
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
+        self._adapter: Adapter | None = None
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
 
     def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
@@ -167,12 +172,32 @@ class _Run:
             text = f"threads = {threads} has no effect: {self.backend.name} takes its own number"
             self.on_event({"warning": text})
         task.tokenizer.save(self.out)
-        step = self.backend.train_step(task.model, task.recipe.optimizer)
+        if task.adapt is not None:
+            self._adapter = task.adapt(task.batches)
+        step = self.backend.train_step(task.model, task.recipe.optimizer, self._adapter)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
         report = self._loop(step, first, stop)
-        if not report.signal:
+        if report.signal:
+            return report
+        if self._adapter is None:
             report.model = self._export()
+        else:
+            report.adapter = self._export_adapter(self._adapter)
         return report
+
+    def _export_adapter(self, adapter: Adapter) -> Path:
+        """Write the adapter as it is, in peft's format."""
+        folder, recipe = self.out / "adapter", self.task.recipe
+        assert recipe.lora is not None
+        write_adapter(
+            folder,
+            recipe.lora,
+            adapter.tensors(),
+            base=recipe.start,
+            fingerprint=self.task.start,
+        )
+        self.task.tokenizer.save(folder)
+        return folder
 
     def _export(self) -> Path:
         """Write the model folder of the weights as they are."""

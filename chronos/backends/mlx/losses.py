@@ -114,11 +114,11 @@ def at_labels(
     labels_BT, at_N = batch["labels"], batch["at"]
     x_ND, labels_N = hidden_BTD.flatten(0, 1)[at_N], labels_BT.flatten()[at_N]
     size = max(1, _TILE_BYTES // (4 * model.config.vocab_size))
-    weight = model.model.embed_tokens.weight  # an argument: else its gradient would be lost
+    weight = model.head_weight  # an argument: else its gradient would be lost
 
     def tile(first: int, weight: mx.array, x_nD: mx.array) -> tuple[mx.array, ...]:
         rest = (x[first : first + size] for x in (labels_N, *others))  # have no gradient
-        return function((x_nD @ weight.T).astype(mx.float32), *rest)
+        return function(model.head_by(weight, x_nD).astype(mx.float32), *rest)
 
     if len(at_N) <= size:
         found = tile(0, weight, x_ND)

@@ -29,6 +29,7 @@ from chronos.backends.mlx.checkpoint import (
     tensor_at,
     to_bytes,
 )
+from chronos.backends.mlx.lora import Adapter
 from chronos.backends.mlx.losses import (
     Losses,
     at_labels,
@@ -38,10 +39,11 @@ from chronos.backends.mlx.losses import (
     tensors_of,
 )
 from chronos.backends.mlx.model import Model
+from chronos.backends.mlx.streamed import Streamed
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
 from chronos.common.training.recipe import OptimizerRecipe
 
@@ -52,19 +54,22 @@ _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in
 class TrainStep:
     """Holds the optimizer of one model; `step` consumes the micro-batches of one update."""
 
-    def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = None) -> None:
+        """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
+        of the model's own parameters, where it has one."""
+        self.model, self.recipe, self.adapter = model, recipe, adapter
+        self._module: Model = model.bare if isinstance(model, Streamed) else model
+        _check(self._module, adapter)
         self.updates = 0
         self._moments = [self._zeros(), self._zeros()]
-        self._gradients = nn.value_and_grad(model, partial(losses, model))
+        self._gradients = nn.value_and_grad(self._module, partial(losses, model))
         self._update = mx.compile(partial(_adamw, recipe))
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
         """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self.model
-        model.train()
+        model = self._mode(True)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
@@ -88,11 +93,21 @@ class TrainStep:
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """Terms of all batches together, without dropout, masks or gradients."""
-        model = self.model
-        model.eval()
+        model = self._mode(False)
         counts = count(batches, objective, model.config.lookahead_steps)
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
+
+    def _mode(self, training: bool) -> Any:
+        """The model, with or without dropout and masks."""
+        model = self.model
+        if training:
+            model.train()
+        else:
+            model.eval()
+        if self.adapter is not None:
+            self.adapter.train(training)
+        return model
 
     def _seed(self, number: int) -> None:
         mx.random.seed(self.recipe.seed * 1_000_003 + number)
@@ -115,25 +130,25 @@ class TrainStep:
             1 - recipe.beta1**self.updates,
             math.sqrt(1 - recipe.beta2**self.updates),
         )
-        weights = dict(tree_flatten(self.model.parameters()))
+        weights = dict(tree_flatten(self._tree()))
         weights, *self._moments = self._update(
             weights, gradients, *self._moments, *map(mx.array, numbers)
         )
-        self.model.update(tree_unflatten(list(weights.items())))
+        self._module.update(tree_unflatten(list(weights.items())))
         mx.eval(weights, self._moments)
 
     def state(self) -> Iterator[Named]:
-        """Weights and optimizer moments, all in float32: all that a resume needs."""
+        """What is trained and the optimizer's moments, all in float32: all that a resume needs."""
         yield to_bytes("optimizer.step", mx.array(float(self.updates)), mx.float32)
-        for name, place in _places(self.model.parameters(), self._moments).items():
+        for name, place in self._places(self._tree(), self._moments).items():
             if self.updates or not name.startswith(_MOMENTS):
                 yield to_bytes(name, tensor_at(place), mx.float32)
 
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
         """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
-        weights = blank(self.model.parameters(), lambda path: mx.float32)
+        weights = blank(self._tree(), lambda path: mx.float32)
         moments = [self._zeros(), self._zeros()]
-        places = _places(weights, moments)
+        places = self._places(weights, moments)
         updates = 0
         missing = {name for name in places if not name.startswith(_MOMENTS)}
         for entry, data in tensors:
@@ -147,11 +162,38 @@ class TrainStep:
             missing.discard(entry.name)
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
-        self.model.update(weights)
+        self._module.update(weights)
         self._moments, self.updates = moments, updates
 
     def _zeros(self) -> _Flat:
-        return {p: mx.zeros(a.shape) for p, a in tree_flatten(self.model.parameters())}
+        return {p: mx.zeros(a.shape) for p, a in tree_flatten(self._tree())}
+
+    def _tree(self) -> dict[str, Any]:
+        """What is trained, by module."""
+        tree: dict[str, Any] = self._module.trainable_parameters()
+        return tree
+
+    def _places(self, weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:
+        """Where each tensor of the state lives, by its name in a checkpoint."""
+        places = dict(self._named(weights))
+        for moment, flat in zip(_MOMENTS, moments, strict=True):
+            tree = tree_unflatten(list(flat.items()))
+            places |= {f"{moment}.{name}": place for name, place in self._named(tree)}
+        return places
+
+    def _named(self, tree: dict[str, Any]) -> Iterator[tuple[str, Place]]:
+        names = {} if self.adapter is None else self.adapter.names
+        for name, place in named(tree):
+            yield names.get(name, name), place
+
+
+def _check(model: Any, adapter: Adapter | None) -> None:
+    if adapter is None and not (isinstance(model, Model) and model.resident):
+        raise UsageError(
+            "only a native model with all its experts in memory is trained as a whole",
+            "",
+            "train an adapter of it: --lora 16",
+        )
 
 
 def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
@@ -172,15 +214,6 @@ def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
         block.mlp._anchor = [mx.array(weight) for weight in block.mlp.gates()]
-
-
-def _places(weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:
-    """Where each tensor of the state lives, by its name in a checkpoint."""
-    places = dict(named(weights))
-    for moment, flat in zip(_MOMENTS, moments, strict=True):
-        tree = tree_unflatten(list(flat.items()))
-        places |= {f"{moment}.{name}": place for name, place in named(tree)}
-    return places
 
 
 def _adamw(

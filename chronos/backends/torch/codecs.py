@@ -51,10 +51,14 @@ PARAMETERS = (
     "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
 )  # fmt: skip
 Release = Callable[[], None] | None
+# (matrix, its input) to what is added to the product; see `lora`.
+Adapter = Callable[[str, Tensor], Tensor] | None
 
 
 class Codec(Protocol):
     """How one encoding is computed. It holds no state: a layer hands in its own."""
+
+    adapts: bool  # whether `forward` takes adapters
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
         """The expert in the bytes of a slot (uint8), which will be those of `record`.
@@ -63,9 +67,9 @@ class Codec(Protocol):
         its memory back; for a codec that makes a copy of its own at the first use.
         """
 
-    def forward(self, x_TD: Tensor, expert: Any, block: Any) -> Tensor:
+    def forward(self, x_TD: Tensor, expert: Any, block: Any, adapter: Adapter = None) -> Tensor:
         """The expert's output for its rows. block: the layer's module, for what all its experts
-        share (activation, scales, norms)."""
+        share (activation, scales, norms). adapter: what it adds to its products."""
 
 
 class Expert(NamedTuple):
@@ -78,13 +82,19 @@ class Expert(NamedTuple):
 class Swiglu:
     """The experts of Chronos' own models, as they are trained."""
 
+    adapts = True
+
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Expert:
         return Expert(*tensors_of(raw, record).values())
 
-    def forward(self, x_TD: Tensor, expert: Expert, block: Any = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, expert: Expert, block: Any = None, adapter: Adapter = None
+    ) -> Tensor:
         """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-        gate_TF, up_TF = linear(x_TD, expert.gate_up_FD).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
+        gate_up_TF = _adapted(linear(x_TD, expert.gate_up_FD), adapter, "gate_up_proj", x_TD)
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        h_TF = F.silu(gate_TF) * up_TF
+        return _adapted(linear(h_TF, expert.down_DF), adapter, "down_proj", h_TF)
 
 
 @dataclass(slots=True)
@@ -99,6 +109,8 @@ class Transformers:
     """The experts of a model that Transformers builds: biases or not, transposed or not, gated or
     not, with the activation and the norm of the library's own module."""
 
+    adapts = True
+
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Named:
         tensors = tensors_of(raw, record)
         for entry in record.tensors:
@@ -106,16 +118,16 @@ class Transformers:
                 raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
         return Named(tensors, release)
 
-    def forward(self, x_TD: Tensor, expert: Named, block: Any) -> Tensor:
+    def forward(self, x_TD: Tensor, expert: Named, block: Any, adapter: Adapter = None) -> Tensor:
         """One expert on its rows: up (with the gate, where there is one), activation, down."""
-        if expert.release is not None:
+        # A gradient has no product with packed matrices, and recordings may follow.
+        if expert.release is not None and not torch.is_grad_enabled():
             self._rearrange(expert, block)
         named = self.parameters(expert, block, x_TD.dtype)
-        if block.has_gate:
-            h_TF = block._apply_gate(_project(block, x_TD, named, "gate_up_proj"))
-        else:
-            h_TF = block.act_fn(_project(block, x_TD, named, "up_proj"))
-        y_TD = _project(block, h_TF, named, "down_proj")
+        first = "gate_up_proj" if block.has_gate else "up_proj"
+        up_TF = _adapted(_project(block, x_TD, named, first), adapter, first, x_TD)
+        h_TF = block._apply_gate(up_TF) if block.has_gate else block.act_fn(up_TF)
+        y_TD = _adapted(_project(block, h_TF, named, "down_proj"), adapter, "down_proj", h_TF)
         return block.post_expert_norm(y_TD) if block.has_post_expert_norm else y_TD
 
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -181,10 +193,16 @@ class Quantised(Transformers):
         return {name: weights[name] for name in PARAMETERS if name in weights}
 
 
+def _adapted(y_TD: Tensor, adapter: Adapter, name: str, x_TD: Tensor) -> Tensor:
+    return y_TD if adapter is None else y_TD + adapter(name, x_TD).to(y_TD.dtype)
+
+
 def _project(block: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The bias is added after the product is rounded, as Transformers does."""
     matrix = weights[name]
-    if matrix.is_mkldnn:
+    if matrix.is_mkldnn and torch.is_grad_enabled():
+        out = F.linear(x_TD, matrix.to_dense())
+    elif matrix.is_mkldnn:
         out = onednn_linear(x_TD, matrix)
     elif block.is_transposed:
         out = x_TD @ matrix.to(x_TD.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chronos.backends.protocol import Scores
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
+from chronos.backends.torch.lora import Adapter
 from chronos.backends.torch.losses import (
     Losses,
     at_labels,
@@ -30,7 +31,7 @@ from chronos.backends.torch.losses import (
 from chronos.backends.torch.model import Model
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
 from chronos.common.training.recipe import OptimizerRecipe
 
@@ -40,11 +41,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainStep:
     """Holds the optimizer of one model; `step` consumes the micro-batches of one update."""
 
-    def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = None) -> None:
+        """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
+        of the model's own parameters, where it has one."""
+        self.model, self.recipe, self.adapter = model, recipe, adapter
+        self._trained: dict[str, Tensor] = dict(_trained(model, adapter))
         matrices: list[Tensor] = []
         others: list[Tensor] = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._trained.items():
             plain = parameter.dim() < 2 or "embed_tokens" in name
             (others if plain else matrices).append(parameter)
         groups = [
@@ -59,7 +63,7 @@ class TrainStep:
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
         """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self.model.train()
+        model = self._mode(True)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
@@ -73,7 +77,7 @@ class TrainStep:
             found.loss.backward()
             parts.append(_part(found))
         terms = report(parts, counts, objective)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self.recipe.clip))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
             self._apply(rate)
@@ -82,10 +86,16 @@ class TrainStep:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """Terms of all batches together, without dropout, masks or gradients."""
-        model = self.model.eval()
+        model = self._mode(False)
         counts = count(batches, objective, model.config.lookahead_steps)
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
+
+    def _mode(self, training: bool) -> Any:
+        """The model, with or without dropout and masks."""
+        if self.adapter is not None:
+            self.adapter.train(training)
+        return self.model.train() if training else self.model.eval()
 
     def _seed(self, number: int) -> None:
         torch.manual_seed(self.recipe.seed * 1_000_003 + number)
@@ -93,16 +103,16 @@ class TrainStep:
     def _apply(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for parameter in self.model.parameters():
+        for parameter in self._trained.values():
             if parameter.grad is None:  # an expert no token chose: its moments decay too
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.updates += 1
 
     def state(self) -> Iterator[Named]:
-        """Weights and optimizer moments, all in float32: all that a resume needs."""
+        """What is trained and the optimizer's moments, all in float32: all that a resume needs."""
         yield to_bytes("optimizer.step", torch.tensor(float(self.updates)), torch.float32)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained.items():
             yield to_bytes(name, parameter, torch.float32)
             for moment in _MOMENTS:
                 value = self.optimizer.state[parameter].get(moment)
@@ -112,7 +122,7 @@ class TrainStep:
     @torch.no_grad()
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
         """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self._trained
         missing = set(parameters)
         for entry, data in tensors:
             value = from_bytes(data, entry.dtype, entry.shape)
@@ -136,6 +146,18 @@ class TrainStep:
             if self.updates:  # on the parameter's device, where the fused update reads it
                 step = torch.tensor(float(self.updates), device=parameter.device)
                 self.optimizer.state[parameter]["step"] = step
+
+
+def _trained(model: Any, adapter: Adapter | None) -> Iterable[tuple[str, Tensor]]:
+    if adapter is not None:
+        return adapter.parameters.items()
+    if not (isinstance(model, Model) and model.resident):
+        raise UsageError(
+            "only a native model with all its experts in memory is trained as a whole",
+            "",
+            "train an adapter of it: --lora 16",
+        )
+    return model.named_parameters()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from chronos.common.disk.tensors import first_dtype
 from chronos.common.errors import ConfigError
@@ -108,6 +108,7 @@ class GuestConfig:
     quantization: str = ""
     coding: str = ""
     rope_type: str = ""
+    lookahead_steps: ClassVar[int] = 0  # it has no LookaheadRouter
 
     @property
     def dtype_bytes(self) -> int:

@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from chronos.backends.libraries import STACKED_ONLY
 from chronos.backends.torch.codecs import codec_of
@@ -50,9 +51,10 @@ from chronos.backends.torch.guest.rope import LengthRope
 from chronos.backends.torch.model import DTYPES, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.products import pack_linears
+from chronos.common.data import check_single
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import read_checkpoint
-from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
 from chronos.common.layout.codecs import MLX, TRANSFORMERS, dense_encoding
@@ -85,6 +87,10 @@ class Model:
     def eval(self) -> Model:
         return self
 
+    def train(self) -> Model:
+        """As it is run: a guest's own weights are not trained, and its dropout stays off."""
+        return self
+
     def new_cache(self, batch: int = 1) -> GuestCache:
         """The library's own cache: it knows sliding windows and recurrent states. A model with a
         class of its own makes it in its first call."""
@@ -102,17 +108,22 @@ class Model:
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         last_only: bool = False,
         recorded: bool = False,
+        want_logits: bool = True,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
 
         The routing is that of the layers with experts, in order; its probabilities are the weights.
+        segments_BT, of training: each row holds one document, and padding behind it. Without
+        `want_logits` all experts have a probability in the routing, 0 where they were not chosen.
         replay(layer) gives (ids, weights) [T, K] in place of the gates' choice. recorded: a single
         token may run as a recorded step, which needs that no other pass is under way.
         """
         if segments_BT is not None:
-            raise UsageError("a guest model takes no packed rows")
+            check_single(segments_BT.cpu().numpy())
         call = ExpertsCall(source, replay)
+        if not want_logits:
+            return self._states(ids_BT, call)
         pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
         before = CALL.set(call)
         try:
@@ -124,6 +135,29 @@ class Model:
         T = ids_BT.shape[1]  # a sequence computed anew has more
         logits_BTV = logits[-1] if last_only else torch.cat(logits, 1)[:, -T:]
         return Output(logits_BTV, _joined(call, pieces, T))
+
+    def _states(self, ids_BT: Tensor, call: ExpertsCall) -> Output:
+        """The states [B, T, D] that `head` makes logits of, by the library's own forward."""
+        self._rope.enter(0, 0)
+        before = CALL.set(call)
+        try:
+            found = self.core.base_model(input_ids=ids_BT, use_cache=False)
+        finally:
+            CALL.reset(before)
+        routing = [_over_all(each, self.config.num_experts) for each in call.routing]
+        hidden = found.last_hidden_state
+        return Output(hidden[:, :0], routing, hidden=hidden)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., D]: the library's own forward behind its decoder, since
+        some scale or cap them there."""
+        decoder, flat_1ND = self.core.base_model, x.reshape(1, -1, x.shape[-1])
+        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=flat_1ND)
+        try:
+            logits = self.core(input_ids=None, use_cache=False).logits
+        finally:
+            del decoder.forward
+        return logits.view(*x.shape[:-1], -1)
 
     def step(self, ids_BT: Tensor, **options: Any) -> Output:
         """A single token behind a cache, recorded where that is possible; see `fast.steps`."""
@@ -176,6 +210,13 @@ class Model:
         if cache is not None:
             cache.layers[0] = out.past_key_values
         return out.logits
+
+
+def _over_all(routing: Routing, experts: int) -> Routing:
+    """With the weights of the chosen in place of probabilities [T, E]; zero for the others."""
+    ids_TK, weights_TK = routing.ids_TK, routing.weights_TK.float()
+    none_TE = weights_TK.new_zeros(len(ids_TK), experts)
+    return routing._replace(probs_TE=none_TE.scatter(1, ids_TK, weights_TK))
 
 
 def _joined(call: ExpertsCall, pieces: list[Tensor], count: int) -> list[Routing]:
