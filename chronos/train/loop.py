@@ -172,9 +172,9 @@ class _Run:
             text = f"threads = {threads} has no effect: {self.backend.name} takes its own number"
             self.on_event({"warning": text})
         task.tokenizer.save(self.out)
-        if task.adapt is not None:
-            self._adapter = task.adapt(task.batches)
-        step = self.backend.train_step(task.model, task.recipe.optimizer, self._adapter)
+        self._adapter = None if task.adapt is None else task.adapt(task.batches)
+        adapters = [] if self._adapter is None else [self._adapter]
+        step = self.backend.train_step(task.model, task.recipe.optimizer, *adapters)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
         report = self._loop(step, first, stop)
         if report.signal:
