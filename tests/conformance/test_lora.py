@@ -163,6 +163,9 @@ def test_a_target_that_names_nothing_is_refused(
                 backend.attach(model, LoraRecipe(targets=("attention", target)))
         with pytest.raises(UsageError, match="adapter"):
             backend.train_step(model, OPTIMIZER)
+        backend.attach(model, DENSE)
+        with pytest.raises(UsageError, match="already"):
+            backend.attach(model, DENSE)
 
 
 @pytest.mark.parametrize("kind", ["native", "guest"])

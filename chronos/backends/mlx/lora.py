@@ -164,7 +164,8 @@ def attach(
     is 0. Dropout of the model itself and masks of experts are off from now on.
 
     experts: the routed experts that get an adapter, where EXPERTS are a target. Raises UsageError
-    for a target that names nothing and for what cannot be adapted, before anything is allocated.
+    for a target that names nothing, for what cannot be adapted and for a model that has an adapter,
+    before anything is allocated.
     """
     if isinstance(model, Streamed):
         model = model.bare
@@ -178,6 +179,8 @@ def attach(
         for path, block in blocks.items()
         for index in range(block.num_shared)
     }
+    if any(isinstance(module, LowRank) for module in modules.values()):
+        raise UsageError("the model has an adapter already", "", "open it anew for another one")
     found = chosen([*linear, *shared], recipe.targets)
     routed = _routed(modules, experts) if EXPERTS in recipe.targets else {}
     if EXPERTS in recipe.targets and not routed:
