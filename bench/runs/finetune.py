@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,33 @@ def _peak() -> int:
     return int(line.split()[1]) << 10
 
 
+class _Held:
+    """A tensor that autograd keeps, as long as it does."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
 def _saved(model: Any, args: argparse.Namespace, vocabulary: int) -> int:
     """Bytes that autograd keeps of one update's forward pass, parameters left out."""
     import torch
 
     known = {p.untyped_storage().data_ptr() for p in model.core.parameters()}
-    found: dict[int, int] = {}
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def note(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Any) -> _Held:
+        held = _Held(tensor)
+        alive.add(held)
+        return held
 
     batch = _batch(0, args, vocabulary)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
         out = model(torch.from_numpy(batch.ids_BT).long(), want_logits=False)
-        kept.append(torch.nn.functional.log_softmax(model.head(out.hidden).float(), -1).sum())
+        loss = torch.nn.functional.log_softmax(model.head(out.hidden).float(), -1).sum()
+    # What a layer computes of its experts is freed with it, and is not among these.
+    storages = [held.tensor.untyped_storage() for held in alive]
+    found = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
+    assert loss.requires_grad
     return sum(found.values())
 
 
