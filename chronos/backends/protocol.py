@@ -101,6 +101,9 @@ class Session(Protocol):
         """Make sequence `new` of one that is there: the same tokens, draws and caches, its own
         from here on."""
 
+    def nbytes(self, seq: int) -> int:
+        """Bytes of the arrays that the sequence's caches hold, spare room included."""
+
     def drop(self, seq: int) -> None:
         """Forget a sequence, if it is there; the experts stay where they are."""
 
