@@ -191,5 +191,5 @@ def likeliest(logits_V: npt.NDArray[np.float32], token: int, count: int) -> Like
     model gave them; equal ones by id."""
     log_p_V = logits_V - logits_V.max()
     log_p_V = log_p_V - np.log(np.exp(log_p_V).sum(dtype=np.float64))
-    best = np.argsort(-log_p_V, kind="stable")[:count]
+    best = np.argsort(-log_p_V, kind="stable")[:count] if count else ()
     return tuple((int(i), float(log_p_V[i])) for i in (token, *best))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -25,12 +26,18 @@ PING_S = 10.0  # of silence, after which a stream says that it is alive
 
 class Answer:
     """Iterate for (number of the job, step), with (-1, None) after each PING_S of silence; raises
-    what a job ended with. results: by number, of jobs that have ended."""
+    what a job ended with. results: by number, of jobs that have ended.
 
-    def __init__(self, worker: Worker, metrics: Metrics) -> None:
-        self._worker, self._metrics = worker, metrics
+    Each wake of the loop takes time from the engine's thread, so a reply that is not streamed wakes
+    it at its end, and what comes together wakes it once.
+    """
+
+    def __init__(self, worker: Worker, metrics: Metrics, streamed: bool) -> None:
+        self._worker, self._metrics, self._streamed = worker, metrics, streamed
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: deque[tuple[int, Event, float]] = deque()
+        self._came = asyncio.Event()
+        self._woken = False
         self.jobs: list[Job] = []
         self.results: dict[int, GenerationResult] = {}
         self._failed: set[int] = set()
@@ -41,8 +48,13 @@ class Answer:
         number = len(self.jobs)
 
         def send(event: Event) -> None:
+            self._events.append((number, event, time.monotonic()))
+            waits = not self._streamed and isinstance(event, Step | Read)
+            if waits or self._woken:
+                return
+            self._woken = True
             try:
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+                self._loop.call_soon_threadsafe(self._came.set)
             except RuntimeError:  # the loop has ended, and with it whoever asked
                 return
 
@@ -77,16 +89,20 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Step | None]]:
         last: dict[int, float] = {}
         while len(self.results) < len(self.jobs):
-            try:
-                number, event = await asyncio.wait_for(self._events.get(), PING_S)
-            except TimeoutError:
-                yield -1, None
+            if not self._events:
+                try:
+                    async with asyncio.timeout(PING_S):
+                        await self._came.wait()
+                except TimeoutError:
+                    yield -1, None
+                self._came.clear()
+                self._woken = False  # before looking: what comes from now on wakes again
                 continue
+            number, event, now = self._events.popleft()
             job = self.jobs[number]
             if isinstance(event, Read):
                 self._read = event.tokens
             elif isinstance(event, Step):
-                now = time.monotonic()
                 self._metrics.token(job, now - last.get(number, job.asked), number not in last)
                 last[number] = now
                 yield number, event

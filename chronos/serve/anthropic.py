@@ -61,7 +61,7 @@ async def messages(service: Service, body: Any) -> Response:
     if ask.grammar is None and isinstance(form, dict) and form.get("type") == "json_schema":
         ask.grammar = grammar_of_schema(form.get("schema"), "output_config")
     await ask.render(chat)
-    answer = await ask.begin(service)
+    answer = await ask.begin(service, values.get("stream"))
     if values.get("stream"):
         return Events(_chunks(ask, answer), answer, _error_event)
     return Whole(_whole(ask, answer), answer, lambda problem: problem.anthropic(""))

@@ -90,10 +90,10 @@ class Ask:
         self.tools = chat.tools
         self.thinking = chats.opens_thoughts(tokenizer, prompt)
 
-    async def begin(self, service: Service) -> Answer:
+    async def begin(self, service: Service, streamed: bool | None) -> Answer:
         """Put its jobs in line. Raises Problem."""
         rooms = [self.served.room(prompt, self.max_tokens) for prompt in self.prompts]
-        answer = Answer(service.worker, service.metrics)
+        answer = Answer(service.worker, service.metrics, bool(streamed))
         for prompt, room in zip(self.prompts, rooms, strict=True):
             for number in range(self.count):
                 answer.add(

@@ -107,11 +107,11 @@ def render(tokenizer: Tokenizer, chat: Chat) -> list[int]:
     else:
         messages = _without_tools(messages, chat.tools)
     try:
-        return tokenizer.apply_chat(messages, **variables)
+        return tokenizer.apply_chat(messages, variables=variables)
     except TemplateError as error:
         refused = error
     try:  # many templates take one system message, at the start
-        return tokenizer.apply_chat(_one_system(messages), **variables)
+        return tokenizer.apply_chat(_one_system(messages), variables=variables)
     except TemplateError:
         raise of_error(refused, "messages") from None
 

@@ -93,7 +93,7 @@ async def chat(service: Service, body: Any) -> Response:
     if schema is not None and ask.grammar is None:
         ask.grammar = grammar_of_schema(schema, "response_format")
     await ask.render(chats.Chat(chats.messages_of(values["messages"]), tools, variables))
-    answer = await ask.begin(service)
+    answer = await ask.begin(service, values.get("stream"))
     head = _head(ask, "chatcmpl", "chat.completion")
     if values.get("stream"):
         head["object"] = "chat.completion.chunk"
@@ -118,7 +118,7 @@ async def completion(service: Service, body: Any) -> Response:
             400, "max_tokens must be at least 1", code="invalid_value", param="max_tokens"
         )
     ask.prompts = _prompts(values["prompt"], ask.served.tokenizer)
-    answer = await ask.begin(service)
+    answer = await ask.begin(service, values.get("stream"))
     head = _head(ask, "cmpl", "text_completion")
     if values.get("stream"):
         chunks = _text_chunks(ask, answer, head, _wants_usage(values), echo)

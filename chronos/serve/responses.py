@@ -65,7 +65,7 @@ async def responses(service: Service, body: Any) -> Response:
     variables = {"reasoning_effort": effort} if isinstance(effort, str) else {}
     messages = chats.messages_of(_messages(service, values))
     await ask.render(chats.Chat(messages, tools, variables))
-    answer = await ask.begin(service)
+    answer = await ask.begin(service, values.get("stream"))
     if values.get("stream"):
         return Events(_chunks(ask, answer, values), answer, _error_event)
     return Whole(_whole(ask, answer, values), answer, Problem.openai)
