@@ -89,6 +89,10 @@ class Session(Protocol):
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
 
+    def every_logits(self, seq: int) -> np.ndarray:
+        """float32 [T, V] of the last pass's tokens, a copy; UsageError where its work did not say
+        `every`."""
+
     def routing(self, seq: int) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
         """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens; weights are
         None where the model does not show them."""

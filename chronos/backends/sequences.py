@@ -59,6 +59,7 @@ class Row:
     cache: Any
     logits_V: Any
     record: RoutingRecord
+    every_TV: Any = None  # of the tokens of the last pass, where it was to keep them
     ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     random: random.Random = field(default_factory=random.Random)

@@ -43,9 +43,10 @@ class Guide(Protocol):
 
 @dataclass
 class _Reply:
-    """One reply in the making. likely: how many log-probabilities beside the token's own."""
+    """One reply in the making. likely: how many log-probabilities beside the token's own. scored:
+    those of the prompt so far, None where nobody asked."""
 
-    prompt_tokens: int
+    prompt: Sequence[int]
     max_tokens: int
     text: Text
     meter: Meter
@@ -53,6 +54,7 @@ class _Reply:
     guide: Guide | None = None
     bias: npt.NDArray[np.float32] | None = None
     likely: int | None = None
+    scored: list[Likely] | None = None
     tokens: list[int] = field(default_factory=list)
 
 
@@ -91,14 +93,17 @@ class Batch:
         guide: Guide | None = None,
         bias: npt.NDArray[np.float32] | None = None,
         likely: int | None = None,
+        score: bool = False,
     ) -> None:
         """seq: a number that the session does not know, or with `start` tokens of the prompt (whole
         pieces of it). record: keep what the limit is computed from, for a sequence that is alone.
-        guide, bias: as Work's mask and bias. likely: so many log-probabilities in each step."""
+        guide, bias: as Work's mask and bias. likely: so many log-probabilities in each step.
+        score: and of the prompt's tokens, in the result."""
         meter = Meter(self._session, self._feed, seq, record=record)
         text = Text(self._tokenizer, stop)
+        scored: list[Likely] | None = [] if score else None
         self._replies[seq] = _Reply(
-            len(prompt), max_tokens, text, meter, guide=guide, bias=bias, likely=likely
+            prompt, max_tokens, text, meter, guide=guide, bias=bias, likely=likely, scored=scored
         )
         self._scheduler.add(seq, prompt, sampling, start)
 
@@ -118,6 +123,7 @@ class Batch:
                 self._leave(each.seq, out)
                 continue
             self._scheduler.took(each, out)
+            self._score(each)
             if out is not None:
                 steps += [(each.seq, step) for step in self._take(each.seq, out)]
         return steps
@@ -125,10 +131,23 @@ class Batch:
     def _shaped(self, work: Work) -> Work:
         """With what its reply allows and prefers, where a token is drawn."""
         reply = self._replies[work.seq]
+        if reply.scored is not None and work.prompt:
+            work = replace(work, every=True)
         if not work.last or (reply.guide is None and reply.bias is None):
             return work
         mask = None if reply.guide is None else reply.guide.mask()
         return replace(work, mask=mask, bias=reply.bias)
+
+    def _score(self, work: Work) -> None:
+        """What a piece of a prompt made of the tokens behind its own."""
+        reply = self._replies[work.seq]
+        if reply.scored is None or not work.every:
+            return
+        end = self._session.position(work.seq) + 1
+        follow = reply.prompt[end - len(work.tokens) : end]
+        logits_TV = self._session.every_logits(work.seq)
+        for logits_V, token in zip(logits_TV, follow, strict=False):  # none follows the last
+            reply.scored.append(likeliest(logits_V, token, reply.likely or 0))
 
     def cancel(self, seq: int) -> list[tuple[int, Step]]:
         """End a sequence, if it has not ended; what was held back of its text."""
@@ -145,13 +164,14 @@ class Batch:
         reply = self._replies[seq]
         if token < 0:
             return self._end(seq, "error")
-        if token in self._stop_ids:
-            reply.end_token = token
-            return self._end(seq, "stop")
-        reply.tokens.append(token)
         likely: Likely = ()
         if reply.likely is not None:
             likely = likeliest(self._session.logits(seq), token, reply.likely)
+        if token in self._stop_ids:
+            reply.end_token = token
+            told = [Step(None, "", likely)] if likely else []
+            return [*told, *self._end(seq, "stop")]
+        reply.tokens.append(token)
         if reply.guide is not None:
             reply.guide.take(token)
         piece = reply.text.push(token)
@@ -174,8 +194,8 @@ class Batch:
         reply.meter.end()
         stats = reply.meter.stats() | self._facts()
         text, meter = reply.text, reply.meter if reply.meter.record else None
-        told = (reason, stats, error, reply.end_token, text.stopped_by, meter)
-        self._leave(seq, GenerationResult(reply.prompt_tokens, reply.tokens, text.shown, *told))
+        told = (reason, stats, error, reply.end_token, text.stopped_by, reply.scored or (), meter)
+        self._leave(seq, GenerationResult(len(reply.prompt), reply.tokens, text.shown, *told))
         return [Step(None, tail)] if tail else []
 
     def _leave(self, seq: int, result: GenerationResult | Exception | None) -> None:
@@ -188,8 +208,9 @@ class Batch:
 
 def likeliest(logits_V: npt.NDArray[np.float32], token: int, count: int) -> Likely:
     """(id, log-probability in nats) of a token, then of the `count` likeliest, by the logits as the
-    model gave them; equal ones by id."""
+    model gave them."""
     log_p_V = logits_V - logits_V.max()
     log_p_V = log_p_V - np.log(np.exp(log_p_V).sum(dtype=np.float64))
-    best = np.argsort(-log_p_V, kind="stable")[:count] if count else ()
+    best = np.argpartition(-log_p_V, min(count, len(log_p_V) - 1))[:count]
+    best = best[np.lexsort((best, -log_p_V[best]))]  # equal ones by id
     return tuple((int(i), float(log_p_V[i])) for i in (token, *best))

@@ -28,7 +28,8 @@ class Step:
 
     `text` is empty while a character or a possible stop string is incomplete. `token` is None in a
     closing step that only releases text held back. The texts of all steps join to the result's.
-    likely: (id, log-probability in nats) of the token, then of the likeliest ones, where asked for.
+    likely: (id, log-probability in nats) of the token, then of the likeliest ones, where asked for;
+    a token that ends the reply has a step with these alone.
     """
 
     token: int | None
@@ -43,6 +44,7 @@ class GenerationResult:
     `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
     is stop, length, context, cancelled or error, and `error` says why in the last case. `end_token`
     is the token that ended the reply, if one did, `stopped_by` the stop string, "" where none did.
+    scored: of each token of the prompt behind the first, where asked for, as `Step.likely`.
     """
 
     prompt_tokens: int
@@ -53,6 +55,7 @@ class GenerationResult:
     error: str = ""
     end_token: int | None = None
     stopped_by: str = ""
+    scored: Sequence[Likely] = ()
     meter: Meter | None = field(default=None, repr=False, compare=False)  # for `Engine.limit`
 
 

@@ -103,8 +103,10 @@ class Answer:
             if isinstance(event, Read):
                 self._read = event.tokens
             elif isinstance(event, Step):
-                self._metrics.token(job, now - last.get(number, job.asked), number not in last)
-                last[number] = now
+                if event.token is not None:
+                    since = now - last.get(number, job.asked)
+                    self._metrics.token(job, since, number not in last)
+                    last[number] = now
                 yield number, event
             elif isinstance(event, GenerationResult):
                 self.results[number] = event

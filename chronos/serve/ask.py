@@ -68,7 +68,7 @@ class Service:
 @dataclass
 class Ask:
     """likely: log-probabilities beside each token's own. grammar: what the reply must be, after its
-    thoughts. count: replies to each prompt."""
+    thoughts. count: replies to each prompt. score: log-probabilities of the prompt as well."""
 
     served: Served
     sampling: SamplingParams
@@ -76,6 +76,7 @@ class Ask:
     stop: Sequence[str] = ()
     count: int = 1
     likely: int | None = None
+    score: bool = False
     bias: npt.NDArray[np.float32] | None = None
     grammar: str | None = None
     tools: Sequence[Tool] = ()
@@ -105,6 +106,7 @@ class Ask:
                     guide=await self._guide(),
                     bias=self.bias,
                     likely=self.likely,
+                    score=self.score,
                 )
         answer.submit()
         return answer

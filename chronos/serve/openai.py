@@ -109,9 +109,10 @@ async def completion(service: Service, body: Any) -> Response:
     ask.max_tokens = values.get("max_tokens", 16)  # OpenAI's default
     ask.likely = values.get("logprobs")
     echo = bool(values.get("echo"))
-    if echo and ask.likely is not None:
+    ask.score = echo and ask.likely is not None
+    if ask.score and values.get("stream"):
         raise Problem(
-            400, "echo with logprobs is not supported", code="unsupported_parameter", param="echo"
+            400, "echo with logprobs is not streamed", code="unsupported_parameter", param="stream"
         )
     if ask.max_tokens == 0:
         raise Problem(
@@ -314,7 +315,11 @@ async def _text_whole(ask: Ask, answer: Answer, head: dict[str, Any], echo: bool
     for number, text in enumerate(texts):
         start = ask.served.tokenizer.decode(answer.jobs[number].prompt) if echo else ""
         choice = {"index": number, "text": start + text, "logprobs": None}
-        if ask.likely is not None:
+        if ask.score:
+            scored = answer.results[number].scored
+            told = _text_logprobs(ask, [*scored, *likely[number]], 0)
+            choice["logprobs"] = _behind(ask, answer.jobs[number].prompt[0], told)
+        elif ask.likely is not None:
             choice["logprobs"] = _text_logprobs(ask, likely[number], len(start))
         choice["finish_reason"] = _reason(answer.results[number].finish_reason)
         choices.append(choice)
@@ -389,6 +394,17 @@ def _text_logprobs(ask: Ask, rows: Sequence[Likely], start: int) -> dict[str, An
     return {
         "tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets
     }  # fmt: skip
+
+
+def _behind(ask: Ask, first: int, told: dict[str, Any]) -> dict[str, Any]:
+    """The lists of a text whose first token follows nothing, and so has no probability."""
+    text = _token(ask, first, 0.0)["token"]
+    return {
+        "tokens": [text, *told["tokens"]],
+        "token_logprobs": [None, *told["token_logprobs"]],
+        "top_logprobs": [None, *told["top_logprobs"]],
+        "text_offset": [0, *(len(text) + at for at in told["text_offset"])],
+    }
 
 
 __all__ = ["CHAT", "COMPLETION", "ChatText", "chat", "completion", "error_event", "usage"]

@@ -65,6 +65,7 @@ class Job:
     guide: Guide | None = None
     bias: npt.NDArray[np.float32] | None = None
     likely: int | None = None
+    score: bool = False
     cached: int = 0
     asked: float = field(default_factory=time.monotonic)
     begun: float = 0.0
@@ -283,8 +284,9 @@ class Worker:
         seq = next(self._numbers)
         try:
             engine.check(job.prompt, job.max_tokens, job.stop)
-            job.places = prefixes.places(job.prompt)
-            job.cached = prefixes.take(job.prompt, seq)
+            if not job.score:  # which needs all of the prompt
+                job.places = prefixes.places(job.prompt)
+                job.cached = prefixes.take(job.prompt, seq)
             batch.add(
                 seq,
                 job.prompt,
@@ -295,6 +297,7 @@ class Worker:
                 guide=job.guide,
                 bias=job.bias,
                 likely=job.likely,
+                score=job.score,
             )
         except Exception as error:
             engine.session.drop(seq)

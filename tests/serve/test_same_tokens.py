@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chronos.common.text.sampling import PIECE, SamplingParams
@@ -78,6 +79,29 @@ def test_a_warm_prompt_has_the_log_probabilities_of_a_cold_one(server: Running) 
     assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] == 2 * PIECE
     assert cold["choices"] == warm["choices"]
+
+
+@pytest.mark.parametrize("length", [2, 40, PIECE + 30])
+def test_the_log_probabilities_of_a_prompt_are_the_models(
+    backend: Any, server: Running, folder: Path, length: int
+) -> None:
+    """As `chronos eval` computes them, by one forward of the resident model."""
+    prompt = [(5 * i + 3) % VOCAB for i in range(length)]
+    model = backend.load(folder, device="cpu", resident=True)
+    logits_TV = backend.forward(model, np.array([prompt])).logits_BTV[0]
+    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, dtype=np.float64))[:, None]
+    answer = server.text([prompt, [1, 2]], max_tokens=1, echo=True, logprobs=2)
+    told = answer["choices"][0]["logprobs"]
+    assert {len(values) for values in told.values()} == {length + 1}
+    own, best = told["token_logprobs"], told["top_logprobs"]
+    assert own[0] is None and best[0] is None
+    expected = log_p_TV[np.arange(length - 1), prompt[1:]]
+    np.testing.assert_allclose(own[1:length], expected, atol=1e-4)
+    highest = [max(each.values()) for each in best[1:]]
+    np.testing.assert_allclose(highest, log_p_TV.max(-1), atol=1e-4)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    plain = server.text(prompt, max_tokens=1, logprobs=2)["choices"][0]["logprobs"]
+    np.testing.assert_allclose(own[-1], plain["token_logprobs"][0], atol=1e-4)
 
 
 def test_of_one_seed_each_reply_has_its_own_and_the_first_is_that_of_one(server: Running) -> None:

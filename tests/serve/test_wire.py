@@ -143,11 +143,16 @@ def test_the_end_token_ends_a_reply_and_is_not_told(server: Running) -> None:
     server.worker._batch._stop_ids = frozenset({token})  # type: ignore[union-attr]
     try:
         ended = server.text([9, 8], max_tokens=6, temperature=0)
+        [choice] = server.text([9, 8], max_tokens=6, temperature=0, logprobs=0)["choices"]
+        told = choice["logprobs"]
     finally:
         server.worker._batch._stop_ids = frozenset()  # type: ignore[union-attr]
     assert one(ended)["finish_reason"] == "stop"
     assert one(free)["text"].startswith(one(ended)["text"])
     assert ended["usage"]["completion_tokens"] < 6
+    made = ended["usage"]["completion_tokens"]
+    # What it was worth is told, as lm-eval counts on: a token more than the text has.
+    assert len(told["tokens"]) == made + 1 and len(told["token_logprobs"]) == made + 1
 
 
 @pytest.mark.parametrize(
