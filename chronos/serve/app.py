@@ -133,8 +133,8 @@ def _get(service: Service, get: Get) -> Callable[[Request], Awaitable[Response]]
     async def endpoint(request: Request) -> Response:
         try:
             return await get(service, request)
-        except Problem as problem:
-            return described(problem, request.scope)
+        except Exception as error:
+            return _failed(error, request)
 
     return endpoint
 
@@ -146,12 +146,16 @@ def _post(service: Service, door: Door) -> Callable[[Request], Awaitable[Respons
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         except Exception as error:
-            problem = of_error(error)
-            if problem.status == 500:
-                _log.exception("%s failed", door.path)
-            return described(problem, request.scope)
+            return _failed(error, request)
 
     return endpoint
+
+
+def _failed(error: Exception, request: Request) -> Response:
+    problem = of_error(error)
+    if problem.status == 500:
+        _log.error("%s failed", request.url.path, exc_info=error)
+    return described(problem, request.scope)
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:

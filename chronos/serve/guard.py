@@ -89,10 +89,6 @@ class Guard:
             return Response(status_code=204, headers=allowed)
         if scope["path"] not in OPEN_PATHS:
             self._check_key(headers)
-        if scope["method"] == "POST":
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise Problem(415, "the body must be application/json", code="wrong_content_type")
         return None
 
     def _check_key(self, headers: Headers) -> None:
@@ -120,7 +116,11 @@ def described(problem: Problem, scope: Scope) -> JSONResponse:
 
 
 async def body_of(request: Request) -> bytes:
-    """The whole body. Raises Problem where it is too large or too slow."""
+    """The whole body. Raises Problem where it is of a type that needs no preflight, too large or
+    too slow."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Problem(415, "the body must be application/json", code="wrong_content_type")
     said = request.headers.get("content-length", "0")
     large = Problem(413, f"the body is larger than {MOST_BODY >> 20} MiB", code="too_large")
     if not said.isdigit() or len(said) > 12 or int(said) > MOST_BODY:

@@ -36,7 +36,9 @@ async def tokenize(service: Service, body: Any) -> Response:
     elif "prompt" in values:
         special = values.get("add_special_tokens", True)
         encode = tokenizer.encode_prompt if special else tokenizer.encode
-        tokens = await asyncio.to_thread(encode, values["prompt"])
+        # The name of a control token, alone, is that token: so lm-eval asks for the end token's id.
+        named = tokenizer.control_ids.get(values["prompt"])
+        tokens = [named] if named is not None else await asyncio.to_thread(encode, values["prompt"])
     else:
         raise Problem(
             400, "prompt or messages is missing", code="missing_parameter", param="prompt"
@@ -61,10 +63,9 @@ async def tokenizer_info(service: Service, request: Request) -> Response:
     """GET /tokenizer_info: what lm-eval reads of the first model to count and cut prompts."""
     served = service.catalogue.first
     names = {token: name for name, token in served.tokenizer.control_ids.items()}
-    ends = sorted(served.tokenizer.stop_ids)
     return JSONResponse(
         {
-            "eos_token": names.get(ends[0]) if ends else None,
+            "eos_token": names.get(served.tokenizer.eos_id),
             "model_max_length": served.context,
             "vocab_size": served.vocab_size,
         }

@@ -95,7 +95,9 @@ def test_tokens_and_back(server: Running) -> None:
     assert back == {"prompt": "return left"}
     chat = server.post("/tokenize", messages=HELLO).json()["tokens"]
     assert chat == tokenizer.apply_chat(HELLO)
-    assert server.http.get("/tokenizer_info").json()["eos_token"] in tokenizer.control_ids
+    end = server.http.get("/tokenizer_info").json()["eos_token"]
+    assert server.post("/tokenize", prompt=end).json()["tokens"] == [tokenizer.eos_id]
+    assert len(server.post("/tokenize", prompt=f"a {end}").json()["tokens"]) > 2
     assert server.post("/detokenize", tokens=[VOCAB + 10**6]).status_code == 400
     assert server.post("/tokenize").status_code == 400
 
