@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chronos.run.generation import GenerationResult, Step
+from chronos.serve.guard import described
 from chronos.serve.metrics import Metrics
 from chronos.serve.problem import Problem, of_error
 from chronos.serve.worker import Event, Job, Read, Worker
@@ -123,20 +124,17 @@ class Whole(Response):
     """JSON that is made while the connection is watched: `made` is awaited, and given up with its
     answer when the client goes."""
 
-    def __init__(self, made: Any, answer: Answer, describe: Any) -> None:
-        """describe: a Problem as the body of this door's errors."""
-        self._made, self._answer, self._describe = made, answer, describe
+    def __init__(self, made: Any, answer: Answer) -> None:
+        self._made, self._answer = made, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await _while_connected(self._write(scope, receive, send), receive, self._answer)
 
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body, status = await self._made, 200
+            response = Response(dumps(await self._made), media_type="application/json")
         except Exception as error:
-            problem = of_error(error)
-            body, status = self._describe(problem), problem.status
-        response = Response(dumps(body), status, media_type="application/json")
+            response = described(of_error(error), scope)
         await response(scope, receive, send)
 
 

@@ -64,7 +64,7 @@ async def messages(service: Service, body: Any) -> Response:
     answer = await ask.begin(service, values.get("stream"))
     if values.get("stream"):
         return Events(_chunks(ask, answer), answer, _error_event)
-    return Whole(_whole(ask, answer), answer, lambda problem: problem.anthropic(""))
+    return Whole(_whole(ask, answer), answer)
 
 
 async def count_tokens(service: Service, body: Any) -> Response:

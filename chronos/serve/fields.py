@@ -111,11 +111,17 @@ def read(
 
 
 def parse(raw: bytes) -> Any:
-    """JSON of a request. Raises Problem for what is none, for NaN, and for nesting without end."""
+    """JSON of a request. Raises Problem for what is none, for NaN, for half a character and for
+    nesting without end."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if b"\\u" in raw:  # only an escape can spell half a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise Problem(400, "the body is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise Problem(400, "the body holds a lone surrogate, which is no text") from None
     except ValueError as error:
         raise Problem(400, f"the body is not JSON: {str(error)[:100]}") from None
 

@@ -20,7 +20,6 @@ from chronos.serve.ask import (
     MOST_LIKELY,
     SAMPLING,
     Ask,
-    ChatText,
     Service,
     bias_of,
     grammar_of_choice,
@@ -99,7 +98,7 @@ async def chat(service: Service, body: Any) -> Response:
         head["object"] = "chat.completion.chunk"
         chunks = _chat_chunks(ask, answer, head, _wants_usage(values))
         return Events(chunks, answer, error_event)
-    return Whole(_chat_whole(ask, answer, head), answer, Problem.openai)
+    return Whole(_chat_whole(ask, answer, head), answer)
 
 
 async def completion(service: Service, body: Any) -> Response:
@@ -124,7 +123,7 @@ async def completion(service: Service, body: Any) -> Response:
     if values.get("stream"):
         chunks = _text_chunks(ask, answer, head, _wants_usage(values), echo)
         return Events(chunks, answer, error_event)
-    return Whole(_text_whole(ask, answer, head, echo), answer, Problem.openai)
+    return Whole(_text_whole(ask, answer, head, echo), answer)
 
 
 def error_event(problem: Problem) -> str:
@@ -405,6 +404,3 @@ def _behind(ask: Ask, first: int, told: dict[str, Any]) -> dict[str, Any]:
         "top_logprobs": [None, *told["top_logprobs"]],
         "text_offset": [0, *(len(text) + at for at in told["text_offset"])],
     }
-
-
-__all__ = ["CHAT", "COMPLETION", "ChatText", "chat", "completion", "error_event", "usage"]

@@ -68,7 +68,7 @@ async def responses(service: Service, body: Any) -> Response:
     answer = await ask.begin(service, values.get("stream"))
     if values.get("stream"):
         return Events(_chunks(ask, answer, values), answer, _error_event)
-    return Whole(_whole(ask, answer, values), answer, Problem.openai)
+    return Whole(_whole(ask, answer, values), answer)
 
 
 def _messages(service: Service, values: Mapping[str, Any]) -> list[dict[str, Any]]:
