@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chronos.serve.grammar import Grammar, of_schema
+from chronos.serve.served import Served
+from tests.conftest import wanted
 from tests.support.serving import CHAT, HELLO, Running, serving
 
 SCHEMA = {
@@ -133,3 +137,34 @@ def test_a_call_through_anthropics_door_and_through_responses(server: Running) -
     whole = server.post("/v1/responses", input="x", tools=[tool], tool_choice="required", **draw)
     calls = [item for item in whole.json()["output"] if item["type"] == "function_call"]
     assert calls and all(fits(json.loads(call["arguments"])) for call in calls)
+
+
+def test_thoughts_are_free_and_what_follows_is_not(folder: Path) -> None:
+    served = Served.open(str(folder))
+    grammar = Grammar(served, of_schema(SCHEMA), thinking=True)
+    for token in served.tokenizer.encode("{1 + 1}? </thin </think>"):
+        assert grammar.mask() is None
+        grammar.take(token)
+    allowed = grammar.mask()
+    assert allowed is not None and allowed.shape == (served.vocab_size,)
+    texts = {served.tokenizer.token_bytes(int(token)) for token in allowed.nonzero()[0]}
+    assert texts and all(text.startswith(b"{") for text in texts)
+
+
+def test_a_template_that_opens_thoughts_is_seen(folder: Path, tmp_path: Path) -> None:
+    """And its replies begin in them: the reasoning is apart, and counted."""
+    shutil.copytree(folder, tmp_path / "thinks")
+    template = "{{ messages[-1].content }}{% if enable_thinking != false %}<think>\n{% endif %}"
+    (tmp_path / "thinks" / "chat_template.jinja").write_text(template)
+    with serving(tmp_path / "thinks", backend=wanted()[0]) as server:
+        for thinks in (True, False):
+            kwargs = {"enable_thinking": thinks}
+            answer = server.chat(max_tokens=9, chat_template_kwargs=kwargs)
+            message = answer["choices"][0]["message"]
+            counted = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+            assert (counted == 9) == thinks
+            assert bool(message.get("reasoning_content")) == thinks
+            assert bool(message["content"]) == (not thinks)
+        events = server.events("/v1/messages", messages=HELLO, max_tokens=9)
+        kinds = [e["delta"]["type"] for e in events if e["type"] == "content_block_delta"]
+        assert kinds[-1] == "signature_delta" and set(kinds[:-1]) == {"thinking_delta"}
