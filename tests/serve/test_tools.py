@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chronos.common.text.sampling import SamplingParams
+from chronos.common.text.tokenizer import Tokenizer
+from chronos.run.generation import Step
+from chronos.serve.ask import Ask, ChatText
 from chronos.serve.tools import ReplyText, Tool
+from chronos.testing.tiny import tiny_tokenizer
 
 TOOLS = [Tool("get"), Tool("put")]
 HERMES = '<tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>'
@@ -117,3 +124,22 @@ def test_a_call_in_thoughts_is_a_thought() -> None:
 def test_the_cuts_do_not_matter(parts: list[str], cuts: Any, thinking: bool) -> None:
     text = "".join(parts)
     assert told(text, cuts, thinking) == told(text, None, thinking)
+
+
+def test_marks_that_are_control_tokens_count_and_are_not_shown() -> None:
+    """Their steps have no text: some vocabularies have the marks of calls so."""
+    core = tokenizers.Tokenizer.from_str(tiny_tokenizer()._core.to_str())
+    core.add_special_tokens(["<tool_call>", "</tool_call>", "</think>"])
+    tokenizer = Tokenizer(core)
+    served: Any = SimpleNamespace(tokenizer=tokenizer)
+    text = ChatText(Ask(served, SamplingParams(), tools=TOOLS, thinking=True))
+    parts = []
+    for piece in ("hm", "</think>", "So:", "<tool_call>", '{"name": "get", "arguments": {}}',
+                  "</tool_call>"):  # fmt: skip
+        token = tokenizer.control_ids.get(piece)
+        parts += text.take(Step(7, piece) if token is None else Step(token, ""))
+    parts += text.end()
+    assert [(part.kind, part.text) for part in parts] == [("reasoning", "hm"), ("content", "So:")]
+    assert [(call.name, call.arguments) for call in text.calls] == [("get", "{}")]
+    assert text.thoughts == 1 and text.reason("stop") == "tool_calls"
+    assert text.reason("length") == text.reason("context") == "length"
