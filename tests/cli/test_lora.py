@@ -122,8 +122,11 @@ def test_experts_are_merged_before_packing(runs: Runs, chronos: Any) -> None:
     model = tiny_packed(runs.folder / "packed", num_shared_experts=1)
     plain = runs.folder / "packed-unpacked"
     lora = LORA.replace('"experts"', '"experts", "shared", "gate"')
+    lora += '[anchor]\nweight = 1.0\nform = "gate"\n'
     done = runs.train("sft", recipe(runs, plain, lora=lora), "run")
     assert done.code == 0, done.err
+    anchors = [line["anchor"] for line in runs.lines("run") if "anchor" in line]
+    assert anchors[0] == pytest.approx(0, abs=1e-6) and anchors[-1] > 0  # gates move, held
     adapter = runs.folder / "run" / "adapter"
     refused = chronos("merge", model, adapter, "-o", runs.folder / "no")
     assert refused.code and not (runs.folder / "no").exists()

@@ -23,6 +23,7 @@ from chronos.train.merge import merge  # noqa: E402
 from tests.conformance.test_lora import batches  # noqa: E402
 from tests.support.guests import ARCHITECTURES, BASE  # noqa: E402
 
+NEEDS = ("peft", "torch", "transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = np.random.default_rng(3).integers(3, 60, (2, 14))
 RECIPES = {

@@ -73,11 +73,11 @@ def routed_outputs(
     experts: list[int] = used.tolist()
     pairs = dict(zip(experts, np.split(order_N, starts[1:]), strict=True))
     back_N = mx.array(np.argsort(order_N))
-    names = {expert: len(adapters.get(expert, ())) for expert in experts}
+    counts = {expert: len(adapters.get(expert, ())) for expert in experts}
 
     def shared_out(tensors: Sequence[mx.array]) -> dict[int, Sequence[mx.array]]:
         found, start = {}, 0
-        for expert, count in names.items():
+        for expert, count in counts.items():
             found[expert] = tensors[start : start + count]
             start += count
         return found

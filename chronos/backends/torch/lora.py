@@ -24,6 +24,7 @@ from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.torch.codecs import PARAMETERS
 from chronos.backends.torch.model import Block
 from chronos.backends.torch.moe import MoE
+from chronos.backends.torch.products import Linear, PackedLinear
 from chronos.backends.torch.streamed import Streamed
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
@@ -201,7 +202,7 @@ def attach(
     core.requires_grad_(False)
     for module in core.modules():
         if isinstance(module, Block):
-            module.dropout = module.mlp.mask_prob = 0.0
+            module.dropout, module.mlp.mask_prob = nn.Dropout(0.0), 0.0
     made: list[nn.Module] = []
     for path in found:
         if path in shared:
@@ -224,10 +225,15 @@ def attach(
 
 
 def _adaptable(path: str, module: nn.Module) -> bool:
-    """A linear layer; or a router of Transformers, which is a matrix and no layer."""
+    """A linear layer; or a router of Transformers, which is a matrix and called otherwise."""
     weight = module._parameters.get("weight")
     gate = group_of(path) == GATE and weight is not None and weight.dim() == 2
-    return isinstance(module, nn.Linear) or gate
+    return _is_linear(module) or gate
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module maps rows to rows, as nothing that only derives from a linear layer does."""
+    return type(module) in (nn.Linear, Linear, PackedLinear)
 
 
 def _within(path: str, blocks: dict[str, MoE]) -> bool:
@@ -240,7 +246,7 @@ def _within(path: str, blocks: dict[str, MoE]) -> bool:
 def _wrapped(core: nn.Module, path: str, module: Any, recipe: LoraRecipe, seed: int) -> nn.Module:
     """Put a module's adapter into the model."""
     low_rank = LowRank(path, tuple(module.weight.shape), recipe.rank, recipe, seed)
-    if not isinstance(module, nn.Linear):
+    if not _is_linear(module):
         parametrize.register_parametrization(module, "weight", LoraWeight(low_rank))
         return low_rank
     made = LoraLinear(module, low_rank, recipe.dora)

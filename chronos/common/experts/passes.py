@@ -8,14 +8,14 @@ used; a `Pass` reads the next layers ahead. Not covered: how a gradient is compu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, Foreseen, Source
-from chronos.common.experts.residency import Counts
-from chronos.common.experts.tier import Lease
+from chronos.common.experts.lease import Lease
+from chronos.common.experts.residency import NOBODY, Counts
 from chronos.common.model.weights import Key
 
 AHEAD = "pass"  # asks for experts that a pass will come to
@@ -25,6 +25,7 @@ _DEPTH = 2  # layers read ahead
 class UpAndDown(Counts):
     """Ranks an expert by the layers until its next use. [L, E], minus that distance."""
 
+    name = "passes"
     forecasts = True  # a read ahead must be needed sooner than its victim
 
     def __init__(self, layers: Sequence[int], shape: tuple[int, int]) -> None:
@@ -39,7 +40,9 @@ class UpAndDown(Counts):
         """A forward pass starts."""
         self._at, self._down = -1, False
 
-    def observe(self, layer: int, experts: Collection[int]) -> None:
+    def observe(
+        self, layer: int, experts: Collection[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> None:
         place, top = self._place[layer], len(self._layers) - 1
         self._down = self._down or place <= self._at
         self._at = place

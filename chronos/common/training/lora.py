@@ -28,6 +28,7 @@ from chronos.common.model.weights import Key
 ATTENTION, SHARED, EXPERTS, GATE = GROUPS = ("attention", "shared", "experts", "gate")
 # Modules by a part of their path. What is called otherwise can be named itself.
 _ATTENTION = {"self_attn", "self_attention", "attention", "attn", "linear_attn", "mamba"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _SHARED = {"shared_experts", "shared_expert", "shared_mlp"}
 _GATES = {"gate", "router", "previous_gate"}
 _CONFIG, _TENSORS, _FINGERPRINT = (
@@ -89,7 +90,7 @@ def group_of(path: str) -> str:
         return GATE
     if _SHARED & set(parts):
         return SHARED
-    return ATTENTION if _ATTENTION & set(parts) else ""
+    return ATTENTION if _ATTENTION & set(parts) or parts[-1] in _PROJECTIONS else ""
 
 
 def chosen(paths: Iterable[str], targets: Sequence[str]) -> list[str]:

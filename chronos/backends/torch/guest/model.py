@@ -82,6 +82,7 @@ class Model:
         self.config, self.core, self.resident = config, core, resident
         self.steps = None if plain() else Steps(integers(core.config.to_dict()))
         self._rope = LengthRope(core)
+        self._said: Any = MoeModelOutputWithPast  # the kind of answer of its decoder
         self.device: torch.device = core.device
 
     def eval(self) -> Model:
@@ -145,16 +146,17 @@ class Model:
         finally:
             CALL.reset(before)
         routing = [_over_all(each, self.config.num_experts) for each in call.routing]
-        hidden = found.last_hidden_state
+        self._said, hidden = type(found), found.last_hidden_state
         return Output(hidden[:, :0], routing, hidden=hidden)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]: the library's own forward behind its decoder, since
         some scale or cap them there."""
         decoder, flat_1ND = self.core.base_model, x.reshape(1, -1, x.shape[-1])
-        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=flat_1ND)
+        decoder.forward = lambda *_, **__: self._said(last_hidden_state=flat_1ND)
         try:
-            logits = self.core(input_ids=None, use_cache=False).logits
+            ids_1N = torch.zeros(flat_1ND.shape[:2], dtype=torch.long, device=x.device)
+            logits = self.core(input_ids=ids_1N, use_cache=False).logits
         finally:
             del decoder.forward
         return logits.view(*x.shape[:-1], -1)
