@@ -41,7 +41,9 @@ def main() -> None:
 def resolve(name: str) -> Reward:
     """The function a recipe names."""
     if Path(name).is_dir():
-        return _reward_model(name)
+        # By name: this room imports no framework itself.
+        interop = importlib.import_module("chronos.interop.reward_model")
+        return _by_score(interop.scorer(name))
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -85,29 +87,6 @@ def _chat(prompt: Any, completion: Any) -> list[dict[str, str]]:
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     return [*turns, *completion]
-
-
-def _reward_model(folder: str) -> Reward:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, trust_remote_code=False, use_safetensors=True
-    ).eval()
-    if model.config.num_labels != 1:
-        raise ValueError(f"a reward model has one label, this one {model.config.num_labels}")
-
-    @torch.no_grad()
-    def score(messages: list[dict[str, str]]) -> float:
-        if tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-        else:
-            text = "\n".join(message["content"] for message in messages)
-            ids = tokenizer(text, return_tensors="pt")
-        return float(model(input_ids=ids["input_ids"]).logits[0, 0])
-
-    return _by_score(score)
 
 
 def _answer(answers: Any, value: dict[str, Any]) -> None:
