@@ -29,7 +29,14 @@ from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, UsageError
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import Batches, Objective
-from chronos.common.training.recipe import CadenceRecipe, Recipe, S, by_section, load_recipe
+from chronos.common.training.recipe import (
+    CadenceRecipe,
+    OptimizerRecipe,
+    Recipe,
+    S,
+    by_section,
+    load_recipe,
+)
 from chronos.common.training.schedule import learning_rate
 from chronos.common.tuning import threads_for
 
@@ -336,6 +343,8 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 def _same_recipe(old: dict[str, Any], recipe: Recipe[Any], path: Path, force: bool) -> None:
     old, new = by_section(old, type(recipe.stage)), json.loads(json.dumps(recipe.to_json()))
+    # A run of before a key was there had its default.
+    old["optimizer"] = dataclasses.asdict(OptimizerRecipe()) | old.get("optimizer", {})
     changes = [c for c in _differences(old, new, "") if not c.startswith(_FREE)]
     if changes and not force:
         raise ConfigError(

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from chronos.testing.train_tests import TrainTests
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+
+from chronos.common.errors import MissingBackendError
+from chronos.testing.train_tests import RECIPE, TINY, TrainTests
 
 
 class TestTrain(TrainTests):
     pass
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_an_optimizer_that_the_framework_lacks(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    framework = {"torch": "torch.optim", "mlx": "mlx.optimizers"}[backend.name]
+    monkeypatch.delattr(importlib.import_module(framework), name.capitalize())
+    with pytest.raises(MissingBackendError, match=f"has no {name.capitalize()}") as caught:
+        backend.train_step(backend.build(TINY, seed=7), dataclasses.replace(RECIPE, name=name))
+    assert "adamw" in caught.value.fix and caught.value.exit_code == 5

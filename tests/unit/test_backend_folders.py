@@ -57,6 +57,7 @@ PARAMETERS = {
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "arena.Arena.__init__": "torch takes a CopyEngine",
+    "optimizers.Optimizer.update": "torch's parameters carry their gradients; MLX's are values",
 }
 
 

@@ -1,8 +1,8 @@
-"""One optimisation step of the MLX backend: gradients, AdamW, and the state to resume.
+"""One optimisation step of the MLX backend: gradients, and the state to resume.
 
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
 needs no generator state to continue bit for bit. What is minimised is in `losses.py`. Forward and
-backward pass are one lazy graph; the update is compiled, since it is the same every step.
+backward pass are one lazy graph.
 Not covered: mixed precision, several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from chronos.backends.mlx.checkpoint import (
     Named,
-    Place,
     blank,
+    from_bytes,
     named,
     overwrite,
     tensor_at,
@@ -38,14 +38,15 @@ from chronos.backends.mlx.losses import (
     tensors_of,
 )
 from chronos.backends.mlx.model import Model
+from chronos.backends.mlx.optimizers import Optimizer
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in the model
 
 
@@ -54,10 +55,8 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
-        self.updates = 0
-        self._moments = [self._zeros(), self._zeros()]
+        self.optimizer = Optimizer(dict(tree_flatten(model.parameters())), recipe)
         self._gradients = nn.value_and_grad(model, partial(losses, model))
-        self._update = mx.compile(partial(_adamw, recipe))
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
@@ -106,52 +105,45 @@ class TrainStep:
         return total_LE
 
     def _apply(self, gradients: _Flat, norm: float, rate: float) -> None:
-        """AdamW as torch has it: decoupled decay, bias correction, the gradient clipped by norm."""
-        recipe = self.recipe
-        self.updates += 1
-        numbers = (
-            rate,
-            min(1.0, recipe.clip / (norm + 1e-6)),
-            1 - recipe.beta1**self.updates,
-            math.sqrt(1 - recipe.beta2**self.updates),
-        )
         weights = dict(tree_flatten(self.model.parameters()))
-        weights, *self._moments = self._update(
-            weights, gradients, *self._moments, *map(mx.array, numbers)
-        )
+        scale = min(1.0, self.recipe.clip / (norm + 1e-6))
+        weights = self.optimizer.update(weights, gradients, scale, rate)
         self.model.update(tree_unflatten(list(weights.items())))
-        mx.eval(weights, self._moments)
 
     def state(self) -> Iterator[Named]:
-        """Weights and optimizer moments, all in float32: all that a resume needs."""
-        yield to_bytes("optimizer.step", mx.array(float(self.updates)), mx.float32)
-        for name, place in _places(self.model.parameters(), self._moments).items():
-            if self.updates or not name.startswith(_MOMENTS):
-                yield to_bytes(name, tensor_at(place), mx.float32)
+        """Weights and what the optimizer keeps, all in float32: all that a resume needs."""
+        yield to_bytes("optimizer.step", mx.array(float(self.optimizer.updates)), mx.float32)
+        for name, place in named(self.model.parameters()):
+            yield to_bytes(name, tensor_at(place), mx.float32)
+        for kind, name, value in self.optimizer.state():
+            yield to_bytes(f"{kind}.{name}", value, mx.float32)
 
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
-        """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
+        """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
+        another one."""
         weights = blank(self.model.parameters(), lambda path: mx.float32)
-        moments = [self._zeros(), self._zeros()]
-        places = _places(weights, moments)
-        updates = 0
-        missing = {name for name in places if not name.startswith(_MOMENTS)}
+        places = dict(named(weights))
+        missing, updates = set(places), 0
         for entry, data in tensors:
             if entry.name == "optimizer.step":
                 updates = int(np.frombuffer(data, np.float32)[0])
                 continue
-            place = places.get(entry.name)
-            if place is None or tuple(tensor_at(place).shape) != entry.shape:
+            kind, _, name = entry.name.partition(".")
+            if kind in STATES:
+                fits = self.optimizer.put(kind, name, from_bytes(data, entry.dtype, entry.shape))
+            else:
+                place = places.get(entry.name)
+                fits = place is not None and tuple(tensor_at(place).shape) == entry.shape
+                missing.discard(entry.name)
+                if place is not None and fits:
+                    overwrite(place, data, entry.dtype)
+            if not fits:
                 raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
-            overwrite(place, data, entry.dtype)
-            missing.discard(entry.name)
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
+        if not self.optimizer.resume(updates):
+            raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
         self.model.update(weights)
-        self._moments, self.updates = moments, updates
-
-    def _zeros(self) -> _Flat:
-        return {p: mx.zeros(a.shape) for p, a in tree_flatten(self.model.parameters())}
 
 
 def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
@@ -172,38 +164,6 @@ def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
         block.mlp._anchor = [mx.array(weight) for weight in block.mlp.gates()]
-
-
-def _places(weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:
-    """Where each tensor of the state lives, by its name in a checkpoint."""
-    places = dict(named(weights))
-    for moment, flat in zip(_MOMENTS, moments, strict=True):
-        tree = tree_unflatten(list(flat.items()))
-        places |= {f"{moment}.{name}": place for name, place in named(tree)}
-    return places
-
-
-def _adamw(
-    recipe: OptimizerRecipe,
-    weights: _Flat,
-    gradients: _Flat,
-    first: _Flat,
-    second: _Flat,
-    rate: mx.array,
-    scale: mx.array,
-    correction: mx.array,
-    root_correction: mx.array,
-) -> tuple[_Flat, _Flat, _Flat]:
-    """New weights and moments (1711.05101, algorithm 2); norms and the embedding do not decay."""
-    weights, first, second = dict(weights), dict(first), dict(second)
-    for name, g in gradients.items():
-        g = g * scale
-        m = first[name] = recipe.beta1 * first[name] + (1 - recipe.beta1) * g
-        v = second[name] = recipe.beta2 * second[name] + (1 - recipe.beta2) * mx.square(g)
-        plain = g.ndim < 2 or "embed_tokens" in name
-        w = weights[name] if plain else weights[name] * (1 - rate * recipe.weight_decay)
-        weights[name] = w - rate / correction * m / (mx.sqrt(v) / root_correction + 1e-8)
-    return weights, first, second
 
 
 def _part(found: Losses) -> Part:

@@ -1,4 +1,4 @@
-"""One optimisation step of the torch backend: gradients, AdamW, and the state to resume.
+"""One optimisation step of the torch backend: gradients, and the state to resume.
 
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
 needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from chronos.backends.protocol import Scores
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
@@ -28,13 +26,13 @@ from chronos.backends.torch.losses import (
     tensors_of,
 )
 from chronos.backends.torch.model import Model
+from chronos.backends.torch.optimizers import Optimizer
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainStep:
@@ -42,18 +40,7 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
-        matrices: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, parameter in model.named_parameters():
-            plain = parameter.dim() < 2 or "embed_tokens" in name
-            (others if plain else matrices).append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        betas = (recipe.beta1, recipe.beta2)
-        self.optimizer = _adamw(groups, betas)
-        self.updates = 0
+        self.optimizer = Optimizer(dict(model.named_parameters()), recipe)
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
@@ -66,7 +53,7 @@ class TrainStep:
             self._seed(number)  # twice, so that both passes draw the same masks
             picks_LE = torch.stack([count_picks(model, batch) for batch in batches]).sum(0)
         self._seed(number)
-        self.optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         parts = []
         for batch in batches:
             found = losses(model, batch, objective, counts, picks_LE)
@@ -76,7 +63,7 @@ class TrainStep:
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
-            self._apply(rate)
+            self.optimizer.update(rate)
         return terms | {"grad_norm": norm, "skipped": float(not finite)}
 
     @torch.no_grad()
@@ -90,52 +77,41 @@ class TrainStep:
     def _seed(self, number: int) -> None:
         torch.manual_seed(self.recipe.seed * 1_000_003 + number)
 
-    def _apply(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for parameter in self.model.parameters():
-            if parameter.grad is None:  # an expert no token chose: its moments decay too
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.updates += 1
-
     def state(self) -> Iterator[Named]:
-        """Weights and optimizer moments, all in float32: all that a resume needs."""
-        yield to_bytes("optimizer.step", torch.tensor(float(self.updates)), torch.float32)
+        """Weights and what the optimizer keeps, all in float32: all that a resume needs."""
+        updates = torch.tensor(float(self.optimizer.updates))
+        yield to_bytes("optimizer.step", updates, torch.float32)
         for name, parameter in self.model.named_parameters():
             yield to_bytes(name, parameter, torch.float32)
-            for moment in _MOMENTS:
-                value = self.optimizer.state[parameter].get(moment)
-                if value is not None:
-                    yield to_bytes(f"{moment}.{name}", value, torch.float32)
+        for kind, name, value in self.optimizer.state():
+            yield to_bytes(f"{kind}.{name}", value, torch.float32)
 
     @torch.no_grad()
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
-        """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
+        """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
+        another one."""
         parameters = dict(self.model.named_parameters())
-        missing = set(parameters)
+        missing, updates = set(parameters), 0
         for entry, data in tensors:
             value = from_bytes(data, entry.dtype, entry.shape)
             if entry.name == "optimizer.step":
-                self.updates = int(value)
+                updates = int(value)
                 continue
-            moment, _, name = entry.name.partition(".")
-            if moment not in _MOMENTS:
-                moment, name = "", entry.name
-            parameter = parameters.get(name)
-            if parameter is None or value.shape != parameter.shape:
-                raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
-            if moment:
-                self.optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
+            kind, _, name = entry.name.partition(".")
+            if kind in STATES:
+                fits = self.optimizer.put(kind, name, value)
             else:
-                parameter.copy_(value)
-                missing.discard(name)
+                parameter = parameters.get(entry.name)
+                fits = parameter is not None and value.shape == parameter.shape
+                missing.discard(entry.name)
+                if parameter is not None and fits:
+                    parameter.copy_(value)
+            if not fits:
+                raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
-        for parameter in parameters.values():
-            if self.updates:  # on the parameter's device, where the fused update reads it
-                step = torch.tensor(float(self.updates), device=parameter.device)
-                self.optimizer.state[parameter]["step"] = step
+        if not self.optimizer.resume(updates):
+            raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
 
 
 @torch.no_grad()
@@ -157,12 +133,6 @@ def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
         block.mlp.anchor = tuple(weight.detach().clone() for weight in block.mlp.gates())
-
-
-def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused where this torch can: a CPU from 2.4 on only, and Intel Macs end at 2.2."""
-    fused = torch.__version__ >= "2.4"  # a TorchVersion: compared as numbers
-    return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=fused)
 
 
 def _part(found: Losses) -> Part:

@@ -27,6 +27,7 @@ STDLIB = "stdlib"  # as data: the Python standard library's own sources
 CHATS, PAIRS, PROMPTS = "stdlib-chats", "stdlib-pairs", "stdlib-prompts"
 BUILT_IN = (STDLIB, CHATS, PAIRS, PROMPTS)
 DEMO = "demo"
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "recipes"
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
@@ -85,8 +86,11 @@ class CadenceRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with warm-up and cosine decay, clipping, and what random numbers follow from."""
+    """The optimizer, its rate with warm-up and cosine decay, and how an update is computed."""
 
+    name: str = "adamw"
+    """`adamw`; `muon`, which moves hidden matrices, beside AdamW for the rest; `adafactor`, which
+    keeps least. All are the framework's own and take AdamW's rates."""
     learning_rate: float = 1e-3
     """The highest rate, after warm-up."""
     min_learning_rate: float = 1e-4
@@ -107,6 +111,10 @@ class OptimizerRecipe:
     """Threads of a product on a CPU (torch); 0: as many as torch takes. Free on resume."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}"
+            )
         for name in ("warmup_steps", "weight_decay", "seed", "threads"):
             if not getattr(self, name) >= 0:  # NaN is not
                 raise ConfigError(f"optimizer.{name} must be at least 0")
