@@ -155,6 +155,14 @@ def run(
             task.close()
 
 
+def set_threads(backend: Backend, recipe: Recipe[Any], on_event: Callable[[Event], None]) -> None:
+    """Let products take as many threads as the recipe says, where it does."""
+    threads = threads_for(recipe.optimizer.threads or None)
+    if threads is not None and backend.set_threads(threads) is None:
+        text = f"threads = {threads} has no effect: {backend.name} takes its own number"
+        on_event({"warning": text})
+
+
 class _Run:
     """One task in one run folder."""
 
@@ -169,10 +177,7 @@ class _Run:
     def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
         """stop: filled with a signal that asks for the end."""
         task = self.task
-        threads = threads_for(task.recipe.optimizer.threads or None)
-        if threads is not None and self.backend.set_threads(threads) is None:
-            text = f"threads = {threads} has no effect: {self.backend.name} takes its own number"
-            self.on_event({"warning": text})
+        set_threads(self.backend, task.recipe, self.on_event)
         task.tokenizer.save(self.out)
         step = self.backend.train_step(task.model, task.recipe.optimizer)
         first = self._resume(step, force) if resume else self._trim_metrics(0)

@@ -103,6 +103,33 @@ def test_python_trains_what_the_command_trains(chronos: Any, recipe: Path, tmp_p
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
+@pytest.mark.needs_backend
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    chronos: Any, recipe: Path, tmp_path: Path
+) -> None:
+    text = recipe.read_text("utf-8") + "accumulate = 3\n"
+    recipe.write_text(text.replace("steps = 8", "steps = 100"), "utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--dry-run")
+    plan = chronos(*flags, "--json").json
+    shown = chronos(*flags)
+    assert shown.code == 0 and "measured on 2 of 3 micro-batches" in shown.out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["stage"] == "pretrain" and "6 D" in plan["activations_are"]["layer"]
+    assert plan["update"] | {"labels": 0} == {
+        "micro_batches": 3, "rows": 2, "seq_len": 16, "labels": 0, "tokens": 96
+    }  # fmt: skip
+    parts = plan["memory"]
+    assert parts["total"] == sum(parts.values()) - parts["total"]
+    assert parts["optimizer"] == 2 * parts["parameters"] == 2 * parts["gradients"]
+    took = plan["time"]
+    assert took["measured_micro_batches"] == 2 and took["evaluate_s"] > 0
+    run_s = 100 * (took["batches_s"] + took["update_s"]) + took["evaluate_s"]
+    assert took["run_s"] == pytest.approx(run_s)
+    refused = chronos(*flags, "--resume")
+    assert refused.code == 2 and "--dry-run" in refused.err
+
+
 def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     recipe.write_text("[train]\nstep = 3\n", "utf-8")
     done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")

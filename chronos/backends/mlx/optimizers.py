@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -122,7 +123,7 @@ def _made(choice: Choice, recipe: OptimizerRecipe) -> Any:
     kind = _optional().get(choice.name)
     if kind is None:
         raise MissingBackendError(
-            f"MLX {mx.__version__} has no {choice.name.capitalize()}",
+            f"MLX {version('mlx')} has no {choice.name.capitalize()}",
             "optimizer.name",
             'pip install -U mlx, or use name = "adamw"',
         )
