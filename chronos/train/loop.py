@@ -42,9 +42,13 @@ from chronos.common.tuning import threads_for
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
-# the number of steps - to go on for longer is a common reason to resume; the rate then follows
-# the longer schedule - and how the data is reached: the batches' fingerprint knows the data itself.
-_FREE = ("cadence.", "optimizer.threads:", "data.path:", "tokenizer.path:", "start:")
+# what is computed twice, the number of steps - to go on for longer is a common reason to resume;
+# the rate then follows the longer schedule - and how the data is reached: the batches' fingerprint
+# knows the data itself.
+_FREE = (
+    "cadence.", "optimizer.threads:", "optimizer.gradient_checkpointing:", "data.path:",
+    "tokenizer.path:", "start:",
+)  # fmt: skip
 
 
 class DivergedError(ChronosError):

@@ -1,8 +1,8 @@
 """One optimisation step of the MLX backend: gradients, and the state to resume.
 
-NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
-needs no generator state to continue bit for bit. What is minimised is in `losses.py`. Forward and
-backward pass are one lazy graph.
+NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
+resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
+Forward and backward pass are one lazy graph.
 Not covered: mixed precision, several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
@@ -46,6 +46,7 @@ from chronos.common.errors import ShapeMismatch
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
+from chronos.common.training.schedule import mask_seed
 
 _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in the model
 
@@ -55,6 +56,7 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
+        model.gradient_checkpointing = recipe.gradient_checkpointing
         self.optimizer = Optimizer(dict(tree_flatten(model.parameters())), recipe)
         self._gradients = nn.value_and_grad(model, partial(losses, model))
 
@@ -67,12 +69,11 @@ class TrainStep:
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            self._seed(number)  # twice, so that both passes draw the same masks
-            picks_LE = self._picks(batches)
-        self._seed(number)
+            picks_LE = self._picks(batches, number)
         gradients: Any = None  # by module, as MLX nests them
         parts = []
-        for batch in batches:
+        for part, batch in enumerate(batches):
+            self._seed(number, part)
             found, new = self._gradients(batch, objective, counts, picks_LE)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(found, gradients)
@@ -93,13 +94,15 @@ class TrainStep:
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
-    def _seed(self, number: int) -> None:
-        mx.random.seed(self.recipe.seed * 1_000_003 + number)
+    def _seed(self, number: int, part: int) -> None:
+        """So that a micro-batch draws the same masks whatever was computed before it."""
+        mx.random.seed(mask_seed(self.recipe.seed, number, part))
 
-    def _picks(self, batches: Sequence[Batch]) -> mx.array:
+    def _picks(self, batches: Sequence[Batch], number: int) -> mx.array:
         """Those of all batches, evaluated one after the other."""
         total_LE = mx.array(0.0)
-        for batch in batches:
+        for part, batch in enumerate(batches):
+            self._seed(number, part)
             total_LE = total_LE + count_picks(self.model, batch)
             mx.eval(total_LE)
         return total_LE

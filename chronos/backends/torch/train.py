@@ -1,7 +1,7 @@
 """One optimisation step of the torch backend: gradients, and the state to resume.
 
-NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
-needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
+NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
+resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
 Not covered: mixed precision, several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
@@ -33,6 +33,7 @@ from chronos.common.errors import ShapeMismatch
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
+from chronos.common.training.schedule import mask_seed
 
 
 class TrainStep:
@@ -40,6 +41,7 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
+        model.gradient_checkpointing = recipe.gradient_checkpointing
         self.optimizer = Optimizer(dict(model.named_parameters()), recipe)
 
     def step(
@@ -50,12 +52,11 @@ class TrainStep:
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            self._seed(number)  # twice, so that both passes draw the same masks
-            picks_LE = torch.stack([count_picks(model, batch) for batch in batches]).sum(0)
-        self._seed(number)
+            picks_LE = self._picks(batches, number)
         model.zero_grad(set_to_none=True)
         parts = []
-        for batch in batches:
+        for part, batch in enumerate(batches):
+            self._seed(number, part)
             found = losses(model, batch, objective, counts, picks_LE)
             found.loss.backward()
             parts.append(_part(found))
@@ -74,8 +75,17 @@ class TrainStep:
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
-    def _seed(self, number: int) -> None:
-        torch.manual_seed(self.recipe.seed * 1_000_003 + number)
+    def _picks(self, batches: Sequence[Batch], number: int) -> torch.Tensor:
+        """Those of all batches, one after the other."""
+        total_LE = torch.zeros((), device=self.model.device)
+        for part, batch in enumerate(batches):
+            self._seed(number, part)
+            total_LE = total_LE + count_picks(self.model, batch)
+        return total_LE
+
+    def _seed(self, number: int, part: int) -> None:
+        """So that a micro-batch draws the same masks whatever was computed before it."""
+        torch.manual_seed(mask_seed(self.recipe.seed, number, part))
 
     def state(self) -> Iterator[Named]:
         """Weights and what the optimizer keeps, all in float32: all that a resume needs."""

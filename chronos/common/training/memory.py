@@ -51,8 +51,9 @@ def weights(
     return {"parameters": parameters, "gradients": parameters, "optimizer": FLOAT * kept}
 
 
-def activations(config: ModelConfig, rows: int, seq_len: int) -> int:
-    """Bytes the backward pass of a micro-batch needs, logits left out: `ACTIVATIONS`."""
+def activations(config: ModelConfig, rows: int, seq_len: int, *, again: bool = False) -> int:
+    """Bytes the backward pass of a micro-batch needs, logits left out: `ACTIVATIONS`. again: layers
+    are computed again, so each leaves its input and its routing, and one has all of it."""
     c, L = config, config.num_hidden_layers
     D, H, G, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     r, z, E, K = c.rope_dim, c.kv_latent_dim, c.num_experts, c.num_experts_per_tok
@@ -63,7 +64,8 @@ def activations(config: ModelConfig, rows: int, seq_len: int) -> int:
     }
     layer = 6 * D + 2 * K * D + 4 * (K + S) * F + 5 * E + (5 + 4 * J) * K + seq_len
     beside = 5 * D + 2 * c.lookahead_hidden_size + 3 * J * L * E
-    numbers = sum(layer + attention[c.attention_kind(i)] for i in range(L)) + beside
+    layers = [layer + attention[c.attention_kind(i)] for i in range(L)]
+    numbers = (L * (D + 3 * E + (5 + 4 * J) * K) + max(layers) if again else sum(layers)) + beside
     return FLOAT * rows * seq_len * numbers
 
 
@@ -85,6 +87,7 @@ def of_update(
 ) -> dict[str, Any]:
     """A plan in bytes: each part, and their `total`."""
     parts = dict(weights(config, recipe, lookahead=lookahead))
-    parts["activations"] = activations(config, rows, seq_len)
+    again = recipe.gradient_checkpointing
+    parts["activations"] = activations(config, rows, seq_len, again=again)
     parts["logits"] = logits(config, labels)
     return parts | {"total": sum(parts.values())}

@@ -33,7 +33,7 @@ def choose(recipe: OptimizerRecipe, parameter: str, dims: int) -> Choice:
     decay = 0.0 if plain else recipe.weight_decay
     if recipe.name != "muon":
         return Choice(recipe.name, decay)
-    head = ".gate." in parameter or parameter.startswith("lookahead.")
+    head = parameter.endswith("gate.weight") or parameter.startswith("lookahead.")
     return Choice("adamw" if plain or head else "muon", decay)
 
 
