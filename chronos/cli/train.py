@@ -66,6 +66,12 @@ class StageOptions:
             "--dry-run", help="Open everything, say what memory and time it takes, write nothing."
         ),
     ] = False
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="tensorboard, trackio or wandb, which get the log's numbers too."
+        ),
+    ] = None
 
 
 @command("pretrain", on=train)
@@ -240,6 +246,7 @@ def _run(
             device=device.device,
             resume=resume,
             force=force,
+            report_to=options.report_to,
             on_event=on_event,
         )
     if out.json:

@@ -39,6 +39,7 @@ from chronos.common.training.recipe import (
 )
 from chronos.common.training.schedule import learning_rate
 from chronos.common.tuning import threads_for
+from chronos.train import reporting
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
@@ -99,15 +100,19 @@ def start(
     device: str | None = None,
     resume: bool = False,
     force: bool = False,
+    report_to: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Report:
     """Run a stage in the run folder `out`, as `chronos train STAGE` does.
 
     recipe: one that was loaded, the path of its TOML file, or the name of one that ships. model:
     what to go on with, instead of the recipe's. resume: go on from the newest checkpoint; force:
-    although recipe or data have changed. on_event gets messages and terms as they come. Raises
-    ConfigError, DataError, UsageError if the folder holds a run, DivergedError.
+    although recipe or data have changed. report_to: `tensorboard`, `trackio` or `wandb`, which get
+    the log's numbers too. on_event gets messages and terms as they come. Raises ConfigError,
+    DataError, UsageError if the folder holds a run, MissingBackendError, DivergedError.
     """
+    if report_to is not None:
+        reporting.check(report_to)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, stage)
     if model is not None:
@@ -119,6 +124,7 @@ def start(
         folder,
         resume=resume,
         force=force,
+        report_to=report_to,
         on_event=on_event,
     )
 
@@ -130,6 +136,7 @@ def run(
     *,
     resume: bool = False,
     force: bool = False,
+    report_to: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Report:
     """Train to the recipe's last step. Returns early, saved, on SIGINT or SIGTERM.
@@ -154,7 +161,7 @@ def run(
         try:
             with _signals() as stop:
                 begun = _Run(backend, task, out, on_event)
-                return begun.start(stop, resume=bool(saved), force=force)
+                return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
         finally:
             task.close()
 
@@ -177,15 +184,23 @@ class _Run:
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
+        self._reporter: reporting.Reporter | None = None
 
-    def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
+    def start(self, stop: list[int], *, resume: bool, force: bool, report_to: str | None) -> Report:
         """stop: filled with a signal that asks for the end."""
         task = self.task
         set_threads(self.backend, task.recipe, self.on_event)
         task.tokenizer.save(self.out)
         step = self.backend.train_step(task.model, task.recipe.optimizer)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
-        report = self._loop(step, first, stop)
+        if report_to is not None:
+            known = task.recipe.to_json()
+            self._reporter = reporting.open_reporter(report_to, self.out, known, first)
+        try:
+            report = self._loop(step, first, stop)
+        finally:
+            if self._reporter is not None:
+                self._reporter.close()
         if not report.signal:
             report.model = self._export()
         return report
@@ -271,6 +286,8 @@ class _Run:
         }
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
+        if self._reporter is not None:
+            self._reporter.log(finite)
         self.on_event(event)
 
     def _save(self, step: TrainStep, number: int) -> None:

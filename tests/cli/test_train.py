@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 RECIPE = """
@@ -128,6 +132,58 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert took["run_s"] == pytest.approx(run_s)
     refused = chronos(*flags, "--resume")
     assert refused.code == 2 and "--dry-run" in refused.err
+
+
+def reported(folder: Path) -> dict[tuple[str, int], float]:
+    """(name, step) -> value of the event files in a folder, in the order they were written."""
+    from tensorboardX.proto import event_pb2
+
+    found = {}
+    for path in sorted(folder.iterdir()):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):  # records: length u64, its CRC, bytes, their CRC
+            (size,) = struct.unpack_from("<Q", raw, at)
+            event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+            at += size + 16
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+@pytest.mark.needs_backend
+def test_what_is_reported_is_the_log(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    """A resumed run adds to it."""
+    run = tmp_path / "run"
+    flags = ("train", "pretrain", "-c", recipe, "-o", run, "-q", "--report-to", "tensorboard")
+    assert chronos(*flags).code == 0
+    longer = recipe.read_text("utf-8").replace("steps = 8", "steps = 12")
+    recipe.write_text(longer, "utf-8")
+    assert chronos(*flags, "--resume").code == 0
+    lines = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    logged = {
+        (name, line["step"]): value
+        for line in lines
+        for name, value in line.items()
+        if name != "step" and value is not None
+    }
+    found = reported(run / "tensorboard")
+    assert found.keys() == logged.keys() and ("valid_ce", 12) in found
+    for key, value in logged.items():
+        assert found[key] == np.float32(value), key
+
+
+def test_reporting_needs_its_package(
+    chronos: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a)
+    )
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--report-to")
+    done = chronos(*flags, "wandb")
+    assert done.code == 5 and "pip install wandb" in done.err
+    assert not (tmp_path / "run").exists()
+    assert chronos(*flags, "abacus").code == 2
 
 
 def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path) -> None:

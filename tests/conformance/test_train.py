@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chronos.common.errors import MissingBackendError
+from chronos.common.errors import MissingBackendError, UsageError
 from chronos.testing.train_tests import RECIPE, TINY, TrainTests
 
 
@@ -25,3 +25,13 @@ def test_an_optimizer_that_the_framework_lacks(
     with pytest.raises(MissingBackendError, match=f"has no {name.capitalize()}") as caught:
         backend.train_step(backend.build(TINY, seed=7), dataclasses.replace(RECIPE, name=name))
     assert "adamw" in caught.value.fix and caught.value.exit_code == 5
+
+
+def test_mlx_trains_in_float32_alone(backend: Any) -> None:
+    recipe = dataclasses.replace(RECIPE, compute_dtype="bfloat16")
+    if backend.name == "torch":  # see tests/native/test_torch_train.py
+        assert backend.train_step(backend.build(TINY, seed=7), recipe)
+        return
+    with pytest.raises(UsageError, match="trains in float32") as caught:
+        backend.train_step(backend.build(TINY, seed=7), recipe)
+    assert "--backend torch" in caught.value.fix

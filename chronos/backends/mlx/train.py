@@ -42,7 +42,7 @@ from chronos.backends.mlx.optimizers import Optimizer
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import Objective, Part, Terms, count, report
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
@@ -56,6 +56,12 @@ class TrainStep:
 
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
+        if recipe.compute_dtype != "float32":
+            raise UsageError(
+                "the MLX backend trains in float32",
+                "optimizer.compute_dtype",
+                'use compute_dtype = "float32", or --backend torch',
+            )
         model.gradient_checkpointing = recipe.gradient_checkpointing
         self.optimizer = Optimizer(dict(tree_flatten(model.parameters())), recipe)
         self._gradients = nn.value_and_grad(model, partial(losses, model))

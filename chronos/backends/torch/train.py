@@ -2,7 +2,7 @@
 
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
 resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
-Not covered: mixed precision, several devices.
+Not covered: several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
 """
@@ -10,8 +10,10 @@ Shape legend: B batch, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -42,6 +44,10 @@ class TrainStep:
     def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
         self.model, self.recipe = model, recipe
         model.gradient_checkpointing = recipe.gradient_checkpointing
+        # Weights, sums and losses stay in float32; products are in bfloat16 where that is wanted.
+        self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if recipe.compute_dtype == "bfloat16":
+            self._precision = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
         self.optimizer = Optimizer(dict(model.named_parameters()), recipe)
 
     def step(
@@ -57,7 +63,8 @@ class TrainStep:
         parts = []
         for part, batch in enumerate(batches):
             self._seed(number, part)
-            found = losses(model, batch, objective, counts, picks_LE)
+            with self._precision():
+                found = losses(model, batch, objective, counts, picks_LE)
             found.loss.backward()
             parts.append(_part(found))
         terms = report(parts, counts, objective)
@@ -72,7 +79,8 @@ class TrainStep:
         """Terms of all batches together, without dropout, masks or gradients."""
         model = self.model.eval()
         counts = count(batches, objective, model.config.lookahead_steps)
-        parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
+        with self._precision():
+            parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
     def _picks(self, batches: Sequence[Batch], number: int) -> torch.Tensor:
@@ -80,7 +88,8 @@ class TrainStep:
         total_LE = torch.zeros((), device=self.model.device)
         for part, batch in enumerate(batches):
             self._seed(number, part)
-            total_LE = total_LE + count_picks(self.model, batch)
+            with self._precision():
+                total_LE = total_LE + count_picks(self.model, batch)
         return total_LE
 
     def _seed(self, number: int, part: int) -> None:

@@ -105,6 +105,9 @@ class OptimizerRecipe:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of a gradient."""
+    compute_dtype: str = "float32"
+    """What matrices are multiplied in. `bfloat16` (torch; for GPUs): the weights that are trained,
+    the sums and the losses stay in float32 (1710.03740), what is kept for the gradients halves."""
     gradient_checkpointing: bool = False
     """Keep of each layer its input alone and compute it again in the backward pass (1604.06174):
     the same gradients, less memory, about a third more time. Free on resume."""
@@ -117,6 +120,10 @@ class OptimizerRecipe:
         if self.name not in OPTIMIZERS:
             raise ConfigError(
                 f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}"
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"optimizer.compute_dtype must be float32 or bfloat16, not {self.compute_dtype!r}"
             )
         for name in ("warmup_steps", "weight_decay", "seed", "threads"):
             if not getattr(self, name) >= 0:  # NaN is not
