@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +60,17 @@ def _tensorboard(package: Any, out: Path, recipe: Mapping[str, Any], first: int)
 
 
 def _wandb(package: Any, out: Path, recipe: Mapping[str, Any], first: int) -> Reporter:
-    resume = "allow" if first else None
+    known = out / "wandb" / "id"  # what the run is called there: a name is not its own
+    if not (first and known.exists()):
+        known.parent.mkdir(exist_ok=True)
+        known.write_text(secrets.token_hex(4), "utf-8")
     run = package.init(
-        project=_PROJECT, name=out.name, id=out.name, dir=str(out), config=recipe, resume=resume
+        project=_PROJECT,
+        name=out.name,
+        id=known.read_text("utf-8"),
+        dir=str(out),
+        config=recipe,
+        resume="allow" if first else None,
     )
     return Reporter(lambda event: run.log(_numbers(event), step=event["step"]), run.finish)
 

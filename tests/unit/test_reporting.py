@@ -27,6 +27,7 @@ def test_numbers_go_to_a_run_of_the_folder_s_name(
     package = SimpleNamespace(init=lambda **options: begun.update(options) or run)
     monkeypatch.setattr(reporting, "check", lambda name: None)
     monkeypatch.setattr(importlib, "import_module", lambda wanted: package)
+    (tmp_path / "sft-3").mkdir()
     reporter = reporting.open_reporter(name, tmp_path / "sft-3", {"steps": 5}, first)
     for line in LINES:
         reporter.log(line)
@@ -34,3 +35,14 @@ def test_numbers_go_to_a_run_of_the_folder_s_name(
     assert told == [(3, {"loss": 1.5}), (4, {"valid_ce": 2.0}), "end"]
     assert (begun["project"], begun["name"], begun["config"]) == ("chronos", "sft-3", {"steps": 5})
     assert (begun["resume"] == "allow") == (first > 0)
+
+
+def test_a_wandb_run_goes_on_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids: list[str] = []
+    run = SimpleNamespace(finish=lambda: None)
+    package = SimpleNamespace(init=lambda **options: ids.append(options["id"]) or run)
+    monkeypatch.setattr(reporting, "check", lambda name: None)
+    monkeypatch.setattr(importlib, "import_module", lambda wanted: package)
+    for first in (0, 3, 0):
+        reporting.open_reporter("wandb", tmp_path, {}, first)
+    assert ids[0] == ids[1] != ids[2]
