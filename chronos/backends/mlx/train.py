@@ -3,7 +3,7 @@
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
 resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
 Forward and backward pass are one lazy graph.
-Not covered: mixed precision, several devices.
+Not covered: mixed precision, a model in parts on several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
 """
@@ -39,11 +39,21 @@ from chronos.backends.mlx.losses import (
 )
 from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.optimizers import Optimizer
+from chronos.backends.mlx.parallel import Processes
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
-from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.objectives import (
+    Objective,
+    Part,
+    Terms,
+    count,
+    flattened,
+    own_share,
+    report,
+    restored,
+)
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
 from chronos.common.training.schedule import mask_seed
@@ -63,29 +73,36 @@ class TrainStep:
                 'use compute_dtype = "float32", or --backend torch',
             )
         model.gradient_checkpointing = recipe.gradient_checkpointing
+        self._processes = Processes()
         self.optimizer = Optimizer(dict(tree_flatten(model.parameters())), recipe)
         self._gradients = nn.value_and_grad(model, partial(losses, model))
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
-        """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self.model
+        """One update over the micro-batches, of which several processes have a share each; skipped
+        (`skipped` = 1) if not finite."""
+        model, processes = self.model, self._processes
+        own = own_share(batches, processes.rank, processes.count)
         model.train()
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            picks_LE = self._picks(batches, number)
+            (picks_LE,) = processes.total([self._picks(own, number)])
         gradients: Any = None  # by module, as MLX nests them
         parts = []
-        for part, batch in enumerate(batches):
+        for part, batch in own:
             self._seed(number, part)
             found, new = self._gradients(batch, objective, counts, picks_LE)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(found, gradients)
             parts.append(_part(Losses(*found)))
-        terms = report(parts, counts, objective)
         flat = dict(tree_flatten(gradients))
+        if processes.count > 1:
+            flat = dict(zip(flat, processes.total(list(flat.values())), strict=True))
+            (vector,) = processes.total([mx.array(flattened(parts).astype(np.float32))])
+            parts = [restored(np.array(vector, np.float64), parts[0])]
+        terms = report(parts, counts, objective)
         norm = math.sqrt(float(mx.stack([mx.square(g).sum() for g in flat.values()]).sum()))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
@@ -104,10 +121,10 @@ class TrainStep:
         """So that a micro-batch draws the same masks whatever was computed before it."""
         mx.random.seed(mask_seed(self.recipe.seed, number, part))
 
-    def _picks(self, batches: Sequence[Batch], number: int) -> mx.array:
+    def _picks(self, own: Sequence[tuple[int, Batch]], number: int) -> mx.array:
         """Those of all batches, evaluated one after the other."""
         total_LE = mx.array(0.0)
-        for part, batch in enumerate(batches):
+        for part, batch in own:
             self._seed(number, part)
             total_LE = total_LE + count_picks(self.model, batch)
             mx.eval(total_LE)

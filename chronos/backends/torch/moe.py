@@ -356,9 +356,7 @@ class MoE(nn.Module):
         (T, K), table = routing.ids_TK.shape, self.table
         flat_N = routing.ids_TK.reshape(-1)
         order_N = flat_N.argsort(stable=True)
-        counts_E = flat_N.new_zeros(len(table)).scatter_add(
-            0, flat_N, flat_N.new_ones(T * K)
-        )
+        counts_E = flat_N.new_zeros(len(table)).scatter_add(0, flat_N, flat_N.new_ones(T * K))
         rows = int(counts_E.max())
         first_E = counts_E.cumsum(0) - counts_E
         rank_N = torch.empty_like(order_N)

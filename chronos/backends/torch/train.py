@@ -2,7 +2,7 @@
 
 NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
 resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
-Not covered: several devices.
+Not covered: a model in parts on several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
 """
@@ -29,10 +29,20 @@ from chronos.backends.torch.losses import (
 )
 from chronos.backends.torch.model import Model
 from chronos.backends.torch.optimizers import Optimizer
+from chronos.backends.torch.parallel import Processes
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch
-from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.objectives import (
+    Objective,
+    Part,
+    Terms,
+    count,
+    flattened,
+    own_share,
+    report,
+    restored,
+)
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
 from chronos.common.training.schedule import mask_seed
@@ -48,25 +58,30 @@ class TrainStep:
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         if recipe.compute_dtype == "bfloat16":
             self._precision = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
+        self._processes = Processes()
         self.optimizer = Optimizer(dict(model.named_parameters()), recipe)
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
-        """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self.model.train()
+        """One update over the micro-batches, of which several processes have a share each; skipped
+        (`skipped` = 1) if not finite."""
+        model, processes = self.model.train(), self._processes
+        own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            picks_LE = self._picks(batches, number)
+            (picks_LE,) = processes.total([self._picks(own, number)])
         model.zero_grad(set_to_none=True)
         parts = []
-        for part, batch in enumerate(batches):
+        for part, batch in own:
             self._seed(number, part)
             with self._precision():
                 found = losses(model, batch, objective, counts, picks_LE)
             found.loss.backward()
             parts.append(_part(found))
+        if processes.count > 1:
+            parts = [self._join(parts)]
         terms = report(parts, counts, objective)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
@@ -83,10 +98,19 @@ class TrainStep:
             parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
-    def _picks(self, batches: Sequence[Batch], number: int) -> torch.Tensor:
+    def _join(self, parts: Sequence[Part]) -> Part:
+        """The gradients and the parts of all processes, summed."""
+        parameters = list(self.model.parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, self._processes.total(gradients), strict=True):
+            parameter.grad = gradient
+        vector = torch.from_numpy(flattened(parts)).to(self.model.device)
+        return restored(self._processes.total([vector])[0].cpu().numpy(), parts[0])
+
+    def _picks(self, own: Sequence[tuple[int, Batch]], number: int) -> torch.Tensor:
         """Those of all batches, one after the other."""
         total_LE = torch.zeros((), device=self.model.device)
-        for part, batch in enumerate(batches):
+        for part, batch in own:
             self._seed(number, part)
             with self._precision():
                 total_LE = total_LE + count_picks(self.model, batch)
