@@ -123,6 +123,16 @@ class TrainStep(Protocol):
     def load_state(self, tensors: Iterable[Any]) -> None: ...
 
 
+class Processes(Protocol):
+    """Those that share an update, by their launcher; one is alone. The first writes."""
+
+    rank: int
+    count: int
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true for one of them; all have to ask."""
+
+
 class Backend(Protocol):
     """The module itself."""
 
@@ -173,6 +183,7 @@ class Backend(Protocol):
 
     def session(self, model: Any, feed: Feed | None) -> Session: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
+    def processes(self) -> Processes: ...
     def score(self, model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
         """What references and old policies think of a batch."""
 

@@ -249,7 +249,9 @@ def _run(
             report_to=options.report_to,
             on_event=on_event,
         )
-    if out.json:
+    if report.rank:  # the first process says it
+        pass
+    elif out.json:
         output.print_json(report_json(report, folder))
     elif report.model:
         print(report.model)

@@ -226,6 +226,7 @@ def prepare(
         objective,
         valid,
         found.digest,
+        alone="the student's answers are sampled in one process" if stage.on_policy else "",
         close=teacher.close,
     )
 

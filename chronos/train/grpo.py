@@ -307,6 +307,7 @@ def prepare(
         start=found.digest,
         period=stage.iterations,
         logs=(log,),
+        alone="answers are sampled and judged in one process",
         close=judge.close,
     )
 

@@ -15,13 +15,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chronos import backends
-from chronos.backends.protocol import Backend, TrainStep
+from chronos.backends.protocol import Backend, Processes, TrainStep
 from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import read_header
@@ -58,10 +58,12 @@ class DivergedError(ChronosError):
 
 @dataclass
 class Report:
-    """What a run came to. `signal` is the signal that stopped it early, or 0."""
+    """What a run came to. `signal` is the signal that stopped it early, or 0; `rank` is not 0 in
+    processes that share the first one's updates and write nothing."""
 
     step: int
     signal: int = 0
+    rank: int = 0
     skipped: int = 0
     last: Event = field(default_factory=dict)
     model: Path | None = None
@@ -74,7 +76,8 @@ class Task:
     recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation. start: a
     digest of the model it goes on with. period: updates that belong together, so that a run is
     saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
-    goes on cuts back to where it is. close: called when the run is over, whatever ended it.
+    goes on cuts back to where it is. alone: why several processes cannot share its updates, or
+    nothing. close: called when the run is over, whatever ended it.
     """
 
     recipe: Recipe[Any]
@@ -86,6 +89,7 @@ class Task:
     start: str = ""
     period: int = 1
     logs: tuple[Path, ...] = ()
+    alone: str = ""
     close: Callable[[], None] = lambda: None
 
 
@@ -118,6 +122,8 @@ def start(
     if model is not None:
         recipe = dataclasses.replace(recipe, start=str(model))
     loaded, folder = backends.load(backend), Path(out)
+    if loaded.processes().rank:
+        on_event = _silent
     return run(
         lambda: prepare(recipe, loaded, folder, device=device, on_event=on_event),
         loaded,
@@ -127,6 +133,10 @@ def start(
         report_to=report_to,
         on_event=on_event,
     )
+
+
+def _silent(event: Event) -> None:
+    """What processes beside the first one say."""
 
 
 def run(
@@ -146,8 +156,10 @@ def run(
     ConfigError if the recipe differs from that run's, DivergedError after `max_skipped` updates in
     a row that were not finite (the last good checkpoint stays).
     """
-    with RunLock(out):
-        sweep_orphans(out / "checkpoints")
+    processes = backend.processes()
+    with nullcontext() if processes.rank else RunLock(out):
+        if not processes.rank:
+            sweep_orphans(out / "checkpoints")
         saved = checkpoints(out)
         if saved and not resume:
             raise UsageError(
@@ -159,8 +171,10 @@ def run(
             on_event({"message": f"no checkpoint in {out}: starting at step 0"})
         task = prepare()
         try:
+            if task.alone and processes.count > 1:
+                raise UsageError(task.alone, "", "start one process")
             with _signals() as stop:
-                begun = _Run(backend, task, out, on_event)
+                begun = _Run(backend, processes, task, out, on_event)
                 return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
         finally:
             task.close()
@@ -178,9 +192,15 @@ class _Run:
     """One task in one run folder."""
 
     def __init__(
-        self, backend: Backend, task: Task, out: Path, on_event: Callable[[Event], None]
+        self,
+        backend: Backend,
+        processes: Processes,
+        task: Task,
+        out: Path,
+        on_event: Callable[[Event], None],
     ) -> None:
         self.backend, self.task, self.out, self.on_event = backend, task, out, on_event
+        self.processes, self.writes = processes, processes.rank == 0
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
@@ -190,10 +210,11 @@ class _Run:
         """stop: filled with a signal that asks for the end."""
         task = self.task
         set_threads(self.backend, task.recipe, self.on_event)
-        task.tokenizer.save(self.out)
+        if self.writes:
+            task.tokenizer.save(self.out)
         step = self.backend.train_step(task.model, task.recipe.optimizer)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
-        if report_to is not None:
+        if report_to is not None and self.writes:
             known = task.recipe.to_json()
             self._reporter = reporting.open_reporter(report_to, self.out, known, first)
         try:
@@ -201,7 +222,7 @@ class _Run:
         finally:
             if self._reporter is not None:
                 self._reporter.close()
-        if not report.signal:
+        if self.writes and not report.signal:
             report.model = self._export()
         return report
 
@@ -214,7 +235,7 @@ class _Run:
 
     def _loop(self, step: TrainStep, first: int, stop: list[int]) -> Report:
         cadence, optimizer, task = self.cadence, self.task.recipe.optimizer, self.task
-        report, in_a_row, due = Report(first), 0, False
+        report, in_a_row, due = Report(first, rank=self.processes.rank), 0, False
         self._since, self._tokens = (time.perf_counter(), first), 0
         for number in range(first, cadence.steps):
             rate = learning_rate(
@@ -233,7 +254,7 @@ class _Run:
             in_a_row = in_a_row + 1 if skipped else 0
             whole = report.step % task.period == 0
             # Once per step: a signal after this line is the next step's.
-            asked = bool(stop) and whole
+            asked = self.processes.any(bool(stop)) and whole
             last = report.step == cadence.steps or asked
             if report.step % cadence.log_every == 0 or skipped or last or number == 0:
                 self._log(report, terms, rate)
@@ -250,7 +271,7 @@ class _Run:
                 self._save(step, report.step)
                 due = False
             if asked:
-                report.signal = stop[0]
+                report.signal = stop[0] if stop else signal.SIGTERM  # another process was asked
                 break
         return report
 
@@ -280,6 +301,8 @@ class _Run:
 
     def _emit(self, report: Report, event: Event) -> None:
         report.last |= event
+        if not self.writes:
+            return
         # JSON has no NaN; a skipped update's values are written as null.
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in event.items()
@@ -291,6 +314,8 @@ class _Run:
         self.on_event(event)
 
     def _save(self, step: TrainStep, number: int) -> None:
+        if not self.writes:
+            return
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         metadata = {
@@ -337,6 +362,8 @@ class _Run:
 
     def _trim_metrics(self, number: int) -> int:
         """Drop lines of steps that will be run again, and a torn last line; returns `number`."""
+        if not self.writes:
+            return number
         _trim(self.out / "metrics.jsonl", number)
         for path in self.task.logs:  # a step there is the number of updates before it
             _trim(path, number - 1)

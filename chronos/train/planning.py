@@ -19,6 +19,7 @@ from typing import Any
 from chronos import backends
 from chronos.backends.probe import memory_limits, peak_memory
 from chronos.backends.protocol import Backend
+from chronos.common.errors import UsageError
 from chronos.common.model.weights import count_parameters
 from chronos.common.training import memory
 from chronos.common.training.recipe import Recipe
@@ -61,6 +62,8 @@ def plan(
 ) -> Plan:
     """Raises what a run of the stage raises before its first update."""
     loaded = backends.load(backend)
+    if loaded.processes().count > 1:
+        raise UsageError("a plan is made in one process", "--dry-run", "leave the launcher out")
     # What depends on the length is done for two updates and one batch of the evaluation.
     cadence = dataclasses.replace(recipe.cadence, steps=2, eval_batches=1)
     short = dataclasses.replace(recipe, cadence=cadence)

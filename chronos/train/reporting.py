@@ -50,7 +50,10 @@ def open_reporter(name: str, out: Path, recipe: Mapping[str, Any], first: int) -
 
 def _tensorboard(package: Any, out: Path, recipe: Mapping[str, Any], first: int) -> Reporter:
     """In the folder `tensorboard` of the run: `tensorboard --logdir runs`."""
-    writer = package.SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+    # A file is called by the second: one that goes on at once must not take its name.
+    writer = package.SummaryWriter(
+        str(out / "tensorboard"), purge_step=first + 1, filename_suffix=f".{first}"
+    )
 
     def log(event: Mapping[str, Any]) -> None:
         for name, value in _numbers(event).items():

@@ -60,21 +60,30 @@ def launched(backend: str, count: int, folder: Path) -> list[dict[str, str]]:
     return [{"MLX_RANK": str(i), "MLX_HOSTFILE": str(hosts)} for i in range(count)]
 
 
-def run(backend: str, environments: list[dict[str, str]], folder: Path) -> list[Any]:
-    """(terms, state) of each process."""
-    outs = [folder / f"{len(environments)}-{i}" for i in range(len(environments))]
+def together(commands: list[list[str]], environments: list[dict[str, str]]) -> list[str]:
+    """What each of these processes prints; all must end well."""
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD, backend, str(out)],
+            [sys.executable, *command],
             env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for out, own in zip(outs, environments, strict=True)
+        for command, own in zip(commands, environments, strict=True)
     ]
+    printed = []
     for child in children:
-        _, shown = child.communicate(timeout=100)
+        out, shown = child.communicate(timeout=100)
         assert child.returncode == 0, shown
+        printed.append(out)
+    return printed
+
+
+def run(backend: str, environments: list[dict[str, str]], folder: Path) -> list[Any]:
+    """(terms, state) of each process."""
+    outs = [folder / f"{len(environments)}-{i}" for i in range(len(environments))]
+    together([["-c", _CHILD, backend, str(out)] for out in outs], environments)
     return [found(out) for out in outs]
 
 
@@ -100,6 +109,74 @@ def test_two_processes_give_the_gradients_of_one(backend: Any, tmp_path: Path) -
         assert difference(state, gradients) < 1e-6
     for key, value in both[0][1].items():  # to the bit: else they drift apart
         assert np.array_equal(value, both[1][1][key]), key
+
+
+RECIPE = """
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 16
+max_position_embeddings = 128
+num_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 16
+kv_latent_dim = 16
+rope_dim = 8
+sliding_window = 16
+lookahead_hidden_size = 16
+
+[tokenizer]
+vocab_size = 270
+
+[data]
+path = "{data}"
+validation_share = 0.3
+
+[pretrain]
+batch_size = 2
+seq_len = 16
+accumulate = 2
+
+[cadence]
+steps = {steps}
+log_every = 1
+eval_every = 4
+save_every = 4
+
+[optimizer]
+warmup_steps = 2
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_written_once(backend: Any, tmp_path: Path) -> None:
+    """The log is that of one process; resumed, it goes on; the second process says nothing."""
+    rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), "utf-8")
+    recipe, name = tmp_path / "tiny.toml", backend.name
+
+    def train(out: Path, environments: list[dict[str, str]], steps: int, *flags: str) -> list[str]:
+        data = (tmp_path / "rows.jsonl").as_posix()
+        recipe.write_text(RECIPE.format(data=data, steps=steps), "utf-8")
+        command = ["-m", "chronos", "train", "pretrain", "-c", str(recipe), "-o", str(out)]
+        command += ["--backend", name, "--device", "cpu", *flags]
+        return together([command] * len(environments), environments)
+
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    train(alone, [{}], 4)  # the rate follows the number of steps
+    train(alone, [{}], 6, "--resume")
+    train(both, launched(name, 2, tmp_path), 4)
+    printed = train(both, launched(name, 2, tmp_path), 6, "--resume")
+    assert printed == [f"{both / 'model'}\n", ""]
+    logs = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for out in (alone, both)
+    ]
+    trained = [[line for line in log if "loss" in line] for log in logs]
+    assert [line["step"] for line in trained[1]] == [1, 2, 3, 4, 5, 6]
+    assert trained[1][-1]["loss"] == pytest.approx(trained[0][-1]["loss"], rel=1e-4)
 
 
 def test_an_update_that_is_too_small_to_share() -> None:

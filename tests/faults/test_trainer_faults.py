@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,9 @@ class DigestBackend:
     def train_step(self, model: None, recipe: OptimizerRecipe) -> DigestStep:
         self.made.append(DigestStep(self.bad_from, self.slow_s))
         return self.made[-1]
+
+    def processes(self) -> Any:
+        return SimpleNamespace(rank=0, count=1, any=lambda flag: flag)
 
     def save(self, model: None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

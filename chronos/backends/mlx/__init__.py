@@ -28,6 +28,7 @@ from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.mlx.arena import Arena
+    from chronos.backends.mlx.parallel import Processes
     from chronos.backends.mlx.train import TrainStep
     from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
@@ -153,6 +154,13 @@ def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:
     from chronos.backends.mlx.train import TrainStep
 
     return TrainStep(model, recipe)
+
+
+def processes() -> Processes:
+    """This process among those that share its updates."""
+    from chronos.backends.mlx.parallel import Processes
+
+    return Processes()
 
 
 def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 
@@ -26,9 +27,7 @@ class Processes:
         if self.count == 1:
             return list(arrays)
         flat_N = mx.distributed.all_sum(mx.concatenate([array.flatten() for array in arrays]))
-        ends, start = [], 0
-        for array in arrays:
-            ends.append(start := start + array.size)
+        ends = list(accumulate(array.size for array in arrays))
         parts = mx.split(flat_N, ends[:-1])
         return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
 

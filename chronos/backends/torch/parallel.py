@@ -21,7 +21,8 @@ class Processes:
     def __init__(self) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
         if launched and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            gpus = torch.cuda.is_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
 
     def total(self, arrays: Sequence[Tensor]) -> list[Tensor]:
@@ -35,7 +36,4 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for one of them."""
-        if self.count == 1:
-            return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.total([torch.tensor([float(flag)], device=device)])[0])
+        return bool(self.total([torch.tensor([float(flag)])])[0])
