@@ -5,6 +5,7 @@
 #   make test            the whole test suite (tests marked `cuda` need `make gpu`)
 #   make check           ruff, mypy, import contracts, generated docs up to date
 #   make absent          the unit and command line tests without MLX, without PyTorch and without either
+#   make oracle          training beside TRL and mlx-lm-lora, which it installs
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #
@@ -26,7 +27,7 @@ WORKERS := -n $(JOBS) --dist loadfile
 PARALLEL := OMP_NUM_THREADS=1
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent gpu docs clean
+.PHONY: demo test check absent oracle gpu docs clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -48,6 +49,11 @@ absent: $(DEV_STAMP)
 	  PYTHONPATH=tests/absent CHRONOS_TEST_WITHOUT=$$hidden CHRONOS_TEST_BACKENDS= $(PARALLEL) \
 	    $(RUN) pytest $(WORKERS) -q -p no:cacheprovider tests/unit tests/cli; \
 	done
+
+# What training is compared with, which nothing else here needs; `make test` skips by name what is absent.
+oracle: $(DEV_STAMP)
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/oracle/requirements.txt
+	$(PARALLEL) $(RUN) pytest tests/oracle
 
 gpu: $(DEV_STAMP)
 	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda

@@ -16,10 +16,12 @@ from chronos.backends.startup import wait_asleep
 from chronos.common.errors import MissingBackendError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chronos.backends.protocol import Backend
 
 NAMES = probe.NAMES
-__all__ = ["NAMES", "available", "load", "select"]
+__all__ = ["NAMES", "available", "dequantiser", "load", "select"]
 
 
 def available() -> dict[str, probe.Finding]:
@@ -54,6 +56,14 @@ def load(prefer: str | None = None) -> Backend:
         if not found.usable:
             raise _missing(found) from error
         raise
+
+
+def dequantiser() -> Callable[..., memoryview]:
+    """What makes plain matrices of quantised ones (`common.layout.unpack`), which is PyTorch's.
+    Raises MissingBackendError."""
+    load("torch")
+    module = importlib.import_module("chronos.backends.torch.checkpoint")
+    return cast("Callable[..., memoryview]", module.dequantised_bytes)
 
 
 def _from_environment() -> tuple[str, str]:

@@ -21,6 +21,10 @@ _REMAPPED = re.compile(r"^MODEL_REMAPPING = (\{.*?^\})", re.M | re.S)
 _SWITCH = re.compile(r"\bSwitch(GLU|MLP)\(")
 _SIBLINGS = re.compile(r"^from \.(?:(\w+) import| import (.+))", re.M)
 _NAME = re.compile(r"\w+")
+# MLX-LM only stacks their experts: all else has Transformers' names and values.
+STACKED_ONLY = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "phimoe", "dots1"}
+)
 _WhyNot = Callable[[Path, str], str]  # the package's folder and a model_type: a reason or ""
 
 
@@ -36,12 +40,12 @@ def who_runs(model_type: str, dialect: str) -> list[Verdict]:
     if dialect == "chronos":
         return [Verdict("Chronos", True)]
     mlx_lm = _verdict("mlx_lm", "MLX-LM on mlx", _not_mlx_lm, model_type)
+    transformers = _verdict("transformers", "Transformers on torch", _not_transformers, model_type)
+    if dialect == "quantised":
+        return [transformers]
     if dialect == "mlx":
-        return [mlx_lm]
-    return [
-        _verdict("transformers", "Transformers on torch", _not_transformers, model_type),
-        mlx_lm,
-    ]
+        return [mlx_lm, *([transformers] if model_type in STACKED_ONLY else [])]
+    return [transformers, mlx_lm]
 
 
 def _verdict(package: str, label: str, why_not: _WhyNot, model_type: str) -> Verdict:

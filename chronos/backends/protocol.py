@@ -7,7 +7,7 @@ Not covered: how bytes move and when to wait, which is each backend's own busine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from chronos.common.experts.feed import Feed, OpenArena
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
+    from chronos.common.model.weights import Key
     from chronos.common.text.sampling import Work
+    from chronos.common.training.lora import LoraRecipe
     from chronos.common.training.objectives import Objective, Terms
     from chronos.common.training.recipe import OptimizerRecipe
 
@@ -87,6 +89,10 @@ class Session(Protocol):
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
 
+    def every_logits(self, seq: int) -> np.ndarray:
+        """float32 [T, V] of the last pass's tokens, a copy; UsageError where its work did not say
+        `every`."""
+
     def routing(self, seq: int) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
         """(ids_TLK, weights_TLK) recorded since the last call, in order of the tokens; weights are
         None where the model does not show them."""
@@ -98,6 +104,9 @@ class Session(Protocol):
     def fork(self, seq: int, new: int) -> None:
         """Make sequence `new` of one that is there: the same tokens, draws and caches, its own
         from here on."""
+
+    def nbytes(self, seq: int) -> int:
+        """Bytes of the arrays that the sequence's caches hold, spare room included."""
 
     def drop(self, seq: int) -> None:
         """Forget a sequence, if it is there; the experts stay where they are."""
@@ -131,6 +140,16 @@ class Processes(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for one of them; all have to ask."""
+
+
+class Adapter(Protocol):
+    """The parameters beside a model's frozen weights, by their names in peft's files."""
+
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+        """(name, dtype, shape, bytes) of every parameter, in float32."""
+
+    def load(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
+        """Take over what an adapter's file holds. Raises ShapeMismatch if it is another one's."""
 
 
 class Backend(Protocol):
@@ -182,8 +201,19 @@ class Backend(Protocol):
         """Memory for routed experts."""
 
     def session(self, model: Any, feed: Feed | None) -> Session: ...
-    def train_step(self, model: Any, recipe: OptimizerRecipe) -> TrainStep: ...
+    def train_step(self, model: Any, recipe: OptimizerRecipe, adapter: Any = ...) -> TrainStep:
+        """adapter: what is trained beside a frozen model, where it has one."""
+
     def processes(self) -> Processes: ...
+    def streamed(self, model: Any, feed: Feed) -> Any:
+        """A model without its experts, to be called, and differentiated, as one that has them."""
+
+    def attach(
+        self, model: Any, recipe: LoraRecipe, *, seed: int = ..., experts: Collection[Key] = ...
+    ) -> Adapter:
+        """Freeze a model and put adapters beside it; its answers stay the same. experts: the routed
+        ones that get one. Raises UsageError for a target that names nothing."""
+
     def score(self, model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
         """What references and old policies think of a batch."""
 

@@ -59,6 +59,7 @@ class Row:
     cache: Any
     logits_V: Any
     record: RoutingRecord
+    every_TV: Any = None  # of the tokens of the last pass, where it was to keep them
     ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     random: random.Random = field(default_factory=random.Random)
@@ -110,6 +111,10 @@ class Sequences:
         None where the model does not show them."""
         return self._known(seq).record.take()
 
+    def nbytes(self, seq: int) -> int:
+        """Bytes of the arrays that the sequence's caches hold, spare room included."""
+        return _nbytes(self._known(seq).cache, set())
+
     def keep(self, seq: int, tokens: int) -> int:
         """Forget what came after the first `tokens`; returns how many are there, a multiple of
         PIECE: whole pieces of its prompt, or 0 where the cache cannot go back (`fork` before)."""
@@ -155,6 +160,21 @@ class Sequences:
             row = self._sequences[work.seq] = self._new_row(self._new_cache())
         single = row.decoding and len(work.tokens) == 1 and not work.prompt
         return Part(work, row, prompt=not single)
+
+
+def _nbytes(value: Any, seen: set[int]) -> int:
+    """Of all arrays that can be reached from a cache: libraries keep theirs in objects of many
+    kinds."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, list | tuple):
+        value = list(getattr(value, "__dict__", {}).values())
+    return sum(_nbytes(each, seen) for each in value)
 
 
 def tell(

@@ -147,6 +147,36 @@ def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> Pac
         )
 
 
+@command("unpack", panel=PANEL)
+def unpack(
+    packed: Annotated[str, typer.Argument(metavar="PACKED", help="A packed model folder.")],
+    out_folder: Annotated[
+        str, typer.Option("--out", "-o", metavar="DST", help="The folder to write; new or empty.")
+    ],
+    out: JsonOptions,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Make quantised matrices plain ones (PyTorch)."),
+    ] = False,
+) -> None:
+    """Write the checkpoint that a packed folder was made of: every tensor with its name and bytes.
+
+    PACKED is compared with its digests first, and only read. What packing left out, heads that no
+    decoder runs, does not come back. With --dequantize, matrices that another library quantised
+    become plain ones, in the dtype of config.json.
+    """
+    from chronos.backends import dequantiser
+    from chronos.common.layout import unpack as unpack_folder
+
+    to, convert = folder_named(out_folder), dequantiser() if dequantize else None
+    with output.progress("unpacking", rate=True) as update:
+        report = unpack_folder(path_of(packed), to, dequantise=convert, progress=update)
+    if out.json:
+        output.print_json(report.to_json() | {"folder": str(to)})
+        return
+    print(f"{to}: {report.tensors} tensors, {output.size(report.bytes)}")
+
+
 @contextmanager
 def _going_on(to: Path) -> Iterator[None]:
     """What an interrupted run is worth."""

@@ -29,6 +29,7 @@ from chronos.cli import (
     overview,
     replay,
     routing,
+    serve,
     simulate,
     train,
 )
@@ -41,6 +42,7 @@ FAMILIES = (
     demo,
     generate,
     chat,
+    serve,
     train,
     files,
     overview,

@@ -117,6 +117,7 @@ _LABELS = {
     "expert_bytes_total": "size of all experts",
     "expert_bytes_per_token": "experts of one token",
     "dense_bytes": "size of the rest (dense part)",
+    "dense_memory_bytes": "its dense part dequantised",
     "least_memory_bytes": "least memory to run it",
     "memory_free_bytes": "memory free here",
     "fits_memory": "all of it fits into memory",
@@ -140,12 +141,12 @@ def _fit(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     from chronos.backends.probe import memory_limits
 
     total, free = data["dense_bytes"] + data["expert_bytes_total"], memory_limits().free
+    held = data.get("dense_memory_bytes", data["dense_bytes"])
     fit = {
         "bytes": total,
-        "least_memory_bytes": data["dense_bytes"]
-        + data["experts_per_token"] * data["expert_bytes"],
+        "least_memory_bytes": held + data["experts_per_token"] * data["expert_bytes"],
         "memory_free_bytes": free,
-        "fits_memory": total <= free,
+        "fits_memory": held + data["expert_bytes_total"] <= free,
     }
     if data["kind"] == "packed":
         return fit

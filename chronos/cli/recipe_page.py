@@ -19,6 +19,7 @@ from typing import Any
 import chronos.train
 from chronos.common.model.config import LossWeights, ModelConfig
 from chronos.common.training import recipe
+from chronos.common.training.lora import LoraRecipe
 
 _HEAD = """# Recipes
 
@@ -53,7 +54,7 @@ itself is compared), all else must be as it was, or `--force` is given. Recipes 
 `[cadence]`, `[optimizer]` and the stage's keys in one section, `[train]`.
 
 A stage that goes on with a model has `path` in `[model]` and nothing else there, no `[tokenizer]`,
-and `[anchor]`:
+`[anchor]`, and `[lora]` where it trains adapters:
 
 ```toml
 [model]
@@ -64,6 +65,9 @@ path = "chats.jsonl"
 
 [sft]
 seq_len = 512
+
+[lora]  # adapters in place of the model's weights; --lora 16 is the same with these alone
+rank = 16
 ```
 
 The loss of a pretraining log line is `ce` and each term of `[loss]` times its weight.
@@ -84,6 +88,7 @@ def sections() -> Iterator[tuple[str, type[Any]]]:
     yield "cadence", recipe.CadenceRecipe
     yield "optimizer", recipe.OptimizerRecipe
     yield "anchor", recipe.AnchorRecipe
+    yield "lora", LoraRecipe
     for module in sorted(info.name for info in pkgutil.iter_modules(chronos.train.__path__)):
         for kind in vars(importlib.import_module(f"chronos.train.{module}")).values():
             if inspect.isclass(kind) and kind.__module__.endswith(f".{module}"):

@@ -54,6 +54,25 @@ _Model = Annotated[
         "--model", metavar="MODEL", help="What to go on with, instead of the recipe's: or `demo`."
     ),
 ]
+_Lora = Annotated[
+    int | None,
+    typer.Option(
+        "--lora",
+        min=1,
+        metavar="RANK",
+        help="Train adapters of this rank beside the model, which stays as it is; the rest of them"
+        " is in the recipe's [lora].",
+    ),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="Memory for routed experts, as 25%, 8GiB or all, of a packed model with adapters;"
+        " without it they are all in memory.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -111,6 +130,8 @@ def sft(
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
+    lora: _Lora = None,
+    budget: _Budget = None,
     data: _Data = None,
     to: _Out = None,
     resume: _Resume = False,
@@ -122,7 +143,9 @@ def sft(
     Rows: messages, prompt + completion, or text. `-c sft` is the recipe that ships, for the demo
     model on documented functions of the standard library.
     """
-    _run("sft", config, options, device, out, data, to, resume, force, skip_bad, model)
+    _run(
+        "sft", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("dpo", on=train)
@@ -132,6 +155,8 @@ def dpo(
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
+    lora: _Lora = None,
+    budget: _Budget = None,
     data: _Data = None,
     to: _Out = None,
     resume: _Resume = False,
@@ -142,7 +167,9 @@ def dpo(
 
     Rows: prompt, chosen, rejected. `-c dpo` is the recipe that ships.
     """
-    _run("dpo", config, options, device, out, data, to, resume, force, skip_bad, model)
+    _run(
+        "dpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("orpo", on=train)
@@ -152,6 +179,8 @@ def orpo(
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
+    lora: _Lora = None,
+    budget: _Budget = None,
     data: _Data = None,
     to: _Out = None,
     resume: _Resume = False,
@@ -162,7 +191,9 @@ def orpo(
 
     Rows: prompt, chosen, rejected. `-c orpo` is the recipe that ships.
     """
-    _run("orpo", config, options, device, out, data, to, resume, force, skip_bad, model)
+    _run(
+        "orpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("grpo", on=train)
@@ -172,6 +203,8 @@ def grpo(
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
+    lora: _Lora = None,
+    budget: _Budget = None,
     data: _Data = None,
     to: _Out = None,
     resume: _Resume = False,
@@ -183,7 +216,9 @@ def grpo(
     Rows: prompt, and columns that a reward may want. Rewards run in a process of their own; the
     answers are in RUN/completions.jsonl. `-c grpo` is the recipe that ships.
     """
-    _run("grpo", config, options, device, out, data, to, resume, force, skip_bad, model)
+    _run(
+        "grpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("distill", on=train)
@@ -193,6 +228,8 @@ def distill(
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
+    lora: _Lora = None,
+    budget: _Budget = None,
     data: _Data = None,
     to: _Out = None,
     resume: _Resume = False,
@@ -204,7 +241,21 @@ def distill(
     The teacher shares the vocabulary; packed, its experts may stay on disk (teacher_budget).
     `-c distill` is the recipe that ships.
     """
-    _run("distill", config, options, device, out, data, to, resume, force, skip_bad, model)
+    _run(
+        "distill",
+        config,
+        options,
+        device,
+        out,
+        data,
+        to,
+        resume,
+        force,
+        skip_bad,
+        model,
+        lora,
+        budget,
+    )
 
 
 def _run(
@@ -219,12 +270,15 @@ def _run(
     force: bool,
     skip_bad: int | None,
     model: str | None = None,
+    lora: int | None = None,
+    budget: str | None = None,
 ) -> None:
     from chronos import train as room
     from chronos.common.training.recipe import load_recipe
 
     section, run, prepare = room.STAGES[stage]
     recipe = _changed(load_recipe(config, section), data, skip_bad, device.threads, model)
+    recipe = _adapted(recipe, lora, budget)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
     if options.dry_run and resume:
         raise UsageError("--dry-run looks at no run folder", "--resume", "leave one of them out")
@@ -253,6 +307,9 @@ def _run(
         pass
     elif out.json:
         output.print_json(report_json(report, folder))
+    elif report.adapter:
+        print(report.adapter)
+        output.note(f"chronos merge {recipe.start} {report.adapter} -o DST makes a model of both")
     elif report.model:
         print(report.model)
         output.note(f"chronos pack {report.model} -o DST makes it streamable")
@@ -303,6 +360,7 @@ def report_json(report: Report, folder: Path) -> dict[str, Any]:
     return {
         "run": str(folder),
         "model": str(report.model) if report.model else None,
+        "adapter": str(report.adapter) if report.adapter else None,
         "step": report.step,
         "skipped": report.skipped,
         "signal": report.signal,
@@ -327,6 +385,16 @@ def _changed(
     if model is not None:
         recipe = dataclasses.replace(recipe, start=model)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
+
+
+def _adapted(recipe: Recipe[S], lora: int | None, budget: str | None) -> Recipe[S]:
+    """With adapters of this rank, and this memory for experts."""
+    from chronos.common.training.lora import LoraRecipe
+
+    if lora is not None:
+        own = recipe.lora or LoraRecipe()
+        recipe = dataclasses.replace(recipe, lora=dataclasses.replace(own, rank=lora))
+    return recipe if budget is None else dataclasses.replace(recipe, budget=budget)
 
 
 @contextmanager
@@ -359,3 +427,28 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@command("merge", panel="Train")
+def merge(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, packed or not.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter in peft's format: RUN/adapter.")
+    ],
+    to: Annotated[str, typer.Option("--out", "-o", metavar="DST", help="The folder to write.")],
+    out: JsonOptions,
+) -> None:
+    """Make one model of a model and an adapter that was trained beside it.
+
+    A packed model keeps its experts, which DST shares with it; its dense part is written anew.
+    """
+    from chronos.run.models import resolve_model
+    from chronos.train.merge import merge as merge_folders
+
+    folder = folder_named(to)
+    done = merge_folders(resolve_model(model), Path(adapter), folder)
+    if out.json:
+        output.print_json({"folder": str(done.folder), "matrices": done.matrices})
+    else:
+        print(done.folder)
+        output.note(f"{done.matrices} matrices are others than the model's")

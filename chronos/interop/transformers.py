@@ -4,7 +4,8 @@ Afterwards `AutoConfig`, `AutoModelForCausalLM` and `pipeline` know model folder
 packed or not; weights go in and out through the torch backend's own reader and writer, so logits
 and folders are Chronos' own. All experts are resident here: `chronos.load` streams.
 With a cache each row of a batch runs by itself (padding then costs nothing and a row's tokens are
-those of `Engine`), without one the batch runs as a whole.
+those of `Engine`), without one the batch runs as a whole. Trainers of other libraries train these
+models; dropout is a module that they know how to switch off, simulated misses are off here.
 Not covered: sharded and quantised weights, input embeddings, hidden states and attentions as
 outputs, assisted decoding. MLX-LM looks models up in its own package and cannot be taught this way.
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 from chronos.backends.torch import pick_device  # noqa: E402
 from chronos.backends.torch.checkpoint import load_model, save_model  # noqa: E402
 from chronos.backends.torch.model import Cache, Model, Output  # noqa: E402
+from chronos.backends.torch.moe import Routing  # noqa: E402
 from chronos.common.text.sampling import PIECE  # noqa: E402
 
 try:
@@ -47,7 +49,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 except ImportError as error:
     raise MissingBackendError(
         "chronos.interop.transformers needs Transformers 5.20 or newer",
@@ -74,6 +76,7 @@ class ChronosConfig(PreTrainedConfig):
     model_type = "chronos"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+    auto_map: ClassVar[dict[str, str]] = {}  # no code beside the weights; TRL asks
 
     def __init__(self, **kwargs: Any) -> None:
         own = {key: kwargs.pop(key) for key in (*_FIELDS, "torch_dtype") if key in kwargs}
@@ -139,7 +142,8 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ChronosConfig) -> None:
         super().__init__(config)
-        self.native = Model(config.native())
+        self.native = _without_misses(Model(config.native()))
+        self.register_load_state_dict_pre_hook(_names_of_a_folder)
         self.post_init()
 
     @classmethod
@@ -169,7 +173,7 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         weights = load_model(folder, _device(device_map), True, as_stored=False).state_dict()
         with torch.device("meta"):
             model = cls(config)
-        model.native = _filled(config.native(), weights, str(folder))
+        model.native = _without_misses(_filled(config.native(), weights, str(folder)))
         if dtype not in (None, "auto"):
             config.dtype = getattr(torch, _dtype_name(dtype))
             model.to(config.dtype)
@@ -215,20 +219,24 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Logits [B, T, V] of input_ids [B, T]; zeros where a row is padded and cached.
 
         attention_mask: 1 for text and 0 for padding, [B, T] or [B, S] with a cache; text is in one
         piece, and at the right end where there is a cache. use_cache: off unless asked for.
-        labels: -100 is left out; the loss is the mean cross entropy of the next token alone.
+        labels: -100 is left out; the loss is the mean cross entropy of the next token alone, or
+        the sum over `num_items_in_batch`, the labels of all micro-batches of an update.
         logits_to_keep: the last so many positions, or their indices. output_router_logits: log
-        probabilities [B * T, E] of each layer, without a cache only.
+        probabilities [B * T, E] of each layer, without a cache only. options: what other libraries
+        pass along; UsageError for one that is set.
         """
+        _refuse_set(options)
         if past_key_values is None and not use_cache:
-            segments_BT = None if attention_mask is None else _segments(attention_mask, input_ids)
             last = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1
-            out = self.native(input_ids, segments_BT=segments_BT, last_only=last)
+            out = self._whole(input_ids, attention_mask, last_only=last)
             logits_BTV, routing = out.logits, out.routing
         else:
             if past_key_values is None:
@@ -239,18 +247,25 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values.seen += input_ids.shape[1]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits_BTV, labels, logits_BTV.shape[-1])
+            V = logits_BTV.shape[-1]
+            loss = self.loss_function(logits_BTV, labels, V, num_items_in_batch=num_items_in_batch)
         if isinstance(logits_to_keep, Tensor):
             logits_BTV = logits_BTV[:, logits_to_keep]
         elif logits_to_keep:
             logits_BTV = logits_BTV[:, -logits_to_keep:]
         scores = None
         if output_router_logits and routing is not None:
-            scores = tuple(decision.probs_TE.log() for decision in routing)
+            scores = _router_logits(routing)
         result = MoeCausalLMOutputWithPast(
             loss=loss, logits=logits_BTV, past_key_values=past_key_values, router_logits=scores
         )
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
+
+    def _whole(self, ids_BT: Tensor, mask_BT: Tensor | None, **options: bool) -> Output:
+        """The batch at once, without a cache."""
+        segments_BT = None if mask_BT is None else _segments(mask_BT, ids_BT)
+        out: Output = self.native(ids_BT, segments_BT=segments_BT, **options)
+        return out
 
     def _cached(self, rows: list[Tensor], cache: ChronosCache, last: bool) -> Tensor:
         """Each row behind its own cache, in the pieces of `Session`, aligned at the right."""
@@ -273,8 +288,43 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.native.model.embed_tokens = value
 
-    def get_output_embeddings(self) -> None:
-        """None: the head is the embedding itself, stored once."""
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head as a layer, made when asked for: its weight is the embedding's, stored once."""
+        weight = self.native.model.embed_tokens.weight
+        with torch.device("meta"):
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        head.weight = weight
+        return head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Raises UsageError for a head that is not the embedding, to which it is tied."""
+        if value.weight is not self.native.model.embed_tokens.weight:
+            raise UsageError("the head is the embedding; set the input embeddings")
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, to be called."""
+        return self._states
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_router_logits: bool = False,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """`last_hidden_state` [B, T, D], of which the output embeddings make logits."""
+        _refuse_set(options)
+        if use_cache:
+            raise UsageError("hidden states come without a cache", fix="use_cache=False")
+        out = self._whole(input_ids, attention_mask, want_logits=False)
+        result = MoeModelOutputWithPast(
+            last_hidden_state=out.hidden,
+            router_logits=_router_logits(out.routing) if output_router_logits else None,
+        )
+        return result.to_tuple() if return_dict is False else result
 
     def init_weights(self) -> None:
         """Random weights as in training; `torch.manual_seed` decides which."""
@@ -316,6 +366,36 @@ def _filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Mode
     except RuntimeError as error:
         raise ShapeMismatch(str(error), where, "the config is of another geometry") from None
     return model
+
+
+def _names_of_a_folder(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, *others: Any
+) -> None:
+    """Take the names a folder has, too: a Trainer that resumes loads its checkpoint's file."""
+    own = f"{prefix}native."
+    for name in [n for n in state if n.startswith(prefix) and not n.startswith(own)]:
+        state[own + name.removeprefix(prefix)] = state.pop(name)
+
+
+def _refuse_set(options: dict[str, Any]) -> None:
+    """Libraries pass what a model might have, unset; one that is set would have no effect."""
+    if odd := sorted(
+        name for name, value in options.items() if value is not None and value is not False
+    ):
+        raise UsageError(f"a native model takes no {', '.join(odd)}")
+
+
+def _without_misses(model: Model) -> Model:
+    """Trained without simulated misses: no other library's trainer could switch them off, and a
+    policy must not differ from its reference by chance. The config keeps their probability."""
+    for block in model.model.layers:
+        block.mlp.mask_prob = 0.0
+    return model
+
+
+def _router_logits(routing: list[Routing]) -> tuple[Tensor, ...]:
+    """Log probabilities [B * T, E] of each layer."""
+    return tuple(decision.probs_TE.log() for decision in routing)
 
 
 def _segments(mask_BT: Tensor, ids_BT: Tensor) -> Tensor:

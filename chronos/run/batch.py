@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from chronos.common.text.sampling import SamplingParams
-from chronos.run.generation import GenerationResult, Step, Text
+import numpy as np
+import numpy.typing as npt
+
+from chronos.common.text.sampling import SamplingParams, Work
+from chronos.run.generation import GenerationResult, Likely, Step, Text
 from chronos.run.meter import Meter
 from chronos.run.scheduler import Scheduler
 
@@ -28,15 +31,30 @@ _NO_TOKEN = (
 )
 
 
+class Guide(Protocol):
+    """What may follow in one reply, token by token: a grammar."""
+
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """bool [V], which tokens may be drawn next; None for all."""
+
+    def take(self, token: int) -> None:
+        """That one was drawn."""
+
+
 @dataclass
 class _Reply:
-    """One reply in the making."""
+    """One reply in the making. likely: how many log-probabilities beside the token's own. scored:
+    those of the prompt so far, None where nobody asked."""
 
-    prompt_tokens: int
+    prompt: Sequence[int]
     max_tokens: int
     text: Text
     meter: Meter
     end_token: int | None = None
+    guide: Guide | None = None
+    bias: npt.NDArray[np.float32] | None = None
+    likely: int | None = None
+    scored: list[Likely] | None = None
     tokens: list[int] = field(default_factory=list)
 
 
@@ -71,17 +89,27 @@ class Batch:
         max_tokens: int,
         stop: Sequence[str] = (),
         record: bool = False,
+        start: int = 0,
+        guide: Guide | None = None,
+        bias: npt.NDArray[np.float32] | None = None,
+        likely: int | None = None,
+        score: bool = False,
     ) -> None:
-        """seq: a number that the session does not know. record: keep what the limit is computed
-        from, for a sequence that is alone."""
+        """seq: a number that the session does not know, or with `start` tokens of the prompt (whole
+        pieces of it). record: keep what the limit is computed from, for a sequence that is alone.
+        guide, bias: as Work's mask and bias. likely: so many log-probabilities in each step.
+        score: and of the prompt's tokens, in the result."""
         meter = Meter(self._session, self._feed, seq, record=record)
         text = Text(self._tokenizer, stop)
-        self._replies[seq] = _Reply(len(prompt), max_tokens, text, meter)
-        self._scheduler.add(seq, prompt, sampling)
+        scored: list[Likely] | None = [] if score else None
+        self._replies[seq] = _Reply(
+            prompt, max_tokens, text, meter, guide=guide, bias=bias, likely=likely, scored=scored
+        )
+        self._scheduler.add(seq, prompt, sampling, start)
 
     def step(self) -> list[tuple[int, Step]]:
         """One pass; the tokens it made, by sequence. Nothing to do where all have ended."""
-        work = self._scheduler.next()
+        work = [self._shaped(each) for each in self._scheduler.next()]
         if not work:
             return []
         record = len(work) == 1 and self._replies[work[0].seq].meter.records(work[0])
@@ -95,9 +123,31 @@ class Batch:
                 self._leave(each.seq, out)
                 continue
             self._scheduler.took(each, out)
+            self._score(each)
             if out is not None:
                 steps += [(each.seq, step) for step in self._take(each.seq, out)]
         return steps
+
+    def _shaped(self, work: Work) -> Work:
+        """With what its reply allows and prefers, where a token is drawn."""
+        reply = self._replies[work.seq]
+        if reply.scored is not None and work.prompt:
+            work = replace(work, every=True)
+        if not work.last or (reply.guide is None and reply.bias is None):
+            return work
+        mask = None if reply.guide is None else reply.guide.mask()
+        return replace(work, mask=mask, bias=reply.bias)
+
+    def _score(self, work: Work) -> None:
+        """What a piece of a prompt made of the tokens behind its own."""
+        reply = self._replies[work.seq]
+        if reply.scored is None or not work.every:
+            return
+        end = self._session.position(work.seq) + 1
+        follow = reply.prompt[end - len(work.tokens) : end]
+        logits_TV = self._session.every_logits(work.seq)
+        for logits_V, token in zip(logits_TV, follow, strict=False):  # none follows the last
+            reply.scored.append(likeliest(logits_V, token, reply.likely or 0))
 
     def cancel(self, seq: int) -> list[tuple[int, Step]]:
         """End a sequence, if it has not ended; what was held back of its text."""
@@ -114,10 +164,16 @@ class Batch:
         reply = self._replies[seq]
         if token < 0:
             return self._end(seq, "error")
+        likely: Likely = ()
+        if reply.likely is not None:
+            likely = likeliest(self._session.logits(seq), token, reply.likely)
         if token in self._stop_ids:
             reply.end_token = token
-            return self._end(seq, "stop")
+            told = [Step(None, "", likely)] if likely else []
+            return [*told, *self._end(seq, "stop")]
         reply.tokens.append(token)
+        if reply.guide is not None:
+            reply.guide.take(token)
         piece = reply.text.push(token)
         reason = ""
         if reply.text.stopped:
@@ -127,8 +183,8 @@ class Batch:
         elif self._session.position(seq) >= self._context:
             reason = "context"
         if not reason:
-            return [Step(token, piece)]
-        step = Step(token, piece + reply.text.flush())
+            return [Step(token, piece, likely)]
+        step = Step(token, piece + reply.text.flush(), likely)
         return [step, *self._end(seq, reason)]
 
     def _end(self, seq: int, reason: str) -> list[Step]:
@@ -137,20 +193,9 @@ class Batch:
         error = _NO_TOKEN.format(self._session.position(seq)) if reason == "error" else ""
         reply.meter.end()
         stats = reply.meter.stats() | self._facts()
-        shown, meter = reply.text.shown, reply.meter if reply.meter.record else None
-        self._leave(
-            seq,
-            GenerationResult(
-                reply.prompt_tokens,
-                reply.tokens,
-                shown,
-                reason,
-                stats,
-                error,
-                reply.end_token,
-                meter,
-            ),
-        )
+        text, meter = reply.text, reply.meter if reply.meter.record else None
+        told = (reason, stats, error, reply.end_token, text.stopped_by, reply.scored or (), meter)
+        self._leave(seq, GenerationResult(len(reply.prompt), reply.tokens, text.shown, *told))
         return [Step(None, tail)] if tail else []
 
     def _leave(self, seq: int, result: GenerationResult | Exception | None) -> None:
@@ -159,3 +204,13 @@ class Batch:
         del self._replies[seq]
         if result is not None:
             self.results[seq] = result
+
+
+def likeliest(logits_V: npt.NDArray[np.float32], token: int, count: int) -> Likely:
+    """(id, log-probability in nats) of a token, then of the `count` likeliest, by the logits as the
+    model gave them."""
+    log_p_V = logits_V - logits_V.max()
+    log_p_V = log_p_V - np.log(np.exp(log_p_V).sum(dtype=np.float64))
+    best = np.argpartition(-log_p_V, min(count, len(log_p_V) - 1))[:count]
+    best = best[np.lexsort((best, -log_p_V[best]))]  # equal ones by id
+    return tuple((int(i), float(log_p_V[i])) for i in (token, *best))

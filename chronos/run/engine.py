@@ -121,10 +121,10 @@ class Engine:
         fill the context: one token is still sampled from it, then finish_reason is "context".
         """
         ids = self._ids(prompt)
-        self._check(ids, max_tokens, stop)
+        self.check(ids, max_tokens, stop)
         sampling = self.defaults.fill(sampling)
         with self._turn:
-            batch, seq = self._batch(slots=1), next(self._numbers)
+            batch, seq = self.batch(slots=1), next(self._numbers)
             batch.add(seq, ids, sampling, max_tokens=max_tokens, stop=stop, record=record)
             generation = Generation(_steps(batch, seq, cancel))
             self._running = weakref.ref(generation)
@@ -158,9 +158,9 @@ class Engine:
             )
         ids = [self._ids(prompt) for prompt in prompts]
         for prompt in ids:
-            self._check(prompt, max_tokens, stop)
+            self.check(prompt, max_tokens, stop)
         with self._turn:
-            batch = self._batch(max_sequences)
+            batch = self.batch(max_sequences)
             numbers = [next(self._numbers) for _ in ids]
             for seq, tokens, params in zip(numbers, ids, each, strict=True):
                 params = self.defaults.fill(params)
@@ -214,7 +214,8 @@ class Engine:
         """What each source of forecasts came to since the model was opened, as JSON."""
         return {} if self.feed is None else self.feed.prefetch_stats()
 
-    def _check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
+    def check(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
+        """Raises UsageError for what no reply can be made to."""
         if not prompt:
             raise UsageError("the prompt is empty", "", "give at least one token")
         if len(prompt) > self.context:
@@ -256,8 +257,10 @@ class Engine:
     def _last(self) -> Generation | None:
         return None if self._running is None else self._running()
 
-    def _batch(self, slots: int) -> Batch:
-        """Ends the generation before, or refuses to where another thread has it."""
+    def batch(self, slots: int) -> Batch:
+        """Replies side by side, so many at a time, passes at the caller's pace: what a server
+        stands on. Ends the generation before; UsageError where another thread has it.
+        """
         if (running := self._last()) is not None:
             if running.held_elsewhere:
                 raise UsageError(

@@ -19,6 +19,8 @@ from chronos.common.text.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from chronos.run.meter import Meter
 
+Likely = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -26,10 +28,13 @@ class Step:
 
     `text` is empty while a character or a possible stop string is incomplete. `token` is None in a
     closing step that only releases text held back. The texts of all steps join to the result's.
+    likely: (id, log-probability in nats) of the token, then of the likeliest ones, where asked for;
+    a token that ends the reply has a step with these alone.
     """
 
     token: int | None
     text: str
+    likely: Likely = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class GenerationResult:
 
     `tokens` leaves out the token that ends a reply; `text` ends before a stop string. finish_reason
     is stop, length, context, cancelled or error, and `error` says why in the last case. `end_token`
-    is the token that ended the reply, if one did.
+    is the token that ended the reply, if one did, `stopped_by` the stop string, "" where none did.
+    scored: of each token of the prompt behind the first, where asked for, as `Step.likely`.
     """
 
     prompt_tokens: int
@@ -48,6 +54,8 @@ class GenerationResult:
     stats: dict[str, Any]
     error: str = ""
     end_token: int | None = None
+    stopped_by: str = ""
+    scored: Sequence[Likely] = ()
     meter: Meter | None = field(default=None, repr=False, compare=False)  # for `Engine.limit`
 
 
@@ -122,12 +130,18 @@ class Text:
         named = sorted((name for name in control if any(name in s for s in stop)), key=len)
         marks = {name: chr(0xD800 + at) for at, name in enumerate(reversed(named))}
         self._marks = {control[name]: mark for name, mark in marks.items()}
-        self._stop = StopText(dict.fromkeys([*stop, *(_marked(text, marks) for text in stop)]))
+        self._given = {_marked(text, marks): text for text in stop} | {text: text for text in stop}
+        self._stop = StopText(self._given)
         self._pieces: list[str] = []
 
     @property
     def stopped(self) -> bool:
         return self._stop.found
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that was found, as it was given; "" before."""
+        return self._given.get(self._stop.which, "")
 
     @property
     def shown(self) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 
 from chronos.common.errors import ChronosError, StoreError
 from chronos.common.experts.feed import Feed, FeedOptions
+from chronos.common.experts.lease import Load
 from chronos.common.experts.stats import StoreStats
-from chronos.common.experts.tier import Load
 from chronos.common.experts.tiers import CopyEngine, SlotTier
 from chronos.common.layout import Layout, Record
 from chronos.common.model.weights import Key

@@ -6,6 +6,7 @@ maximum of positions are exercised. Tolerances live in `TOLERANCE`, float32.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,21 @@ class ModelTests:
         for start, end in ((0, 11), (11, 23), (23, 30)):
             close(packed[start:end], self.logits(backend, model, ids[:, start:end])[0])
 
+    @pytest.mark.parametrize("source", ["gate", "informed", "lookahead", "history"])
+    def test_a_packed_document_moves_nothing_of_the_next(self, backend: Any, source: str) -> None:
+        """Whatever its tokens are, those behind choose the same experts. An expert's product is of
+        all its rows, so how many the first document sends it may show in a last bit."""
+        config = dataclasses.replace(CONFIG, routing_source=source, num_resident_experts_per_tok=1)
+        model, ids = backend.build(config, seed=3), tokens(30)
+        segments = np.array([[0] * 11 + [1] * 12 + [2] * 7], np.int32)
+        other = ids.copy()
+        other[0, :11] = tokens(11, seed=9)
+        first, second = (backend.forward(model, x, segments_BT=segments) for x in (ids, other))
+        assert not np.array_equal(first.logits_BTV[:, :11], second.logits_BTV[:, :11])
+        assert np.array_equal(first.ids_LNK[:, 11:], second.ids_LNK[:, 11:])
+        for name in ("logits_BTV", "weights_LNK", "probs_LNE"):
+            close(*(getattr(seen, name)[:, 11:] for seen in (first, second)))
+
     @pytest.mark.parametrize(
         "chunks", [[60], [1] * 60, [6, 1, 7, 8, 38], [59, 1], [1, 59], [7] * 8 + [4]]
     )
@@ -128,8 +144,6 @@ class ModelTests:
 
     def test_window_forgets(self, backend: Any) -> None:
         """With window layers only, a token reaches (W - 1) positions a layer and no further."""
-        import dataclasses
-
         config = dataclasses.replace(CONFIG, hybrid_pattern=("sliding",), num_hidden_layers=2)
         model = backend.build(config, seed=1)
         ids = tokens(30)
@@ -154,8 +168,6 @@ class ModelTests:
         assert seen.lookahead_BTJLE.shape == (2, 5, 3, CONFIG.num_hidden_layers, CONFIG.num_experts)
 
     def test_committed_lookahead_is_the_routing(self, backend: Any) -> None:
-        import dataclasses
-
         config = dataclasses.replace(CONFIG, routing_source="lookahead")
         seen = backend.forward(backend.build(config, seed=0), tokens(6))
         logits = seen.lookahead_BTJLE[0, :, 0]  # [T, L, E]
@@ -165,8 +177,6 @@ class ModelTests:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_save_and_load(self, backend: Any, tmp_path: Path, dtype: str) -> None:
-        import dataclasses
-
         model = backend.build(dataclasses.replace(CONFIG, dtype=dtype), seed=3)
         backend.save(model, tmp_path)
         loaded = backend.load(tmp_path, device=None, resident=True)

@@ -22,9 +22,9 @@ import xxhash
 from chronos.common.disk.io import ALIGN, FileIO
 from chronos.common.disk.reader import RangedReader
 from chronos.common.experts.feed import Feed, FeedOptions, open_feed
+from chronos.common.experts.lease import Lease
 from chronos.common.experts.residency import Counts, Policy
 from chronos.common.experts.stats import StoreStats, TokenReport
-from chronos.common.experts.tier import Lease
 from chronos.common.layout.folder import Layout
 from chronos.common.layout.manifest import TENSOR_ALIGN, Manifest, Record, RecordTensor
 from chronos.common.model.weights import EXPERT_TENSORS, Key
@@ -84,7 +84,7 @@ class GatedIO(FileIO):
 class Ranking(Counts):
     """A forecasting policy whose ranks a test sets; `told` is what it was told."""
 
-    forecasts = True
+    name, forecasts = "ranking", True
 
     def __init__(self) -> None:
         self.priority = np.zeros((LAYERS, EXPERTS))

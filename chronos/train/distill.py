@@ -186,7 +186,7 @@ def prepare(
             seq_len=stage.seq_len,
             pad_id=found.tokenizer.pad_id,
             seed=recipe.optimizer.seed,
-            packed=True,
+            packed=found.native,
         )
 
     given, held = packed(training), packed(validation) if validation else None
@@ -212,20 +212,18 @@ def prepare(
         plain = [held.batch(i, stage.batch_size) for i in range(count)]
         valid = [batch.with_extra(teacher.of(batch)) for batch in plain]
     objective = Distillation(
-        found.config.loss_weights,
+        found.weights,
         recipe.anchor.weight,
         alpha=stage.alpha,
         temperature=stage.temperature,
         jsd=stage.beta if stage.divergence == "jsd" else None,
     )
-    return Task(
+    return found.task(
         recipe,
-        found.model,
-        found.tokenizer,
+        backend,
         batches,
         objective,
         valid,
-        found.digest,
         alone="the student's answers are sampled in one process" if stage.on_policy else "",
         close=teacher.close,
     )

@@ -94,7 +94,7 @@ def prepare(
     valid = held_out(list(held), recipe) if held else []
     valid = [batch.with_extra(refers(batch)) for batch in valid]
     objective = Preference(
-        found.config.loss_weights,
+        found.weights,
         recipe.anchor.weight,
         kind=stage.loss,
         beta=stage.beta,
@@ -102,7 +102,7 @@ def prepare(
         ld_alpha=stage.ld_alpha,
         sft=stage.sft_weight,
     )
-    return Task(recipe, found.model, found.tokenizer, batches, objective, valid, found.digest)
+    return found.task(recipe, backend, batches, objective, valid)
 
 
 dpo = partial(start, DpoRecipe, prepare)

@@ -177,7 +177,7 @@ class Generations:
         advantages_N = losses.advantages(total_N.reshape(-1, G), scale=stage.scale_rewards).reshape(
             -1
         )
-        self._notes = self._noted(rewards_FN, total_N, answers)
+        self._notes = notes_of(self._judge.labels, rewards_FN, total_N.reshape(-1, G), answers)
         self._write(generation, prompts, answers, rewards_FN, advantages_N)
         size = stage.batch_size
         return [
@@ -210,33 +210,6 @@ class Generations:
             {name: [prompt.row.columns.get(name) for prompt in prompts] for name in names},
         )
 
-    def _noted(
-        self,
-        rewards_FN: npt.NDArray[np.float64],
-        total_N: npt.NDArray[np.float64],
-        answers: Sequence[Answer],
-    ) -> dict[str, float]:
-        """What TRL logs of a generation, under its names; spreads are unbiased."""
-        groups = total_N.reshape(-1, self._stage.generations)
-        judged = [group[np.isfinite(group)] for group in groups]
-        spread = [float(g.std(ddof=1)) if len(g) > 1 else 0.0 for g in judged]
-        lengths = [len(answer.ids) for answer in answers]
-        notes = {
-            "reward": _mean(total_N),
-            "reward_std": float(np.mean(spread)),
-            "frac_reward_zero_std": float(np.mean([s == 0 for s in spread])),
-            "completions/mean_length": float(np.mean(lengths)),
-            "completions/min_length": float(min(lengths)),
-            "completions/max_length": float(max(lengths)),
-            "completions/clipped_ratio": float(np.mean([a.truncated for a in answers])),
-        }
-        for label, rewards_N in zip(self._judge.labels, rewards_FN, strict=True):
-            found = rewards_N[np.isfinite(rewards_N)]
-            notes[f"rewards/{label}/mean"] = _mean(rewards_N)
-            notes[f"rewards/{label}/std"] = float(found.std(ddof=1)) if len(found) > 1 else 0.0
-            notes[f"rewards/{label}/unjudged"] = float(len(rewards_N) - len(found))
-        return notes
-
     def _write(
         self,
         generation: int,
@@ -261,6 +234,38 @@ class Generations:
                     "advantage": float(advantages_N[i]),
                 }
                 file.write(json.dumps(line) + "\n")
+
+
+def notes_of(
+    labels: Sequence[str],
+    rewards_FN: npt.NDArray[np.float64],
+    total_GN: npt.NDArray[np.float64],
+    answers: Sequence[Answer],
+) -> dict[str, float]:
+    """What TRL logs of a generation, under its names; spreads are unbiased.
+
+    total_GN: the weighted sums by group; NaN for an answer that nothing judged.
+    """
+    spreads = [_spread(group) for group in total_GN]
+    lengths = [len(answer.ids) for answer in answers]
+    ended = [len(answer.ids) for answer in answers if not answer.truncated] or [0]
+    notes = {
+        "reward": _mean(total_GN),
+        "reward_std": _spread(total_GN),
+        "frac_reward_zero_std": float(np.mean([spread < 1e-8 for spread in spreads])),
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": float(np.mean([a.truncated for a in answers])),
+        "completions/mean_terminated_length": float(np.mean(ended)),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+    }
+    for label, rewards_N in zip(labels, rewards_FN, strict=True):
+        notes[f"rewards/{label}/mean"] = _mean(rewards_N)
+        notes[f"rewards/{label}/std"] = _spread(rewards_N)
+        notes[f"rewards/{label}/unjudged"] = float((~np.isfinite(rewards_N)).sum())
+    return notes
 
 
 def prepare(
@@ -288,7 +293,7 @@ def prepare(
     log = out / "completions.jsonl"
     batches = Generations(recipe, found, backend, prompts, judge, log, refers)
     objective = PolicyGradient(
-        found.config.loss_weights,
+        found.weights,
         recipe.anchor.weight,
         kind=stage.loss,
         level=stage.level,
@@ -298,13 +303,11 @@ def prepare(
         temperature=stage.temperature,
         max_tokens=stage.max_tokens,
     )
-    return Task(
+    return found.task(
         recipe,
-        found.model,
-        found.tokenizer,
+        backend,
         batches,
         objective,
-        start=found.digest,
         period=stage.iterations,
         logs=(log,),
         alone="answers are sampled and judged in one process",
@@ -316,6 +319,12 @@ def _mean(x: npt.NDArray[np.float64]) -> float:
     """Of what is there; NaN for nothing, which a log writes as null."""
     known = x[np.isfinite(x)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _spread(x: npt.NDArray[np.float64]) -> float:
+    """Standard deviation of what is there, unbiased; 0 of fewer than two."""
+    known = x[np.isfinite(x)]
+    return float(known.std(ddof=1)) if len(known) > 1 else 0.0
 
 
 grpo = partial(start, GrpoRecipe, prepare)

@@ -2,8 +2,8 @@
 
 A stage gives it a `Task`: a model, batches, an objective; of these it knows the protocols only.
 A run folder holds tokenizer.json, metrics.jsonl, checkpoints/step-*.safetensors (weights and
-optimizer in one atomic file) and, at the end, model/ (an unpacked model folder). One process writes
-a run folder at a time.
+optimizer in one atomic file) and, at the end, model/ (an unpacked model folder) or adapter/ (in
+peft's format). One process writes a run folder at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from chronos import backends
-from chronos.backends.protocol import Backend, Processes, TrainStep
+from chronos.backends.protocol import Adapter, Backend, Processes, TrainStep
 from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import read_header
 from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, UsageError
 from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.training.lora import write_adapter
 from chronos.common.training.objectives import Batches, Objective
 from chronos.common.training.recipe import (
     CadenceRecipe,
@@ -67,6 +68,7 @@ class Report:
     skipped: int = 0
     last: Event = field(default_factory=dict)
     model: Path | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Task:
     digest of the model it goes on with. period: updates that belong together, so that a run is
     saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
     goes on cuts back to where it is. alone: why several processes cannot share its updates, or
-    nothing. close: called when the run is over, whatever ended it.
+    nothing. adapt: gives what is trained beside the model in its place, once the batches are there.
+    close: called when the run is over, whatever ended it.
     """
 
     recipe: Recipe[Any]
@@ -90,6 +93,7 @@ class Task:
     period: int = 1
     logs: tuple[Path, ...] = ()
     alone: str = ""
+    adapt: Callable[[Batches], Adapter] | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -171,8 +175,9 @@ def run(
             on_event({"message": f"no checkpoint in {out}: starting at step 0"})
         task = prepare()
         try:
-            if task.alone and processes.count > 1:
-                raise UsageError(task.alone, "", "start one process")
+            alone = task.alone or ("adapters are trained in one process" if task.adapt else "")
+            if alone and processes.count > 1:
+                raise UsageError(alone, "", "start one process")
             with _signals() as stop:
                 begun = _Run(backend, processes, task, out, on_event)
                 return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
@@ -203,6 +208,7 @@ class _Run:
         self.processes, self.writes = processes, processes.rank == 0
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
+        self._adapter: Adapter | None = None
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
         self._reporter: reporting.Reporter | None = None
 
@@ -212,7 +218,9 @@ class _Run:
         set_threads(self.backend, task.recipe, self.on_event)
         if self.writes:
             task.tokenizer.save(self.out)
-        step = self.backend.train_step(task.model, task.recipe.optimizer)
+        self._adapter = None if task.adapt is None else task.adapt(task.batches)
+        adapters = [] if self._adapter is None else [self._adapter]
+        step = self.backend.train_step(task.model, task.recipe.optimizer, *adapters)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
         if report_to is not None and self.writes:
             known = task.recipe.to_json()
@@ -222,9 +230,27 @@ class _Run:
         finally:
             if self._reporter is not None:
                 self._reporter.close()
-        if self.writes and not report.signal:
+        if report.signal or not self.writes:
+            return report
+        if self._adapter is None:
             report.model = self._export()
+        else:
+            report.adapter = self._export_adapter(self._adapter)
         return report
+
+    def _export_adapter(self, adapter: Adapter) -> Path:
+        """Write the adapter as it is, in peft's format."""
+        folder, recipe = self.out / "adapter", self.task.recipe
+        assert recipe.lora is not None
+        write_adapter(
+            folder,
+            recipe.lora,
+            adapter.tensors(),
+            base=recipe.start,
+            fingerprint=self.task.start,
+        )
+        self.task.tokenizer.save(folder)
+        return folder
 
     def _export(self) -> Path:
         """Write the model folder of the weights as they are."""

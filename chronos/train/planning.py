@@ -64,6 +64,12 @@ def plan(
     loaded = backends.load(backend)
     if loaded.processes().count > 1:
         raise UsageError("a plan is made in one process", "--dry-run", "leave the launcher out")
+    if recipe.lora is not None:
+        raise UsageError(
+            "a plan is of a model that is trained whole",
+            "--dry-run",
+            "python -m bench.runs.finetune measures updates of adapters",
+        )
     # What depends on the length is done for two updates and one batch of the evaluation.
     cadence = dataclasses.replace(recipe.cadence, steps=2, eval_batches=1)
     short = dataclasses.replace(recipe, cadence=cadence)

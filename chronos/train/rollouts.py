@@ -32,7 +32,7 @@ class Sampler:
     def __init__(self, backend: Backend, found: Start, sequences: int) -> None:
         self._sequences, self._tokenizer = sequences, found.tokenizer
         self._engine = Engine(
-            backend.session(found.model, None),
+            found.session(backend),
             found.config,
             tokenizer=found.tokenizer,
             backend=backend.name,

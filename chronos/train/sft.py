@@ -63,7 +63,7 @@ def prepare(
             seq_len=stage.seq_len,
             pad_id=found.tokenizer.pad_id,
             seed=recipe.optimizer.seed,
-            packed=stage.packing,
+            packed=stage.packing and found.native,
         )
 
     fitted, held = rows(training), rows(validation) if validation else None
@@ -72,19 +72,17 @@ def prepare(
     if held:
         count = max(1, min(recipe.cadence.eval_batches, len(held) // stage.batch_size))
         valid = [held.batch(i, stage.batch_size) for i in range(count)]
-    return Task(
+    return found.task(
         recipe,
-        found.model,
-        found.tokenizer,
+        backend,
         PackedBatches(fitted, stage.batch_size, stage.accumulate),
         NextToken(
-            found.config.loss_weights,
+            found.weights,
             recipe.anchor.weight,
             dft=stage.loss == "dft",
             details=True,
         ),
         valid,
-        found.digest,
     )
 
 

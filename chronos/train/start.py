@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,65 @@ from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import read_weights
-from chronos.common.model.config import ModelConfig
-from chronos.common.model.guest import read_config
+from chronos.common.model.config import LossWeights, ModelConfig
+from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.text.tokenizer import Tokenizer
+from chronos.common.training.lora import LoraRecipe
+from chronos.common.training.objectives import Batches, Objective
 from chronos.common.training.recipe import Recipe
 from chronos.run.models import resolve_model
+from chronos.train.adapters import Frozen, loss_weights, open_frozen
+from chronos.train.loop import Task
 
 
 @dataclass
 class Start:
-    """A model to be trained, its folder, tokenizer and geometry; `digest` knows its weights."""
+    """A model to be trained, its folder, tokenizer and geometry; `digest` knows its weights.
+
+    weights: of the terms of its routing. frozen: the model as it was opened, where adapters are
+    trained beside it.
+    """
 
     folder: Path
     model: Any
-    config: ModelConfig
+    config: ModelConfig | GuestConfig
     tokenizer: Tokenizer
     digest: str
+    weights: LossWeights
+    frozen: Frozen | None = None
+
+    @property
+    def native(self) -> bool:
+        return isinstance(self.config, ModelConfig)
+
+    def session(self, backend: Backend) -> Any:
+        """Sequences on the model as it is at the time."""
+        frozen = self.frozen
+        return backend.session(self.model, None) if frozen is None else frozen.session(backend)
+
+    def task(
+        self,
+        recipe: Recipe[Any],
+        backend: Backend,
+        batches: Batches,
+        objective: Objective,
+        valid: Sequence[Batch] = (),
+        **options: Any,
+    ) -> Task:
+        """What the loop is given of it. options: other fields of `Task`."""
+        close = options.pop("close", lambda: None)
+
+        def close_all() -> None:
+            close()
+            if self.frozen is not None:
+                self.frozen.close()
+
+        if self.frozen is not None and recipe.lora is not None:
+            options["adapt"] = partial(
+                self.frozen.attach, backend, recipe.lora, recipe.optimizer.seed
+            )
+        known = (recipe, self.model, self.tokenizer, batches, objective, valid)
+        return Task(*known, **(options | {"start": self.digest, "close": close_all}))
 
 
 def open_start(recipe: Recipe[Any], backend: Backend, device: str | None, *, noise: bool) -> Start:
@@ -38,6 +82,14 @@ def open_start(recipe: Recipe[Any], backend: Backend, device: str | None, *, noi
     noise: whether dropout and masked experts stay as its config has them; policies and references
     of the alignment stages do without. Raises UsageError, ConfigError, CorruptFileError.
     """
+    if recipe.lora is not None:
+        return _open_frozen(recipe, recipe.lora, backend, device)
+    if recipe.budget:
+        raise ConfigError(
+            "a model that is trained whole has its experts in memory",
+            "--budget",
+            "train adapters of it: --lora 16",
+        )
     folder, config = start_config(recipe)
     changes: dict[str, Any] = {"loss_weights": recipe.model.loss_weights}
     if not noise:
@@ -45,32 +97,68 @@ def open_start(recipe: Recipe[Any], backend: Backend, device: str | None, *, noi
     config = dataclasses.replace(config, **changes)
     tokenizer = Tokenizer.load(folder, config.vocab_size)
     model = build(backend, folder, config, device)
-    if recipe.anchor.weight and recipe.anchor.form == "gate":
-        if config.routing_source != "gate":
-            raise ConfigError(
-                f"the gates of this model do not choose its experts ({config.routing_source} does)",
-                "anchor.form",
-                'use form = "states", or weight = 0',
-            )
-        backend.anchor(model)
+    _anchor(recipe, config, backend, model)
     digest = sample_digest(locate_tensors(folder))
-    return Start(folder, model, config, tokenizer, digest)
+    return Start(folder, model, config, tokenizer, digest, config.loss_weights)
+
+
+def _open_frozen(
+    recipe: Recipe[Any], lora: LoraRecipe, backend: Backend, device: str | None
+) -> Start:
+    """The recipe's start model as it is run, to train adapters of."""
+    folder, config = _found(recipe)
+    tokenizer = Tokenizer.load(folder, config.vocab_size)
+    frozen = open_frozen(folder, config, backend, device, lora, recipe.budget)
+    try:
+        _anchor(recipe, config, backend, frozen.model)
+    except BaseException:
+        frozen.close()
+        raise
+    weights = loss_weights(config, recipe.model.loss_weights)
+    return Start(folder, frozen.model, config, tokenizer, frozen.fingerprint, weights, frozen)
+
+
+def _anchor(
+    recipe: Recipe[Any], config: ModelConfig | GuestConfig, backend: Backend, model: Any
+) -> None:
+    if not recipe.anchor.weight:
+        return
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            "the gates of a model of another library show no probabilities to anchor",
+            "anchor.weight",
+            "use weight = 0, and leave `gate` out of lora.targets",
+        )
+    if recipe.anchor.form != "gate":
+        return
+    if config.routing_source != "gate":
+        raise ConfigError(
+            f"the gates of this model do not choose its experts ({config.routing_source} does)",
+            "anchor.form",
+            'use form = "states", or weight = 0',
+        )
+    backend.anchor(model)
 
 
 def start_config(recipe: Recipe[Any]) -> tuple[Path, ModelConfig]:
     """The folder and geometry of a recipe's start model, before anything is allocated."""
+    folder, config = _found(recipe)
+    if not isinstance(config, ModelConfig):
+        raise UsageError(
+            "a model that another library builds cannot be trained whole",
+            str(folder),
+            "train adapters of it: --lora 16",
+        )
+    return folder, config
+
+
+def _found(recipe: Recipe[Any]) -> tuple[Path, ModelConfig | GuestConfig]:
     if not recipe.start:
         raise ConfigError(
             "no model to go on with", "", "name one: --model FOLDER, or path in [model]"
         )
     folder = resolve_model(recipe.start)
     config = read_config(folder)
-    if not isinstance(config, ModelConfig):
-        raise UsageError(
-            "a model that another library builds cannot be trained whole",
-            str(folder),
-            "train a native model",
-        )
     if not (folder / "tokenizer.json").exists():
         raise UsageError("the model has no tokenizer.json", str(folder), "put one beside it")
     return folder, config
@@ -89,8 +177,18 @@ def open_reference(
     own: whether it must be another object than the policy, which is about to move. Raises
     UsageError for one of another vocabulary.
     """
+    if found.frozen is not None and own and not folder:
+        raise ConfigError(
+            "the model that gets adapters cannot be its own reference while they are trained",
+            "",
+            "score the reference before (dpo.precompute_reference = true), use beta = 0 (grpo), or"
+            " name a reference",
+        )
+    if not folder and own:
+        assert isinstance(found.config, ModelConfig)
+        return build(backend, found.folder, found.config, device)
     if not folder:
-        return build(backend, found.folder, found.config, device) if own else found.model
+        return found.model
     path = resolve_model(folder)
     config = read_config(path)
     if not isinstance(config, ModelConfig):
@@ -111,7 +209,7 @@ def check_vocabulary(tokenizer: Tokenizer, folder: Path, what: str) -> None:
         )
 
 
-def check_length(name: str, tokens: int, config: ModelConfig) -> None:
+def check_length(name: str, tokens: int, config: ModelConfig | GuestConfig) -> None:
     """Raises ConfigError where rows are longer than the model's context."""
     if tokens > config.max_position_embeddings:
         raise ConfigError(

@@ -45,7 +45,7 @@ COMMANDS = dict(docs.commands(typer.main.get_command(app), "chronos"))
 
 def test_the_commands_are_in_the_order_of_use() -> None:
     names = [path.split()[1] for path in COMMANDS]
-    assert names[:4] == ["demo", "generate", "chat", "train"] and names[-1] == "doctor"
+    assert names[:5] == ["demo", "generate", "chat", "serve", "train"] and names[-1] == "doctor"
     assert len(COMMANDS) == len(set(COMMANDS)) > 12
 
 

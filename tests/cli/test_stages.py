@@ -210,3 +210,16 @@ def test_references_agree(runs: Runs, reference: str) -> None:
     other = runs.train("dpo", runs.recipe("dpo", base, 3), "other", "-q")
     assert other.code == 0
     assert runs.weights(reference) == runs.weights("other")
+
+
+def test_a_policy_has_neither_dropout_nor_misses(runs: Runs) -> None:
+    """Else it would not be its reference at the first update, which DPO's loss shows."""
+    base = runs.folder / "base" / "model"
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config |= {"dropout": 0.1, "fallback_mask_prob": 0.1}
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    assert runs.train("dpo", runs.recipe("dpo", base), "dpo", "-q").code == 0
+    assert runs.lines("dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert runs.train("sft", runs.recipe("sft", base), "sft", "-q").code == 0
+    still = json.loads((runs.folder / "sft" / "model" / "config.json").read_text("utf-8"))
+    assert still["dropout"] == 0.1  # a stage before them keeps its noise

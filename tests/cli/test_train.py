@@ -134,6 +134,12 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert refused.code == 2 and "--dry-run" in refused.err
 
 
+@pytest.mark.needs_backend
+def test_a_plan_is_of_a_model_that_is_trained_whole(chronos: Any) -> None:
+    done = chronos("train", "sft", "-c", "sft", "--lora", 4, "--dry-run")
+    assert done.code == 2 and "trained whole" in done.err
+
+
 def reported(folder: Path) -> dict[tuple[str, int], float]:
     """(name, step) -> value of the event files in a folder, in the order they were written."""
     from tensorboardX.proto import event_pb2

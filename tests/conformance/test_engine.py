@@ -301,7 +301,7 @@ def test_a_step_that_another_thread_makes_is_not_disturbed(
 
 
 def test_the_public_names_of_an_engine_are_few_and_documented() -> None:
-    methods = {"generate", "generate_many", "limit", "prefetch_stats", "close"}
+    methods = {"generate", "generate_many", "batch", "check", "limit", "prefetch_stats", "close"}
     sizes = {"expert_bytes_total", "budget_bytes"}
     assert {name for name in vars(Engine) if not name.startswith("_")} == methods | sizes
     assert all(getattr(Engine, name).__doc__ for name in methods | sizes)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import chronos
@@ -190,6 +191,32 @@ def test_the_loss_is_the_next_tokens_and_padding_is_no_part_of_it(model: Any) ->
         torch.testing.assert_close(found, wanted)
 
 
+def test_micro_batches_share_the_labels_of_their_update(model: Any) -> None:
+    """Their losses are parts of the joined batch's, however few labels one has."""
+    ids = torch.from_numpy(IDS)
+    labels = ids.clone()
+    labels[0, :-3] = -100
+    whole = model(ids, labels=labels).loss
+    parts = [
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=3 + 20).loss
+        for row in (0, 1)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_options_of_other_models_are_refused_where_they_are_set(model: Any) -> None:
+    ids = torch.from_numpy(IDS)
+    wanted = model(ids).logits
+    unset = {"inputs_embeds": None, "output_attentions": None, "output_hidden_states": False}
+    assert torch.equal(model(ids, **unset).logits, wanted)
+    states = model.base_model(ids, **unset).last_hidden_state
+    assert torch.equal(model(ids, return_dict=False)[0], wanted)
+    assert torch.equal(model.base_model(ids, return_dict=False)[0], states)
+    for call in (model, model.base_model):
+        with pytest.raises(UsageError, match="takes no output_hidden_states"):
+            call(ids, output_hidden_states=True)
+
+
 def test_router_logits_are_scores_of_the_routers(model: Any) -> None:
     with torch.no_grad():
         out = model(torch.from_numpy(IDS), output_router_logits=True)
@@ -243,6 +270,18 @@ def test_a_state_dict_replaces_the_weights_that_are_saved(model: Any, tmp_path: 
         model.save_pretrained(tmp_path, state_dict=dict(list(state.items())[1:]))
 
 
+def test_the_file_of_a_folder_is_a_state_dict(model: Any, tmp_path: Path) -> None:
+    """By the names it has on disk, as a Trainer that resumes loads it."""
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_config(model.config)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert all(name.startswith("native.lookahead.") for name in found.missing_keys)
+    ids = torch.from_numpy(IDS)
+    assert torch.equal(other.eval()(ids).logits, model(ids).logits)
+    assert not other.load_state_dict(model.state_dict()).missing_keys
+
+
 def test_random_weights_follow_the_seed() -> None:
     config = ChronosConfig(**CONFIG.to_json())
     weights = []
@@ -278,6 +317,60 @@ def test_a_model_without_lookahead_stays_so(tmp_path: Path) -> None:
     model.save_pretrained(tiny_model(tmp_path / "second", seed=1))
     assert not (tmp_path / "second" / "lookahead.safetensors").exists()
     assert ChronosForCausalLM.from_pretrained(tmp_path / "second").native.lookahead is None
+
+
+def test_states_and_head_make_the_logits(model: Any) -> None:
+    """What trainers take apart to make logits for labels only."""
+    ids, mask = torch.from_numpy(IDS), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :4] = mask[1, -6:] = 0
+    with torch.no_grad():
+        out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        whole = model(ids, attention_mask=mask, output_router_logits=True)
+        assert torch.equal(model.get_output_embeddings()(out.last_hidden_state), whole.logits)
+        scores = model.base_model(ids, mask, output_router_logits=True).router_logits
+    assert out.router_logits is None
+    torch.testing.assert_close(scores, whole.router_logits, rtol=0, atol=0)
+    with pytest.raises(UsageError, match="without a cache"):
+        model.base_model(ids, use_cache=True)
+
+
+def test_the_head_is_the_embedding(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    head, names = model.get_output_embeddings(), model.state_dict().keys()
+    assert head.weight is model.get_input_embeddings().weight and head.bias is None
+    model.set_output_embeddings(head)
+    with pytest.raises(UsageError, match="head is the embedding"):
+        model.set_output_embeddings(torch.nn.Linear(2, 2))
+    model.resize_token_embeddings(CONFIG.vocab_size + 4, mean_resizing=False)
+    assert model.get_output_embeddings().out_features == CONFIG.vocab_size + 4
+    assert model(torch.from_numpy(IDS)).logits.shape[-1] == CONFIG.vocab_size + 4
+    assert model.state_dict().keys() == names
+
+
+def test_no_code_is_named_beside_the_weights(packed: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(packed)
+    assert config.auto_map == {}
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_training_has_no_misses_and_dropout_can_be_switched_off(tmp_path: Path) -> None:
+    """A policy in training mode is its reference; what is saved still asks for both."""
+    folder = tiny_model(tmp_path / "model", dropout=0.5, fallback_mask_prob=0.9)
+    ids = torch.from_numpy(IDS)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)),
+    ):
+        wanted = model.eval()(ids).logits
+        assert not torch.allclose(model.train()(ids).logits, wanted)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # as TRL does
+        torch.testing.assert_close(model(ids).logits, wanted)
+        model.save_pretrained(tmp_path / "saved")
+        saved = ModelConfig.from_json(tmp_path / "saved")
+        assert (saved.dropout, saved.fallback_mask_prob) == (0.5, 0.9)
 
 
 @pytest.mark.parametrize(

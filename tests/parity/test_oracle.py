@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.experts.tier import HeldLease
+from chronos.common.experts.lease import HeldLease
 from chronos.common.layout import open_layout, pack
 from chronos.common.model.config import ModelConfig
 from chronos.common.text.sampling import SamplingParams

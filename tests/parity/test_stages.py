@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from chronos.common.data import IGNORE, Batch
+from chronos.common.text.sampling import SamplingParams
 from chronos.common.training import losses
 from chronos.common.training.objectives import (
+    Counts,
     Distillation,
     NextToken,
     OddsRatio,
@@ -19,6 +21,7 @@ from chronos.common.training.objectives import (
     Preference,
 )
 from chronos.common.training.recipe import OptimizerRecipe
+from chronos.run.sequence import OneSequence
 from chronos.testing import oracle
 from chronos.testing.tolerances import assert_close
 from chronos.testing.train_tests import TINY, difference, rows
@@ -89,19 +92,27 @@ def by_formula(o: Any, logits_BTV: np.ndarray, data: Batch) -> dict[str, float]:
     """The terms of one batch. Where the ratio's `old` is near, both sides of the clip occur."""
     labels, extra = data.labels_BT, data.extra
     lp = losses.label_log_probs(logits_BTV, labels, getattr(o, "temperature", 1.0))
+    at = labels != IGNORE
+    logp = losses.log_softmax(logits_BTV)
+    hit_BT, entropy_BT = at & (logp.argmax(-1) == labels), -(np.exp(logp) * logp).sum(-1)
     if isinstance(o, NextToken):
         found = {
             "ce": losses.dft(lp, labels) if o.dft else losses.cross_entropy(logits_BTV, labels)
         }
         if o.details:
-            at = labels != IGNORE
-            logp = losses.log_softmax(logits_BTV)[at]
-            found["mean_token_accuracy"] = float((logp.argmax(-1) == labels[at]).mean())
-            found["entropy"] = float(-(np.exp(logp) * logp).sum(-1).mean())
+            found["mean_token_accuracy"] = float(hit_BT[at].mean())
+            found["entropy"] = float(entropy_BT[at].mean())
         return found
     if isinstance(o, Preference):
         names = ("kind", "beta", "label_smoothing", "ld_alpha")
         found = losses.dpo(lp, extra["reference"], labels, **{n: getattr(o, n) for n in names})
+        mean_BT, chosen, rejected = logits_BTV.mean(-1), at[::2], at[1::2]
+        found |= {
+            "entropy": float(entropy_BT[at].mean()),
+            "mean_token_accuracy": float(hit_BT[::2][chosen].mean()),
+            "logits/chosen": float(mean_BT[::2][chosen].mean()),
+            "logits/rejected": float(mean_BT[1::2][rejected].mean()),
+        }
         if o.sft:
             found["nll_loss"] = -float(lp[::2].sum() / (labels[::2] != IGNORE).sum())
         return found
@@ -285,3 +296,150 @@ def test_teacher_is_student(backend: Any) -> None:
     for o in DISTILLATIONS:
         found = step.evaluate([dataclasses.replace(data, extra=same)], o)
         assert found["kd"] == pytest.approx(0, abs=1e-6)
+
+
+def padded(batch: Batch, left: int, right: int) -> Batch:
+    """The rows between padding of random tokens."""
+    rng, sides = np.random.default_rng(4), ((0, 0), (left, right))
+    outside = np.pad(np.zeros(batch.ids_BT.shape, bool), sides, constant_values=True)
+    noise = rng.integers(0, TINY.vocab_size, outside.shape).astype(np.int32)
+    return Batch(
+        np.where(outside, noise, np.pad(batch.ids_BT, sides)),
+        np.pad(batch.labels_BT, sides, constant_values=IGNORE),
+        np.pad(batch.segments_BT, sides, constant_values=-1),
+    )
+
+
+def test_scores_do_not_depend_on_padding_or_company(backend: Any) -> None:
+    data, model = pairs(3), backend.build(TINY, seed=7)
+    at = data.labels_BT != IGNORE
+    expected = backend.score(model, data).log_probs_BT
+    for left, right in ((5, 0), (0, 6), (3, 2)):
+        found = backend.score(model, padded(data, left, right)).log_probs_BT
+        np.testing.assert_allclose(found[:, left : left + at.shape[1]][at], expected[at], atol=2e-6)
+    arrays = (data.ids_BT, data.labels_BT, data.segments_BT)
+    turned = Batch(*(x[::-1].copy() for x in arrays))
+    found = backend.score(model, turned).log_probs_BT[::-1]
+    np.testing.assert_allclose(found[at], expected[at], atol=2e-6)
+    for row in range(len(at)):
+        used = int((data.segments_BT[row] >= 0).sum())
+        alone = Batch(*(x[row : row + 1, :used] for x in arrays))
+        found = backend.score(model, alone).log_probs_BT[0]
+        np.testing.assert_allclose(found, expected[row, :used], atol=2e-6)
+
+
+def test_scores_are_those_of_decoding(backend: Any) -> None:
+    """A label's log-probability is what sampling gives that token after the ones before it."""
+    data, model = pairs(1), backend.build(TINY, seed=7)
+    scores = backend.score(model, data).log_probs_BT[0]
+    runner, sampling = OneSequence(backend.session(model)), SamplingParams()
+    for t in range(int((data.segments_BT[0] >= 0).sum())):
+        step, token = (runner.decode if t else runner.prefill), int(data.ids_BT[0, t])
+        step(token if t else [token], sampling)
+        if (label := data.labels_BT[0, t]) != IGNORE:
+            assert losses.log_softmax(runner.logits())[label] == pytest.approx(scores[t], abs=2e-6)
+
+
+def test_a_masked_answer_leaves_the_denominator(backend: Any) -> None:
+    """DAPO's loss with one of three answers masked is that of the other two."""
+    whole = pairs(2)
+    three, cut = part(whole, 0, 3), part(whole, 0, 3)
+    labels = three.labels_BT.copy()
+    labels[2] = IGNORE
+    cut = dataclasses.replace(cut, labels_BT=labels)
+    for kind in ("dapo", "grpo", "dr_grpo"):
+        o = PolicyGradient(kind=kind, max_tokens=9)
+        step = start(backend)
+        found, expected = step.evaluate([cut], o), step.evaluate([part(whole, 0, 2)], o)
+        assert found["policy"] == pytest.approx(expected["policy"], rel=1e-6)
+        assert found["policy"] != pytest.approx(step.evaluate([three], o)["policy"], rel=1e-3)
+
+
+def test_accuracies_are_of_pairs_in_any_split(backend: Any) -> None:
+    """Three of four pairs, in micro-batches of one and three."""
+    joined, step = pairs(4), start(backend)
+    own = backend.score(step.model, joined).log_probs_BT
+    at = joined.labels_BT != IGNORE
+    margin = np.array([0.5, -0.5] * 3 + [-50.0, 0.5])[:, None]  # of chosen and rejected
+    known = np.where(at, own - margin, 0).astype(np.float32)
+    joined = dataclasses.replace(joined, extra=dict(joined.extra) | {"reference": known})
+    parts = [part(joined, 0, 2), part(joined, 2, 8)]
+    for batches in ([joined], parts):
+        found = step.step(batches, Preference(), 0.0, 0)
+        assert found["rewards/accuracies"] == pytest.approx(0.75)
+        assert found["rewards/margins"] < 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_an_old_policy_the_own_one_is_it(backend: Any, level: str) -> None:
+    """Its gradient too: ratios are 1 and not constant."""
+    o = PolicyGradient(kind="grpo", level=level, beta=0.1)
+    data, found = pairs(), []
+    known = backend.score(start(backend).model, data).log_probs_BT
+    for extra in ({"old": known}, {}):
+        step = start(backend)
+        kept = {name: array for name, array in data.extra.items() if name != "old"} | extra
+        step.step([dataclasses.replace(data, extra=kept)], o, 1e-3, 0)
+        found.append(gradients(step))
+    assert max(np.abs(gradient).max() for gradient in found[1].values()) > 1e-3
+    assert difference(found[1], found[0]) < 1e-5
+
+
+def formula(backend: Any, o: Any, logits_NV: np.ndarray, data: Batch, term: str) -> Any:
+    """A term of one backend's loss of these logits, rows of one token each, and its gradient."""
+    module = importlib.import_module(f"{backend.__name__}.losses")
+    own = dict(o.count(data))
+    counts = Counts({name: max(number, 1) for name, number in own.items()}, (len(logits_NV),))
+
+    def value(x: Any, arrays: Any) -> Any:
+        def labels(function: Any, *others: Any) -> Any:
+            return [y[:, None] for y in function(x, arrays["labels"][:, 0], *others)]
+
+        return module.OBJECTIVES[o.name](labels, arrays, o, counts)[term]
+
+    if backend.name == "torch":
+        import torch
+
+        arrays = module.tensors_of(data, torch.device("cpu"))
+        x = torch.tensor(logits_NV, dtype=torch.float32, requires_grad=True)
+        found = value(x, arrays)
+        found.backward()
+        return float(found.detach()), x.grad.numpy()
+    import mlx.core as mx
+
+    arrays = module.tensors_of(data)
+    found, slope = mx.value_and_grad(lambda x: value(x, arrays))(mx.array(logits_NV, mx.float32))
+    return float(found), np.array(slope)
+
+
+def tokens_of(labels: Any, **extra: Any) -> Batch:
+    """A row for each label, of one token."""
+    labels_B1 = np.array(labels, np.int32)[:, None]
+    arrays = {name: np.array(array, np.float32) for name, array in extra.items()}
+    return Batch(np.zeros_like(labels_B1), labels_B1, np.zeros_like(labels_B1), arrays)
+
+
+def test_the_divergences_gradient_is_that_of_reverse_kl(backend: Any) -> None:
+    """k3 alone has the gradient of the forward one. Samples are the policy of three
+    tokens itself, so its expectation is exact."""
+    p, q, labels = np.array([3, 2, 1]) / 6, np.array([0.2, 0.5, 0.3]), [0, 0, 0, 1, 1, 2]
+    data = tokens_of(labels, advantages=np.zeros(6), reference=np.log(q)[labels][:, None])
+    logits = np.tile(np.log(p), (6, 1))
+    value, slope = formula(backend, PolicyGradient(beta=1.0), logits, data, "policy")
+    kl = float((p * np.log(p / q)).sum())
+    assert value == pytest.approx(kl, rel=1e-5)
+    np.testing.assert_allclose(slope.sum(0), p * (np.log(p / q) - kl), atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [20.0, 9.0, 0.0, -50.0])
+def test_odds_near_certainty_have_a_finite_gradient(backend: Any, gap: float) -> None:
+    """Of a token whose logit lies so far above the other's: float64's up to where float32 knows
+    no probability below 1 any more."""
+    data = tokens_of([0, 0], answer=[[1], [1]])
+    logits = np.array([[gap, 0.0], [1.0, 0.0]])
+    value, slope = formula(backend, OddsRatio(), logits, data, "log_odds_ratio")
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    if gap < 15:  # the odds of the two tokens are e^gap and e
+        assert value == pytest.approx(-np.logaddexp(0, 1 - gap), rel=1e-3)
+        share = 1 / (1 + np.exp(gap - 1))
+        np.testing.assert_allclose(slope[0], [share, -share], rtol=1e-3, atol=1e-6)

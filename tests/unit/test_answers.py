@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from chronos.common.data import (
     IGNORE,
@@ -62,6 +64,55 @@ def test_a_completion_is_encoded_apart_and_ends(tokenizer: Tokenizer) -> None:
     assert not example.trained[: len(prompt)].any() and example.trained[len(prompt) :].all()
     assert example.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(example.ids) == "for name in names"
+
+
+def test_a_row_begins_once(tmp_path: Path) -> None:
+    """As `chronos chat` and `generate` begin, with a tokenizer that puts a token before a text and
+    a template that writes it too."""
+    Tokenizer.train(["hello there general kenobi"], 270).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    core = tokenizers.Tokenizer.from_file(str(file))
+    core.add_special_tokens(["<s>"])
+    bos = core.token_to_id("<s>")
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", bos)]
+    )
+    core.save(str(file))
+    settings = {"eos_token": "<|eos|>", "pad_token": "<|pad|>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + template.read_text("utf-8"), "utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    rows = [
+        Document("f:1", "messages", messages=(USER, REPLY)),
+        Document("f:2", "completion", prompt="hello", completion=" there"),
+        Document("f:3", text="hello there"),
+        Document("f:4", "completion", prompt=(USER,), completion=(REPLY,)),
+    ]
+    fed = [
+        tokenizer.apply_chat([USER]),
+        tokenizer.encode_prompt("hello"),
+        tokenizer.encode_prompt("hello there"),
+        tokenizer.apply_chat([USER]),
+    ]
+    for example, start in zip(encode_examples(tokenizer, rows, 99, bad()), fed, strict=True):
+        assert example.ids[: len(start)].tolist() == start
+        assert (example.ids == bos).tolist() == [True] + [False] * (len(example.ids) - 1)
+        assert not example.trained[0]
+
+
+def test_padding_with_the_end_token_changes_no_label(tokenizer: Tokenizer) -> None:
+    rows = [Document("f:1", "completion", prompt="a", completion=c) for c in ("b", "b" * 9)]
+    examples = encode_examples(tokenizer, rows, 99, bad())
+    batches = [
+        next(FittedRows(examples, seq_len=20, pad_id=pad, seed=0, packed=False).sweep(2))
+        for pad in (tokenizer.pad_id, tokenizer.eos_id)
+    ]
+    assert tokenizer.pad_id != tokenizer.eos_id
+    assert np.array_equal(batches[0].labels_BT, batches[1].labels_BT)
+    assert np.array_equal(batches[0].segments_BT, batches[1].segments_BT)
+    ends = [labels[labels != IGNORE][-1] for labels in batches[1].labels_BT]
+    assert ends == [tokenizer.eos_id] * 2
 
 
 def test_rows_that_cannot_be_trained_are_named_or_counted(tokenizer: Tokenizer) -> None:

@@ -14,8 +14,10 @@ import pytest
 import chronos.backends
 
 BACKENDS = Path(chronos.backends.__file__).parent
-X86 = {"products.py"}  # torch carries two libraries for products there, MLX one
-FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - X86)
+# torch carries two libraries for products on x86, MLX one; MLX has products of its own for what
+# MLX-LM quantises, and computes with nothing else that is quantised.
+OWN = {"products.py", "quantised.py"}
+FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - OWN)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
     "attention.RMSNorm": "mlx.nn has one in every version",
@@ -31,7 +33,11 @@ ONLY = {
     "codecs.memory": "an MLX array is written to by its buffer, a torch tensor by `numpy()`",
     "codecs.Codec.gathered": "gather_mm over a stack; torch computes expert by expert",
     "codecs.Swiglu.gathered": "see codecs.Codec.gathered",
-    "codecs.MlxLm": "MLX-LM's experts; PyTorch cannot compute those it quantises",
+    "codecs.MlxLm": "MLX-LM's experts; torch dequantises those: see codecs.Quantised",
+    "codecs.Coded": "see OWN",
+    "codecs.Quantised": "see OWN",
+    "codecs.Quantised.view": "see OWN",
+    "codecs.Quantised.parameters": "see OWN",
     "codecs.Switch": "what MLX-LM's module has beside its experts; torch hands in the module",
     "codecs.Transformers.forward": "MLX computes these as MLX-LM's, and takes its methods",
     "codecs.Transformers.parameters": "see codecs.Transformers.forward",
@@ -44,6 +50,14 @@ ONLY = {
     "arena.Place": "MLX gathers from stacks of slots: a layer needs the slot's index",
     "session.Session.keep": "torch cuts and copies a cache in inference mode; MLX inherits it",
     "session.Session.fork": "see session.Session.keep",
+    "checkpoint.dequantised_bytes": "see OWN",
+    "streamed.routed_sum": "MLX-LM's blocks weigh the outputs themselves",
+    "streamed.routed_outputs": "see streamed.routed_sum",
+    "lora.LoraWeight": "Transformers has gates that are no linear layers",
+    "lora.LoraLinear.bias": "MLX reads no bias of a layer it did not call",
+    "lora.LoraExpert.of": "MLX transforms arrays that a function is given, torch those it meets",
+    "model.Model.head_weight": "see lora.LoraExpert.of",
+    "model.Model.head_by": "see lora.LoraExpert.of",
     "checkpoint.blank": "MLX arrays cannot be on a meta device: stacks are allocated, then filled",
     "checkpoint.named": "MLX stacks experts; torch names parameters as the disk does",
     "checkpoint.tensor_at": "see checkpoint.named",
@@ -55,6 +69,7 @@ PARAMETERS = {
     "codecs.Transformers.view": "see codecs.Codec.view",
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",
+    "moe.MoE.compute": "see lora.LoraExpert.of",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "arena.Arena.__init__": "torch takes a CopyEngine",
     "optimizers.Optimizer.update": "torch's parameters carry their gradients; MLX's are values",

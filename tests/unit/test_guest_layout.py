@@ -232,6 +232,18 @@ def test_memory_does_not_grow_with_the_expert(tmp_path):
         ("model.layers.3.mlp.shared_expert.gate_proj.weight", None),
         ("model.layers.3.mlp.gate.weight", None),
         ("model.experts_norm.weight", None),
+        (
+            "model.layers.3.mlp.experts.7.w3.weight_scale_inv",
+            ("model.", 3, 7, "up_proj.weight_scale_inv", 0),
+        ),
+        (
+            "model.layers.3.mlp.experts.7.down_proj.g_idx",
+            ("model.", 3, 7, "down_proj.g_idx", 0),
+        ),
+        (
+            "model.layers.3.mlp.experts.gate_up_proj_blocks",
+            ("model.", 3, None, "gate_up_proj_blocks", 0),
+        ),
     ],
 )
 def test_names(name, part):
@@ -241,9 +253,9 @@ def test_names(name, part):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.3.mlp.experts.0.gate_proj.weight_scale_inv",
-        "model.layers.3.mlp.experts.0.gate_proj.qweight",
-        "model.layers.3.mlp.experts.gate_up_proj_blocks",
+        "model.layers.3.mlp.experts.0.gate_proj.weight_g_idx",
+        "model.layers.3.mlp.experts.0.gate_proj.weight.quant_state.bitsandbytes__nf4",
+        "model.layers.3.mlp.experts.gate_up_proj_absmax",
         "model.layers.3.mlp.experts.w13_weight",
         "transformer.blocks.3.ffn.experts.mlp.w1",
         "model.layers.3.mlp.experts.0.adapter.weight",
@@ -272,7 +284,7 @@ def test_inspect_says_before_packing_what_the_packed_model_will_weigh(tmp_path):
 
 def test_a_second_run_keeps_what_the_first_had_finished(tmp_path):
     source, target = tiny_guest(tmp_path / "src", shards=2), tmp_path / "dst"
-    renames = 2 + 1  # dense part, config.json, the first cluster; the next one fails
+    renames = 3 + 1  # dense part, config.json, names, the first cluster; the next one fails
     with pytest.raises(ResourceError):
         pack(source, target, io=FaultyIO(fail_at=renames + 1, ops={"replace"}))
     dense = (target / "model.safetensors").stat().st_mtime_ns

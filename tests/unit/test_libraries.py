@@ -74,7 +74,12 @@ def test_a_no_gives_its_reason(installed: Path, model_type: str, torch: str, mlx
 
 
 def test_records_decide_which_library_is_asked(installed: Path) -> None:
-    assert [v.text.split(",")[0] for v in who_runs("mixtral", "mlx")] == ["MLX-LM on mlx"]
+    def asked(model_type: str, dialect: str) -> list[str]:
+        return [v.text.split(",")[0] for v in who_runs(model_type, dialect)]
+
+    assert asked("mixtral", "mlx") == ["MLX-LM on mlx", "Transformers on torch"]
+    assert asked("deepseek_v3", "mlx") == ["MLX-LM on mlx"]  # whose attention MLX-LM rearranges
+    assert asked("mixtral", "quantised") == ["Transformers on torch"]
     assert [v.text for v in who_runs("chronos", "chronos")] == ["Chronos"]
 
 

@@ -127,3 +127,46 @@ def test_health_of_the_picks() -> None:
     assert losses.largest_share(share) == 0.75
     assert losses.effective_experts(np.full((1, 4), 0.25)) == pytest.approx([4.0])
     assert losses.effective_experts(np.eye(4)[:1]) == pytest.approx([1.0])
+
+
+def test_accuracies_count_pairs() -> None:
+    """Not whether the mean of one side is above the other's: three of four, and one far below."""
+    gain = np.array([[1.0], [0.0], [0.5], [0.0], [0.1], [0.0], [-9.0], [0.0]])
+    found = losses.dpo(gain, np.zeros_like(gain), np.zeros_like(gain, int), beta=0.1)
+    assert found["rewards/accuracies"] == 0.75
+    assert found["rewards/margins"] == pytest.approx(0.1 * (1.0 + 0.5 + 0.1 - 9.0) / 4)
+
+
+@pytest.mark.parametrize("x", [-1e-9, -1e-4, -math.log(2), -1.0, -50.0])
+def test_odds_of_what_is_almost_certain(x: float) -> None:
+    """log(1 - e^x) by its series near 0 and far away, by definition between."""
+    expected = {-1e-9: math.log(1e-9), -1e-4: math.log(1e-4 - 5e-9), -50.0: -math.exp(-50.0)}
+    found = float(losses.log1mexp(np.array([x]))[0])
+    assert found == pytest.approx(expected.get(x, math.log(1 - math.exp(x))), rel=1e-8)
+    certain = losses.orpo(np.array([[0.0], [x]]), np.ones((2, 1), bool), np.zeros((2, 1), int))
+    assert all(map(math.isfinite, certain.values()))
+
+
+def test_the_ends_of_jsd_are_the_two_divergences() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 7))
+    s, t = losses.log_softmax(student / 2), losses.log_softmax(teacher / 2)
+    forward, reverse = (np.exp(t) * (t - s)).sum(-1), (np.exp(s) * (s - t)).sum(-1)
+    np.testing.assert_allclose(losses.divergence(student, teacher, 2.0, 0.0), forward)
+    np.testing.assert_allclose(losses.divergence(student, teacher, 2.0, 1.0), reverse)
+    np.testing.assert_allclose(losses.divergence(student, teacher, 2.0), 4 * forward)
+    # Beside the ends the mixture's divergence is beta, or 1 - beta, times one of them.
+    near = losses.divergence(student, teacher, 2.0, 1e-6) / 1e-6
+    np.testing.assert_allclose(near, forward, rtol=1e-4)
+    near = losses.divergence(student, teacher, 2.0, 1 - 1e-6) / 1e-6
+    np.testing.assert_allclose(near, reverse, rtol=1e-4)
+
+
+def test_one_collapsed_layer_is_seen() -> None:
+    """Two layers that lean to opposite sides are even together and not by themselves."""
+    ids = np.array([[[[0]] * 5], [[[1]] * 5]])
+    probs, segments = one_hot(ids[..., 0], 2), np.zeros((1, 5), int)
+    assert losses.balance(probs, ids, segments) == pytest.approx(2 * 2)
+    share = losses.pick_shares(ids, segments, 2)
+    assert losses.effective_experts(share) == pytest.approx([1, 1])
+    assert losses.effective_experts(share.mean(0, keepdims=True)) == pytest.approx([2])

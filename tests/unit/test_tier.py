@@ -17,7 +17,7 @@ import pytest
 from chronos.common.disk.reader import Request
 from chronos.common.errors import StoreError
 from chronos.common.experts.residency import LRU, Counts
-from chronos.common.experts.tier import PRELOAD
+from chronos.common.experts.stats import PRELOAD
 from chronos.common.experts.tiers import SlotTier, StagedTier
 from chronos.common.layout import Layout
 from chronos.common.model.weights import Key
@@ -342,7 +342,7 @@ def test_a_staged_tier_moves_records_through_one_host_slot(layout: Layout) -> No
 class Ranking(Counts):
     """A forecasting policy whose ranks a test sets."""
 
-    forecasts = True
+    name, forecasts = "ranking", True
 
     def __init__(self) -> None:
         self.priority = np.zeros((LAYERS, EXPERTS))
@@ -351,7 +351,7 @@ class Ranking(Counts):
     def reconsider(self) -> None: ...
     def end_token(self) -> None: ...
     def begin_prompt(self) -> None: ...
-    def end_prompt(self, ids_TLK: np.ndarray) -> None: ...
+    def end_prompt(self, ids_TLK: np.ndarray, seq: int = 0) -> None: ...
 
 
 def test_a_forecast_ranks_the_warm_tier_too(layout: Layout) -> None:

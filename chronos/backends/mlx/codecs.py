@@ -47,6 +47,8 @@ DTYPES = {
 }
 _KINDS = ("weight", "scales", "biases", "bias")
 Tensors = Mapping[str, mx.array]
+# (matrix, its input) to what is added to the product; see `lora`.
+Adapter = Callable[[str, mx.array], mx.array] | None
 
 
 class Raw(NamedTuple):
@@ -67,15 +69,16 @@ def memory(array: mx.array) -> memoryview:
 class Codec(Protocol):
     """How one encoding is computed. It holds no state: a layer hands in its own."""
 
+    adapts: bool  # whether adapters are taken
     stacked: bool  # whether layers ask for stacks alone, and views of single experts are not made
 
     def view(self, raw: Raw, record: Record) -> Any:
         """The expert, or the stack of experts, in bytes that will be those of `record`s. The bytes
         are not there yet."""
 
-    def forward(self, x_TD: mx.array, expert: Any, block: Any) -> mx.array:
+    def forward(self, x_TD: mx.array, expert: Any, block: Any, adapter: Adapter = None) -> mx.array:
         """The expert's output for its rows. block: the layer's module, or its `Switch`, for what
-        all its experts share (activation, scales)."""
+        all its experts share (activation, scales). adapter: what it adds to its products."""
 
     def gathered(
         self, x_ND: mx.array, stack: Any, places_N: mx.array, block: Any, sort: bool
@@ -94,15 +97,18 @@ class Expert(NamedTuple):
 class Swiglu:
     """The experts of Chronos' own models, as they are trained."""
 
-    stacked = False
+    adapts, stacked = True, False
 
     def view(self, raw: Raw, record: Record) -> Expert:
         return Expert(*tensors_of(raw, record).values())
 
-    def forward(self, x_TD: mx.array, expert: Expert, block: Any = None) -> mx.array:
+    def forward(
+        self, x_TD: mx.array, expert: Expert, block: Any = None, adapter: Adapter = None
+    ) -> mx.array:
         """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
         gate_up_TF = x_TD @ expert.gate_up_FD.astype(x_TD.dtype).T
-        return swiglu(gate_up_TF) @ expert.down_DF.astype(x_TD.dtype).T
+        h_TF = swiglu(_adapted(gate_up_TF, adapter, "gate_up_proj", x_TD))
+        return _adapted(h_TF @ expert.down_DF.astype(x_TD.dtype).T, adapter, "down_proj", h_TF)
 
     def gathered(
         self, x_ND: mx.array, stack: Expert, places_N: mx.array, block: Any, sort: bool
@@ -137,18 +143,27 @@ class MlxLm:
     """Experts as MLX-LM's own switches hold them, quantised or not: the products are MLX-LM's own,
     gathers over a stack by index, so each row has the bits it has there."""
 
-    stacked = True
+    adapts, stacked = True, True
 
     def view(self, raw: Raw, record: Record) -> Tensors:
         return tensors_of(raw, record)
 
-    def forward(self, x_TD: mx.array, expert: Tensors, block: Switch) -> mx.array:
+    def forward(
+        self, x_TD: mx.array, expert: Tensors, block: Switch, adapter: Adapter = None
+    ) -> mx.array:
         stack = {name: array[None] for name, array in expert.items()}
-        return self.gathered(x_TD, stack, mx.zeros(len(x_TD), mx.uint32), block, True)
+        return self.gathered(x_TD, stack, mx.zeros(len(x_TD), mx.uint32), block, True, adapter)
 
     def gathered(
-        self, x_ND: mx.array, stack: Tensors, places_N: mx.array, block: Switch, sort: bool
+        self,
+        x_ND: mx.array,
+        stack: Tensors,
+        places_N: mx.array,
+        block: Switch,
+        sort: bool,
+        adapter: Adapter = None,
     ) -> mx.array:
+        """adapter: of the one expert that all places hold."""
         tensors = self._named(stack, block)
 
         def linear(name: str, x_N1A: mx.array) -> mx.array:
@@ -157,13 +172,20 @@ class MlxLm:
 
         x_N1D = x_ND[:, None]
         if not block.gated:
-            return linear("fc2", block.activation(linear("fc1", x_N1D)))[:, 0]
+            up_N1F = _adapted(linear("fc1", x_N1D), adapter, "up_proj", x_N1D)
+            h_N1F = block.activation(up_N1F)
+            return _adapted(linear("fc2", h_N1F), adapter, "down_proj", h_N1F)[:, 0]
         if "gate_up_proj.weight" in tensors:
-            both_N1F = linear("gate_up_proj", x_N1D)
+            both_N1F = _adapted(linear("gate_up_proj", x_N1D), adapter, "gate_up_proj", x_N1D)
             gate_N1F, up_N1F = both_N1F[..., ::2], both_N1F[..., 1::2]
         else:
             up_N1F, gate_N1F = linear("up_proj", x_N1D), linear("gate_proj", x_N1D)
-        return linear("down_proj", block.activation(up_N1F, gate_N1F))[:, 0]
+            if adapter is not None:
+                more_gate, more_up = mx.split(adapter("gate_up_proj", x_N1D), 2, axis=-1)
+                gate_N1F = gate_N1F + more_gate.astype(gate_N1F.dtype)
+                up_N1F = up_N1F + more_up.astype(up_N1F.dtype)
+        h_N1F = block.activation(up_N1F, gate_N1F)
+        return _adapted(linear("down_proj", h_N1F), adapter, "down_proj", h_N1F)[:, 0]
 
     def parameters(self, stack: Tensors, block: Switch) -> dict[str, mx.array]:
         """The parameters of MLX-LM's switch [S, ...], by its names."""
@@ -203,6 +225,10 @@ class Transformers(MlxLm):
             names = {"up_proj": "fc1", "down_proj": "fc2"}
             found = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in found.items()}
         return found
+
+
+def _adapted(y_TD: mx.array, adapter: Adapter, name: str, x_TD: mx.array) -> mx.array:
+    return y_TD if adapter is None else y_TD + adapter(name, x_TD).astype(y_TD.dtype)
 
 
 def _product(

@@ -11,7 +11,7 @@ J lookahead steps + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -111,11 +111,11 @@ def at_labels(
     labels_BT, at_N = batch["labels"], batch["at"]
     x_ND, labels_N = hidden_BTD.flatten(0, 1)[at_N], labels_BT.flatten()[at_N]
     size = max(1, TILE_BYTES // (4 * model.config.vocab_size))
-    weight = model.model.embed_tokens.weight  # an argument: else its gradient would be lost
+    weight = model.head_weight  # an argument: else its gradient would be lost
 
     def tile(first: int, weight: mx.array, x_nD: mx.array) -> tuple[mx.array, ...]:
         rest = (x[first : first + size] for x in (labels_N, *others))  # have no gradient
-        return function((x_nD @ weight.T).astype(mx.float32), *rest)
+        return function(model.head_by(weight, x_nD).astype(mx.float32), *rest)
 
     if len(at_N) <= size:
         found = tile(0, weight, x_ND)
@@ -138,13 +138,14 @@ def label_log_probs(
     return (-nn.losses.cross_entropy(logits_NV, labels_N),)
 
 
-def label_details(logits_NV: mx.array, labels_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The log-probabilities, whether the label was the first choice, and the entropy in nats."""
+def label_details(logits_NV: mx.array, labels_N: mx.array) -> tuple[mx.array, ...]:
+    """The log-probabilities, whether the label was the first choice, the entropy in nats, and the
+    mean of all logits."""
     still_NV = mx.stop_gradient(logits_NV)
     hit_N = (mx.argmax(still_NV, axis=-1) == labels_N).astype(mx.float32)
     logp_NV = _log_softmax(still_NV)
     entropy_N = -(mx.exp(logp_NV) * logp_NV).sum(-1)
-    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N
+    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N, still_NV.mean(-1)
 
 
 def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -160,16 +161,16 @@ def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts)
 
 def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Preference of the chosen answer over the rejected one, against a reference."""
-    o, (lp_BT,) = objective, labels(label_log_probs)
+    o, (lp_BT, *details) = objective, labels(label_details)
     mask_BT = (batch["labels"] != IGNORE).astype(mx.float32)
     length_B1 = mask_BT.sum(1, keepdims=True)
     shorter_B1 = mx.repeat(length_B1.reshape(-1, 2).min(1), 2)[:, None]
     weight_BT = mx.where(mx.cumsum(mask_BT, axis=1) <= shorter_B1, 1.0, o.ld_alpha) * mask_BT
-    if o.kind in ("ipo", "sigmoid_norm"):
-        weight_BT = weight_BT / mx.maximum(length_B1, 1)
     own_P2 = (lp_BT * weight_BT).sum(1).reshape(-1, 2)
     gain_P2 = own_P2 - (batch["reference"] * weight_BT).sum(1).reshape(-1, 2)
-    d_P = gain_P2[:, 0] - gain_P2[:, 1]
+    means = o.kind in ("ipo", "sigmoid_norm")
+    scores_P2 = gain_P2 / mx.maximum(length_B1, 1).reshape(-1, 2) if means else gain_P2
+    d_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss_P, opposite_P = _softplus(-o.beta * d_P), _softplus(o.beta * d_P)
     e = o.label_smoothing
     if o.kind == "ipo":
@@ -181,7 +182,7 @@ def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Ter
     terms = {"dpo": loss_P.sum() / counts.own["pairs"]}
     if o.sft:
         terms["nll_loss"] = -lp_BT[::2].sum() / counts.own["chosen"]
-    return terms | _rewards(o.beta * gain_P2, own_P2, counts)
+    return terms | _rewards(o.beta * gain_P2, own_P2, counts) | _details(details, counts)
 
 
 def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -202,7 +203,7 @@ def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
 def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Clipped policy gradient of sampled rows, and the divergence from a reference."""
     o, mask_BT = objective, (batch["labels"] != IGNORE).astype(mx.float32)
-    lp_BT, _, entropy_BT = labels(partial(_tempered, temperature=o.temperature))
+    lp_BT, _, entropy_BT, _ = labels(partial(_tempered, temperature=o.temperature))
     old_BT = batch["old"] if "old" in batch else mx.stop_gradient(lp_BT)
     length_B1 = mx.maximum(mask_BT.sum(1, keepdims=True), 1)
     token_BT = log_BT = (lp_BT - old_BT) * mask_BT
@@ -214,9 +215,9 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
     terms: Terms = {}
     if o.beta:
         d_BT = (batch["reference"] - lp_BT) * mask_BT
-        k3_BT = mx.exp(d_BT) - d_BT - 1
-        loss_BT = loss_BT + o.beta * k3_BT * mx.exp(token_BT)
-        terms["kl"] = mx.stop_gradient(k3_BT).sum() / counts.own["labels"]
+        kl_BT = (mx.exp(d_BT) - d_BT - 1) * mx.exp(token_BT)
+        loss_BT = loss_BT + o.beta * kl_BT
+        terms["kl"] = mx.stop_gradient(kl_BT).sum() / counts.own["labels"]
     weight_BT = mask_BT / length_B1 if o.kind == "grpo" else mask_BT
     if o.kind == "bnpo":
         weight_BT = mask_BT / mx.maximum(mask_BT.sum(), 1)
@@ -293,6 +294,17 @@ def _rewards(rewards_P2: mx.array, lp_P2: mx.array, counts: Counts) -> Terms:
         "logps/rejected": lp_P2[:, 1],
     }
     return {name: x_P.sum() / counts.own["pairs"] for name, x_P in logged.items()}
+
+
+def _details(details: Sequence[mx.array], counts: Counts) -> Terms:
+    """What is logged of the labels of pairs."""
+    hit_BT, entropy_BT, mean_BT = details
+    return {
+        "entropy": entropy_BT.sum() / counts.own["labels"],
+        "mean_token_accuracy": hit_BT[::2].sum() / counts.own["chosen"],
+        "logits/chosen": mean_BT[::2].sum() / counts.own["chosen"],
+        "logits/rejected": mean_BT[1::2].sum() / counts.own["rejected"],
+    }
 
 
 def _log1mexp(x: mx.array) -> mx.array:

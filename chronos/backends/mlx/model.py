@@ -228,6 +228,16 @@ class Model(nn.Module):
         """Logits [..., V] of normed states [..., D]; the head is tied to the embedding."""
         return self.model.embed_tokens.as_linear(x)
 
+    @property
+    def head_weight(self) -> mx.array:
+        """What of `head` is trained."""
+        weight: mx.array = self.model.embed_tokens.weight
+        return weight
+
+    def head_by(self, weight: mx.array, x: mx.array) -> mx.array:
+        """`head` by another `head_weight`."""
+        return x @ weight.T
+
     def _geometry(
         self, ids_BT: mx.array, cache: Cache | None, segments_BT: mx.array | None
     ) -> dict[str, tuple[Rope, Mask]]:

@@ -23,9 +23,10 @@ import numpy as np
 from mlx import nn
 
 from chronos.backends.mlx.codecs import Expert, codec_of, silu
+from chronos.backends.mlx.streamed import recording, routed_outputs
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
-from chronos.common.experts.tier import HeldLease, Lease
+from chronos.common.experts.lease import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
@@ -136,21 +137,6 @@ def _best(scores_TX: mx.array, count: int) -> mx.array:
     return mx.argsort(-mx.stop_gradient(scores_TX), axis=-1)[..., :count]
 
 
-def refuse_gradients(*inputs: mx.array | None) -> None:
-    """Starts the evaluation of what a layer needs from the host; raises UsageError where a gradient
-    is being recorded through streamed experts: its products would be differentiated with slots
-    that hold other experts by then."""
-    try:
-        mx.async_eval(*inputs)  # unlike `mx.eval` it takes nothing that is being transformed
-    except ValueError as error:
-        raise UsageError(
-            "gradients through streamed experts would be wrong: their memory is used again before "
-            "the backward pass",
-            "",
-            "load the model with all its experts (resident=True), or run it outside of mx.grad",
-        ) from error
-
-
 class ExpertWeights(nn.Module):
     """The parameters of `count` resident "swiglu" experts as two stacks; on disk each expert has
     its own."""
@@ -188,6 +174,10 @@ class MoE(nn.Module):
             self.shared_experts = ExpertWeights(config, config.num_shared_experts)
         # The weights of frozen gates, beside which training stays; in a list: no parameters.
         self._anchor: list[mx.array] = []
+        self.expert_width, self.num_shared = config.moe_intermediate_size, config.num_shared_experts
+        # Adapters of experts, that of expert 3 as "e3" (MLX takes numbers for places of a list).
+        self.lora: dict[str, Any] = {}
+        self.shared_lora: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -207,15 +197,16 @@ class MoE(nn.Module):
         if weights_TK is not None:
             routing = routing._replace(weights_TK=weights_TK)
         routing = routing._replace(weights_TK=routing.weights_TK.astype(x_TD.dtype))
-        if source is None and (self.training or len(x_TD) == 1):
+        if source is None and not self.lora and (self.training or len(x_TD) == 1):
             return self._gathered(x_TD, routing), routing
-        if source is not None:
-            refuse_gradients(x_TD, routing.ids_TK, routing.weights_TK)
+        inputs = (x_TD, routing.ids_TK, routing.weights_TK)
+        if source is not None and recording(*inputs, *_arrays(self.lora)):
+            return self._recorded(x_TD, routing, source), routing
         # The one wait of this layer: the host must know the ids to find the experts. The input is
         # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer
         # before, whose experts may lose their places now.
         mx.eval(x_TD, routing.ids_TK, routing.weights_TK)
-        if source is not None and len(x_TD) == 1:
+        if source is not None and len(x_TD) == 1 and not self.lora:
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing
 
@@ -315,13 +306,35 @@ class MoE(nn.Module):
         """Make experts that are no parameters the resident ones, as the codec has them."""
         self._stack = table
 
+    def compute(
+        self, expert: int, x_TD: mx.array, weights: Any, own: Sequence[mx.array] = ()
+    ) -> mx.array:
+        """An expert's output for its rows, with its adapter where it has one. own: the adapter's
+        arrays, where these are being transformed."""
+        adapter = self.lora.get(f"e{expert}")
+        if adapter is None:
+            return self.codec.forward(x_TD, weights, self)
+        return self.codec.forward(x_TD, weights, self, adapter.of(own) if own else adapter)
+
+    def _recorded(self, x_TD: mx.array, routing: Routing, source: Source) -> mx.array:
+        """With gradients, from a feed: nothing is masked, and no expert is missing."""
+
+        def compute(expert: int, x: mx.array, place: Any, own: Sequence[mx.array]) -> mx.array:
+            return self.compute(expert, x, place.expert, own)
+
+        adapters = {int(name[1:]): lora.arrays() for name, lora in self.lora.items()}
+        y_TKD = routed_outputs(x_TD, routing.ids_TK, source, self.layer, compute, adapters)
+        return _combine(routing.weights_TK, y_TKD, self._shared(x_TD))
+
     def _shared(self, x_TD: mx.array) -> mx.array | None:
         if "shared_experts" not in self:
             return None
         stack = self.shared_experts.view()
         total = None
-        for gate_up_FD, down_DF in zip(stack.gate_up_FD, stack.down_DF, strict=True):
-            y_TD = self._plain.forward(x_TD, Expert(gate_up_FD, down_DF))
+        pairs = zip(stack.gate_up_FD, stack.down_DF, strict=True)
+        for index, (gate_up_FD, down_DF) in enumerate(pairs):
+            adapter = self.shared_lora.get(f"e{index}")
+            y_TD = self._plain.forward(x_TD, Expert(gate_up_FD, down_DF), self, adapter)
             total = y_TD if total is None else total + y_TD
         return total
 
@@ -387,7 +400,7 @@ class MoE(nn.Module):
                 outputs[expert] = mx.zeros_like(rows[expert])
                 continue
             own = weights if source is None else weights.expert
-            outputs[expert] = self.codec.forward(rows[expert], own, self)
+            outputs[expert] = self.compute(expert, rows[expert], own)
             if source is not None:  # its slot may be overwritten once the next is asked for
                 mx.eval(outputs[expert])
         y_ND = mx.concatenate([outputs[expert] for expert in experts])
@@ -430,6 +443,10 @@ class LookaheadRouter(nn.Module):
         """Logits [B, T, J, L, E]; a softmax over the last axis gives the distributions Q."""
         hidden = silu(self.in_proj(self.norm(x_BTD)))
         return mx.unflatten(self.out_proj(hidden), -1, self.shape)
+
+
+def _arrays(lora: dict[str, Any]) -> list[mx.array]:
+    return [array for adapter in lora.values() for array in adapter.arrays()]
 
 
 def _combine(weights_TK: mx.array, y_TKD: mx.array, shared_TD: mx.array | None) -> mx.array:

@@ -34,6 +34,7 @@ from chronos.backends.sequences import (
     outcome,
     tell,
 )
+from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
 from chronos.common.experts.together import together
@@ -80,6 +81,14 @@ class Session(Sequences):
             mx.clear_cache()  # buffers of prompts' activations, which no single token can reuse
         return answers
 
+    def every_logits(self, seq: int) -> np.ndarray:
+        """float32 [T, V] of the last pass's tokens, a copy; UsageError where its work did not say
+        `every`."""
+        row = self._known(seq)
+        if row.every_TV is None:
+            raise UsageError(f"the logits of sequence {seq}'s last pass were not kept")
+        return np.array(row.every_TV.astype(mx.float32))
+
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
         return np.array(self._known(seq).logits_V.astype(mx.float32))
@@ -111,7 +120,7 @@ class Session(Sequences):
             source=source,
             on_lookahead=forecast,
             replay=partial(self._overridden, override, part.work.seq) if override else None,
-            last_only=True,
+            last_only=not part.work.every,
         )
         if not (alone and part.work.last):  # what it holds is not its own behind this pass
             mx.eval(out.logits)
@@ -119,7 +128,7 @@ class Session(Sequences):
 
     def _answer(self, part: Part, out: Output, record: bool) -> int | None:
         row, work = part.row, part.work
-        row.logits_V = out.logits[0, -1]
+        row.logits_V, row.every_TV = out.logits[0, -1], out.logits[0] if work.every else None
         row.take(part)
         if record:
             row.record.add(out.routing)

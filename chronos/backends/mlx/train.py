@@ -11,7 +11,7 @@ Shape legend: B batch, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from chronos.backends.mlx.checkpoint import (
     Named,
+    Place,
     blank,
     from_bytes,
     named,
@@ -29,6 +30,7 @@ from chronos.backends.mlx.checkpoint import (
     tensor_at,
     to_bytes,
 )
+from chronos.backends.mlx.lora import Adapter
 from chronos.backends.mlx.losses import (
     Losses,
     at_labels,
@@ -40,6 +42,7 @@ from chronos.backends.mlx.losses import (
 from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.optimizers import Optimizer
 from chronos.backends.mlx.parallel import Processes
+from chronos.backends.mlx.streamed import Streamed
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
@@ -64,27 +67,39 @@ _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in
 class TrainStep:
     """Holds the optimizer of one model; `step` consumes the micro-batches of one update."""
 
-    def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = None) -> None:
+        """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
+        of the model's own parameters, where it has one."""
+        self.model, self.recipe, self.adapter = model, recipe, adapter
         if recipe.compute_dtype != "float32":
             raise UsageError(
                 "the MLX backend trains in float32",
                 "optimizer.compute_dtype",
                 'use compute_dtype = "float32", or --backend torch',
             )
-        model.gradient_checkpointing = recipe.gradient_checkpointing
+        if adapter is not None and (
+            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
+        ):
+            raise UsageError(
+                "gradient_checkpointing and compute_dtype are for models that are trained whole",
+                "optimizer",
+                "leave them out, or --lora",
+            )
+        self._module: Model = model.bare if isinstance(model, Streamed) else model
+        _check(self._module, adapter)
+        if adapter is None:
+            self._module.gradient_checkpointing = recipe.gradient_checkpointing
         self._processes = Processes()
-        self.optimizer = Optimizer(dict(tree_flatten(model.parameters())), recipe)
-        self._gradients = nn.value_and_grad(model, partial(losses, model))
+        self.optimizer = Optimizer(dict(tree_flatten(self._tree())), recipe)
+        self._gradients = nn.value_and_grad(self._module, partial(losses, model))
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
         """One update over the micro-batches, of which several processes have a share each; skipped
         (`skipped` = 1) if not finite."""
-        model, processes = self.model, self._processes
+        model, processes = self._mode(True), self._processes
         own = own_share(batches, processes.rank, processes.count)
-        model.train()
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
@@ -111,11 +126,21 @@ class TrainStep:
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """Terms of all batches together, without dropout, masks or gradients."""
-        model = self.model
-        model.eval()
+        model = self._mode(False)
         counts = count(batches, objective, model.config.lookahead_steps)
         parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
+
+    def _mode(self, training: bool) -> Any:
+        """The model, with or without dropout and masks."""
+        model = self.model
+        if training:
+            model.train()
+        else:
+            model.eval()
+        if self.adapter is not None:
+            self.adapter.train(training)
+        return model
 
     def _seed(self, number: int, part: int) -> None:
         """So that a micro-batch draws the same masks whatever was computed before it."""
@@ -131,24 +156,25 @@ class TrainStep:
         return total_LE
 
     def _apply(self, gradients: _Flat, norm: float, rate: float) -> None:
-        weights = dict(tree_flatten(self.model.parameters()))
+        weights = dict(tree_flatten(self._tree()))
         scale = min(1.0, self.recipe.clip / (norm + 1e-6))
         weights = self.optimizer.update(weights, gradients, scale, rate)
-        self.model.update(tree_unflatten(list(weights.items())))
+        self._module.update(tree_unflatten(list(weights.items())))
 
     def state(self) -> Iterator[Named]:
-        """Weights and what the optimizer keeps, all in float32: all that a resume needs."""
+        """What is trained and what the optimizer keeps, in float32: all that a resume needs."""
         yield to_bytes("optimizer.step", mx.array(float(self.optimizer.updates)), mx.float32)
-        for name, place in named(self.model.parameters()):
+        for name, place in self._named(self._tree()):
             yield to_bytes(name, tensor_at(place), mx.float32)
         for kind, name, value in self.optimizer.state():
-            yield to_bytes(f"{kind}.{name}", value, mx.float32)
+            yield to_bytes(f"{kind}.{self._names.get(name, name)}", value, mx.float32)
 
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
         """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
         another one."""
-        weights = blank(self.model.parameters(), lambda path: mx.float32)
-        places = dict(named(weights))
+        weights = blank(self._tree(), lambda path: mx.float32)
+        places = dict(self._named(weights))
+        paths = {name: path for path, name in self._names.items()}
         missing, updates = set(places), 0
         for entry, data in tensors:
             if entry.name == "optimizer.step":
@@ -156,7 +182,8 @@ class TrainStep:
                 continue
             kind, _, name = entry.name.partition(".")
             if kind in STATES:
-                fits = self.optimizer.put(kind, name, from_bytes(data, entry.dtype, entry.shape))
+                value = from_bytes(data, entry.dtype, entry.shape)
+                fits = self.optimizer.put(kind, paths.get(name, name), value)
             else:
                 place = places.get(entry.name)
                 fits = place is not None and tuple(tensor_at(place).shape) == entry.shape
@@ -169,7 +196,30 @@ class TrainStep:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
         if not self.optimizer.resume(updates):
             raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
-        self.model.update(weights)
+        self._module.update(weights)
+
+    def _tree(self) -> dict[str, Any]:
+        """What is trained, by module."""
+        tree: dict[str, Any] = self._module.trainable_parameters()
+        return tree
+
+    def _named(self, tree: dict[str, Any]) -> Iterator[tuple[str, Place]]:
+        for name, place in named(tree):
+            yield self._names.get(name, name), place
+
+    @property
+    def _names(self) -> Mapping[str, str]:
+        """Of an adapter's arrays in a checkpoint, by their paths in the model."""
+        return {} if self.adapter is None else self.adapter.names
+
+
+def _check(model: Any, adapter: Adapter | None) -> None:
+    if adapter is None and not (isinstance(model, Model) and model.resident):
+        raise UsageError(
+            "only a native model with all its experts in memory is trained as a whole",
+            "",
+            "train an adapter of it: --lora 16",
+        )
 
 
 def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:

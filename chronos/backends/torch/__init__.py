@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,17 @@ from chronos.common.model.guest import GuestConfig, read_config
 
 if TYPE_CHECKING:
     from chronos.backends.torch.arena import Arena
+    from chronos.backends.torch.lora import Adapter
     from chronos.backends.torch.parallel import Processes
+    from chronos.backends.torch.streamed import Streamed
     from chronos.backends.torch.train import TrainStep
     from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
     from chronos.common.experts.feed import Feed, FeedOptions
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
+    from chronos.common.model.weights import Key
+    from chronos.common.training.lora import LoraRecipe
     from chronos.common.training.recipe import OptimizerRecipe
 
 name = "torch"
@@ -166,11 +170,11 @@ def session(model: Any, feed: Feed | None = None) -> Session:
     return Session(model, feed)
 
 
-def train_step(model: Any, recipe: OptimizerRecipe) -> TrainStep:
-    """Losses, gradients and optimizer of one model."""
+def train_step(model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = None) -> TrainStep:
+    """Losses, gradients and optimizer of one model, or of an adapter beside it."""
     from chronos.backends.torch.train import TrainStep
 
-    return TrainStep(model, recipe)
+    return TrainStep(model, recipe, adapter)
 
 
 def processes() -> Processes:
@@ -192,3 +196,19 @@ def anchor(model: Any) -> None:
     from chronos.backends.torch import train
 
     train.anchor(model)
+
+
+def streamed(model: Any, feed: Feed) -> Streamed:
+    """A model without its experts, to be called as one that has them."""
+    from chronos.backends.torch.streamed import Streamed
+
+    return Streamed(model, feed)
+
+
+def attach(
+    model: Any, recipe: LoraRecipe, *, seed: int = 0, experts: Collection[Key] = ()
+) -> Adapter:
+    """Freeze a model and put adapters beside it. experts: the routed ones that get one."""
+    from chronos.backends.torch import lora
+
+    return lora.attach(model, recipe, seed=seed, experts=experts)

@@ -67,7 +67,8 @@ class Arena:
     def view(self, slot: int, record: Record) -> Any:
         """The expert where it lies, as its codec has it."""
         release = None if self._evicts else partial(self._release, slot)
-        return codec_of(record.encoding).view(self._rows[slot], record, release)
+        with torch.inference_mode(False):  # a session may ask first, and a backward pass then
+            return codec_of(record.encoding).view(self._rows[slot], record, release)
 
     def copy_rate(self) -> float | None:
         """Bytes per second of records from host memory to the device, a few of them timed now; None

@@ -7,7 +7,7 @@ matrices and experts keep the dtype they are stored in and are widened where the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.model import DTYPES, Model
+from chronos.backends.torch.quantised import dequantised
 from chronos.common.disk.atomic import atomic_write
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import read_checkpoint, read_tensors, write_tensors
@@ -168,6 +169,23 @@ def from_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if not data:  # torch wants a buffer of some bytes
         return torch.empty(shape, dtype=_EVERY[dtype])
     return torch.frombuffer(data, dtype=_EVERY[dtype]).view(shape)
+
+
+def dequantised_bytes(
+    encoding: str,
+    kinds: Mapping[str, tuple[str, tuple[int, ...], bytes]],
+    dtype: str,
+    transposed: bool,
+) -> memoryview:
+    """The bytes of a quantised matrix made plain, rows or with `transposed` columns first; kinds:
+    dtype, shape and bytes of its tensors. dtype: safetensors' name."""
+    tensors = {
+        kind: from_bytes(memoryview(bytearray(data)), stored, shape)
+        for kind, (stored, shape, data) in kinds.items()
+    }
+    matrix_NK = dequantised(encoding, tensors, _FROM_FILE[dtype])
+    plain = matrix_NK.t().contiguous() if transposed else matrix_NK
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
 
 
 def to_bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> Named:

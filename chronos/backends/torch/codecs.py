@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chronos.backends.torch.products import linear, onednn_linear, packed, packs
+from chronos.backends.torch.quantised import dequantised
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout.codecs import SWIGLU, TRANSFORMERS
+from chronos.common.layout.codecs import MLX, QUANTISED, SWIGLU, TRANSFORMERS, encodings_of
+from chronos.common.layout.quantised import is_coded, split
 
 if TYPE_CHECKING:
     from chronos.common.layout import Record
@@ -49,10 +51,14 @@ PARAMETERS = (
     "gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias",
 )  # fmt: skip
 Release = Callable[[], None] | None
+# (matrix, its input) to what is added to the product; see `lora`.
+Adapter = Callable[[str, Tensor], Tensor] | None
 
 
 class Codec(Protocol):
     """How one encoding is computed. It holds no state: a layer hands in its own."""
+
+    adapts: bool  # whether `forward` takes adapters
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
         """The expert in the bytes of a slot (uint8), which will be those of `record`.
@@ -61,9 +67,9 @@ class Codec(Protocol):
         its memory back; for a codec that makes a copy of its own at the first use.
         """
 
-    def forward(self, x_TD: Tensor, expert: Any, block: Any) -> Tensor:
+    def forward(self, x_TD: Tensor, expert: Any, block: Any, adapter: Adapter = None) -> Tensor:
         """The expert's output for its rows. block: the layer's module, for what all its experts
-        share (activation, scales, norms)."""
+        share (activation, scales, norms). adapter: what it adds to its products."""
 
 
 class Expert(NamedTuple):
@@ -76,13 +82,19 @@ class Expert(NamedTuple):
 class Swiglu:
     """The experts of Chronos' own models, as they are trained."""
 
+    adapts = True
+
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Expert:
         return Expert(*tensors_of(raw, record).values())
 
-    def forward(self, x_TD: Tensor, expert: Expert, block: Any = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, expert: Expert, block: Any = None, adapter: Adapter = None
+    ) -> Tensor:
         """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-        gate_TF, up_TF = linear(x_TD, expert.gate_up_FD).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF) * up_TF, expert.down_DF)
+        gate_up_TF = _adapted(linear(x_TD, expert.gate_up_FD), adapter, "gate_up_proj", x_TD)
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        h_TF = F.silu(gate_TF) * up_TF
+        return _adapted(linear(h_TF, expert.down_DF), adapter, "down_proj", h_TF)
 
 
 @dataclass(slots=True)
@@ -97,6 +109,8 @@ class Transformers:
     """The experts of a model that Transformers builds: biases or not, transposed or not, gated or
     not, with the activation and the norm of the library's own module."""
 
+    adapts = True
+
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Named:
         tensors = tensors_of(raw, record)
         for entry in record.tensors:
@@ -104,20 +118,20 @@ class Transformers:
                 raise ShapeMismatch(f"expert {record.key}: {entry.name} is {entry.dtype}")
         return Named(tensors, release)
 
-    def forward(self, x_TD: Tensor, expert: Named, block: Any) -> Tensor:
+    def forward(self, x_TD: Tensor, expert: Named, block: Any, adapter: Adapter = None) -> Tensor:
         """One expert on its rows: up (with the gate, where there is one), activation, down."""
-        if expert.release is not None:
+        # A gradient has no product with packed matrices, and recordings may follow.
+        if expert.release is not None and not torch.is_grad_enabled():
             self._rearrange(expert, block)
-        named = expert.tensors
-        if block.has_gate:
-            h_TF = block._apply_gate(_project(block, x_TD, named, "gate_up_proj"))
-        else:
-            h_TF = block.act_fn(_project(block, x_TD, named, "up_proj"))
-        y_TD = _project(block, h_TF, named, "down_proj")
+        named = self.parameters(expert, block, x_TD.dtype)
+        first = "gate_up_proj" if block.has_gate else "up_proj"
+        up_TF = _adapted(_project(block, x_TD, named, first), adapter, first, x_TD)
+        h_TF = block._apply_gate(up_TF) if block.has_gate else block.act_fn(up_TF)
+        y_TD = _adapted(_project(block, h_TF, named, "down_proj"), adapter, "down_proj", h_TF)
         return block.post_expert_norm(y_TD) if block.has_post_expert_norm else y_TD
 
-    def parameters(self, expert: Named) -> Mapping[str, Tensor]:
-        """One slice of each parameter of the library's module."""
+    def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """One slice of each parameter of the library's module; dtype: what it computes in."""
         return expert.tensors
 
     def _rearrange(self, expert: Named, block: Any) -> None:
@@ -136,10 +150,59 @@ class Transformers:
         release()
 
 
+@dataclass(slots=True)
+class Coded(Named):
+    """The same of a quantised expert; encodings: of each matrix."""
+
+    encodings: Mapping[str, str] = field(default_factory=dict)
+
+
+class Quantised(Transformers):
+    """The experts of a checkpoint that another library quantised, in its layout: dequantised at
+    each use, so a slot has the checkpoint's bytes and its products the library's bits."""
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Coded:
+        tensors = tensors_of(raw, record)
+        matrices = dict.fromkeys(split(name).matrix for name in tensors)
+        return Coded(tensors, None, encodings_of(record.encoding, matrices))
+
+    def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        assert isinstance(expert, Coded)
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in expert.tensors.items():
+            matrix, kind = split(name)
+            kinds.setdefault(matrix, {})[kind] = tensor
+        weights: dict[str, Tensor] = {}
+        for matrix, found in kinds.items():
+            coded = is_coded(found)
+            weights[matrix] = (
+                dequantised(expert.encodings[matrix], found, dtype) if coded else found["weight"]
+            )
+            if "bias" in found:
+                weights[f"{matrix}_bias"] = found["bias"]
+        for end in ("", "_bias"):
+            if (gate := weights.pop(f"gate_proj{end}", None)) is not None:
+                up = weights.pop(f"up_proj{end}").to(gate.dtype)
+                weights[f"gate_up_proj{end}"] = (
+                    torch.cat([gate, up])
+                    if block.is_concatenated
+                    else torch.stack([gate, up], 1).flatten(0, 1)
+                )
+        if block.is_transposed:
+            weights = {n: w.t().contiguous() if w.dim() > 1 else w for n, w in weights.items()}
+        return {name: weights[name] for name in PARAMETERS if name in weights}
+
+
+def _adapted(y_TD: Tensor, adapter: Adapter, name: str, x_TD: Tensor) -> Tensor:
+    return y_TD if adapter is None else y_TD + adapter(name, x_TD).to(y_TD.dtype)
+
+
 def _project(block: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The bias is added after the product is rounded, as Transformers does."""
     matrix = weights[name]
-    if matrix.is_mkldnn:
+    if matrix.is_mkldnn and torch.is_grad_enabled():
+        out = F.linear(x_TD, matrix.to_dense())
+    elif matrix.is_mkldnn:
         out = onednn_linear(x_TD, matrix)
     elif block.is_transposed:
         out = x_TD @ matrix.to(x_TD.dtype)
@@ -161,7 +224,12 @@ def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:
 
 
 # By the pattern of their names.
-CODECS: dict[str, Callable[[], Codec]] = {SWIGLU: Swiglu, TRANSFORMERS: Transformers}
+CODECS: dict[str, Callable[[], Codec]] = {
+    SWIGLU: Swiglu,
+    TRANSFORMERS: Transformers,
+    rf"{MLX}(-(affine[234568]|mxfp[48]|nvfp4|bf16|f16|f32))*": Quantised,
+    QUANTISED: Quantised,
+}
 
 
 @cache
@@ -173,5 +241,5 @@ def codec_of(encoding: str) -> Any:
     raise ConfigError(
         f"PyTorch does not compute experts encoded as {encoding[:80]}",
         "",
-        "use --backend mlx" if encoding.startswith("mlx") else "use another backend",
+        "use --backend mlx" if encoding.startswith(MLX) else "use another backend",
     )

@@ -11,7 +11,7 @@ J lookahead steps + 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,13 +135,15 @@ def label_log_probs(logits_NV: Tensor, labels_N: Tensor, temperature: float = 1)
     return (-F.cross_entropy(logits_NV, labels_N, reduction="none"),)
 
 
-def label_details(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-probabilities, whether the label was the first choice, and the entropy in nats."""
+def label_details(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+    """The log-probabilities, whether the label was the first choice, the entropy in nats, and the
+    mean of all logits."""
     with torch.no_grad():
         hit_N = (logits_NV.argmax(-1) == labels_N).float()
         logp_NV = logits_NV.log_softmax(-1)
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N
+        mean_N = logits_NV.mean(-1)
+    return *label_log_probs(logits_NV, labels_N), hit_N, entropy_N, mean_N
 
 
 def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -157,16 +159,16 @@ def next_token(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts)
 
 def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Preference of the chosen answer over the rejected one, against a reference."""
-    o, (lp_BT,) = objective, labels(label_log_probs)
+    o, (lp_BT, *details) = objective, labels(label_details)
     mask_BT = (batch["labels"] != IGNORE).float()
     length_B1 = mask_BT.sum(1, keepdim=True)
     shorter_B1 = length_B1.view(-1, 2).amin(1).repeat_interleave(2)[:, None]
     weight_BT = torch.where(mask_BT.cumsum(1) <= shorter_B1, 1.0, o.ld_alpha) * mask_BT
-    if o.kind in ("ipo", "sigmoid_norm"):
-        weight_BT = weight_BT / length_B1.clamp(min=1)
     own_P2 = (lp_BT * weight_BT).sum(1).view(-1, 2)
     gain_P2 = own_P2 - (batch["reference"] * weight_BT).sum(1).view(-1, 2)
-    d_P = gain_P2[:, 0] - gain_P2[:, 1]
+    means = o.kind in ("ipo", "sigmoid_norm")
+    scores_P2 = gain_P2 / length_B1.clamp(min=1).view(-1, 2) if means else gain_P2
+    d_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss_P, opposite_P, e = F.softplus(-o.beta * d_P), F.softplus(o.beta * d_P), o.label_smoothing
     if o.kind == "ipo":
         loss_P = (d_P - 1 / (2 * o.beta)).square()
@@ -177,7 +179,7 @@ def dpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Ter
     terms = {"dpo": loss_P.sum() / counts.own["pairs"]}
     if o.sft:
         terms["nll_loss"] = -lp_BT[::2].sum() / counts.own["chosen"]
-    return terms | _rewards(o.beta * gain_P2, own_P2, counts)
+    return terms | _rewards(o.beta * gain_P2, own_P2, counts) | _details(details, counts)
 
 
 def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
@@ -198,7 +200,7 @@ def orpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
 def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:
     """Clipped policy gradient of sampled rows, and the divergence from a reference."""
     o, mask_BT = objective, (batch["labels"] != IGNORE).float()
-    lp_BT, _, entropy_BT = labels(partial(_tempered, temperature=o.temperature))
+    lp_BT, _, entropy_BT, _ = labels(partial(_tempered, temperature=o.temperature))
     old_BT = batch["old"] if "old" in batch else lp_BT.detach()
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
     token_BT = log_BT = (lp_BT - old_BT) * mask_BT
@@ -210,9 +212,9 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
     terms: Terms = {}
     if o.beta:
         d_BT = (batch["reference"] - lp_BT) * mask_BT
-        k3_BT = d_BT.exp() - d_BT - 1
-        loss_BT = loss_BT + o.beta * k3_BT * token_BT.exp()
-        terms["kl"] = k3_BT.detach().sum() / counts.own["labels"]
+        kl_BT = (d_BT.exp() - d_BT - 1) * token_BT.exp()
+        loss_BT = loss_BT + o.beta * kl_BT
+        terms["kl"] = kl_BT.detach().sum() / counts.own["labels"]
     weight_BT = mask_BT / length_B1 if o.kind == "grpo" else mask_BT
     if o.kind == "bnpo":
         weight_BT = mask_BT / mask_BT.sum().clamp(min=1)
@@ -280,6 +282,17 @@ def _rewards(rewards_P2: Tensor, lp_P2: Tensor, counts: Counts) -> Terms:
         "logps/rejected": lp_P2[:, 1].detach(),
     }
     return {name: x_P.sum() / counts.own["pairs"] for name, x_P in logged.items()}
+
+
+def _details(details: Sequence[Tensor], counts: Counts) -> Terms:
+    """What is logged of the labels of pairs."""
+    hit_BT, entropy_BT, mean_BT = details
+    return {
+        "entropy": entropy_BT.sum() / counts.own["labels"],
+        "mean_token_accuracy": hit_BT[::2].sum() / counts.own["chosen"],
+        "logits/chosen": mean_BT[::2].sum() / counts.own["chosen"],
+        "logits/rejected": mean_BT[1::2].sum() / counts.own["rejected"],
+    }
 
 
 def _log1mexp(x: Tensor) -> Tensor:

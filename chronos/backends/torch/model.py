@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,17 +90,16 @@ class Block(nn.Module):
         self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MoE(config, layer, resident, encoding)
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x_BTD: Tensor, rope: Any, mask: Tensor | None, cache: Any, **routing: Any
     ) -> tuple[Tensor, Routing]:
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
-        x_BTD = x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+        x_BTD = x_BTD + self.dropout(y_BTD)
         h_TD = self.post_attention_layernorm(x_BTD).flatten(0, 1)
         y_TD, decision = self.mlp(h_TD, **routing)
-        y_TD = F.dropout(y_TD, self.dropout, self.training)
-        return x_BTD + y_TD.view_as(x_BTD), decision
+        return x_BTD + self.dropout(y_TD).view_as(x_BTD), decision
 
 
 class Decoder(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.codecs import Expert, codec_of
 from chronos.backends.torch.products import Linear, linear
+from chronos.backends.torch.streamed import recording, routed_sum
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
-from chronos.common.experts.tier import HeldLease, Lease
+from chronos.common.experts.lease import HeldLease, Lease
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
@@ -120,18 +122,6 @@ class RoutingState:
         return copy(self)  # tensors are replaced, never written to
 
 
-def refuse_gradients(*inputs: Tensor) -> None:
-    """Raises UsageError where a gradient is being recorded through streamed experts: a backward
-    pass would read slots that hold other experts by then."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise UsageError(
-            "gradients through streamed experts would be wrong: their memory is used again before "
-            "the backward pass",
-            "",
-            "load the model with all its experts (resident=True), or run it under torch.no_grad()",
-        )
-
-
 class ExpertWeights(nn.Module):
     """The parameters of one resident "swiglu" expert, under the names they have on disk."""
 
@@ -174,6 +164,9 @@ class MoE(nn.Module):
         self.shared_experts = _weights(config, config.num_shared_experts)
         # The weights of frozen gates, beside which training stays.
         self.anchor: tuple[Tensor, ...] | None = None
+        self.expert_width = config.moe_intermediate_size
+        # Adapters of experts by their number; see `lora`.
+        self.lora, self.shared_lora = nn.ModuleDict(), nn.ModuleDict()
 
     def forward(
         self,
@@ -192,10 +185,10 @@ class MoE(nn.Module):
         routing = self.decide(x_TD, probs_TE, past, state, ids_TK)
         if weights_TK is not None:
             routing = routing._replace(weights_TK=weights_TK.to(x_TD.dtype))
-        if source is not None:
-            refuse_gradients(x_TD, routing.weights_TK)
+        if source is not None and recording(x_TD, routing.weights_TK, *self.lora.parameters()):
+            return self._recorded(x_TD, routing, source), routing
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
-        if x_TD.is_cuda and self.training and source is None:
+        if x_TD.is_cuda and self.training and source is None and not self.lora:
             combine = self._batched
         return combine(x_TD, routing, source), routing
 
@@ -297,10 +290,17 @@ class MoE(nn.Module):
         """Make experts that are no parameters the resident ones, as the codec has them."""
         self.__dict__["_table"] = table
 
+    def compute(self, expert: int, x_TD: Tensor, weights: Any) -> Tensor:
+        """An expert's output for its rows, with its adapter where it has one."""
+        if self.lora and str(expert) in self.lora:
+            return self.codec.forward(x_TD, weights, self, self.lora[str(expert)])
+        return self.codec.forward(x_TD, weights, self)
+
     def _shared(self, x_TD: Tensor) -> Tensor | None:
         total = None
-        for expert in self.shared_experts:
-            y_TD = self._plain.forward(x_TD, expert.view())
+        for index, expert in enumerate(self.shared_experts):
+            adapter = self.shared_lora[str(index)] if self.shared_lora else None
+            y_TD = self._plain.forward(x_TD, expert.view(), self, adapter)
             total = y_TD if total is None else total + y_TD
         return total
 
@@ -317,7 +317,7 @@ class MoE(nn.Module):
                 y_K[rank[expert]] = shared_1D
                 source.record_fallback(float(routing.weights_TK[0, rank[expert]]))
             else:
-                y_K[rank[expert]] = self.codec.forward(x_1D, weights, self)
+                y_K[rank[expert]] = self.compute(expert, x_1D, weights)
         return _summed(routing.weights_TK, y_K, shared_1D)
 
     def _grouped(self, x_TD: Tensor, routing: Routing, source: Source | None) -> Tensor:
@@ -341,7 +341,7 @@ class MoE(nn.Module):
                 missing.append(expert)
                 outputs[expert] = torch.zeros_like(rows[expert])
             else:
-                outputs[expert] = self.codec.forward(rows[expert], weights, self)
+                outputs[expert] = self.compute(expert, rows[expert], weights)
         y_ND = torch.cat([outputs[expert] for expert in experts])
         y_TKD = y_ND[order_N.argsort()].view(T, K, -1)
         if shared_TD is None:
@@ -376,6 +376,21 @@ class MoE(nn.Module):
             return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD)
         y_TKD = self._fall_back(y_TKD, shared_TD, routing, [], source)
         return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD) + shared_TD
+
+    def _recorded(self, x_TD: Tensor, routing: Routing, source: Source) -> Tensor:
+        """With gradients, from a feed: nothing is masked, and no expert is missing."""
+        y_TD = routed_sum(
+            x_TD,
+            routing.ids_TK,
+            routing.weights_TK,
+            source,
+            self.layer,
+            self.compute,
+            partial(torch.einsum, "tk,tkd->td"),
+            {int(expert): cast("Any", lora).arrays() for expert, lora in self.lora.items()},
+        )
+        shared_TD = self._shared(x_TD)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
     def _fall_back(
         self,

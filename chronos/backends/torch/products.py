@@ -143,6 +143,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         held = self._held  # once: another thread may be reading the weight
+        if torch.is_grad_enabled() and x.requires_grad:  # a packed product has no gradient
+            held = self.weight
         product = _packed_linear if held.is_mkldnn else F.linear
         return product(x, held, self.bias)
 

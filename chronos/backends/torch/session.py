@@ -35,6 +35,7 @@ from chronos.backends.torch.fast import graphs
 from chronos.backends.torch.model import Cache, Model, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.sampling import adjust, draw
+from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
 from chronos.common.experts.together import together
@@ -84,6 +85,14 @@ class Session(Sequences):
         ended(parts, outs)
         return answers
 
+    def every_logits(self, seq: int) -> np.ndarray:
+        """float32 [T, V] of the last pass's tokens, a copy; UsageError where its work did not say
+        `every`."""
+        row = self._known(seq)
+        if row.every_TV is None:
+            raise UsageError(f"the logits of sequence {seq}'s last pass were not kept")
+        return row.every_TV.float().cpu().numpy().copy()
+
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
         return self._known(seq).logits_V.float().cpu().numpy().copy()
@@ -123,13 +132,13 @@ class Session(Sequences):
             source=source,
             on_lookahead=forecast,
             replay=partial(self._overridden, override, part.work.seq) if override else None,
-            last_only=True,
+            last_only=not part.work.every,
         )
         return out
 
     def _answer(self, part: Part, out: Output, record: bool) -> int | None:
         row, work = part.row, part.work
-        row.logits_V = out.logits[0, -1]
+        row.logits_V, row.every_TV = out.logits[0, -1], out.logits[0] if work.every else None
         row.take(part)
         if record:
             row.record.add(out.routing)

@@ -16,9 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chronos.backends.protocol import Scores
 from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
+from chronos.backends.torch.lora import Adapter
 from chronos.backends.torch.losses import (
     Losses,
     at_labels,
@@ -32,7 +34,7 @@ from chronos.backends.torch.optimizers import Optimizer
 from chronos.backends.torch.parallel import Processes
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import ShapeMismatch
+from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import (
     Objective,
     Part,
@@ -51,28 +53,41 @@ from chronos.common.training.schedule import mask_seed
 class TrainStep:
     """Holds the optimizer of one model; `step` consumes the micro-batches of one update."""
 
-    def __init__(self, model: Model, recipe: OptimizerRecipe) -> None:
-        self.model, self.recipe = model, recipe
-        model.gradient_checkpointing = recipe.gradient_checkpointing
+    def __init__(self, model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = None) -> None:
+        """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
+        of the model's own parameters, where it has one."""
+        self.model, self.recipe, self.adapter = model, recipe, adapter
+        if adapter is not None and (
+            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
+        ):
+            raise UsageError(
+                "gradient_checkpointing and compute_dtype are for models that are trained whole",
+                "optimizer",
+                "leave them out, or --lora",
+            )
+        self._trained: dict[str, Tensor] = dict(_trained(model, adapter))
+        if adapter is None:
+            model.gradient_checkpointing = recipe.gradient_checkpointing
         # Weights, sums and losses stay in float32; products are in bfloat16 where that is wanted.
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         if recipe.compute_dtype == "bfloat16":
             self._precision = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
         self._processes = Processes()
-        self.optimizer = Optimizer(dict(model.named_parameters()), recipe)
+        self.optimizer = Optimizer(self._trained, recipe)
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
         """One update over the micro-batches, of which several processes have a share each; skipped
         (`skipped` = 1) if not finite."""
-        model, processes = self.model.train(), self._processes
+        model, processes = self._mode(True), self._processes
         own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
             (picks_LE,) = processes.total([self._picks(own, number)])
-        model.zero_grad(set_to_none=True)
+        for parameter in self._trained.values():
+            parameter.grad = None
         parts = []
         for part, batch in own:
             self._seed(number, part)
@@ -83,7 +98,7 @@ class TrainStep:
         if processes.count > 1:
             parts = [self._join(parts)]
         terms = report(parts, counts, objective)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self.recipe.clip))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
             self.optimizer.update(rate)
@@ -92,15 +107,21 @@ class TrainStep:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """Terms of all batches together, without dropout, masks or gradients."""
-        model = self.model.eval()
+        model = self._mode(False)
         counts = count(batches, objective, model.config.lookahead_steps)
         with self._precision():
             parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
+    def _mode(self, training: bool) -> Any:
+        """The model, with or without dropout and masks."""
+        if self.adapter is not None:
+            self.adapter.train(training)
+        return self.model.train() if training else self.model.eval()
+
     def _join(self, parts: Sequence[Part]) -> Part:
         """The gradients and the parts of all processes, summed."""
-        parameters = list(self.model.parameters())
+        parameters = list(self._trained.values())
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         for parameter, gradient in zip(parameters, self._processes.total(gradients), strict=True):
             parameter.grad = gradient
@@ -121,10 +142,10 @@ class TrainStep:
         torch.manual_seed(mask_seed(self.recipe.seed, number, part))
 
     def state(self) -> Iterator[Named]:
-        """Weights and what the optimizer keeps, all in float32: all that a resume needs."""
+        """What is trained and what the optimizer keeps, in float32: all that a resume needs."""
         updates = torch.tensor(float(self.optimizer.updates))
         yield to_bytes("optimizer.step", updates, torch.float32)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained.items():
             yield to_bytes(name, parameter, torch.float32)
         for kind, name, value in self.optimizer.state():
             yield to_bytes(f"{kind}.{name}", value, torch.float32)
@@ -133,7 +154,7 @@ class TrainStep:
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
         """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
         another one."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self._trained
         missing, updates = set(parameters), 0
         for entry, data in tensors:
             value = from_bytes(data, entry.dtype, entry.shape)
@@ -155,6 +176,18 @@ class TrainStep:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
         if not self.optimizer.resume(updates):
             raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
+
+
+def _trained(model: Any, adapter: Adapter | None) -> Iterable[tuple[str, Tensor]]:
+    if adapter is not None:
+        return adapter.parameters.items()
+    if not (isinstance(model, Model) and model.resident):
+        raise UsageError(
+            "only a native model with all its experts in memory is trained as a whole",
+            "",
+            "train an adapter of it: --lora 16",
+        )
+    return model.named_parameters()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from chronos.common.data.packing import (
     Batch,
     PackedBatches,
     PackedDataset,
+    check_single,
     pack_documents,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "PairBatches",
     "Prompt",
     "ReadReport",
+    "check_single",
     "encode_documents",
     "encode_examples",
     "encode_pairs",

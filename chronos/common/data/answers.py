@@ -105,6 +105,9 @@ def encode_prompts(
 
 def _example(tokenizer: Tokenizer, document: Document, max_tokens: int) -> Example:
     (ids,), (trained,) = encode_documents(tokenizer, [document])
+    if document.kind == "text":  # begins as a prompt does, which other kinds see to themselves
+        start = np.array(tokenizer.encode_prompt(""), np.int32)
+        ids, trained = np.append(start, ids), np.append(np.zeros(len(start), bool), trained)
     if len(ids) and ids[-1] not in tokenizer.stop_ids and trained[-1]:  # a chat ends by itself
         ids, trained = np.append(ids, np.int32(tokenizer.eos_id)), np.append(trained, True)
     _check_length(len(ids), max_tokens)

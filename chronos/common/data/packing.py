@@ -210,3 +210,16 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
     which it does not promise for `Generator.permutation`."""
     keys = np.random.PCG64(np.random.SeedSequence([seed % (1 << 64), epoch])).random_raw(rows)
     return np.argsort(keys, kind="stable")
+
+
+def check_single(segments_BT: Ints) -> None:
+    """Raises UsageError unless each row holds one document and padding behind it: models of other
+    libraries do not keep the documents of a row apart."""
+    real_BT, first_B1 = segments_BT >= 0, segments_BT[:, :1]
+    mixed_BT = real_BT & (segments_BT != first_B1)
+    if mixed_BT.any() or (real_BT[:, 1:] > real_BT[:, :-1]).any():
+        raise UsageError(
+            "a model of another library takes one document a row, this batch has several",
+            "",
+            "make batches without packing",
+        )

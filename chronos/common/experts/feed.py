@@ -26,10 +26,11 @@ import numpy.typing as npt
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
+from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
 from chronos.common.experts.residency import NOBODY, DecayedLFU, Policy
-from chronos.common.experts.stats import StoreStats
-from chronos.common.experts.tier import PRELOAD, Lease, Tier
+from chronos.common.experts.stats import PRELOAD, StoreStats
+from chronos.common.experts.tier import Tier
 from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
 from chronos.common.layout.folder import slots_within
 from chronos.common.model.weights import Key
@@ -145,7 +146,7 @@ class FeedStep:
         return self._feed.exact
 
     def record_fallback(self, weight: float) -> None:
-        self._feed.tier.counters.fallback_weight += weight
+        self._feed.tier.ledger.total.fallback_weight += weight
 
     def wants(self, source: str) -> bool:
         """Whether forecasts of a source could lead to a read now: spares making them if not."""

@@ -2,14 +2,17 @@
 
 Every routed need of a (layer, expert) is exactly one of hit (ready), late (its read or copy was
 under way) and miss (nothing was under way), so `routed` adds up by construction.
+A tier keeps a `Ledger`: counters in all, a report a token, and who asked for what ahead of need.
 Not covered: time per token and the limits; the engine and `bench` derive those.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+PRELOAD = "preload"  # who asks for all at the start, where all have room
 _GAUGES = ("peak_expert_bytes", "capacity_bytes", "warm_capacity_bytes", "live_bytes")
 
 
@@ -118,3 +121,74 @@ class TokenReport:
         if found is None:
             found = self.sources[source] = Asked()
         return found
+
+
+class Ledger:
+    """What a tier counts, in all and of the token under way, and who asked for which slot ahead of
+    need. Called under the tier's lock."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.total, self.token = StoreStats(capacity_bytes=capacity_bytes), TokenReport()
+        self.asked_by: dict[int, str] = {}  # of slots read ahead and not needed yet
+
+    def needs(self, hits: int, late: int, misses: int = 0) -> None:
+        for counts in (self.total, self.token):
+            counts.hits += hits
+            counts.late += late
+            counts.misses += misses
+
+    def ahead(self, slot: int, source: str, nbytes: int) -> None:
+        """A slot is to be filled because a source of forecasts asked for it."""
+        self.asked_by[slot] = source
+        if source != PRELOAD:
+            self.total.bytes_prefetched += nbytes
+
+    def found(self, slot: int, moving: bool) -> None:
+        """An expert that was read ahead is needed; moving: and about to be copied there."""
+        source = self.asked_by.pop(slot)
+        self.token.of(source).used += 1
+        self.total.late_loading += moving and source == PRELOAD
+        self.total.prefetch_hits += not moving and source != PRELOAD
+
+    def awaited(self, slot: int, source: str, nbytes: int, exact: bool) -> None:
+        """An expert that is needed is being read. source: who asked for it, or ""."""
+        self.total.bytes_late += nbytes
+        self.total.late_loading += source == PRELOAD
+        if exact and (asked_by := self.asked_by.pop(slot, None)) is not None:
+            asked = self.token.of(asked_by)
+            asked.used += 1
+            asked.late += 1
+
+    def evicted(self, slot: int, nbytes: int) -> None:
+        if (source := self.asked_by.pop(slot, None)) is not None:
+            self.total.bytes_wasted += nbytes
+            self.token.of(source).wasted += 1
+
+    def loaded(self, source: str, nbytes: int) -> None:
+        if source == PRELOAD:
+            self.total.bytes_loaded += nbytes
+
+    def failed(self, slot: int, source: str, nbytes: int, cancelled: bool) -> None:
+        """The slot is empty again. source: who had asked for it, or ""."""
+        if cancelled and source:
+            if source != PRELOAD:
+                self.total.bytes_prefetched -= nbytes
+            self.token.of(source).cancelled += 1
+        self.asked_by.pop(slot, None)
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """What is in these slots was needed; who asked for it no longer counts."""
+        for slot in slots:
+            self.asked_by.pop(slot, None)
+
+    def close(self, nbytes: Callable[[int], int]) -> None:
+        """What was never needed is wasted. nbytes: of a slot's record."""
+        for slot, source in self.asked_by.items():
+            if source != PRELOAD:
+                self.total.bytes_wasted += nbytes(slot)
+        self.asked_by.clear()
+
+    def end_token(self) -> TokenReport:
+        """The report of the token, and a new one begins."""
+        report, self.token = self.token, TokenReport()
+        return report

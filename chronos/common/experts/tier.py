@@ -1,4 +1,4 @@
-"""Slots that experts are loaded into, and the lease a layer takes its experts with.
+"""Slots that experts are loaded into.
 
 `Tier` is what all tiers share: counting needs, admitting, pinning, waiting, failing. How a record
 gets into a slot is for its subclasses (`tiers`). It knows no framework: what it yields for a slot
@@ -17,11 +17,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from chronos.common.errors import StoreError
+from chronos.common.experts.lease import HeldLease, Lease, Load, SlotLease
 from chronos.common.experts.residency import NOBODY, Policy, Residency
-from chronos.common.experts.stats import StoreStats, TokenReport
+from chronos.common.experts.stats import Ledger, StoreStats, TokenReport
 from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
@@ -29,147 +30,7 @@ if TYPE_CHECKING:
 
 CANCELLED = StoreError("the prefetch was cancelled")
 View = Callable[[int, "Record"], Any]
-PRELOAD = "preload"  # asks for all at the start, where all have room
 _DEMAND = ""  # who asked for a load that nobody asked for ahead of need
-
-
-class Load:
-    """A record on its way into a slot. `done` once; `error` is then None or why it failed.
-
-    asked_by: the source of forecasts that asked for it ahead of need, or "". demand: somebody waits
-    for it now. handle: what the layer below knows it by.
-    """
-
-    __slots__ = ("asked_by", "demand", "done", "error", "handle", "key", "record", "slot")
-
-    def __init__(self, key: Key, record: Record, slot: int, demand: bool, asked_by: str) -> None:
-        self.key, self.record, self.slot = key, record, slot
-        self.demand, self.asked_by = demand, asked_by
-        self.done = False
-        self.error: Exception | None = None
-        self.handle: Any = None
-
-
-class Lease(Protocol):
-    """A layer's hold on the experts it asked for; what every source of experts gives."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether some of them are still on their way."""
-
-    def __iter__(self) -> Lease: ...
-
-    def __next__(self) -> tuple[int, Any]:
-        """(expert, weights) as they become ready, each once: valid until the next is asked for.
-        None stands for one that is not ready, where misses may fall back."""
-
-    def all(self) -> dict[int, Any]:
-        """All that were not taken yet, waited for: valid until `close`, or until the step that gave
-        the lease asks for the next layer."""
-
-    def keep(self) -> None:
-        """What was yielded last is valid as long as what `all` gives."""
-
-    def close(self) -> None:
-        """Give everything back. Reads under way go on."""
-
-
-class HeldLease:
-    """The lease of experts that are all here and stay."""
-
-    waits = False
-
-    def __init__(self, experts: Sequence[tuple[int, Any]]) -> None:
-        self._experts = iter(experts)
-
-    def __iter__(self) -> HeldLease:
-        return self
-
-    def __next__(self) -> tuple[int, Any]:
-        return next(self._experts)
-
-    def all(self) -> dict[int, Any]:
-        return dict(self._experts)
-
-    def keep(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._experts = iter(())
-
-
-class SlotLease:
-    """What `Tier.acquire` returns while something may be missing.
-
-    Experts not yielded yet are pinned, the one yielded last too, until the next is asked for or
-    the lease is closed. An error closes it; one dropped half-way is closed by the tier's next call.
-    """
-
-    __slots__ = ("_held", "_kept", "_tier", "layer", "loads", "queued", "ready")
-
-    def __init__(self, tier: Tier, layer: int) -> None:
-        self._tier, self.layer = tier, layer
-        self.ready: deque[tuple[int, int]] = deque()  # (expert, slot), slot -1 for a fallback
-        self.loads: dict[int, Load] = {}
-        self.queued: deque[int] = deque()  # experts that found no slot yet
-        self._held = -1
-        self._kept: list[int] = []  # slots of `all`
-
-    @property
-    def waits(self) -> bool:
-        return bool(self.loads or self.queued)
-
-    def __iter__(self) -> SlotLease:
-        return self
-
-    def __next__(self) -> tuple[int, Any]:
-        tier = self._tier
-        with tier.lock:
-            if self._held >= 0:
-                tier.residency.unpin(self._held)
-                self._held = -1
-            if self.queued or (self.loads and not self.ready):
-                try:
-                    tier.advance(self)
-                except BaseException:
-                    self.close()
-                    raise
-            if not self.ready:
-                raise StopIteration
-            expert, slot = self.ready.popleft()
-            self._held = slot
-            return expert, tier.taken(slot)
-
-    def all(self) -> dict[int, Any]:
-        views = {}
-        for expert, view in self:
-            views[expert] = view
-            self.keep()
-        return views
-
-    def keep(self) -> None:
-        if self._held >= 0:
-            self._kept.append(self._held)
-            self._held = -1
-
-    def close(self) -> None:
-        with self._tier.lock:
-            slots = [self._held, *self._kept, *(slot for _, slot in self.ready)]
-            # a failed load has dropped the pins on its slot
-            slots += [load.slot for load in self.loads.values() if load.error is None]
-            for slot in slots:
-                if slot >= 0:
-                    self._tier.residency.unpin(slot)
-            self._held = -1
-            self._kept.clear()
-            self.ready.clear()
-            self.loads.clear()
-            self.queued.clear()
-
-    def __del__(self) -> None:
-        # May run anywhere, even inside the tier's own bookkeeping: only leave a note.
-        if self._held >= 0 or self.ready or self.loads or self._kept:
-            self._tier.dropped.append(self)
 
 
 class Tier(ABC):
@@ -188,14 +49,12 @@ class Tier(ABC):
         self.layout, self.policy = layout, policy
         self.residency = Residency(layout.num_layers, layout.num_experts, slots, policy)
         self._records = {k: r for k, r in layout.records.items() if k not in layout.missing}
-        self.counters = StoreStats(capacity_bytes=slots * layout.record_nbytes)
+        self.ledger = Ledger(slots * layout.record_nbytes)
         self.lock = lock or threading.RLock()
         self.dropped: deque[SlotLease] = deque()
         self.closed = False
-        self._report = TokenReport()
         self._loads: dict[Key, Load] = {}
         self._admitted: list[Load] = []  # in _loads, not begun yet
-        self._asked_by: dict[int, str] = {}  # of slots read ahead and not needed yet
         self._view = view
         self._views: list[Any] = [None] * slots
         self._shapes: list[Any] = [None] * slots  # the record geometry a cached view was made for
@@ -253,9 +112,7 @@ class Tier(ABC):
                     if load is None:
                         break
                     asked.append(key)
-                    if asked_by != PRELOAD:
-                        self.counters.bytes_prefetched += load.record.nbytes
-            self._report.of(asked_by).asked += len(asked)
+            self.ledger.token.of(asked_by).asked += len(asked)
             self._begin_all()
         return asked
 
@@ -263,13 +120,12 @@ class Tier(ABC):
         """One decode step is over: histories fade. What it needed, and what became of reads ahead
         of need, since the last report."""
         with self.lock:
-            self.counters.tokens += 1
+            self.ledger.total.tokens += 1
             if self._complete is None:
                 self.settle()
                 self.policy.end_token()
                 self.residency.end_token()
-            report, self._report = self._report, TokenReport()
-            return report
+            return self.ledger.end_token()
 
     def tell(self, about: Callable[[Policy], None]) -> None:
         """Let the policy know something that may change its ranks."""
@@ -287,7 +143,7 @@ class Tier(ABC):
         with self.lock:
             self.settle()
             self.tell(lambda policy: policy.end_prompt(ids_TLK, seq))
-            self._report = TokenReport()
+            self.ledger.end_token()
 
     def resident(self) -> frozenset[Key]:
         with self.lock:
@@ -304,7 +160,7 @@ class Tier(ABC):
             self.settle()
             nbytes = self.layout.record_nbytes
             live, peak = self.residency.live * nbytes, self.residency.peak * nbytes
-            return dataclasses.replace(self.counters, live_bytes=live, peak_expert_bytes=peak)
+            return dataclasses.replace(self.ledger.total, live_bytes=live, peak_expert_bytes=peak)
 
     def close(self) -> None:
         """Cancel what is queued and wait for the reads that run: they write into our memory."""
@@ -319,12 +175,7 @@ class Tier(ABC):
             while self._loads:
                 self._wait()
                 self.settle()
-            for slot, source in self._asked_by.items():
-                key = self.residency.key(slot)
-                assert key is not None
-                if source != PRELOAD:
-                    self.counters.bytes_wasted += self._records[key].nbytes
-            self._asked_by.clear()
+            self.ledger.close(self._nbytes)
             self._wake()
 
     # What a lease calls, under the lock.
@@ -349,7 +200,7 @@ class Tier(ABC):
                 )
             start = self.clock()
             self._wait()
-            self.counters.stall_s += self.clock() - start
+            self.ledger.total.stall_s += self.clock() - start
 
     def taken(self, slot: int) -> Any:
         """What to yield for a slot of a lease (-1: nothing)."""
@@ -404,14 +255,10 @@ class Tier(ABC):
         while self.dropped:
             self.dropped.popleft().close()
 
-    def _count(self, hits: int, late: int, misses: int = 0) -> None:
-        counters, report = self.counters, self._report
-        counters.hits += hits
-        counters.late += late
-        counters.misses += misses
-        report.hits += hits
-        report.late += late
-        report.misses += misses
+    def _nbytes(self, slot: int) -> int:
+        key = self.residency.key(slot)
+        assert key is not None
+        return self._records[key].nbytes
 
     def _try_complete(self) -> None:
         """All records are here, and nothing will ever be evicted: look no further than a table."""
@@ -425,12 +272,12 @@ class Tier(ABC):
             experts = [(expert, views[layer, expert]) for expert in wanted]
         except KeyError as error:
             raise self._unknown(error.args[0]) from None
-        self._count(len(experts), 0)
-        if self._asked_by:
-            for expert in wanted:
-                slot = self.residency.ready[layer, expert]
+        self.ledger.needs(len(experts), 0)
+        if self.ledger.asked_by:
+            slots = [self.residency.ready[layer, expert] for expert in wanted]
+            for slot in slots:
                 self.residency.touch(slot)
-                self._asked_by.pop(slot, None)
+            self.ledger.forget(slots)
         return HeldLease(experts)
 
     def _check_open(self) -> None:
@@ -446,6 +293,7 @@ class Tier(ABC):
     ) -> None:
         """Pin what is here for a lease, and seek the rest."""
         layer, ready, events = lease.layer, self.residency.ready, self._events
+        asked_by = self.ledger.asked_by
         absent: list[int] = []
         late = 0
         for expert in wanted:
@@ -455,13 +303,11 @@ class Tier(ABC):
                 continue
             moving = slot in events and not self._copied(slot)
             late += moving
-            if (source := self._asked_by.pop(slot, None)) is not None:
-                self._report.of(source).used += 1
-                self.counters.late_loading += moving and source == PRELOAD
-                self.counters.prefetch_hits += not moving and source != PRELOAD
+            if slot in asked_by:
+                self.ledger.found(slot, moving)
             self.residency.pin(slot)
             lease.ready.append((expert, slot))
-        self._count(len(wanted) - len(absent) - late, late)
+        self.ledger.needs(len(wanted) - len(absent) - late, late)
         if absent:
             self._check_known(layer, absent, exact)
         self.policy.observe(layer, wanted, by)
@@ -488,19 +334,14 @@ class Tier(ABC):
         layer, loads = lease.layer, self._loads
         late = [expert for expert in absent if (layer, expert) in loads]
         missed = [expert for expert in absent if (layer, expert) not in loads]
-        self._count(0, len(late), len(missed))
+        self.ledger.needs(0, len(late), len(missed))
         for expert in late:
             load = loads[layer, expert]
-            self.counters.bytes_late += load.record.nbytes
-            self.counters.late_loading += load.asked_by == PRELOAD
-            if exact and (asked_by := self._asked_by.pop(load.slot, None)) is not None:
-                source = self._report.of(asked_by)
-                source.used += 1
-                source.late += 1
+            self.ledger.awaited(load.slot, load.asked_by, load.record.nbytes, exact)
         if exact:
             lease.queued.extend(e for e in late + missed if not self._claim(lease, e))
         else:
-            self.counters.fallbacks += len(absent)
+            self.ledger.total.fallbacks += len(absent)
             lease.ready.extend((expert, -1) for expert in absent)
             for key in [(layer, expert) for expert in missed]:
                 if key in self._records:
@@ -552,9 +393,7 @@ class Tier(ABC):
             return None
         slot, record = admission.slot, self._records[key]
         if admission.evicted is not None:
-            if (source := self._asked_by.pop(slot, None)) is not None:
-                self.counters.bytes_wasted += self._records[admission.evicted].nbytes
-                self._report.of(source).wasted += 1
+            self.ledger.evicted(slot, self._records[admission.evicted].nbytes)
             try:
                 self._reused(slot)
             except BaseException:
@@ -562,7 +401,7 @@ class Tier(ABC):
                 raise
         load = self._loads[key] = Load(key, record, slot, demand, asked_by)
         if asked_by:
-            self._asked_by[slot] = asked_by
+            self.ledger.ahead(slot, asked_by, record.nbytes)
         self._admitted.append(load)
         return load
 
@@ -613,14 +452,9 @@ class Tier(ABC):
         self._wake()
         if error is None:
             self.residency.mark_ready(load.slot)
-            if load.asked_by == PRELOAD:
-                self.counters.bytes_loaded += load.record.nbytes
+            self.ledger.loaded(load.asked_by, load.record.nbytes)
             return
-        if error is CANCELLED and load.asked_by:
-            if load.asked_by != PRELOAD:
-                self.counters.bytes_prefetched -= load.record.nbytes
-            self._report.of(load.asked_by).cancelled += 1
-        self._asked_by.pop(load.slot, None)
+        self.ledger.failed(load.slot, load.asked_by, load.record.nbytes, error is CANCELLED)
         self.residency.mark_failed(load.slot)
 
     def _collect(self, lease: SlotLease) -> None:

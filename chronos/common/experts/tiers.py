@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from chronos.common.disk.io import ALIGN, address, aligned_buffer
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import StoreError
+from chronos.common.experts.lease import Load
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import StoreStats
-from chronos.common.experts.tier import CANCELLED, Load, Tier, View
+from chronos.common.experts.tier import CANCELLED, Tier, View
 from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ class SlotTier(Tier):
             load = landed.popleft()
             request = load.handle
             if request.error is None:
-                self.counters.bytes_read += request.nbytes
+                self.ledger.total.bytes_read += request.nbytes
             else:
-                self.counters.read_errors += 1
+                self.ledger.total.read_errors += 1
             self._finish(load, request.error)
 
     def _wait(self) -> None:
@@ -222,8 +223,8 @@ class StagedTier(Tier):
         demands = [load for load in loads if load.demand]
         warm = self._host.residency.ready
         warm_hits = sum(load.key in warm for load in demands)
-        self.counters.warm_hits += warm_hits
-        self._report.warm_hits += warm_hits
+        self.ledger.total.warm_hits += warm_hits
+        self.ledger.token.warm_hits += warm_hits
         self._backlog.extendleft(reversed(demands))
         self._backlog.extend(load for load in loads if not load.demand)
         self._advance()
@@ -308,8 +309,8 @@ class StagedTier(Tier):
             self._finish(load, StoreError(f"interrupted by {failure!r}"))
             raise
         self._fences.pop(load.slot, None)
-        self.counters.bytes_copied += load.record.nbytes
-        self._report.copied += 1
+        self.ledger.total.bytes_copied += load.record.nbytes
+        self.ledger.token.copied += 1
         self._events[load.slot] = event
         self._copying.append((event, host_slot))
         return None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from greenlet import greenlet
 
 if TYPE_CHECKING:
-    from chronos.common.experts.tier import Lease
+    from chronos.common.experts.lease import Lease
 
 
 class Source(Protocol):

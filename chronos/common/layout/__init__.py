@@ -1,9 +1,9 @@
 """Packed models: where each routed expert lies on disk, and how it gets there.
 
 `folder` opens and checks a packed model, `manifest` and `ctsr` are its two formats, `codecs` names
-how an expert's bytes are coded, `pack` writes one from what `source` finds, `verify` reads every
-byte, `overview` none of them, `clusters` decides which experts lie side by side. `naming` and
-`guest` know other libraries' checkpoints.
+how an expert's bytes are coded, `pack` writes one from what `source` finds, `unpack` undoes that,
+`verify` reads every byte, `overview` none of them, `clusters` decides which experts lie side by
+side. `naming`, `guest` and `quantised` know other libraries' checkpoints.
 """
 
 from chronos.common.layout.ctsr import read_records, write_experts
@@ -18,6 +18,7 @@ from chronos.common.layout.folder import (
 from chronos.common.layout.manifest import Record, RecordTensor
 from chronos.common.layout.overview import inspect
 from chronos.common.layout.pack import PackReport, pack, reorder
+from chronos.common.layout.unpack import UnpackReport, unpack
 from chronos.common.layout.verify import VerifyReport, verify
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PackReport",
     "Record",
     "RecordTensor",
+    "UnpackReport",
     "VerifyReport",
     "inspect",
     "is_packed",
@@ -35,6 +37,7 @@ __all__ = [
     "read_records",
     "read_weights",
     "reorder",
+    "unpack",
     "verify",
     "write_experts",
 ]

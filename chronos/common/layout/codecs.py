@@ -10,7 +10,7 @@ same name. Not known here: where tensors lie in a record (`ctsr`), what checkpoi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,17 @@ from numpy.typing import NDArray
 
 from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout.naming import layer_of
+from chronos.common.layout.quantised import is_coded, split
 from chronos.common.model.config import MODEL_TYPE, ModelConfig
 from chronos.common.model.guest import Geometry
 from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
 
 SWIGLU, TRANSFORMERS, MLX = "swiglu", "transformers", "mlx"
+# What other libraries quantise, each in a layout of its own: see `quantised`.
+QUANTISED = (
+    r"mxfp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"
+    r"|gptq2?-int[48]|awq-int4"
+)
 
 
 class Codec(Protocol):
@@ -73,6 +79,7 @@ CODECS: dict[str, Callable[[str], Codec]] = {
     SWIGLU: Swiglu,
     TRANSFORMERS: AsStored,
     rf"{MLX}(-[a-z]+\d+)*": AsStored,
+    QUANTISED: AsStored,
 }
 ENCODERS: dict[str, Callable[[str], Encoder]] = {}
 
@@ -110,14 +117,46 @@ class Stored(Protocol):
     def dtype(self) -> str: ...
 
 
-def encoding_of(config: Mapping[str, Any], layer: int, tensors: Sequence[Stored]) -> str:
+def encoding_of(
+    config: Mapping[str, Any], layer: int, tensors: Sequence[Stored], coding: str = ""
+) -> str:
     """The encoding of a layer's records where nothing but the source's config.json says it: in a
-    checkpoint, and in a packed folder of version 2. config: {} where there is none."""
+    checkpoint, and in a packed folder of version 2. config: {} where there is none. coding: of what
+    is quantised otherwise than by MLX-LM (`GuestConfig.coding`)."""
     names = [tensor.name for tensor in tensors]
+    if coding and any(is_coded([split(name).kind]) for name in names):
+        return coding
     if any("." in name for name in names):
         return _mlx(config.get("quantization") or {}, layer, tensors)
     native = config.get("model_type", MODEL_TYPE) == MODEL_TYPE
     return SWIGLU if native and tuple(names) == EXPERT_TENSORS else TRANSFORMERS
+
+
+def encodings_of(encoding: str, matrices: Iterable[str]) -> dict[str, str]:
+    """The encoding of each matrix of a record: MLX-LM's records have a word for each where they
+    differ."""
+    name, *words = encoding.split("-")
+    if name != MLX:
+        return dict.fromkeys(matrices, encoding)
+    matrices = list(matrices)
+    each = words * len(matrices) if len(words) == 1 else words
+    return {matrix: f"{MLX}-{word}" for matrix, word in zip(matrices, each, strict=False)}
+
+
+def dense_encoding(config: Mapping[str, Any], matrix: str, coding: str) -> str:
+    """The encoding of a quantised matrix of the dense part. config: the source's config.json;
+    coding: as `encoding_of` takes it."""
+    if coding:
+        return coding
+    settings = config.get("quantization") or {}
+    own = settings.get(matrix)
+    return f"{MLX}-{mlx_word(settings | own if isinstance(own, dict) else settings)}"
+
+
+def mlx_word(settings: Mapping[str, Any]) -> str:
+    """Mode and bits of a matrix, of MLX-LM's settings for it: "affine4"."""
+    mode, bits = str(settings.get("mode", "affine")), settings.get("bits", 4)
+    return mode if mode[-1:].isdigit() else f"{mode}{bits}"
 
 
 def _mlx(settings: Mapping[str, Any], layer: int, tensors: Sequence[Stored]) -> str:
@@ -132,7 +171,6 @@ def _mlx(settings: Mapping[str, Any], layer: int, tensors: Sequence[Stored]) -> 
             place = layer_of(path)
             if isinstance(value, dict) and place and place[1] == layer and path.endswith(name):
                 own |= value
-        mode, bits = str(own.get("mode", "affine")), own.get("bits", 4)
-        word = mode if mode[-1:].isdigit() else f"{mode}{bits}"
-        words.append(word if f"{name}.scales" in dtypes else dtypes[f"{name}.weight"].lower())
+        coded = f"{name}.scales" in dtypes
+        words.append(mlx_word(own) if coded else dtypes[f"{name}.weight"].lower())
     return "-".join([MLX, *(words if len(set(words)) > 1 else words[:1])])

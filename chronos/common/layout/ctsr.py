@@ -24,7 +24,7 @@ from chronos.common.disk.io import ALIGN, FileIO, SmallReader, aligned_buffer, r
 from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import ChronosError, CorruptFileError, ShapeMismatch
 from chronos.common.layout.codecs import SWIGLU
-from chronos.common.layout.finite import check_finite
+from chronos.common.layout.finite import check_below, check_finite
 from chronos.common.layout.manifest import (
     CTSR_FORMAT,
     CTSR_VERSION,
@@ -37,6 +37,7 @@ from chronos.common.layout.manifest import (
     manifest_bytes,
     tensor_key,
 )
+from chronos.common.layout.quantised import index_limits
 from chronos.common.model.weights import Key, TensorSpec
 
 _AHEAD = 32 << 20  # bytes of records read before they are asked for
@@ -214,6 +215,7 @@ def _gaps(
 
 
 def _record_chunks(record: Record, data: Mapping[str, Any], finite: bool) -> Iterator[Any]:
+    limits = index_limits(record.tensors)
     for tensor, gap in _gaps(record.tensors, record.nbytes):
         given, nbytes = data[tensor.name], 0
         for piece in given if isinstance(given, Iterator) else [given]:
@@ -221,6 +223,8 @@ def _record_chunks(record: Record, data: Mapping[str, Any], finite: bool) -> Ite
             if finite:
                 name = f"{record.label}: {tensor.name}"
                 check_finite(view, tensor.dtype, name, skipped=nbytes)
+                if limit := limits.get(tensor.name):
+                    check_below(view, limit, name)
             nbytes += view.nbytes
             yield view
         if nbytes != tensor.nbytes:

@@ -41,11 +41,26 @@ def first_nonfinite(data: Any, dtype: str) -> int | None:
     return None
 
 
+def check_below(data: Any, limit: int, name: str, where: str = "") -> None:
+    """Of I32 indices. Raises CorruptFileError naming the tensor and the first that is not one."""
+    values = np.frombuffer(data, "<i4", data.nbytes // 4)
+    wrong = (values < 0) | (values >= limit)
+    if wrong.any():
+        found = values[wrong.argmax()]
+        raise CorruptFileError(
+            f"{name}: {found} is no index below {limit}", where, "download the checkpoint again"
+        )
+
+
 def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int = 0) -> None:
     """Raises CorruptFileError naming the tensor and the element.
 
     skipped: bytes of the tensor before `data`, where it comes in pieces.
     """
+    if dtype == "U8" and name.endswith(
+        ("scales", "weight_scale")
+    ):  # of MX formats: exponents, 255 is NaN
+        dtype = "F8_E8M0"
     if data.nbytes and (index := first_nonfinite(data, dtype)) is not None:
         index += skipped // np.dtype(_PATTERNS[dtype][0]).itemsize
         raise CorruptFileError(f"{name}: element {index} is NaN or infinite", where)

@@ -16,18 +16,24 @@ from dataclasses import dataclass
 from chronos.common.disk.header import Located
 from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout.ctsr import Template, lay_out
-from chronos.common.layout.naming import ORDER, Part, expert_part, is_extra, layer_of
+from chronos.common.layout.names import Names, Pattern, pattern_of
+from chronos.common.layout.naming import (
+    ORDER,
+    Part,
+    expert_part,
+    is_extra,
+    layer_of,
+    unmerged,
+)
+from chronos.common.layout.quantised import VALUES, grouped, is_coded, shape_of, split
 from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import Key
 
 _GATE_UP = ("gate_up_proj", "gate_up_proj_bias")
 # What a record ends with, and what it must have beside it: one of these.
-_DIRECTIONS = {
-    "down_proj": ("gate_up_proj", "up_proj"),
-    "down_proj.weight": ("up_proj.weight",),
-    "fc2.weight": ("fc1.weight",),
-}
+_DIRECTIONS = {"down_proj": ("gate_up_proj", "up_proj"), "fc2": ("fc1",)}
 
+_MLX_KINDS = frozenset({"weight", "scales", "biases", "bias"})
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _UNREAD = ("F4", "F6_E2M3", "F6_E3M2")
 # The embedding and the head of the text model; those of other parts have other vocabularies.
@@ -47,6 +53,17 @@ class GuestExperts:
     templates: Mapping[int, Template]  # by layer
     _tensors: Mapping[int, _Tensors]
 
+    @property
+    def names(self) -> Names:
+        """What the tensors of records are called here; none where a layer's are called otherwise
+        from expert to expert."""
+        found = {
+            layer: {name: tuple(map(_pattern, parts)) for name, parts in tensors.items()}
+            for layer, tensors in self._tensors.items()
+        }
+        patterns = (p for tensors in found.values() for parts in tensors.values() for p in parts)
+        return found if all(patterns) else {}
+
     def locate(self, key: Key, tensor: str) -> Iterator[Located]:
         """Where the parts of one tensor of one expert lie, in order."""
         layer, expert = key
@@ -64,10 +81,10 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
     """Sort a checkpoint's tensors into experts, dense part and what is left out.
 
     Raises ShapeMismatch naming a tensor that is missing, unlike its fellows or not understood, and
-    ConfigError for a quantised checkpoint other than MLX-LM's.
+    ConfigError for a checkpoint quantised in a way that Chronos does not compute with.
     """
     if config.quantization not in ("", "mlx"):
-        raise _quantised(located, config)
+        _check_quantised(located, config)
     found = {name: part for name in located if (part := _part(name))}
     outside = left_out_of(located, config)
     layers: dict[int, _Parts] = defaultdict(lambda: defaultdict(dict))
@@ -83,6 +100,7 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
         else:
             _check_dense(at, config)
             dense.append(at)
+    _check_coded(dense, config)
     if not layers:
         raise ShapeMismatch(
             "no tensor of the checkpoint is named as a routed expert is",
@@ -98,24 +116,36 @@ def find_experts(located: Mapping[str, Located], config: GuestConfig) -> GuestEx
     )
 
 
-def _quantised(located: Mapping[str, Located], config: GuestConfig) -> ConfigError:
-    """Why a file with a quantization_config is refused: weights may have been widened since."""
+def _check_quantised(located: Mapping[str, Located], config: GuestConfig) -> None:
+    """Refuse a quantization_config that is not that of the weights, which may have been widened
+    since, or that Chronos does not compute with."""
     coded = any(
         "scale" in name or (entry.dtype not in _FLOATS and len(entry.shape) > 1)
         for name, (_, entry) in located.items()
     )
     kind = config.quantization
     if not coded:
-        return ConfigError(
+        raise ConfigError(
             f"config.json has a quantization_config ({kind}), but no weight is quantised",
             "",
             "remove quantization_config from config.json: the weights are plain",
         )
-    return ConfigError(
-        f"the checkpoint is quantised ({kind}), which Chronos does not unpack",
-        "",
-        "save it with Transformers in bfloat16, or convert it with MLX-LM, and pack that",
-    )
+    if not config.coding:
+        raise ConfigError(
+            f"the checkpoint is quantised ({kind}), which Chronos does not unpack",
+            "",
+            "save it with Transformers in bfloat16, or convert it with MLX-LM, and pack that",
+        )
+
+
+def _check_coded(dense: Iterable[Located], config: GuestConfig) -> None:
+    """Compare the quantised matrices of the dense part with what their encoding stores."""
+    if config.coding:
+        tensors = ((entry.name, entry.dtype, entry.shape) for _, entry in dense)
+        for name, kinds in grouped(tensors).items():
+            dtype, shape = kinds.get("weight", ("", ()))
+            if is_coded(kinds) or dtype not in ("", *_FLOATS) and len(shape) > 1:
+                shape_of(config.coding, kinds, name)
 
 
 def _check_dense(at: Located, config: GuestConfig) -> None:
@@ -183,6 +213,8 @@ def _tower(found: Mapping[str, Part]) -> str:
 
 def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
     """The layer's tensors as its records have them."""
+    if any("." in tensor for tensor, _ in parts):
+        parts = {(unmerged(*at), 0): where for at, where in parts.items()}
     stacked = any(None in where for where in parts.values())
     for (tensor, _), where in parts.items():
         _check_expert(tensor, _some(where))
@@ -200,15 +232,16 @@ def _check_layer(layer: int, parts: _Parts, config: GuestConfig) -> _Tensors:
         if tensor in found and (tensor, 0) not in parts:  # no expert of the layer has a gate
             found[tensor.removeprefix("gate_")] = found.pop(tensor)
     tensors = {name: found[name] for name in sorted(found, key=ORDER.__getitem__)}
-    _check_whole(layer, tensors)
+    _check_whole(layer, tensors, config)
     return tensors
 
 
 def _check_expert(tensor: str, at: Located) -> None:
-    """It has elements, in a dtype that is computed with; MLX-LM's names tell a quantised one."""
+    """It has elements, in a dtype that is computed with; names tell a quantised one."""
     path, entry = at
     _check_filled(at)
-    if "." not in tensor and entry.dtype not in _FLOATS[1:]:
+    plain = "." not in tensor and not is_coded([split(tensor).kind])
+    if plain and entry.dtype not in _FLOATS[1:]:
         raise ShapeMismatch(
             f"tensor {entry.name} is {entry.dtype}, which experts are not computed in",
             str(path),
@@ -249,10 +282,13 @@ def _check_alike(where: _Where, config: GuestConfig) -> None:
             )
 
 
-def _check_whole(layer: int, tensors: _Tensors) -> None:
+def _check_whole(layer: int, tensors: _Tensors, config: GuestConfig) -> None:
     """Both directions are there, in one dialect, and as wide as each other."""
-    last = next((name for name in _DIRECTIONS if name in tensors), "")
-    whole = last and any(name in tensors for name in _DIRECTIONS[last])
+    shapes = {name: (dtype, shape) for name, dtype, shape in _shapes(tensors)}
+    matrices = grouped((name, *rest) for name, rest in shapes.items())
+    filled = [name for name, kinds in matrices.items() if not kinds.keys().isdisjoint(VALUES)]
+    last = next((name for name in _DIRECTIONS if name in filled), "")
+    whole = last and any(name in filled for name in _DIRECTIONS[last])
     if not whole or len({"." in name for name in tensors}) > 1:
         path, entry = _some(next(iter(tensors.values()))[0])
         raise ShapeMismatch(
@@ -260,13 +296,39 @@ def _check_whole(layer: int, tensors: _Tensors) -> None:
             str(path),
             "are shards missing?",
         )
-    shapes = {name: (dtype, shape) for name, dtype, shape in _shapes(tensors)}
-    if last == "down_proj":
+    coded = any(map(is_coded, matrices.values()))
+    if coded and config.coding:
+        where = f"of the experts of layer {layer}"
+        sizes = {n: shape_of(config.coding, k, f"{n} {where}") for n, k in matrices.items()}
+        ups = [size for name, size in sizes.items() if name != last]
+        wide, down = sum(rows for rows, _ in ups), sizes[last]
+        gated = any(name.startswith("gate") for name in sizes)
+        fits = wide == (1 + gated) * down[1] and {columns for _, columns in ups} == {down[0]}
+    elif coded:  # by MLX-LM, projection by projection: a backend compares them with its model
+        _check_mlx(tensors)
+        fits = True
+    elif last == "down_proj" and last in shapes:
         times = 2 if "gate_up_proj" in shapes else 1
-        wide = shapes["gate_up_proj" if times == 2 else "up_proj"][1]
-        if math.prod(wide) != times * math.prod(shapes["down_proj"][1]):
-            spelled = ", ".join(f"{n} {d} {list(s)}" for n, (d, s) in shapes.items())
-            raise ShapeMismatch(f"the experts of layer {layer} do not fit together: {spelled}")
+        wide = math.prod(shapes["gate_up_proj" if times == 2 else "up_proj"][1])
+        fits = wide == times * math.prod(shapes["down_proj"][1])
+    else:
+        fits = True
+    if not fits:
+        spelled = ", ".join(f"{n} {d} {list(s)}" for n, (d, s) in shapes.items())
+        raise ShapeMismatch(f"the experts of layer {layer} do not fit together: {spelled}")
+
+
+def _check_mlx(tensors: _Tensors) -> None:
+    """Refuse what is quantised in another way, of which config.json does not speak."""
+    for name, parts in tensors.items():
+        path, entry = _some(parts[0])
+        if split(name).kind not in _MLX_KINDS:
+            raise ShapeMismatch(
+                f"tensor {entry.name} is of a quantised expert, and config.json does not say how",
+                str(path),
+                "add the quantization_config it was published with; or save the model with"
+                " Transformers in bfloat16, or convert it with MLX-LM, and pack that",
+            )
 
 
 def _shapes(tensors: _Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -283,6 +345,14 @@ def _shapes(tensors: _Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 f" {other.name} is {other.dtype} {list(other.shape)}: they are one matrix"
             )
         yield name, entries[0].dtype, (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _pattern(where: _Where) -> Pattern:
+    """How all of them are called; empty where there is no such rule."""
+    expert, (_, entry) = next(iter(where.items()))
+    pattern = pattern_of(entry.name, expert)
+    named = (str(expert).join(pattern) == at[1].name for expert, at in where.items())
+    return pattern if expert is None or all(named) else ()
 
 
 def _some(where: _Where) -> Located:

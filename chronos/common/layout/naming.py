@@ -3,8 +3,9 @@
 Checkpoints name experts one by one (`experts.3.gate_proj.weight`) or stack them along dimension 0
 (`experts.gate_up_proj`, MLX-LM's `switch_mlp.gate_proj.weight`). A record holds what the library's
 own module computes with: one matrix `gate_up_proj`, gate rows first, which is the two parts one
-after the other; MLX-LM's three projections as they are, quantised or not. The facts are from
-Transformers' conversion_mapping.py and MLX-LM's `sanitize` methods. Shapes are not known here.
+after the other; MLX-LM's three projections as they are, quantised or not, and so those of any
+quantised checkpoint (`unmerged`). The facts are from Transformers' conversion_mapping.py and
+MLX-LM's `sanitize` methods. Shapes are not known here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import re
 from typing import NamedTuple
 
 from chronos.common.errors import ShapeMismatch
+from chronos.common.layout.quantised import KINDS
 
 _LAYER = re.compile(r"((?:\w+\.)*?)(?:layers|blocks|h)\.(\d{1,5})\.(.+)")
-_ONE = re.compile(r"(?:.+\.)?experts\.(\d{1,5})\.(\w+)\.(weight|bias)")
-_STACKED = re.compile(r"(?:.+\.)?experts\.((?:gate_up|up|down)_proj(?:_bias)?)")
+_ONE = re.compile(r"(?:.+\.)?experts\.(\d{1,5})\.(\w+)\.(" + "|".join(KINDS) + ")")
+_STACKED = re.compile(r"(?:.+\.)?experts\.((?:gate_up|up|down)_proj(?:_bias|_blocks|_scales)?)")
 _SWITCH = re.compile(
     r"(?:.+\.)?(?:(?:switch_mlp|switch_glu|experts)\.(gate_proj|up_proj|down_proj)"
     r"|(?:switch_mlp)\.(fc1|fc2))\.(weight|scales|biases|bias)"
@@ -26,6 +28,9 @@ _PROJECTIONS = {
     "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
     "down_proj": ("down_proj", 0), "w2": ("down_proj", 0),
+}  # fmt: skip
+_NAMES = {
+    ("gate_up_proj", 0): "gate_proj", ("gate_up_proj", 1): "up_proj", ("down_proj", 0): "down_proj",
 }  # fmt: skip
 # Stacked under names of their own (Granite, Aria).
 _ODD_STACKS = {
@@ -39,14 +44,15 @@ _DENSE = frozenset({"e_score_correction_bias"})  # of the router, though it lies
 _SWITCH_ORDER = [
     f"{projection}.{kind}"
     for projection in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-    for kind in ("weight", "scales", "biases", "bias")
+    for kind in KINDS
 ]
 # In a record, tensors lie in this order.
 ORDER = {
     name: place
     for place, name in enumerate(
-        ["gate_up_proj", "up_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj"]
-        + ["down_proj_bias", *_SWITCH_ORDER]
+        ["gate_up_proj", "gate_up_proj_blocks", "gate_up_proj_scales", "up_proj"]
+        + ["gate_up_proj_bias", "up_proj_bias", "down_proj", "down_proj_blocks"]
+        + ["down_proj_scales", "down_proj_bias", *_SWITCH_ORDER]
     )
 }
 
@@ -59,6 +65,15 @@ class Part(NamedTuple):
     expert: int | None  # None: of all experts, stacked along dimension 0
     tensor: str  # its name in the record
     place: int  # 0 or 1 within the tensor
+
+
+def unmerged(tensor: str, place: int) -> str:
+    """The name in a record of a projection that stays as it is: "gate_proj.weight" for the first
+    part of gate_up_proj."""
+    if "." in tensor:
+        return tensor
+    kind = "bias" if tensor.endswith("_bias") else "weight"
+    return f"{_NAMES[tensor.removesuffix('_bias'), place]}.{kind}"
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -83,6 +98,8 @@ def expert_part(name: str) -> Part | None:
     tower, layer, rest = inside[1], int(inside[2]), inside[3]
     if (one := _ONE.fullmatch(rest)) and one[2] in _PROJECTIONS:
         tensor, place = _PROJECTIONS[one[2]]
+        if one[3] not in ("weight", "bias"):  # quantised: projections stay as they are
+            return Part(tower, layer, int(one[1]), f"{_NAMES[tensor, place]}.{one[3]}", 0)
         suffix = "_bias" if one[3] == "bias" else ""
         return Part(tower, layer, int(one[1]), tensor + suffix, place)
     if stacked := _STACKED.fullmatch(rest):

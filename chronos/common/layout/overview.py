@@ -60,6 +60,8 @@ def _inspect_folder(folder: Path, budgets: Iterable[str]) -> dict[str, Any]:
         "expert_bytes_per_token": source.config.num_experts_per_tok
         * sum(template.nbytes for template in source.templates.values()),
     }
+    if source.dense_memory_nbytes != source.dense_nbytes:
+        data["dense_memory_bytes"] = source.dense_memory_nbytes
     if packed:
         layout = open_layout(folder)
         data["clusters"] = len(layout.files)

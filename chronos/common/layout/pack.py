@@ -35,6 +35,7 @@ from chronos.common.layout.folder import (
     open_layout,
 )
 from chronos.common.layout.manifest import EXPERTS, read_manifest
+from chronos.common.layout.names import NAMES, write_names
 from chronos.common.layout.source import ModelSource, encoded, open_source, pick
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
@@ -115,7 +116,9 @@ def pack(
         _refuse_foreign(src, dst, io)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
         _place_dense(dst, model, link, advance, io)
-        _copy_side_files(_side_files(src), dst, model.config, io)
+        copy_side_files(side_files(src), dst, model.config, io)
+        if model.names:
+            write_names(dst, model.names, io)
         written = write_experts(
             dst,
             clusters,
@@ -234,13 +237,16 @@ def _complete(
 ) -> None:
     """Put back what a finished folder has lost. Its own copy of the dense part is never removed:
     other folders may be linked to it, the source too."""
-    lost = [path for path in _side_files(src) if not (dst / path.name).exists()]
-    _copy_side_files(lost, dst, model.config, io)
+    lost = [path for path in side_files(src) if not (dst / path.name).exists()]
+    copy_side_files(lost, dst, model.config, io)
     put_back = [path.name for path in lost]
     if not (dst / DENSE).exists():
         check_free_space(dst, 0 if link else model.dense_nbytes, io)
         _place_dense(dst, model, link, advance, io)
         put_back += [DENSE, LINK]
+    if model.names and not (dst / EXPERTS / NAMES).exists():
+        write_names(dst, model.names, io)
+        put_back.append(f"{EXPERTS}/{NAMES}")
     if put_back:
         renew(dst, put_back, io)
 
@@ -260,13 +266,13 @@ def _already_packed(layout: Layout, model: ModelSource, began: float) -> PackRep
 
 def _packed_files(dst: Path) -> list[str]:
     """Names of what packing wrote beside the experts."""
-    written = (DENSE, LINK, *(path.name for path in _side_files(dst)))
+    written = (DENSE, LINK, f"{EXPERTS}/{NAMES}", *(path.name for path in side_files(dst)))
     return [name for name in written if (dst / name).exists()]
 
 
 def _overhead(src: Path, clusters: list[list[Key]]) -> int:
     """Bytes of side files, and about those of headers and manifest."""
-    side = sum(path.stat().st_size for path in _side_files(src))
+    side = sum(path.stat().st_size for path in side_files(src))
     return side + 1024 * sum(map(len, clusters)) + ALIGN * len(clusters)
 
 
@@ -282,7 +288,7 @@ def _refuse_foreign(src: Path, dst: Path, io: FileIO) -> None:
     """
     if is_unfinished(dst, io):
         return
-    written = ["config.json", *(path.name for path in _side_files(src))]
+    written = ["config.json", *(path.name for path in side_files(src))]
     there = [dst / name for name in written if (dst / name).exists()]
     if there or any(dst.glob("*.safetensors*")):
         model = (dst / "config.json").exists() or not there
@@ -348,23 +354,25 @@ def _holds(path: Path, header: bytes, nbytes: int, io: FileIO) -> bool:
         return file.nbytes == nbytes and file.read(0, len(header)) == header
 
 
-def _side_files(src: Path) -> list[Path]:
+def side_files(src: Path) -> list[Path]:
+    """What comes along beside the weights: config, tokenizer, licenses."""
     licenses = sorted(path.name for path in src.glob("LICENSE*") if path.is_file())
     return [src / name for name in (*licenses, *SIDE_FILES) if (src / name).exists()]
 
 
 def _check_side_files(src: Path, io: FileIO) -> None:
     """Refuse pointers and pages in their place, which tokenizers of a clone without git-lfs are."""
-    for path in _side_files(src):
+    for path in side_files(src):
         with SmallReader(os.path.realpath(path), io) as file:
             head = file.read(0, min(file.nbytes, foreign.HEAD))
         if error := foreign.by_content(path, head):
             raise error
 
 
-def _copy_side_files(
+def copy_side_files(
     files: Iterable[Path], dst: Path, config: ModelConfig | GuestConfig, io: FileIO
 ) -> None:
+    """Copy them, the tensors of those that have some checked."""
     for source in files:
         if source.suffix == ".safetensors":
             found = {}

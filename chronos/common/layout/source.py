@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chronos.common.disk.header import Located
+from chronos.common.disk.header import Located, tensor_nbytes
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors, read_pieces
 from chronos.common.errors import ShapeMismatch, UsageError
-from chronos.common.layout.codecs import SWIGLU, encoder_of, encoding_of
+from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
 from chronos.common.layout.guest import find_experts, left_out_of
+from chronos.common.layout.names import Names, pattern_of, read_names
+from chronos.common.layout.quantised import grouped, is_coded, shape_of
 from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import (
@@ -46,7 +48,8 @@ class ModelSource:
     """A model to pack: where the dense tensors are, how to get experts, and which model it is.
 
     templates: the record of an expert, by layer. identify: reads the samples for the fingerprint.
-    left_out: names of tensors no decoder runs.
+    names: what the experts' tensors are called, where that is known. left_out: names of tensors no
+    decoder runs.
     """
 
     config: ModelConfig | GuestConfig
@@ -54,6 +57,7 @@ class ModelSource:
     templates: Mapping[int, Template]
     experts: Source
     identify: Callable[[], str]
+    names: Names = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
     @cached_property
@@ -65,16 +69,33 @@ class ModelSource:
         return sum(entry.nbytes for _, entry in self.dense)
 
     @property
+    def dense_memory_nbytes(self) -> int:
+        """Of the dense part in memory, where quantised matrices are dequantised at loading."""
+        if not isinstance(self.config, GuestConfig) or not self.config.coding:
+            return self.dense_nbytes
+        nbytes = 0
+        matrices = grouped((e.name, e.dtype, e.shape) for _, e in self.dense)
+        for name, kinds in matrices.items():
+            if is_coded(kinds):
+                rows, columns = shape_of(self.config.coding, kinds, name)
+                nbytes += rows * columns * self.config.dtype_bytes
+            else:
+                nbytes += sum(tensor_nbytes(*kind) for kind in kinds.values())
+        return nbytes
+
+    @property
     def expert_nbytes(self) -> int:
         """Of all records, padding included."""
         return self.config.num_experts * sum(t.nbytes for t in self.templates.values())
 
     @property
     def dialect(self) -> str:
-        """Whose modules the records fit: "chronos", "transformers" or "mlx"."""
+        """Whose modules the records fit: "chronos", "transformers", "mlx", or "quantised" for those
+        that another library quantised."""
         if isinstance(self.config, ModelConfig):
             return "chronos"
-        return next(iter(self.templates.values())).encoding.partition("-")[0]
+        first = next(iter(self.templates.values())).encoding.partition("-")[0]
+        return first if first in (TRANSFORMERS, MLX) else "quantised"
 
     @property
     def encodings(self) -> dict[int, str]:
@@ -121,7 +142,7 @@ def encoded(model: ModelSource, encoding: str) -> ModelSource:
                 yield key, {name: array.data.cast("B") for name, array in made.items()}
 
     templates = dict.fromkeys(model.templates, template)
-    return replace(model, templates=templates, experts=experts)
+    return replace(model, templates=templates, experts=experts, names={})
 
 
 def widened(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -145,6 +166,7 @@ def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSo
         {layer: layout.template(layer) for layer in layout.moe_layers},
         partial(_packed_experts, layout, io),
         lambda: layout.fingerprint,
+        read_names(src, io),
     )
 
 
@@ -172,6 +194,10 @@ def _native(
         templates,
         partial(_gathered, templates, locate, io),
         partial(sample_digest, located, io),
+        {
+            layer: {t.name: (pattern_of(expert_name(layer, 0, t.name), 0),) for t in record.tensors}
+            for layer in templates
+        },
     )
 
 
@@ -180,7 +206,7 @@ def _guest(
 ) -> ModelSource:
     found, raw = find_experts(located, config), load_config(src)[0]
     templates = {
-        layer: laid._replace(encoding=encoding_of(raw, layer, laid.tensors))
+        layer: laid._replace(encoding=encoding_of(raw, layer, laid.tensors, config.coding))
         for layer, laid in found.templates.items()
     }
     left_out = set(found.left_out)
@@ -191,6 +217,7 @@ def _guest(
         templates,
         partial(_gathered, templates, found.locate, io),
         partial(sample_digest, kept, io),
+        found.names,
         tuple(found.left_out),
     )
 

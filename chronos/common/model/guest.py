@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from chronos.common.disk.tensors import first_dtype
 from chronos.common.errors import ConfigError
 from chronos.common.model.config import DTYPE_BYTES, MODEL_TYPE, ModelConfig, load_config
 from chronos.common.model.defaults import class_defaults
+from chronos.common.model.quantization import coding_of
 from chronos.common.model.weights import SAFETENSORS_DTYPE
 
 # Spellings of one count, the most usual first. Where a file has several, the first is taken: the
@@ -91,8 +92,9 @@ class GuestConfig:
     max_position_embeddings: what the scaling of positions allows, where that is more than the file
     says. dtype: "bfloat16", "float16" or "float32", of the dense part. num_shared_experts: 0 where
     the blocks have none. quantization: "" or the method the checkpoint is stored with, as the file
-    names it ("mlx" for MLX-LM's own); what a backend cannot run it refuses by this name. rope_type:
-    how positions are scaled, "" where they are not.
+    names it ("mlx" for MLX-LM's own); what Chronos does not unpack is refused by this name. coding:
+    the encoding of what the method quantised, "" where that is MLX-LM's to say, path by path, or
+    nobody's. rope_type: how positions are scaled, "" where they are not.
     """
 
     model_type: str
@@ -104,7 +106,9 @@ class GuestConfig:
     num_shared_experts: int = 0
     dtype: str = "float32"
     quantization: str = ""
+    coding: str = ""
     rope_type: str = ""
+    lookahead_steps: ClassVar[int] = 0  # it has no LookaheadRouter
 
     @property
     def dtype_bytes(self) -> int:
@@ -133,11 +137,13 @@ class GuestConfig:
         counts["max_position_embeddings"] = _context(rope, counts["max_position_embeddings"])
         if counts["num_experts_per_tok"] > counts["num_experts"]:
             raise ConfigError("num_experts_per_tok is above num_experts", where)
+        quantization, coding = _quantization(flat, where)
         return cls(
             model_type=model_type,
             num_shared_experts=_shared(flat, model_type),
             dtype=_dtype(flat, where),
-            quantization=_quantization(flat, where),
+            quantization=quantization,
+            coding=coding,
             rope_type=str(rope.get("rope_type", ""))[:40],
             **counts,
         )
@@ -263,8 +269,8 @@ def _dtype(data: dict[str, Any], where: str) -> str:
     return name
 
 
-def _quantization(data: dict[str, Any], where: str) -> str:
+def _quantization(data: dict[str, Any], where: str) -> tuple[str, str]:
     if _object(data, "quantization", where):
-        return "mlx"  # MLX-LM writes its settings under both keys
+        return "mlx", ""  # MLX-LM writes its settings under both keys
     settings = _object(data, "quantization_config", where)
-    return str(settings.get("quant_method") or "unknown")[:40] if settings else ""
+    return coding_of(settings) if settings else ("", "")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,13 +42,15 @@ def parts(config: ModelConfig) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
-def balance_scale(config: ModelConfig) -> Floats:
-    """What each expert's share of the balance counts. [L, E]
+def balance_scale(config: ModelConfig | GuestConfig) -> Floats:
+    """What each expert's share of the balance counts. [L, E], [1, E] where all count alike.
 
     The balance of a layer is E sum_e f_e p_e (`training/losses.py`), 1 where all experts are used
     alike. Of a layer with two tiers it is the sum of theirs, each with its own share of the picks
     and experts, that of the streamed ones times `streamed_balance`.
     """
+    if not isinstance(config, ModelConfig):
+        return np.ones((1, config.num_experts))
     scale_LE = np.ones((config.num_hidden_layers, config.num_experts))
     resident, near = config.num_resident_experts, config.num_resident_experts_per_tok
     share = near / config.num_experts_per_tok

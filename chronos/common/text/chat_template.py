@@ -68,12 +68,13 @@ class ChatTemplate:
 
         control: the texts of control tokens. One counts where the template wrote it (or a role
         between two parts that it wrote), never where a message did, whatever the template does to
-        that. variables: names the template may use, as bos_token. Raises TemplateError.
+        that. variables: names the template may use, as bos_token or tools. Raises TemplateError.
         """
         prepared = [(_as_transformers(messages), reply) for messages, reply in chats]
-        marks = _free_marks(json.dumps(prepared, ensure_ascii=False, default=str) + self.source)
+        said = json.dumps([prepared, variables], ensure_ascii=False, default=str)
+        marks = _free_marks(said + self.source)
         for name, value in variables.items():
-            if value in control:
+            if isinstance(value, str) and value in control:
                 variables[name] = marks[0] + value + marks[2]
         jobs = [
             {

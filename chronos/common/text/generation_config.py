@@ -77,6 +77,25 @@ def read_defaults(folder: str | Path) -> ReplyDefaults:
     return ReplyDefaults(1.0 if penalty is None else float(penalty), rules, ignored)
 
 
+def read_sampling(folder: str | Path) -> dict[str, Any]:
+    """How the file would have replies drawn, as fields of SamplingParams: for whoever leaves that
+    choice to the model. Greedy unless it says `do_sample`. Raises ConfigError naming the key."""
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return {}
+    data, where = load_config(path)
+    if data.get("do_sample") is not True:
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    asked = {name: data[name] for name in names if data.get(name) is not None}
+    asked.setdefault("temperature", 1.0)
+    try:
+        SamplingParams(**asked)
+    except ChronosError as error:
+        raise ConfigError(error.what, where) from None
+    return asked
+
+
 def _size(data: dict[str, Any], key: str, where: str) -> int:
     value = data.get(key)
     if value is None:

@@ -109,7 +109,9 @@ class Work:
     last. last: the prompt ends with this piece, or it is a single token after one: sample the next.
     mask: bool [V], which tokens may be drawn; None for all. prompt: tokens the sequence has once
     its whole prompt is in (a model may rotate positions by that); 0 for a token after one. bias:
-    float32 [V], added to the logits after penalties; None for none.
+    float32 [V], added to the logits after penalties; None for none. every: keep the logits of all
+    its tokens for `Session.every_logits`; those of the last are computed among others then, which
+    may change their last bits.
     """
 
     seq: int
@@ -119,6 +121,7 @@ class Work:
     mask: npt.NDArray[np.bool_] | None = None
     prompt: int = 0
     bias: npt.NDArray[np.float32] | None = None
+    every: bool = False
 
 
 PIECE = 512  # tokens of a prompt that go through a model at once: another cut is other bits

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 
 class StopText:
-    """`push` pieces, show what it returns, end when `found`."""
+    """`push` pieces, show what it returns, end when `found`; `which` is the stop string then."""
 
     def __init__(self, stop: Iterable[str]) -> None:
         self.stop = tuple(stop)
-        self.found = False
+        self.found, self.which = False, ""
         self._held = ""
         self._beginnings = {text[:size] for text in self.stop for size in range(1, len(text))}
         self._longest = max(map(len, self._beginnings), default=0)
@@ -24,10 +24,11 @@ class StopText:
         if not self.stop:
             return piece
         self._held += piece
-        starts = [at for at in map(self._held.find, self.stop) if at >= 0]
+        starts = [(at, stop) for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if starts:
+            at, self.which = min(starts)
             self.found = True
-            shown, self._held = self._held[: min(starts)], ""
+            shown, self._held = self._held[:at], ""
             return shown
         keep = len(self._held) - self._beginning()
         shown, self._held = self._held[:keep], self._held[keep:]

@@ -206,16 +206,25 @@ class Tokenizer:
         """Whether there is a chat template."""
         return self.template.source != NO_TEMPLATE
 
-    def apply_chat(self, messages: Messages, *, reply: bool = True) -> list[int]:
-        """Ids of a conversation under the chat template, opened for the assistant if `reply`."""
-        return self.apply_chats([(messages, reply)])[0]
+    def apply_chat(
+        self,
+        messages: Messages,
+        *,
+        reply: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation under the chat template, opened for the assistant if `reply`.
+        variables: what else the template may read, as `tools`."""
+        return self.apply_chats([(messages, reply)], variables)[0]
 
-    def apply_chats(self, chats: Sequence[tuple[Messages, bool]]) -> list[list[int]]:
+    def apply_chats(
+        self, chats: Sequence[tuple[Messages, bool]], variables: Mapping[str, Any] | None = None
+    ) -> list[list[int]]:
         """`apply_chat` of many (messages, reply), for one rendering. Raises TemplateError."""
-        for messages, _ in chats:
-            for text in _strings(messages):
-                self._check(text)
-        rendered = self.template.render_all(chats, tuple(self.control_ids), **self._named)
+        for text in _strings([variables or {}, *(messages for messages, _ in chats)]):
+            self._check(text)
+        known = self._named | dict(variables or {})
+        rendered = self.template.render_all(chats, tuple(self.control_ids), **known)
         return [self._encode_rendered(parts) for parts in rendered]
 
     def _encode_rendered(self, parts: list[str]) -> list[int]:

@@ -134,18 +134,19 @@ def dpo(
     ld_alpha: float = 1.0,
 ) -> dict[str, float]:
     """The loss of `Preference` and what is logged beside it: means over pairs (rows 2i and 2i + 1
-    are chosen and rejected), log-probabilities summed over a row's labels."""
+    are chosen and rejected), log-probabilities summed over a row's labels. Rewards are of the sums
+    for kinds that compare means, too."""
     mask = (labels_BT != IGNORE).astype(np.float64)
     length_B = mask.sum(1)
     shorter_B = np.repeat(length_B.reshape(-1, 2).min(1), 2)
     weight_BT = np.where(mask.cumsum(1) <= shorter_B[:, None], 1.0, ld_alpha) * mask
-    if kind in ("ipo", "sigmoid_norm"):
-        weight_BT = weight_BT / np.maximum(length_B, 1)[:, None]
     own_P2, reference_P2 = (
         (np.asarray(x, np.float64) * weight_BT).sum(1).reshape(-1, 2) for x in (lp_BT, reference_BT)
     )
     gain_P2 = own_P2 - reference_P2
-    d = gain_P2[:, 0] - gain_P2[:, 1]
+    means = kind in ("ipo", "sigmoid_norm")
+    scores_P2 = gain_P2 / np.maximum(length_B, 1).reshape(-1, 2) if means else gain_P2
+    d = scores_P2[:, 0] - scores_P2[:, 1]
     loss, opposite = np.logaddexp(0, -beta * d), np.logaddexp(0, beta * d)
     e = label_smoothing
     if kind == "ipo":
@@ -222,9 +223,9 @@ def grpo(
     low, high = 1 - epsilon, 1 + epsilon_high
     loss_BT = -np.minimum(ratio * a_BT, np.clip(ratio, low, high) * a_BT)
     d = np.asarray(reference_BT, np.float64) - lp
-    k3_BT = np.exp(d) - d - 1
+    kl_BT = (np.exp(d) - d - 1) * np.exp(token_log)
     if beta:
-        loss_BT = loss_BT + beta * k3_BT * np.exp(token_log)
+        loss_BT = loss_BT + beta * kl_BT
     rows = max(int((length_B > 0).sum()), 1)
     per_row = (loss_BT * mask).sum(1) / np.maximum(length_B, 1)
     total = float((loss_BT * mask).sum())
@@ -237,7 +238,7 @@ def grpo(
     below, above = (ratio < low) & (a_BT < 0), (ratio > high) & (a_BT > 0)
     return {
         "policy": policy,
-        "kl": float((k3_BT * mask).sum() / labels),
+        "kl": float((kl_BT * mask).sum() / labels),
         "clip_ratio/low_mean": float((below * mask).sum() / labels),
         "clip_ratio/high_mean": float((above * mask).sum() / labels),
         "clip_ratio/region_mean": float(((below | above) * mask).sum() / labels),

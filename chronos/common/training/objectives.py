@@ -133,7 +133,9 @@ class Preference(_Stage):
 
     def count(self, batch: Batch) -> Mapping[str, float]:
         chosen = int((batch.labels_BT[::2] != IGNORE).sum())
-        return {"pairs": len(batch.ids_BT) / 2, "chosen": chosen}
+        labels = batch.tokens
+        counts = {"labels": labels, "chosen": chosen, "rejected": labels - chosen}
+        return counts | {"pairs": len(batch.ids_BT) / 2}
 
 
 @dataclass(frozen=True)

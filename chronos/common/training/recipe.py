@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from chronos.common.errors import ConfigError
 from chronos.common.model.config import LISTS, LossWeights, ModelConfig
+from chronos.common.training.lora import LoraRecipe
 
 _T = TypeVar("_T")
 S = TypeVar("S", bound="StageRecipe")
@@ -180,13 +181,18 @@ class Recipe(Generic[S]):
     start: str = ""
     """The model a stage goes on with: a folder, or `demo`."""
     anchor: AnchorRecipe = field(default_factory=AnchorRecipe)
+    lora: LoraRecipe | None = None
+    """Adapters to train in place of the model's weights; None: these."""
+    budget: str = ""
+    """What the routed experts of a model with adapters may take in memory; "": all in the model."""
     folder: str = ""
     """Where the recipe lies: paths in it are looked for there first."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights a run ends with; compared on resume."""
         sections = dataclasses.asdict(self)
-        for name in ("folder", *(("tokenizer",) if self.stage.STARTS else ("start", "anchor"))):
+        others = ("tokenizer",) if self.stage.STARTS else ("start", "anchor", "lora")
+        for name in ("folder", "budget", *others):
             del sections[name]
         return sections | {self.stage.SECTION: sections.pop("stage")}
 
@@ -263,7 +269,7 @@ def at_least_one(section: str, values: Any, *names: str) -> None:
 def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     data = by_section(data, stage)
     names = {"model", "data", "tokenizer", "loss", "cadence", "optimizer", stage.SECTION}
-    _known(data, names ^ {"tokenizer", "anchor"} if stage.STARTS else names, "section")
+    _known(data, names ^ {"tokenizer", "anchor", "lora"} if stage.STARTS else names, "section")
     for section, values in stage.DEFAULTS.items():
         data[section] = values | _table(data, section)
     tokenizer = _section(TokenizerRecipe, data, "tokenizer")
@@ -285,6 +291,7 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
         optimizer=_section(OptimizerRecipe, data, "optimizer"),
         start=start,
         anchor=_section(AnchorRecipe, data, "anchor"),
+        lora=_section(LoraRecipe, data, "lora") if "lora" in data else None,
     )
 
 

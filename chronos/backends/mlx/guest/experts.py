@@ -11,7 +11,7 @@ Shape legend: T tokens, D hidden, F expert hidden, E experts, S slots, K top-k, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +21,11 @@ import numpy as np
 from mlx import nn
 
 from chronos.backends.mlx.codecs import Switch, codec_of
-from chronos.backends.mlx.moe import Routing, refuse_gradients
+from chronos.backends.mlx.moe import Routing
+from chronos.backends.mlx.streamed import recording, routed_outputs
 from chronos.common.experts.feed import Source
+from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import NEXT_GATE
-from chronos.common.experts.tier import Lease
 
 # From how many pairs on MLX-LM sorts them by expert: the gather is another kernel then.
 _SORT_PAIRS = 64
@@ -90,8 +91,10 @@ class StreamedLayer(Layer):
         """shared: what the layer's shared experts make of x, for fallback; None where they are not
         known."""
         super().__init__(layer, block)
+        self.shapes = _shapes(block)
         del self.block  # its weights are stand-ins
-        self._switch, self._codec = switch, codec_of(encoding)
+        self._switch, self.codec = switch, codec_of(encoding)
+        self.lora: dict[str, Any] = {}  # as in the native MoE
         self.shared = shared
         self._ahead = ahead
 
@@ -102,7 +105,9 @@ class StreamedLayer(Layer):
         next_ids = self._guess(x, source) if ids.size == ids.shape[-1] else None
         # The one wait of this layer, with the input in it as in the native MoE; and the last
         # layer's output, which the input need not depend on in every architecture.
-        refuse_gradients(x, ids, next_ids, call.held)
+        own = [array for lora in self.lora.values() for array in lora.arrays()]
+        if recording(x, ids, next_ids, call.held, *own):
+            return self._recorded(x, ids, source)
         mx.eval(x, ids, next_ids, call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         used = np.unique(ids_TK).tolist()
@@ -111,7 +116,8 @@ class StreamedLayer(Layer):
             assert self._ahead is not None
             best: list[int] = np.array(next_ids).reshape(-1).tolist()
             source.foresee(NEXT_GATE, best, self._ahead[0])
-        compute = self._at_once if len(ids_TK) == 1 else self._as_they_land
+        at_once = len(ids_TK) == 1 and not self.lora
+        compute = self._at_once if at_once else self._as_they_land
         y_NA, missing = compute(x_TD, ids_TK, lease)
         call.held = y_NA
         y_TKA = y_NA.reshape(*ids_TK.shape, -1)
@@ -155,12 +161,48 @@ class StreamedLayer(Layer):
                 continue
             places_N = np.full(len(pairs), place.slot)
             sort = len(flat_N) >= _SORT_PAIRS
-            outputs.append(self._experts(x_TD[mx.array(pairs // K)], places_N, place.stack, sort))
+            x_nD = x_TD[mx.array(pairs // K)]
+            adapter = self.lora.get(f"e{expert}")
+            outputs.append(self._experts(x_nD, places_N, place.stack, sort, adapter))
             mx.eval(outputs[-1])  # the slot may be overwritten once the next is asked for
         return mx.concatenate(outputs)[mx.array(np.argsort(np.concatenate(order)))], missing
 
-    def _experts(self, x_ND: mx.array, places_N: np.ndarray, stack: Any, sort: bool) -> mx.array:
+    def _recorded(self, x: mx.array, ids: mx.array, source: Source) -> mx.array:
+        """With gradients: the layer's own call, and no expert is missing."""
+        sort = ids.size >= _SORT_PAIRS
+
+        def compute(expert: int, x_nD: mx.array, place: Any, own: Sequence[mx.array]) -> mx.array:
+            adapter = self.lora[f"e{expert}"].of(own) if own else None
+            places_N = np.full(len(x_nD), place.slot)
+            return self._experts(x_nD, places_N, place.stack, sort, adapter)
+
+        adapters = {int(name[1:]): lora.arrays() for name, lora in self.lora.items()}
+        x_TD, ids_TK = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
+        y_TKD = routed_outputs(x_TD, ids_TK, source, self.layer, compute, adapters)
+        return y_TKD.reshape(*ids.shape, -1)
+
+    def _experts(
+        self,
+        x_ND: mx.array,
+        places_N: np.ndarray,
+        stack: Any,
+        sort: bool,
+        adapter: Callable[[str, mx.array], mx.array] | None = None,
+    ) -> mx.array:
         """The expert at place n of a stack for row n: [N, D]."""
         at_N = mx.array(places_N.astype(np.uint32))
-        y_ND: mx.array = self._codec.gathered(x_ND, stack, at_N, self._switch, sort)
+        more = () if adapter is None else (adapter,)
+        y_ND: mx.array = self.codec.gathered(x_ND, stack, at_N, self._switch, sort, *more)
         return y_ND
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the matrices of an expert, gate and up as one."""
+    if "fc1" in block:
+        first, last, name, parts = block["fc1"], block["fc2"], "up_proj", 1
+    else:
+        first, last, name, parts = block["gate_proj"], block["down_proj"], "gate_up_proj", 2
+    return {
+        name: (parts * first.output_dims, first.input_dims),
+        "down_proj": (last.output_dims, last.input_dims),
+    }

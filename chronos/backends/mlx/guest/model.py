@@ -11,12 +11,14 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
@@ -32,8 +34,10 @@ from chronos.backends.mlx.guest.experts import (
 from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_utils
 from chronos.backends.mlx.guest.spelling import switch_of
 from chronos.backends.mlx.model import Cache, Output
+from chronos.backends.mlx.moe import Routing
+from chronos.common.data import check_single
 from chronos.common.disk.header import TensorEntry
-from chronos.common.errors import UsageError
+from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import Layout, packed_experts
 from chronos.common.model.guest import GuestConfig
 
@@ -71,30 +75,77 @@ class Model(nn.Module):
         source: Any = None,
         replay: Callable[[int], tuple[mx.array, mx.array]] | None = None,
         last_only: bool = False,
+        want_logits: bool = True,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
 
         The routing is that of the layers with experts, in order, without weights. replay(layer)
-        gives ids [T, K] in place of the gates' choice; weights stay those of the gates' own. Raises
-        UsageError for segments, and for a source that falls back where the shared experts are not
-        known.
+        gives ids [T, K] in place of the gates' choice; weights stay those of the gates' own.
+        segments_BT, of training: each row holds one document, and padding behind it. Raises
+        UsageError for other segments, and for a source that falls back where the shared experts are
+        not known.
         """
         if segments_BT is not None:
-            raise UsageError("a guest model takes no packed rows")
+            check_single(np.array(segments_BT))
         if source is not None and not source.exact:
             self._check_fallback()
         if cache is not None:
             self._check_prompt(cache, ids_BT.shape[1])
         call = ExpertsCall(source, replay, last_only)
         before = CALL.set(call)
+        states: list[mx.array] = []
         try:
-            logits = self.core(ids_BT, cache=cache.layers if cache else None)
+            with nullcontext() if want_logits else self._decoder(states.append):
+                logits = self.core(ids_BT, cache=cache.layers if cache else None)
         finally:
             CALL.reset(before)
         if cache is not None:
             cache.position += ids_BT.shape[1]
-        return Output(logits, call.routing)
+        if want_logits:
+            return Output(logits, call.routing)
+        routing = [_over_all(each, self.config.num_experts) for each in call.routing]
+        return Output(logits, routing, hidden=states[0])  # logits are lazy, and not asked for
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits [..., V] of states [..., D]: the library's own call behind its decoder, since some
+        scale or cap them there."""
+        flat_1ND = x.reshape(1, -1, x.shape[-1])
+        with self._decoder(None, flat_1ND):
+            logits = self._owner(mx.zeros(flat_1ND.shape[:2], mx.int32))
+        return logits.reshape(*x.shape[:-1], -1)
+
+    @property
+    def head_weight(self) -> mx.array:
+        """What of `head` is trained: nothing."""
+        return mx.zeros(0)
+
+    def head_by(self, weight: mx.array, x: mx.array) -> mx.array:
+        return self.head(x)
+
+    @contextmanager
+    def _decoder(
+        self, note: Callable[[mx.array], None] | None, answer: mx.array | None = None
+    ) -> Iterator[None]:
+        """Have the library's decoder told of, or answered for."""
+        stand_in = _Decoder(self._owner["model"], note, answer)
+        vars(self._owner)["model"] = stand_in  # found before what a module holds
+        try:
+            yield
+        finally:
+            del vars(self._owner)["model"]
+
+    @property
+    def _owner(self) -> nn.Module:
+        """The module of the library that has a decoder and makes its logits."""
+        for _, module in sorted(self.core.named_modules(), key=lambda item: len(item[0])):
+            if isinstance(module.get("model"), nn.Module) and "embed_tokens" in module["model"]:
+                return module
+        raise UsageError(
+            "where MLX-LM makes this model's logits is not known, so it is not trained",
+            self.config.model_type,
+            "use --backend torch",
+        )
 
     def _check_prompt(self, cache: Cache, count: int) -> None:
         """MLX-LM takes a piece of a prompt for all of it, as far as its end."""
@@ -115,6 +166,12 @@ class Model(nn.Module):
                 self.config.model_type,
                 "use miss=exact",
             )
+
+
+def _over_all(routing: Routing, experts: int) -> Routing:
+    """With 1 / K of each chosen expert in place of probabilities [T, E], zero for the others."""
+    hot_TKE = routing.ids_TK[..., None] == mx.arange(experts)
+    return routing._replace(probs_TE=hot_TKE.astype(mx.float32).mean(1))
 
 
 def _dynamic(core: nn.Module) -> list[Any]:
@@ -140,6 +197,29 @@ class GuestCache(Cache):
         if not all(layer.is_trimmable() for layer in self.layers):
             return False
         return all(layer.trim(fewer) == fewer for layer in self.layers)
+
+
+class _Decoder:
+    """In the place of a decoder: notes what it says, or answers for it."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        note: Callable[[mx.array], None] | None,
+        answer: mx.array | None,
+    ) -> None:
+        self._decoder, self._note, self._answer = decoder, note, answer
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        if self._answer is not None:
+            return self._answer
+        out: mx.array = self._decoder(*args, **options)
+        assert self._note is not None
+        self._note(out)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
 
 
 class _Head(nn.Module):
@@ -169,6 +249,12 @@ def load_guest(
     config = GuestConfig.from_json(folder)
     skeleton = Skeleton(mlx_lm_utils(), folder, config)
     layout = layout or packed_experts(folder, config, checked=resident)
+    if layout is not None and config.coding:
+        raise ConfigError(
+            f"the checkpoint is quantised ({config.quantization}), which MLX does not compute with",
+            str(folder),
+            "use --backend torch, or convert the checkpoint with MLX-LM and pack that",
+        )
     core = skeleton.whole() if layout is None else skeleton.without_experts(layout, dense)
     if config.rope_type and not _scales_positions(core):
         _log.warning(

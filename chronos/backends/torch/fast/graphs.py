@@ -224,4 +224,6 @@ def usable(model: Any, exact: bool) -> bool:
     """Whether steps of a model can be captured, and what they leave out is not asked for."""
     if plain() or not isinstance(model, Model) or model.device.type != "cuda":
         return False
+    if any(block.mlp.lora for block in model.model.layers):
+        return False
     return exact and set(model.config.routing_sources) == {"gate"}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -18,9 +19,12 @@ from transformers.utils import logging
 
 from chronos.backends.torch.checkpoint import from_bytes
 from chronos.backends.torch.guest.experts import is_experts, parameters
+from chronos.backends.torch.quantised import dequantised
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import locate_tensors
 from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.layout.finite import check_below
+from chronos.common.layout.quantised import VALUES, grouped, index_limits, is_coded, shape_of
 from chronos.common.model.guest import GuestConfig
 
 _ALIGN = 64  # of everything torch allocates
@@ -44,6 +48,10 @@ def text_model(config: GuestConfig, folder: Path) -> tuple[Any, Any]:
             f"Transformers {transformers.__version__} has no causal language model for it: use a"
             " checkpoint of its text model, or try --backend mlx",
         )
+    for part in (settings, settings.get_text_config(decoder=True)):
+        for key in ("quantization_config", "quantization"):  # Chronos dequantises
+            if hasattr(part, key):
+                delattr(part, key)
     text = settings.sub_configs.get("text_config")
     if text is not None and kind.config_class is text:
         settings = settings.get_text_config()
@@ -120,9 +128,28 @@ def without_experts(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
-def dense_tensors(found: Iterable[tuple[TensorEntry, memoryview]]) -> dict[str, Tensor]:
-    """The dense part. Copied: what was read lies wherever the file had it, products want 64."""
-    return {e.name: from_bytes(data, e.dtype, e.shape).clone() for e, data in found}
+def dense_tensors(
+    found: Iterable[tuple[TensorEntry, memoryview]],
+    encoding_of: Callable[[str], str],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The dense part, quantised matrices dequantised; encoding_of: theirs, by their names.
+
+    Copied: what was read lies wherever the file had it, products want 64. Raises ShapeMismatch.
+    """
+    tensors, entries = {}, {}
+    for entry, data in found:
+        tensors[entry.name] = from_bytes(data, entry.dtype, entry.shape).clone()
+        entries[entry.name] = entry
+    for matrix, kinds in grouped((e.name, e.dtype, e.shape) for e in entries.values()).items():
+        if is_coded(kinds) and not kinds.keys().isdisjoint(VALUES):
+            encoding = encoding_of(matrix)
+            shape_of(encoding, kinds, matrix)
+            for name, limit in index_limits(entries[f"{matrix}.{k}"] for k in kinds).items():
+                check_below(tensors[name].numpy().data, limit, name)
+            parts = {k: tensors.pop(f"{matrix}.{k}") for k in kinds if k != "bias"}
+            tensors[f"{matrix}.weight"] = dequantised(encoding, parts, dtype)
+    return tensors
 
 
 def align(core: Any) -> None:

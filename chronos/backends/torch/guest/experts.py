@@ -24,7 +24,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chronos.backends.torch.codecs import PARAMETERS, codec_of
 from chronos.backends.torch.fast.capture import opaque
-from chronos.backends.torch.moe import Routing, refuse_gradients
+from chronos.backends.torch.moe import Routing
+from chronos.backends.torch.streamed import recording, routed_sum
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.experts.prefetch import NEXT_GATE
@@ -67,7 +68,7 @@ class Layer:
         """kernel: Transformers' own function, for experts that the module holds itself.
         ahead: the next layer with experts, and what its own gate would choose."""
         self.layer, self._shared, self._kernel = layer, shared, kernel
-        self._ahead, self._codec = ahead, codec_of(encoding)
+        self._ahead, self.codec = ahead, codec_of(encoding)
 
     def __call__(self, module: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         call = current()
@@ -77,9 +78,27 @@ class Layer:
         call.routing.append(Routing(ids_TK, weights_TK, weights_TK))
         if call.source is None:
             return self._kernel(module, x_TD, ids_TK, weights_TK)
-        refuse_gradients(x_TD, weights_TK)
+        lora = module._modules.get("lora") or {}
+        if recording(x_TD, weights_TK, *(p for each in lora.values() for p in each.arrays())):
+            return routed_sum(
+                x_TD,
+                ids_TK,
+                weights_TK,
+                call.source,
+                self.layer,
+                partial(self._compute, module),
+                _weighted,
+                {int(expert): each.arrays() for expert, each in lora.items()},
+            )
         combine = self._one_token if len(x_TD) == 1 else self._grouped
         return combine(module, x_TD, ids_TK, weights_TK, call.source)
+
+    def _compute(self, module: Any, expert: int, x_TD: Tensor, weights: Any) -> Tensor:
+        """An expert's output for its rows, with its adapter where it has one."""
+        lora = module._modules.get("lora")
+        if lora is not None and str(expert) in lora:
+            return self.codec.forward(x_TD, weights, module, lora[str(expert)])
+        return self.codec.forward(x_TD, weights, module)
 
     def _one_token(
         self, module: Any, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor, source: Source
@@ -94,7 +113,7 @@ class Layer:
             if weights is None:
                 missing.append(rank[expert])
             else:
-                y_K[rank[expert]] = self._codec.forward(x_1D, weights, module)
+                y_K[rank[expert]] = self._compute(module, expert, x_1D, weights)
         if missing:
             shared_1D = self._stand_in(x_1D)
             for i in missing:
@@ -119,7 +138,7 @@ class Layer:
             if weights is None:
                 missing.append(expert)
             else:
-                outputs[expert] = self._codec.forward(x_TD[rows[expert]], weights, module)
+                outputs[expert] = self._compute(module, expert, x_TD[rows[expert]], weights)
         if missing:
             shared_TD = self._stand_in(x_TD)
             gone_TK = torch.isin(ids_TK, ids_TK.new_tensor(missing))
@@ -145,6 +164,11 @@ class Layer:
                 "use miss=exact",
             )
         return shared_TD
+
+
+def _weighted(weights_TK: Tensor, y_TKD: Tensor) -> Tensor:
+    """As `grouped_mm` sums."""
+    return (y_TKD * weights_TK[..., None]).sum(dim=1).to(y_TKD.dtype)
 
 
 def is_experts(module: nn.Module) -> bool:

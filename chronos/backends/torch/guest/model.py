@@ -5,7 +5,7 @@ own renames, from bytes our strict reader gave; routed experts never become para
 caches, norms and routers stay the library's; its experts interface calls `experts`. A resident
 guest holds its experts as parameters and computes them with the library's own kernel. Everything
 runs in the checkpoint's dtype, so the tokens are the library's. Nothing is fetched, no code of a
-checkpoint runs. Not covered: training, saving, packed rows, checkpoints quantised by the library.
+checkpoint runs. Not covered: training, saving, packed rows.
 
 Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 """
@@ -22,7 +22,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from chronos.backends.libraries import STACKED_ONLY
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.fast.steps import Steps, integers
 from chronos.backends.torch.guest.build import (
@@ -49,13 +51,15 @@ from chronos.backends.torch.guest.rope import LengthRope
 from chronos.backends.torch.model import DTYPES, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.products import pack_linears
+from chronos.common.data import check_single
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import read_checkpoint
-from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.experts.feed import Source
 from chronos.common.layout import Layout, packed_experts, read_records
-from chronos.common.layout.codecs import TRANSFORMERS
+from chronos.common.layout.codecs import MLX, TRANSFORMERS, dense_encoding
 from chronos.common.layout.naming import layer_of
+from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 from chronos.common.text.sampling import PIECE
 from chronos.common.tuning import plain
@@ -78,9 +82,14 @@ class Model:
         self.config, self.core, self.resident = config, core, resident
         self.steps = None if plain() else Steps(integers(core.config.to_dict()))
         self._rope = LengthRope(core)
+        self._said: Any = MoeModelOutputWithPast  # the kind of answer of its decoder
         self.device: torch.device = core.device
 
     def eval(self) -> Model:
+        return self
+
+    def train(self) -> Model:
+        """As it is run: a guest's own weights are not trained, and its dropout stays off."""
         return self
 
     def new_cache(self, batch: int = 1) -> GuestCache:
@@ -100,17 +109,22 @@ class Model:
         replay: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         last_only: bool = False,
         recorded: bool = False,
+        want_logits: bool = True,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
 
         The routing is that of the layers with experts, in order; its probabilities are the weights.
+        segments_BT, of training: each row holds one document, and padding behind it. Without
+        `want_logits` all experts have a probability in the routing, 0 where they were not chosen.
         replay(layer) gives (ids, weights) [T, K] in place of the gates' choice. recorded: a single
         token may run as a recorded step, which needs that no other pass is under way.
         """
         if segments_BT is not None:
-            raise UsageError("a guest model takes no packed rows")
+            check_single(segments_BT.cpu().numpy())
         call = ExpertsCall(source, replay)
+        if not want_logits:
+            return self._states(ids_BT, call)
         pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
         before = CALL.set(call)
         try:
@@ -122,6 +136,30 @@ class Model:
         T = ids_BT.shape[1]  # a sequence computed anew has more
         logits_BTV = logits[-1] if last_only else torch.cat(logits, 1)[:, -T:]
         return Output(logits_BTV, _joined(call, pieces, T))
+
+    def _states(self, ids_BT: Tensor, call: ExpertsCall) -> Output:
+        """The states [B, T, D] that `head` makes logits of, by the library's own forward."""
+        self._rope.enter(0, 0)
+        before = CALL.set(call)
+        try:
+            found = self.core.base_model(input_ids=ids_BT, use_cache=False)
+        finally:
+            CALL.reset(before)
+        routing = [_over_all(each, self.config.num_experts) for each in call.routing]
+        self._said, hidden = type(found), found.last_hidden_state
+        return Output(hidden[:, :0], routing, hidden=hidden)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., D]: the library's own forward behind its decoder, since
+        some scale or cap them there."""
+        decoder, flat_1ND = self.core.base_model, x.reshape(1, -1, x.shape[-1])
+        decoder.forward = lambda *_, **__: self._said(last_hidden_state=flat_1ND)
+        try:
+            ids_1N = torch.zeros(flat_1ND.shape[:2], dtype=torch.long, device=x.device)
+            logits = self.core(input_ids=ids_1N, use_cache=False).logits
+        finally:
+            del decoder.forward
+        return logits.view(*x.shape[:-1], -1)
 
     def step(self, ids_BT: Tensor, **options: Any) -> Output:
         """A single token behind a cache, recorded where that is possible; see `fast.steps`."""
@@ -176,11 +214,19 @@ class Model:
         return out.logits
 
 
+def _over_all(routing: Routing, experts: int) -> Routing:
+    """With the weights of the chosen in place of probabilities [T, E]; zero for the others."""
+    ids_TK, weights_TK = routing.ids_TK, routing.weights_TK.float()
+    none_TE = weights_TK.new_zeros(len(ids_TK), experts)
+    return routing._replace(probs_TE=none_TE.scatter(1, ids_TK, weights_TK))
+
+
 def _joined(call: ExpertsCall, pieces: list[Tensor], count: int) -> list[Routing]:
     """The routing of the last of the tokens that ran one after the other, layer by layer."""
     layers = len(call.routing) // len(pieces)
+    decisions = [one[:3] for one in call.routing]  # a guest has no frozen gate beside its own
     return [
-        Routing(*(torch.cat(p)[-count:] for p in zip(*call.routing[layer::layers], strict=True)))
+        Routing(*(torch.cat(p)[-count:] for p in zip(*decisions[layer::layers], strict=True)))
         for layer in range(layers)
     ]
 
@@ -199,8 +245,8 @@ def load_guest(
     ShapeMismatch, CorruptFileError.
     """
     config = GuestConfig.from_json(folder)
-    _check_runnable(config, folder)
     layout = layout or packed_experts(folder, config, checked=resident)
+    _check_runnable(config, folder, layout)
     with quiet():
         settings, kind = text_model(config, folder)
         if layout is None:
@@ -208,8 +254,10 @@ def load_guest(
             options: dict[str, Any] = {"pretrained_model_name_or_path": folder}
         else:
             found = read_checkpoint(folder) if dense is None else dense
+            encoding_of = partial(dense_encoding, load_config(folder)[0], coding=config.coding)
+            tensors = dense_tensors(found, encoding_of, DTYPES[config.dtype])
             kind = without_experts(kind)
-            options = {"pretrained_model_name_or_path": None, "state_dict": dense_tensors(found)}
+            options = {"pretrained_model_name_or_path": None, "state_dict": tensors}
         core, report = built(
             lambda: kind.from_pretrained(
                 **options,
@@ -239,18 +287,26 @@ def load_guest(
     return Model(config, core, resident)
 
 
-def _check_runnable(config: GuestConfig, folder: Path) -> None:
-    if config.quantization == "mlx":
+def _check_runnable(config: GuestConfig, folder: Path, layout: Layout | None) -> None:
+    encodings = () if layout is None else layout.encodings.values()
+    by_mlx = config.quantization == MLX or any(name.startswith(MLX) for name in encodings)
+    if by_mlx and config.model_type not in STACKED_ONLY:
         raise ConfigError(
-            "the checkpoint is quantised by MLX-LM, which PyTorch cannot compute with",
+            f"MLX-LM's {config.model_type} has not the weights of Transformers'",
             str(folder),
             "use --backend mlx",
         )
-    if config.quantization:
+    if config.quantization not in ("", MLX) and not config.coding:
         raise ConfigError(
             f"the checkpoint is quantised ({config.quantization}), which Chronos does not run",
             str(folder),
             "use a bfloat16 checkpoint of the model",
+        )
+    if config.quantization and layout is None:
+        raise ConfigError(
+            f"the checkpoint is quantised ({config.quantization}): only packed ones run",
+            str(folder),
+            f"pack it: chronos pack {folder} -o {folder}-packed",
         )
 
 
@@ -290,7 +346,7 @@ def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, A
         record = layout.records[layer, 0]  # all of a layer are alike
         codec = codec_of(record.encoding)
         raw = torch.empty(record.nbytes, dtype=torch.uint8, device="meta")
-        found = codec.parameters(codec.view(raw, record))
+        found = codec.parameters(codec.view(raw, record), module, torch.float32)
         shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if shapes != module.chronos_shapes:
             raise ShapeMismatch(
@@ -312,7 +368,7 @@ def _fill(layout: Layout, modules: Mapping[int, tuple[str, Any]], dtype: torch.d
         layer, expert = record.key
         codec = codec_of(record.encoding)
         held = codec.view(torch.frombuffer(data, dtype=torch.uint8), record)
-        for name, tensor in codec.parameters(held).items():
+        for name, tensor in codec.parameters(held, modules[layer][1], dtype).items():
             stacks[layer][name][expert] = tensor
     for layer, (_, module) in modules.items():
         for name, stack in stacks[layer].items():

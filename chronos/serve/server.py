@@ -1,0 +1,111 @@
+"""A process that serves: its socket, its signals, its end.
+
+The socket is bound before anything is read, so a port that is taken is refused at once. On SIGTERM
+or Ctrl-C nothing new is taken in and what is under way goes on, for DRAIN_S at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from chronos.common.errors import ResourceError, UsageError
+from chronos.serve.worker import Worker
+
+DRAIN_S = 30.0
+_HEADER_BYTES = 32 << 10
+_CONNECTIONS = 512  # at a time; more are refused, whatever they want
+
+
+class _Uvicorn(uvicorn.Server):
+    """With our signals in place of its own, which would end it before it is drained."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises UsageError for a host that is none, ResourceError for a port
+    that cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(f"{host!r} is no host: {error.strerror}", "--host") from None
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        what = f"port {port} of {host} cannot be had: {(error.strerror or '').lower()}"
+        raise ResourceError(what, "--port", "name another, or 0 for any that is free") from None
+    return sock
+
+
+def run(app: ASGIApp, worker: Worker, sock: socket.socket, say: Callable[[str], None]) -> None:
+    """Serve until a signal. say: is told where it listens. Raises what loading the first model
+    raises."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+    )
+    asyncio.run(_serve(_Uvicorn(config), worker, sock, say))
+
+
+async def _serve(
+    server: uvicorn.Server, worker: Worker, sock: socket.socket, say: Callable[[str], None]
+) -> None:
+    loop, asked, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (again if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    worker.start()
+    serving = asyncio.create_task(server.serve([sock]))
+    stopping = asyncio.create_task(asked.wait())
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        say(f"listening on http://{_address(sock)}")
+        loading = asyncio.wrap_future(worker.loaded)
+        ends: set[asyncio.Future[Any]] = {stopping, serving}
+        await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        worker.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while (worker.running or worker.waiting) and not again.is_set():
+                    await asyncio.sleep(0.05)
+    finally:
+        stopping.cancel()
+        await asyncio.to_thread(worker.close)
+        server.should_exit = True
+        server.force_exit = again.is_set()
+        await serving
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,125 @@
+"""`chronos serve` as a process: what it prints, how it ends, what it refuses before it begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from chronos.cli import main
+from tests.support.serving import CHAT, HELLO
+
+pytestmark = pytest.mark.needs_backend
+
+
+@contextmanager
+def process(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server and its address, once it says that it listens."""
+    command = [sys.executable, "-m", "chronos", "serve", *map(str, args), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None and server.stderr is not None
+            line = server.stdout.readline()
+            assert line.startswith("listening on http://127.0.0.1:"), server.stderr.read()
+            yield server, line.split()[-1]
+        finally:
+            server.kill()
+
+
+def test_it_listens_loads_answers_and_drains(folder: Path) -> None:
+    """/v1/models answers while the model is loaded; SIGTERM lets a stream end whole."""
+    with process(folder, "--name", "it", "--alias", "other", "--budget", "50%") as (server, url):
+        with httpx2.Client(base_url=url, timeout=60) as http:
+            assert http.get("/v1/models").json()["data"][0]["id"] == "it"
+            while http.get("/health").json()["status"] == "loading":
+                pass
+            body: dict[str, Any] = {"messages": HELLO, "logit_bias": {"1": -100, "5": -100}}
+            body |= {"max_tokens": 600, "model": "other"}
+            whole = http.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+            with http.stream("POST", CHAT, json=body | {"stream": True}) as response:
+                lines = response.iter_lines()
+                first = next(lines)
+                server.send_signal(signal.SIGTERM)
+                refused = http.post(CHAT, json=body)
+                while refused.status_code == 200:  # the signal is on its way
+                    refused = http.post(CHAT, json=body | {"max_tokens": 1})
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "shutting_down"
+                rest = [line for line in lines if line]
+            assert "assistant" in first and rest[-1] == "data: [DONE]"
+            assert sum(len(line) for line in rest) > len(whole)
+        assert server.wait(timeout=30) == 0
+        assert server.stderr is not None and server.stderr.read() == ""
+
+
+def test_ctrl_c_ends_an_idle_server(folder: Path) -> None:
+    with process(folder) as (server, _):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+
+
+Refused = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The exit code and the error of a command that ends by itself, in this process."""
+    for name in [name for name in os.environ if name.startswith("CHRONOS_")]:
+        monkeypatch.delenv(name)
+
+    def run(*args: object) -> tuple[int, str]:
+        code = main.run(["serve", *map(str, args)])
+        told = capsys.readouterr()
+        assert told.out == ""
+        return code, told.err
+
+    return run
+
+
+def test_others_are_let_in_with_a_key_only(refused: Refused, folder: Path, tmp_path: Path) -> None:
+    code, told = refused(folder, "--host", "0.0.0.0")
+    assert code == 2 and "error: listening on 0.0.0.0 lets others in" in told
+    (tmp_path / "keys").write_text("\n")
+    code, told = refused(folder, "--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
+    assert code == 2 and "holds no key" in told
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_none(refused: Refused, folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, told = refused(folder, "--port", taken.getsockname()[1])
+    assert code == 4 and told.startswith("error: port ")
+    code, told = refused(folder, "--host", "no host", "--api-key", "k")
+    assert code == 2 and "--host" in told
+
+
+def test_a_model_that_cannot_run_ends_the_process(folder: Path) -> None:
+    """Its folder is fine and its budget is not: told once the engine is opened."""
+    command = [sys.executable, "-m", "chronos", "serve", str(folder), "--port", "0"]
+    done = subprocess.run([*command, "--budget", "1kB"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and done.stderr.startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("no-such-folder",), ("demo", "--name", "a", "--name", "b"), ("demo", "demo"),
+     ("demo", "--kv-cache", "much"), ("demo", "--api-key", "")],
+)  # fmt: skip
+def test_nonsense_is_refused_before_anything_is_read(
+    refused: Refused, args: tuple[str, ...]
+) -> None:
+    code, told = refused(*args)
+    assert code == 2 and told.startswith("error: ")
