@@ -157,6 +157,16 @@ def memory_limits(root: Path = Path("/")) -> MemoryLimits:
     return MemoryLimits(memory.total, memory.available, limit, used, source)
 
 
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def cgroup_limit(root: Path = Path("/")) -> tuple[int | None, int | None, str]:
     """(limit, bytes in use, file) of the tightest memory cgroup above this process, or Nones."""
     tightest: tuple[int | None, int | None, str] = (None, None, "")

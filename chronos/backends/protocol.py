@@ -132,6 +132,16 @@ class TrainStep(Protocol):
     def load_state(self, tensors: Iterable[Any]) -> None: ...
 
 
+class Processes(Protocol):
+    """Those that share an update, by their launcher; one is alone. The first writes."""
+
+    rank: int
+    count: int
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true for one of them; all have to ask."""
+
+
 class Adapter(Protocol):
     """The parameters beside a model's frozen weights, by their names in peft's files."""
 
@@ -194,6 +204,7 @@ class Backend(Protocol):
     def train_step(self, model: Any, recipe: OptimizerRecipe, adapter: Any = ...) -> TrainStep:
         """adapter: what is trained beside a frozen model, where it has one."""
 
+    def processes(self) -> Processes: ...
     def streamed(self, model: Any, feed: Feed) -> Any:
         """A model without its experts, to be called, and differentiated, as one that has them."""
 

@@ -7,10 +7,10 @@ has these under decode_<name>, and prompt and reply together under <name>.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Any
 
 import chronos
+from chronos.backends.probe import peak_memory
 from chronos.cli import output
 from chronos.common.tuning import machine_load
 
@@ -25,16 +25,6 @@ LEGEND = (
     "All of the tokens after the prompt. hits: needs of an expert that found it in memory. stall: "
     f"time spent waiting for reads. of limit: {LIMIT}"
 )
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def hit_rate(stats: dict[str, Any]) -> float | None:

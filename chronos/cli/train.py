@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ from chronos.common.errors import UsageError
 if TYPE_CHECKING:
     from chronos.common.model.config import LossWeights
     from chronos.common.training.recipe import Recipe, S
-    from chronos.train import Report
+    from chronos.train import Plan, Report
 
 train = typer.Typer(name="train", no_args_is_help=True, help="Train a model from a recipe.")
 app.add_typer(train, name="train", rich_help_panel="Train")
@@ -74,6 +75,24 @@ _Budget = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class StageOptions:
+    """What every stage takes beside its recipe."""
+
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Open everything, say what memory and time it takes, write nothing."
+        ),
+    ] = False
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="tensorboard, trackio or wandb, which get the log's numbers too."
+        ),
+    ] = None
+
+
 @command("pretrain", on=train)
 def pretrain(
     config: Annotated[
@@ -85,6 +104,7 @@ def pretrain(
             help="What to train, and on what; `demo`: as the model that ships was trained.",
         ),
     ],
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     data: Annotated[
@@ -100,12 +120,13 @@ def pretrain(
 
     Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
     """
-    _run("pretrain", config, device, out, data, to, resume, force, skip_bad)
+    _run("pretrain", config, options, device, out, data, to, resume, force, skip_bad)
 
 
 @command("sft", on=train)
 def sft(
     config: _Config,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
@@ -122,12 +143,15 @@ def sft(
     Rows: messages, prompt + completion, or text. `-c sft` is the recipe that ships, for the demo
     model on documented functions of the standard library.
     """
-    _run("sft", config, device, out, data, to, resume, force, skip_bad, model, lora, budget)
+    _run(
+        "sft", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("dpo", on=train)
 def dpo(
     config: _Config,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
@@ -143,12 +167,15 @@ def dpo(
 
     Rows: prompt, chosen, rejected. `-c dpo` is the recipe that ships.
     """
-    _run("dpo", config, device, out, data, to, resume, force, skip_bad, model, lora, budget)
+    _run(
+        "dpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("orpo", on=train)
 def orpo(
     config: _Config,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
@@ -164,12 +191,15 @@ def orpo(
 
     Rows: prompt, chosen, rejected. `-c orpo` is the recipe that ships.
     """
-    _run("orpo", config, device, out, data, to, resume, force, skip_bad, model, lora, budget)
+    _run(
+        "orpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("grpo", on=train)
 def grpo(
     config: _Config,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
@@ -186,12 +216,15 @@ def grpo(
     Rows: prompt, and columns that a reward may want. Rewards run in a process of their own; the
     answers are in RUN/completions.jsonl. `-c grpo` is the recipe that ships.
     """
-    _run("grpo", config, device, out, data, to, resume, force, skip_bad, model, lora, budget)
+    _run(
+        "grpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
+    )
 
 
 @command("distill", on=train)
 def distill(
     config: _Config,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     model: _Model = None,
@@ -208,12 +241,27 @@ def distill(
     The teacher shares the vocabulary; packed, its experts may stay on disk (teacher_budget).
     `-c distill` is the recipe that ships.
     """
-    _run("distill", config, device, out, data, to, resume, force, skip_bad, model, lora, budget)
+    _run(
+        "distill",
+        config,
+        options,
+        device,
+        out,
+        data,
+        to,
+        resume,
+        force,
+        skip_bad,
+        model,
+        lora,
+        budget,
+    )
 
 
 def _run(
     stage: str,
     config: Path,
+    options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
     data: str | None,
@@ -228,15 +276,23 @@ def _run(
     from chronos import train as room
     from chronos.common.training.recipe import load_recipe
 
-    section, run = room.STAGES[stage]
+    section, run, prepare = room.STAGES[stage]
     recipe = _changed(load_recipe(config, section), data, skip_bad, device.threads, model)
     recipe = _adapted(recipe, lora, budget)
     folder = Path("runs") / config.stem if to is None else folder_named(to)
+    if options.dry_run and resume:
+        raise UsageError("--dry-run looks at no run folder", "--resume", "leave one of them out")
     if force and not resume:
         raise UsageError("--force is for --resume", "--force", "give both, or neither")
     if stage == "pretrain":
         output.note(_loss(recipe.model.loss_weights))
     with _events(recipe.cadence.steps) as on_event:
+        if options.dry_run:
+            plan = room.plan(
+                prepare, recipe, backend=device.backend, device=device.device, on_event=on_event
+            )
+            _print_plan(plan, recipe.cadence.steps, out)
+            return
         report = run(
             recipe,
             folder,
@@ -244,9 +300,12 @@ def _run(
             device=device.device,
             resume=resume,
             force=force,
+            report_to=options.report_to,
             on_event=on_event,
         )
-    if out.json:
+    if report.rank:  # the first process says it
+        pass
+    elif out.json:
         output.print_json(report_json(report, folder))
     elif report.adapter:
         print(report.adapter)
@@ -258,6 +317,37 @@ def _run(
         output.note(f"stopped and saved at step {report.step}; --resume goes on")
     if report.signal:
         raise typer.Exit(128 + report.signal)
+
+
+def _print_plan(plan: Plan, steps: int, out: JsonOptions) -> None:
+    if out.json:
+        output.print_json(plan.to_json())
+        return
+    update, took = plan.update, plan.time
+    why = {
+        "parameters": f"{plan.parameters:,}, and the LookaheadRouter's; float32",
+        "gradients": "as many",
+        "optimizer": "what it keeps of them",
+        "activations": f"{update['rows']} rows of {update['seq_len']} tokens, by ACTIVATIONS in "
+        "chronos/common/training/memory.py",
+        "logits": f"of {update['labels']} labels, a tile at a time",
+        "total": f"{output.size(plan.free_bytes)} of the machine's memory are free",
+    }
+    sizes = [[name, output.size(plan.memory[name]), text] for name, text in why.items()]
+    peak = "peak of this process so far: with frameworks, a reference, a teacher"
+    sizes.append(["measured", output.size(plan.peak_bytes), peak])
+    where = f"{plan.stage} on {plan.backend}, {plan.device}"
+    output.table(["memory", "", "of"], sizes, title=where, align="lrl")
+    computed, all_of_it = int(took["measured_micro_batches"]), update["micro_batches"]
+    times = [
+        ["an update's batches", f"{took['batches_s']:.3g} s", "measured, once"],
+        ["an update", f"{took['update_s']:.3g} s", f"measured on {computed} of {all_of_it}"
+         " micro-batches"],
+        ["tokens a second", f"{took['tokens_per_s']:.4g}", f"{update['tokens']} an update"],
+        ["evaluations", _duration(took["evaluate_s"]), "one batch measured, times all of them"],
+        ["the run", _duration(took["run_s"]), f"{steps} updates"],
+    ]  # fmt: skip
+    output.table(["time", "", "by"], times, align="lrl")
 
 
 def _loss(weights: LossWeights) -> str:

@@ -224,6 +224,7 @@ def prepare(
         batches,
         objective,
         valid,
+        alone="the student's answers are sampled in one process" if stage.on_policy else "",
         close=teacher.close,
     )
 

@@ -310,6 +310,7 @@ def prepare(
         objective,
         period=stage.iterations,
         logs=(log,),
+        alone="answers are sampled and judged in one process",
         close=judge.close,
     )
 

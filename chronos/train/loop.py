@@ -15,13 +15,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chronos import backends
-from chronos.backends.protocol import Adapter, Backend, TrainStep
+from chronos.backends.protocol import Adapter, Backend, Processes, TrainStep
 from chronos.common.data import Batch
 from chronos.common.disk.atomic import RunLock, atomic_write, sweep_orphans
 from chronos.common.disk.header import read_header
@@ -30,15 +30,27 @@ from chronos.common.errors import ChronosError, ConfigError, CorruptFileError, U
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.lora import write_adapter
 from chronos.common.training.objectives import Batches, Objective
-from chronos.common.training.recipe import CadenceRecipe, Recipe, S, by_section, load_recipe
+from chronos.common.training.recipe import (
+    CadenceRecipe,
+    OptimizerRecipe,
+    Recipe,
+    S,
+    by_section,
+    load_recipe,
+)
 from chronos.common.training.schedule import learning_rate
 from chronos.common.tuning import threads_for
+from chronos.train import reporting
 
 Event = dict[str, Any]
 # What may differ between a run and its continuation: cadence, threads (sums may round otherwise),
-# the number of steps - to go on for longer is a common reason to resume; the rate then follows
-# the longer schedule - and how the data is reached: the batches' fingerprint knows the data itself.
-_FREE = ("cadence.", "optimizer.threads:", "data.path:", "tokenizer.path:", "start:")
+# what is computed twice, the number of steps - to go on for longer is a common reason to resume;
+# the rate then follows the longer schedule - and how the data is reached: the batches' fingerprint
+# knows the data itself.
+_FREE = (
+    "cadence.", "optimizer.threads:", "optimizer.gradient_checkpointing:", "data.path:",
+    "tokenizer.path:", "start:",
+)  # fmt: skip
 
 
 class DivergedError(ChronosError):
@@ -47,10 +59,12 @@ class DivergedError(ChronosError):
 
 @dataclass
 class Report:
-    """What a run came to. `signal` is the signal that stopped it early, or 0."""
+    """What a run came to. `signal` is the signal that stopped it early, or 0; `rank` is not 0 in
+    processes that share the first one's updates and write nothing."""
 
     step: int
     signal: int = 0
+    rank: int = 0
     skipped: int = 0
     last: Event = field(default_factory=dict)
     model: Path | None = None
@@ -64,8 +78,9 @@ class Task:
     recipe: as the run is known by. valid: batches to evaluate on, none for no evaluation. start: a
     digest of the model it goes on with. period: updates that belong together, so that a run is
     saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
-    goes on cuts back to where it is. adapt: gives what is trained beside the model in its place,
-    once the batches are there. close: called when the run is over, whatever ended it.
+    goes on cuts back to where it is. alone: why several processes cannot share its updates, or
+    nothing. adapt: gives what is trained beside the model in its place, once the batches are there.
+    close: called when the run is over, whatever ended it.
     """
 
     recipe: Recipe[Any]
@@ -77,6 +92,7 @@ class Task:
     start: str = ""
     period: int = 1
     logs: tuple[Path, ...] = ()
+    alone: str = ""
     adapt: Callable[[Batches], Adapter] | None = None
     close: Callable[[], None] = lambda: None
 
@@ -92,28 +108,39 @@ def start(
     device: str | None = None,
     resume: bool = False,
     force: bool = False,
+    report_to: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Report:
     """Run a stage in the run folder `out`, as `chronos train STAGE` does.
 
     recipe: one that was loaded, the path of its TOML file, or the name of one that ships. model:
     what to go on with, instead of the recipe's. resume: go on from the newest checkpoint; force:
-    although recipe or data have changed. on_event gets messages and terms as they come. Raises
-    ConfigError, DataError, UsageError if the folder holds a run, DivergedError.
+    although recipe or data have changed. report_to: `tensorboard`, `trackio` or `wandb`, which get
+    the log's numbers too. on_event gets messages and terms as they come. Raises ConfigError,
+    DataError, UsageError if the folder holds a run, MissingBackendError, DivergedError.
     """
+    if report_to is not None:
+        reporting.check(report_to)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, stage)
     if model is not None:
         recipe = dataclasses.replace(recipe, start=str(model))
     loaded, folder = backends.load(backend), Path(out)
+    if loaded.processes().rank:
+        on_event = _silent
     return run(
         lambda: prepare(recipe, loaded, folder, device=device, on_event=on_event),
         loaded,
         folder,
         resume=resume,
         force=force,
+        report_to=report_to,
         on_event=on_event,
     )
+
+
+def _silent(event: Event) -> None:
+    """What processes beside the first one say."""
 
 
 def run(
@@ -123,6 +150,7 @@ def run(
     *,
     resume: bool = False,
     force: bool = False,
+    report_to: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Report:
     """Train to the recipe's last step. Returns early, saved, on SIGINT or SIGTERM.
@@ -132,8 +160,10 @@ def run(
     ConfigError if the recipe differs from that run's, DivergedError after `max_skipped` updates in
     a row that were not finite (the last good checkpoint stays).
     """
-    with RunLock(out):
-        sweep_orphans(out / "checkpoints")
+    processes = backend.processes()
+    with nullcontext() if processes.rank else RunLock(out):
+        if not processes.rank:
+            sweep_orphans(out / "checkpoints")
         saved = checkpoints(out)
         if saved and not resume:
             raise UsageError(
@@ -145,39 +175,62 @@ def run(
             on_event({"message": f"no checkpoint in {out}: starting at step 0"})
         task = prepare()
         try:
+            alone = task.alone or ("adapters are trained in one process" if task.adapt else "")
+            if alone and processes.count > 1:
+                raise UsageError(alone, "", "start one process")
             with _signals() as stop:
-                begun = _Run(backend, task, out, on_event)
-                return begun.start(stop, resume=bool(saved), force=force)
+                begun = _Run(backend, processes, task, out, on_event)
+                return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
         finally:
             task.close()
+
+
+def set_threads(backend: Backend, recipe: Recipe[Any], on_event: Callable[[Event], None]) -> None:
+    """Let products take as many threads as the recipe says, where it does."""
+    threads = threads_for(recipe.optimizer.threads or None)
+    if threads is not None and backend.set_threads(threads) is None:
+        text = f"threads = {threads} has no effect: {backend.name} takes its own number"
+        on_event({"warning": text})
 
 
 class _Run:
     """One task in one run folder."""
 
     def __init__(
-        self, backend: Backend, task: Task, out: Path, on_event: Callable[[Event], None]
+        self,
+        backend: Backend,
+        processes: Processes,
+        task: Task,
+        out: Path,
+        on_event: Callable[[Event], None],
     ) -> None:
         self.backend, self.task, self.out, self.on_event = backend, task, out, on_event
+        self.processes, self.writes = processes, processes.rank == 0
         self.cadence: CadenceRecipe = task.recipe.cadence
         self._data_digest = task.batches.fingerprint
         self._adapter: Adapter | None = None
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
+        self._reporter: reporting.Reporter | None = None
 
-    def start(self, stop: list[int], *, resume: bool, force: bool) -> Report:
+    def start(self, stop: list[int], *, resume: bool, force: bool, report_to: str | None) -> Report:
         """stop: filled with a signal that asks for the end."""
         task = self.task
-        threads = threads_for(task.recipe.optimizer.threads or None)
-        if threads is not None and self.backend.set_threads(threads) is None:
-            text = f"threads = {threads} has no effect: {self.backend.name} takes its own number"
-            self.on_event({"warning": text})
-        task.tokenizer.save(self.out)
+        set_threads(self.backend, task.recipe, self.on_event)
+        if self.writes:
+            task.tokenizer.save(self.out)
         self._adapter = None if task.adapt is None else task.adapt(task.batches)
         adapters = [] if self._adapter is None else [self._adapter]
         step = self.backend.train_step(task.model, task.recipe.optimizer, *adapters)
         first = self._resume(step, force) if resume else self._trim_metrics(0)
-        report = self._loop(step, first, stop)
-        if report.signal:
+        if report_to is not None and self.writes:
+            known = task.recipe.to_json()
+            self._reporter = reporting.open_reporter(report_to, self.out, known, first)
+        try:
+            report = self._loop(step, first, stop)
+        finally:
+            if self._reporter is not None:
+                self._reporter.close()
+        if report.signal or not self.writes:
             return report
         if self._adapter is None:
             report.model = self._export()
@@ -208,7 +261,7 @@ class _Run:
 
     def _loop(self, step: TrainStep, first: int, stop: list[int]) -> Report:
         cadence, optimizer, task = self.cadence, self.task.recipe.optimizer, self.task
-        report, in_a_row, due = Report(first), 0, False
+        report, in_a_row, due = Report(first, rank=self.processes.rank), 0, False
         self._since, self._tokens = (time.perf_counter(), first), 0
         for number in range(first, cadence.steps):
             rate = learning_rate(
@@ -227,7 +280,7 @@ class _Run:
             in_a_row = in_a_row + 1 if skipped else 0
             whole = report.step % task.period == 0
             # Once per step: a signal after this line is the next step's.
-            asked = bool(stop) and whole
+            asked = self.processes.any(bool(stop)) and whole
             last = report.step == cadence.steps or asked
             if report.step % cadence.log_every == 0 or skipped or last or number == 0:
                 self._log(report, terms, rate)
@@ -244,7 +297,7 @@ class _Run:
                 self._save(step, report.step)
                 due = False
             if asked:
-                report.signal = stop[0]
+                report.signal = stop[0] if stop else signal.SIGTERM  # another process was asked
                 break
         return report
 
@@ -274,15 +327,21 @@ class _Run:
 
     def _emit(self, report: Report, event: Event) -> None:
         report.last |= event
+        if not self.writes:
+            return
         # JSON has no NaN; a skipped update's values are written as null.
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in event.items()
         }
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
+        if self._reporter is not None:
+            self._reporter.log(finite)
         self.on_event(event)
 
     def _save(self, step: TrainStep, number: int) -> None:
+        if not self.writes:
+            return
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         metadata = {
@@ -329,6 +388,8 @@ class _Run:
 
     def _trim_metrics(self, number: int) -> int:
         """Drop lines of steps that will be run again, and a torn last line; returns `number`."""
+        if not self.writes:
+            return number
         _trim(self.out / "metrics.jsonl", number)
         for path in self.task.logs:  # a step there is the number of updates before it
             _trim(path, number - 1)
@@ -361,6 +422,8 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 def _same_recipe(old: dict[str, Any], recipe: Recipe[Any], path: Path, force: bool) -> None:
     old, new = by_section(old, type(recipe.stage)), json.loads(json.dumps(recipe.to_json()))
+    # A run of before a key was there had its default.
+    old["optimizer"] = dataclasses.asdict(OptimizerRecipe()) | old.get("optimizer", {})
     changes = [c for c in _differences(old, new, "") if not c.startswith(_FREE)]
     if changes and not force:
         raise ConfigError(

@@ -56,14 +56,16 @@ def pretrain(
     device: str | None = None,
     resume: bool = False,
     force: bool = False,
+    report_to: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Report:
     """Train a model from scratch in the run folder `out`, as `chronos train pretrain` does.
 
     recipe: one that was loaded, the path of its TOML file, or "demo" for the shipped one. resume:
-    go on from the newest checkpoint; force: although recipe or data have changed. on_event gets
-    messages and terms as they come. Raises ConfigError, DataError, UsageError if the folder holds a
-    run, DivergedError.
+    go on from the newest checkpoint; force: although recipe or data have changed. report_to:
+    `tensorboard`, `trackio` or `wandb`. on_event gets messages and terms as they come. Raises
+    ConfigError, DataError, UsageError if the folder holds a run, MissingBackendError,
+    DivergedError.
     """
     return start(
         PretrainRecipe,
@@ -74,6 +76,7 @@ def pretrain(
         device=device,
         resume=resume,
         force=force,
+        report_to=report_to,
         on_event=on_event,
     )
 

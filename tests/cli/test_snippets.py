@@ -138,7 +138,7 @@ def test_blocks_run_as_they_stand(page: str, here: Path) -> None:
             run_python(block.text, where)
         elif block.language == "toml":
             Path("own.toml").write_text(block.text, "utf-8")
-            sections = {kind.SECTION: kind for kind, _ in STAGES.values()}
+            sections = {stage.section.SECTION: stage.section for stage in STAGES.values()}
             stage = next((sections[n] for n in tomllib.loads(block.text) if n in sections), None)
             load_recipe("own.toml", stage or PretrainRecipe)
         else:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 RECIPE = """
@@ -101,6 +105,91 @@ def test_python_trains_what_the_command_trains(chronos: Any, recipe: Path, tmp_p
     assert any("held out" in event.get("message", "") for event in events)
     models = [tmp_path / run / "model" / "model.safetensors" for run in ("command", "python")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+@pytest.mark.needs_backend
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    chronos: Any, recipe: Path, tmp_path: Path
+) -> None:
+    text = recipe.read_text("utf-8") + "accumulate = 3\n"
+    recipe.write_text(text.replace("steps = 8", "steps = 100"), "utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--dry-run")
+    plan = chronos(*flags, "--json").json
+    shown = chronos(*flags)
+    assert shown.code == 0 and "measured on 2 of 3 micro-batches" in shown.out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["stage"] == "pretrain" and "6 D" in plan["activations_are"]["layer"]
+    assert plan["update"] | {"labels": 0} == {
+        "micro_batches": 3, "rows": 2, "seq_len": 16, "labels": 0, "tokens": 96
+    }  # fmt: skip
+    parts = plan["memory"]
+    assert parts["total"] == sum(parts.values()) - parts["total"]
+    assert parts["optimizer"] == 2 * parts["parameters"] == 2 * parts["gradients"]
+    took = plan["time"]
+    assert took["measured_micro_batches"] == 2 and took["evaluate_s"] > 0
+    run_s = 100 * (took["batches_s"] + took["update_s"]) + took["evaluate_s"]
+    assert took["run_s"] == pytest.approx(run_s)
+    refused = chronos(*flags, "--resume")
+    assert refused.code == 2 and "--dry-run" in refused.err
+
+
+@pytest.mark.needs_backend
+def test_a_plan_is_of_a_model_that_is_trained_whole(chronos: Any) -> None:
+    done = chronos("train", "sft", "-c", "sft", "--lora", 4, "--dry-run")
+    assert done.code == 2 and "trained whole" in done.err
+
+
+def reported(folder: Path) -> dict[tuple[str, int], float]:
+    """(name, step) -> value of the event files in a folder, in the order they were written."""
+    from tensorboardX.proto import event_pb2
+
+    found = {}
+    for path in sorted(folder.iterdir()):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):  # records: length u64, its CRC, bytes, their CRC
+            (size,) = struct.unpack_from("<Q", raw, at)
+            event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
+            at += size + 16
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+@pytest.mark.needs_backend
+def test_what_is_reported_is_the_log(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    """A resumed run adds to it."""
+    run = tmp_path / "run"
+    flags = ("train", "pretrain", "-c", recipe, "-o", run, "-q", "--report-to", "tensorboard")
+    assert chronos(*flags).code == 0
+    longer = recipe.read_text("utf-8").replace("steps = 8", "steps = 12")
+    recipe.write_text(longer, "utf-8")
+    assert chronos(*flags, "--resume").code == 0
+    lines = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    logged = {
+        (name, line["step"]): value
+        for line in lines
+        for name, value in line.items()
+        if name != "step" and value is not None
+    }
+    found = reported(run / "tensorboard")
+    assert found.keys() == logged.keys() and ("valid_ce", 12) in found
+    for key, value in logged.items():
+        assert found[key] == np.float32(value), key
+
+
+def test_reporting_needs_its_package(
+    chronos: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a)
+    )
+    flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--report-to")
+    done = chronos(*flags, "wandb")
+    assert done.code == 5 and "pip install wandb" in done.err
+    assert not (tmp_path / "run").exists()
+    assert chronos(*flags, "abacus").code == 2
 
 
 def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path) -> None:

@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
-from chronos.testing.train_tests import TrainTests
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+
+from chronos.common.errors import MissingBackendError, UsageError
+from chronos.common.training.lora import LoraRecipe
+from chronos.testing.train_tests import RECIPE, TINY, TrainTests
 
 
 class TestTrain(TrainTests):
     pass
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_an_optimizer_that_the_framework_lacks(
+    backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    framework = {"torch": "torch.optim", "mlx": "mlx.optimizers"}[backend.name]
+    monkeypatch.delattr(importlib.import_module(framework), name.capitalize())
+    with pytest.raises(MissingBackendError, match=f"has no {name.capitalize()}") as caught:
+        backend.train_step(backend.build(TINY, seed=7), dataclasses.replace(RECIPE, name=name))
+    assert "adamw" in caught.value.fix and caught.value.exit_code == 5
+
+
+def test_mlx_trains_in_float32_alone(backend: Any) -> None:
+    recipe = dataclasses.replace(RECIPE, compute_dtype="bfloat16")
+    if backend.name == "torch":  # see tests/native/test_torch_train.py
+        assert backend.train_step(backend.build(TINY, seed=7), recipe)
+        return
+    with pytest.raises(UsageError, match="trains in float32") as caught:
+        backend.train_step(backend.build(TINY, seed=7), recipe)
+    assert "--backend torch" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_checkpointing": True}, {"compute_dtype": "bfloat16"}], ids=str
+)
+def test_what_an_adapter_cannot_be_trained_with(backend: Any, change: dict[str, Any]) -> None:
+    model = backend.build(TINY, seed=7)
+    adapter = backend.attach(model, LoraRecipe())
+    with pytest.raises(UsageError):
+        backend.train_step(model, dataclasses.replace(RECIPE, **change), adapter)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,9 @@ class DigestBackend:
     def train_step(self, model: None, recipe: OptimizerRecipe) -> DigestStep:
         self.made.append(DigestStep(self.bad_from, self.slow_s))
         return self.made[-1]
+
+    def processes(self) -> Any:
+        return SimpleNamespace(rank=0, count=1, any=lambda flag: flag)
 
     def save(self, model: None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,19 +181,23 @@ def test_cadence_and_length_may_change(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_recipe_had_one_section_goes_on(tmp_path: Path) -> None:
-    """Checkpoints from before [train] became [cadence], [optimizer] and the stage's section."""
+    """Checkpoints from before [train] became [cadence], [optimizer] and the stage's section, and
+    from before an optimizer had a name."""
     finish(tmp_path)
     path = checkpoints(tmp_path)[-1][1]
     metadata = dict(read_header(path).metadata)
     now = json.loads(metadata["recipe"])
     old = {name: now[name] for name in ("model", "data", "tokenizer")}
     old["train"] = now["cadence"] | now["optimizer"] | now["pretrain"]
+    del old["train"]["name"]
     metadata["recipe"] = json.dumps(old)
     tensors = [(e.name, e.dtype, e.shape, bytes(d)) for e, d in read_tensors(path)]
     write_tensors(path, tensors, metadata)
     assert finish(tmp_path, with_changes(15), resume=True)
     with pytest.raises(ConfigError, match=r"optimizer\.clip: 1\.0 -> 2\.0"):
         finish(tmp_path, with_changes(15, clip=2.0), resume=True)
+    with pytest.raises(ConfigError, match=r"optimizer\.name: 'adamw' -> 'muon'"):
+        finish(tmp_path, with_changes(15, name="muon"), resume=True)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip the header", "empty"])

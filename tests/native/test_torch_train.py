@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from chronos.backends import torch as backend
+from chronos.backends.torch.products import Linear
 from chronos.common.disk.tensors import read_tensors, write_tensors
 from chronos.testing.train_tests import RECIPE, TINY, batch, objective
 
@@ -40,6 +42,31 @@ def test_a_model_without_lookahead_can_be_evaluated(tmp_path: Path) -> None:
     terms = step.evaluate([batch()], objective(step))
     assert terms["ce"] == whole["ce"]
     assert "recall_0" in whole and "recall_0" not in terms
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("again", [False, True])
+def test_products_in_bfloat16_of_weights_in_float32(device: str, again: bool) -> None:
+    """Every matrix of the model multiplies in bfloat16; gradients, weights and moments do not."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = dataclasses.replace(RECIPE, compute_dtype=dtype, gradient_checkpointing=again)
+        step = backend.train_step(backend.build(TINY, seed=7, device=device), recipe)
+        seen = set()
+        for module in step.model.modules():
+            if isinstance(module, Linear):
+                module.register_forward_hook(lambda m, x, y, seen=seen: seen.add(y.dtype))
+        losses = [step.step([batch()], objective(step), 1e-2, i)["ce"] for i in range(12)]
+        assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+        assert {kind for name, kind, *_ in step.state()} == {"F32"}
+        assert seen == {getattr(torch, dtype)}
+        found[dtype] = losses
+        assert losses[-1] < 0.7 * losses[0]
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"][0] == pytest.approx(found["float32"][0], rel=2e-3)
 
 
 @pytest.mark.cuda

@@ -19,7 +19,7 @@ from chronos.run.sequence import OneSequence
 from chronos.testing.model_tests import CONFIG, tokens
 from chronos.testing.tiny import tiny_packed
 from chronos.testing.tolerances import TOLERANCE, assert_close
-from chronos.testing.train_tests import TINY, batch, objective
+from chronos.testing.train_tests import TINY, batch, difference, objective
 
 Both = tuple[Any, Any]
 RECIPE = OptimizerRecipe(seed=5)
@@ -83,6 +83,30 @@ def test_a_run_goes_on_in_the_other_backend(pair: Both, tmp_path: Path) -> None:
         assert terms.keys() == own.keys()
         assert_close(terms["loss"], own["loss"], "loss curve")
         assert_close(terms["grad_norm"], own["grad_norm"], "loss curve")
+
+
+@pytest.mark.parametrize(("name", "apart"), [("adamw", 1e-4), ("muon", 0.1), ("adafactor", 0.05)])
+def test_an_optimizer_is_the_same_in_both(
+    pair: Both, tmp_path: Path, name: str, apart: float
+) -> None:
+    """Its state crosses over, and the next update moves the weights alike: as far as torch's Muon,
+    which orthogonalises in bfloat16, and the floors of two Adafactors let it."""
+    path, recipe = tmp_path / "state.safetensors", dataclasses.replace(RECIPE, name=name)
+    steps = [b.train_step(b.build(TINY, seed=7), recipe) for b in pair]
+    for i in range(2):
+        steps[0].step([batch(i)], objective(steps[0]), 1e-2, i)
+    write_tensors(path, steps[0].state(), {})
+    steps[1].load_state(read_tensors(path))
+    write_tensors(tmp_path / "copy.safetensors", steps[1].state(), {})
+    assert values(path) == values(tmp_path / "copy.safetensors")
+    moves = []
+    for step in steps:
+        before = {n: np.frombuffer(bytes(x), np.float32) for n, _, _, x in step.state()}
+        step.step([batch(2)], objective(step), 1e-2, 2)
+        after = {n: np.frombuffer(bytes(x), np.float32) for n, _, _, x in step.state()}
+        weights = [n for n in before if n.startswith(("model.", "lookahead."))]
+        moves.append({n: after[n] - before[n] for n in weights})
+    assert difference(moves[1], moves[0]) < apart
 
 
 def values(path: Path) -> dict[str, bytes]:

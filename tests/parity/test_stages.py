@@ -231,7 +231,7 @@ def test_logits_in_tiles_are_the_same(
     for tile in (None, 4 * TINY.vocab_size * 5):
         if tile:
             module = importlib.import_module(f"{backend.__name__}.losses")
-            monkeypatch.setattr(module, "_TILE_BYTES", tile)
+            monkeypatch.setattr(module, "TILE_BYTES", tile)
         step = start(backend)
         found.append((step.step([data], o, 1e-3, 0), gradients(step)))
     assert found[0][0]["loss"] == pytest.approx(found[1][0]["loss"], rel=1e-6)

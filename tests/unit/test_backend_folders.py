@@ -72,6 +72,7 @@ PARAMETERS = {
     "moe.MoE.compute": "see lora.LoraExpert.of",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "arena.Arena.__init__": "torch takes a CopyEngine",
+    "optimizers.Optimizer.update": "torch's parameters carry their gradients; MLX's are values",
 }
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,9 @@ class NoBackend:
 
     def train_step(self, model: None, recipe: OptimizerRecipe) -> NoStep:
         return NoStep()
+
+    def processes(self) -> Any:
+        return SimpleNamespace(rank=0, count=1, any=lambda flag: flag)
 
     def save(self, model: None, folder: Path) -> None:
         folder.mkdir()

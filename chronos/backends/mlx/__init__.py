@@ -29,6 +29,7 @@ from chronos.common.model.guest import GuestConfig, read_config
 if TYPE_CHECKING:
     from chronos.backends.mlx.arena import Arena
     from chronos.backends.mlx.lora import Adapter
+    from chronos.backends.mlx.parallel import Processes
     from chronos.backends.mlx.streamed import Streamed
     from chronos.backends.mlx.train import TrainStep
     from chronos.common.data import Batch
@@ -157,6 +158,13 @@ def train_step(model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = No
     from chronos.backends.mlx.train import TrainStep
 
     return TrainStep(model, recipe, adapter)
+
+
+def processes() -> Processes:
+    """This process among those that share its updates."""
+    from chronos.backends.mlx.parallel import Processes
+
+    return Processes()
 
 
 def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -117,6 +117,8 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """A Chronos language model; `resident` says whether it holds its own routed experts."""
 
+    gradient_checkpointing = False  # whether training computes each block again for its gradients
+
     def __init__(
         self,
         config: ModelConfig,
@@ -179,19 +181,22 @@ class Model(nn.Module):
             past = self._past_of(range(start, start + ids_BT.shape[1]))
         sources = self.config.routing_sources
         committed = "lookahead" in sources
-        out = Output(x_BTD)
+        out, seed = Output(x_BTD), self._mask_seed()
         for layer, block in enumerate(self.model.layers):
             rope, mask = geometry[block.kind]
             probs_TE = None
             if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = _softmax(out.lookahead[:, :, 0, layer].flatten(0, 1))
-            x_BTD, decision = block(
+            run = _recomputed if self.gradient_checkpointing and self.training else _run
+            x_BTD, decision = run(
+                block,
+                None if seed is None else seed + layer,
                 x_BTD,
+                probs_TE,
                 rope,
                 mask,
                 cache.layers[layer] if cache else None,
-                probs_TE=probs_TE,
                 past=past,
                 state=cache.routing.get(layer) if cache else None,
                 chosen=replay(layer) if replay else None,
@@ -210,6 +215,14 @@ class Model(nn.Module):
         if want_logits:
             out.logits = self.head(out.hidden)
         return out
+
+    def _mask_seed(self) -> int | None:
+        """What the masks of this pass follow from, where it draws any. A number, not a generator's
+        state: a block that is computed again draws the same ones."""
+        noisy = self.config.dropout > 0 or self.config.fallback_mask_prob > 0
+        if not (self.training and noisy):
+            return None
+        return cast("int", mx.random.randint(0, 1 << 30).item())
 
     def head(self, x: mx.array) -> mx.array:
         """Logits [..., V] of normed states [..., D]; the head is tied to the embedding."""
@@ -291,6 +304,42 @@ class Model(nn.Module):
         self.update(tree_unflatten(values))
         mx.eval(self.parameters())
         return self
+
+
+def _run(
+    block: Block,
+    seed: int | None,
+    x_BTD: mx.array,
+    probs_TE: mx.array | None,
+    *rest: Any,
+    **own: Any,
+) -> tuple[mx.array, Routing]:
+    """A block's output, its masks drawn from a seed of their own."""
+    if seed is not None:
+        mx.random.seed(seed)
+    return block(x_BTD, *rest, probs_TE=probs_TE, **own)
+
+
+def _recomputed(
+    block: Block,
+    seed: int | None,
+    x_BTD: mx.array,
+    probs_TE: mx.array | None,
+    *rest: Any,
+    **own: Any,
+) -> tuple[mx.array, Routing]:
+    """The same; of what it computes the backward pass is left x alone, and computes it again."""
+
+    def run(parameters: Any, *inputs: mx.array) -> tuple[mx.array, Any]:
+        block.update(parameters)
+        probs_TE = inputs[1] if len(inputs) > 1 else None
+        y_BTD, decision = _run(block, seed, inputs[0], probs_TE, *rest, **own)
+        return y_BTD, [array for array in decision if array is not None]
+
+    # What has a gradient is an argument; MLX takes no None among them, and returns none.
+    inputs = (x_BTD,) if probs_TE is None else (x_BTD, probs_TE)
+    y_BTD, decision = mx.checkpoint(run)(block.trainable_parameters(), *inputs)
+    return y_BTD, Routing(*decision)
 
 
 def _softmax(logits: mx.array) -> mx.array:

@@ -1,9 +1,9 @@
-"""One optimisation step of the MLX backend: gradients, AdamW, and the state to resume.
+"""One optimisation step of the MLX backend: gradients, and the state to resume.
 
-NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
-needs no generator state to continue bit for bit. What is minimised is in `losses.py`. Forward and
-backward pass are one lazy graph; the update is compiled, since it is the same every step.
-Not covered: mixed precision, several devices.
+NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
+resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
+Forward and backward pass are one lazy graph.
+Not covered: mixed precision, a model in parts on several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
 """
@@ -11,7 +11,7 @@ Shape legend: B batch, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from chronos.backends.mlx.checkpoint import (
     Named,
     Place,
     blank,
+    from_bytes,
     named,
     overwrite,
     tensor_at,
@@ -39,15 +40,27 @@ from chronos.backends.mlx.losses import (
     tensors_of,
 )
 from chronos.backends.mlx.model import Model
+from chronos.backends.mlx.optimizers import Optimizer
+from chronos.backends.mlx.parallel import Processes
 from chronos.backends.mlx.streamed import Streamed
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
-from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.objectives import (
+    Objective,
+    Part,
+    Terms,
+    count,
+    flattened,
+    own_share,
+    report,
+    restored,
+)
+from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
+from chronos.common.training.schedule import mask_seed
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _Flat = dict[str, mx.array]  # parameters, gradients or moments by their path in the model
 
 
@@ -58,33 +71,53 @@ class TrainStep:
         """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
         of the model's own parameters, where it has one."""
         self.model, self.recipe, self.adapter = model, recipe, adapter
+        if recipe.compute_dtype != "float32":
+            raise UsageError(
+                "the MLX backend trains in float32",
+                "optimizer.compute_dtype",
+                'use compute_dtype = "float32", or --backend torch',
+            )
+        if adapter is not None and (
+            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
+        ):
+            raise UsageError(
+                "gradient_checkpointing and compute_dtype are for models that are trained whole",
+                "optimizer",
+                "leave them out, or --lora",
+            )
         self._module: Model = model.bare if isinstance(model, Streamed) else model
         _check(self._module, adapter)
-        self.updates = 0
-        self._moments = [self._zeros(), self._zeros()]
+        if adapter is None:
+            self._module.gradient_checkpointing = recipe.gradient_checkpointing
+        self._processes = Processes()
+        self.optimizer = Optimizer(dict(tree_flatten(self._tree())), recipe)
         self._gradients = nn.value_and_grad(self._module, partial(losses, model))
-        self._update = mx.compile(partial(_adamw, recipe))
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
-        """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self._mode(True)
+        """One update over the micro-batches, of which several processes have a share each; skipped
+        (`skipped` = 1) if not finite."""
+        model, processes = self._mode(True), self._processes
+        own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            self._seed(number)  # twice, so that both passes draw the same masks
-            picks_LE = self._picks(batches)
-        self._seed(number)
+            (picks_LE,) = processes.total([self._picks(own, number)])
         gradients: Any = None  # by module, as MLX nests them
         parts = []
-        for batch in batches:
+        for part, batch in own:
+            self._seed(number, part)
             found, new = self._gradients(batch, objective, counts, picks_LE)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(found, gradients)
             parts.append(_part(Losses(*found)))
-        terms = report(parts, counts, objective)
         flat = dict(tree_flatten(gradients))
+        if processes.count > 1:
+            flat = dict(zip(flat, processes.total(list(flat.values())), strict=True))
+            (vector,) = processes.total([mx.array(flattened(parts).astype(np.float32))])
+            parts = [restored(np.array(vector, np.float64), parts[0])]
+        terms = report(parts, counts, objective)
         norm = math.sqrt(float(mx.stack([mx.square(g).sum() for g in flat.values()]).sum()))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
@@ -109,82 +142,75 @@ class TrainStep:
             self.adapter.train(training)
         return model
 
-    def _seed(self, number: int) -> None:
-        mx.random.seed(self.recipe.seed * 1_000_003 + number)
+    def _seed(self, number: int, part: int) -> None:
+        """So that a micro-batch draws the same masks whatever was computed before it."""
+        mx.random.seed(mask_seed(self.recipe.seed, number, part))
 
-    def _picks(self, batches: Sequence[Batch]) -> mx.array:
+    def _picks(self, own: Sequence[tuple[int, Batch]], number: int) -> mx.array:
         """Those of all batches, evaluated one after the other."""
         total_LE = mx.array(0.0)
-        for batch in batches:
+        for part, batch in own:
+            self._seed(number, part)
             total_LE = total_LE + count_picks(self.model, batch)
             mx.eval(total_LE)
         return total_LE
 
     def _apply(self, gradients: _Flat, norm: float, rate: float) -> None:
-        """AdamW as torch has it: decoupled decay, bias correction, the gradient clipped by norm."""
-        recipe = self.recipe
-        self.updates += 1
-        numbers = (
-            rate,
-            min(1.0, recipe.clip / (norm + 1e-6)),
-            1 - recipe.beta1**self.updates,
-            math.sqrt(1 - recipe.beta2**self.updates),
-        )
         weights = dict(tree_flatten(self._tree()))
-        weights, *self._moments = self._update(
-            weights, gradients, *self._moments, *map(mx.array, numbers)
-        )
+        scale = min(1.0, self.recipe.clip / (norm + 1e-6))
+        weights = self.optimizer.update(weights, gradients, scale, rate)
         self._module.update(tree_unflatten(list(weights.items())))
-        mx.eval(weights, self._moments)
 
     def state(self) -> Iterator[Named]:
-        """What is trained and the optimizer's moments, all in float32: all that a resume needs."""
-        yield to_bytes("optimizer.step", mx.array(float(self.updates)), mx.float32)
-        for name, place in self._places(self._tree(), self._moments).items():
-            if self.updates or not name.startswith(_MOMENTS):
-                yield to_bytes(name, tensor_at(place), mx.float32)
+        """What is trained and what the optimizer keeps, in float32: all that a resume needs."""
+        yield to_bytes("optimizer.step", mx.array(float(self.optimizer.updates)), mx.float32)
+        for name, place in self._named(self._tree()):
+            yield to_bytes(name, tensor_at(place), mx.float32)
+        for kind, name, value in self.optimizer.state():
+            yield to_bytes(f"{kind}.{self._names.get(name, name)}", value, mx.float32)
 
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
-        """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
+        """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
+        another one."""
         weights = blank(self._tree(), lambda path: mx.float32)
-        moments = [self._zeros(), self._zeros()]
-        places = self._places(weights, moments)
-        updates = 0
-        missing = {name for name in places if not name.startswith(_MOMENTS)}
+        places = dict(self._named(weights))
+        paths = {name: path for path, name in self._names.items()}
+        missing, updates = set(places), 0
         for entry, data in tensors:
             if entry.name == "optimizer.step":
                 updates = int(np.frombuffer(data, np.float32)[0])
                 continue
-            place = places.get(entry.name)
-            if place is None or tuple(tensor_at(place).shape) != entry.shape:
+            kind, _, name = entry.name.partition(".")
+            if kind in STATES:
+                value = from_bytes(data, entry.dtype, entry.shape)
+                fits = self.optimizer.put(kind, paths.get(name, name), value)
+            else:
+                place = places.get(entry.name)
+                fits = place is not None and tuple(tensor_at(place).shape) == entry.shape
+                missing.discard(entry.name)
+                if place is not None and fits:
+                    overwrite(place, data, entry.dtype)
+            if not fits:
                 raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
-            overwrite(place, data, entry.dtype)
-            missing.discard(entry.name)
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
+        if not self.optimizer.resume(updates):
+            raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
         self._module.update(weights)
-        self._moments, self.updates = moments, updates
-
-    def _zeros(self) -> _Flat:
-        return {p: mx.zeros(a.shape) for p, a in tree_flatten(self._tree())}
 
     def _tree(self) -> dict[str, Any]:
         """What is trained, by module."""
         tree: dict[str, Any] = self._module.trainable_parameters()
         return tree
 
-    def _places(self, weights: dict[str, Any], moments: Sequence[_Flat]) -> dict[str, Place]:
-        """Where each tensor of the state lives, by its name in a checkpoint."""
-        places = dict(self._named(weights))
-        for moment, flat in zip(_MOMENTS, moments, strict=True):
-            tree = tree_unflatten(list(flat.items()))
-            places |= {f"{moment}.{name}": place for name, place in self._named(tree)}
-        return places
-
     def _named(self, tree: dict[str, Any]) -> Iterator[tuple[str, Place]]:
-        names = {} if self.adapter is None else self.adapter.names
         for name, place in named(tree):
-            yield names.get(name, name), place
+            yield self._names.get(name, name), place
+
+    @property
+    def _names(self) -> Mapping[str, str]:
+        """Of an adapter's arrays in a checkpoint, by their paths in the model."""
+        return {} if self.adapter is None else self.adapter.names
 
 
 def _check(model: Any, adapter: Adapter | None) -> None:
@@ -214,29 +240,6 @@ def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
         block.mlp._anchor = [mx.array(weight) for weight in block.mlp.gates()]
-
-
-def _adamw(
-    recipe: OptimizerRecipe,
-    weights: _Flat,
-    gradients: _Flat,
-    first: _Flat,
-    second: _Flat,
-    rate: mx.array,
-    scale: mx.array,
-    correction: mx.array,
-    root_correction: mx.array,
-) -> tuple[_Flat, _Flat, _Flat]:
-    """New weights and moments (1711.05101, algorithm 2); norms and the embedding do not decay."""
-    weights, first, second = dict(weights), dict(first), dict(second)
-    for name, g in gradients.items():
-        g = g * scale
-        m = first[name] = recipe.beta1 * first[name] + (1 - recipe.beta1) * g
-        v = second[name] = recipe.beta2 * second[name] + (1 - recipe.beta2) * mx.square(g)
-        plain = g.ndim < 2 or "embed_tokens" in name
-        w = weights[name] if plain else weights[name] * (1 - rate * recipe.weight_decay)
-        weights[name] = w - rate / correction * m / (mx.sqrt(v) / root_correction + 1e-8)
-    return weights, first, second
 
 
 def _part(found: Losses) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from chronos.common.model.guest import GuestConfig, read_config
 if TYPE_CHECKING:
     from chronos.backends.torch.arena import Arena
     from chronos.backends.torch.lora import Adapter
+    from chronos.backends.torch.parallel import Processes
     from chronos.backends.torch.streamed import Streamed
     from chronos.backends.torch.train import TrainStep
     from chronos.common.data import Batch
@@ -49,9 +51,12 @@ def set_threads(count: int | None) -> int | None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The named device, else CUDA where there is one, else the CPU."""
+    """The named device, else CUDA where there is one, else the CPU. `torchrun` says which of
+    several GPUs a process has."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = os.environ.get("LOCAL_RANK")
+        gpu = "cuda" if own is None else f"cuda:{own}"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError:
@@ -170,6 +175,13 @@ def train_step(model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = No
     from chronos.backends.torch.train import TrainStep
 
     return TrainStep(model, recipe, adapter)
+
+
+def processes() -> Processes:
+    """This process among those that share its updates."""
+    from chronos.backends.torch.parallel import Processes
+
+    return Processes()
 
 
 def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:

@@ -24,15 +24,12 @@ from chronos.backends.torch.model import Model, Output
 from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
 from chronos.common.model.history import balance_scale
+from chronos.common.training.memory import TILE_BYTES
 from chronos.common.training.objectives import Counts, Objective
 
 Tensors = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 AtLabels = Callable[..., tuple[Tensor, ...]]  # `at_labels` of a model and a batch
-# Logits are made for labels only, and for so many bytes of them at a time: in float32 they are what
-# takes most memory (16 rows of 1,024 tokens and 32,000 words: 2.1 GB). More than one tile is made
-# again in the backward pass.
-_TILE_BYTES = 256 << 20
 
 
 class Losses(NamedTuple):
@@ -111,12 +108,12 @@ def at_labels(
     *others: Tensor,
 ) -> tuple[Tensor, ...]:
     """What a function of (logits [n, V], labels [n], others [n, ...]) makes of each label, [B, T];
-    0 where there is none. It gets as many labels at a time as `_TILE_BYTES` hold logits."""
+    0 where there is none. It gets as many labels at a time as `TILE_BYTES` hold logits."""
     assert hidden_BTD is not None
     labels_BT = batch["labels"]
     at_N = (labels_BT.flatten() != IGNORE).nonzero()[:, 0]
     x_ND, labels_N = hidden_BTD.flatten(0, 1)[at_N], labels_BT.flatten()[at_N]
-    size = max(1, _TILE_BYTES // (4 * model.config.vocab_size))
+    size = max(1, TILE_BYTES // (4 * model.config.vocab_size))
 
     def tile(x_nD: Tensor, labels_n: Tensor, *others_n: Tensor) -> tuple[Tensor, ...]:
         return function(model.head(x_nD).float(), labels_n, *others_n)

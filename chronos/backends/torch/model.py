@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from chronos.backends.torch.attention import (
     LatentAttention,
@@ -121,6 +123,7 @@ class Model(nn.Module):
     """A Chronos language model; `resident` says whether it holds its own routed experts."""
 
     step = None  # single tokens are run as prompts are
+    gradient_checkpointing = False  # whether training computes each block again for its gradients
 
     def __init__(
         self,
@@ -190,7 +193,10 @@ class Model(nn.Module):
             if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = out.lookahead[:, :, 0, layer].flatten(0, 1).float().softmax(-1)
-            x_BTD, decision = block(
+            run: Callable[..., tuple[Tensor, Routing]] = block
+            if self.gradient_checkpointing and self.training:
+                run = partial(checkpoint, block, use_reentrant=False)  # draws the same masks again
+            x_BTD, decision = run(
                 x_BTD,
                 rope,
                 mask,

@@ -1,8 +1,8 @@
-"""One optimisation step of the torch backend: gradients, AdamW, and the state to resume.
+"""One optimisation step of the torch backend: gradients, and the state to resume.
 
-NumPy batches in, plain floats out. Random numbers are seeded from (seed, step), so a resumed run
-needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
-Not covered: mixed precision, several devices.
+NumPy batches in, plain floats out. Random numbers are seeded from (seed, step, micro-batch), so a
+resumed run needs no generator state to continue bit for bit. What is minimised is in `losses.py`.
+Not covered: a model in parts on several devices.
 
 Shape legend: B batch, T tokens, L layers, E experts.
 """
@@ -10,7 +10,8 @@ Shape legend: B batch, T tokens, L layers, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,13 +30,24 @@ from chronos.backends.torch.losses import (
     tensors_of,
 )
 from chronos.backends.torch.model import Model
+from chronos.backends.torch.optimizers import Optimizer
+from chronos.backends.torch.parallel import Processes
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
-from chronos.common.training.objectives import Objective, Part, Terms, count, report
+from chronos.common.training.objectives import (
+    Objective,
+    Part,
+    Terms,
+    count,
+    flattened,
+    own_share,
+    report,
+    restored,
+)
+from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from chronos.common.training.schedule import mask_seed
 
 
 class TrainStep:
@@ -45,42 +57,51 @@ class TrainStep:
         """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
         of the model's own parameters, where it has one."""
         self.model, self.recipe, self.adapter = model, recipe, adapter
+        if adapter is not None and (
+            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
+        ):
+            raise UsageError(
+                "gradient_checkpointing and compute_dtype are for models that are trained whole",
+                "optimizer",
+                "leave them out, or --lora",
+            )
         self._trained: dict[str, Tensor] = dict(_trained(model, adapter))
-        matrices: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, parameter in self._trained.items():
-            plain = parameter.dim() < 2 or "embed_tokens" in name
-            (others if plain else matrices).append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        betas = (recipe.beta1, recipe.beta2)
-        self.optimizer = _adamw(groups, betas)
-        self.updates = 0
+        if adapter is None:
+            model.gradient_checkpointing = recipe.gradient_checkpointing
+        # Weights, sums and losses stay in float32; products are in bfloat16 where that is wanted.
+        self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if recipe.compute_dtype == "bfloat16":
+            self._precision = partial(torch.autocast, model.device.type, dtype=torch.bfloat16)
+        self._processes = Processes()
+        self.optimizer = Optimizer(self._trained, recipe)
 
     def step(
         self, batches: Sequence[Batch], objective: Objective, rate: float, number: int
     ) -> Terms:
-        """One update over the micro-batches; skipped (`skipped` = 1) if not finite."""
-        model = self._mode(True)
+        """One update over the micro-batches, of which several processes have a share each; skipped
+        (`skipped` = 1) if not finite."""
+        model, processes = self._mode(True), self._processes
+        own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
         picks_LE = None
         if len(batches) > 1 and objective.weights.get("balance"):
-            self._seed(number)  # twice, so that both passes draw the same masks
-            picks_LE = torch.stack([count_picks(model, batch) for batch in batches]).sum(0)
-        self._seed(number)
-        self.optimizer.zero_grad(set_to_none=True)
+            (picks_LE,) = processes.total([self._picks(own, number)])
+        for parameter in self._trained.values():
+            parameter.grad = None
         parts = []
-        for batch in batches:
-            found = losses(model, batch, objective, counts, picks_LE)
+        for part, batch in own:
+            self._seed(number, part)
+            with self._precision():
+                found = losses(model, batch, objective, counts, picks_LE)
             found.loss.backward()
             parts.append(_part(found))
+        if processes.count > 1:
+            parts = [self._join(parts)]
         terms = report(parts, counts, objective)
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self.recipe.clip))
         finite = math.isfinite(terms["loss"]) and math.isfinite(norm)
         if finite:
-            self._apply(rate)
+            self.optimizer.update(rate)
         return terms | {"grad_norm": norm, "skipped": float(not finite)}
 
     @torch.no_grad()
@@ -88,7 +109,8 @@ class TrainStep:
         """Terms of all batches together, without dropout, masks or gradients."""
         model = self._mode(False)
         counts = count(batches, objective, model.config.lookahead_steps)
-        parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
+        with self._precision():
+            parts = [_part(losses(model, batch, objective, counts, None)) for batch in batches]
         return report(parts, counts, objective)
 
     def _mode(self, training: bool) -> Any:
@@ -97,55 +119,63 @@ class TrainStep:
             self.adapter.train(training)
         return self.model.train() if training else self.model.eval()
 
-    def _seed(self, number: int) -> None:
-        torch.manual_seed(self.recipe.seed * 1_000_003 + number)
+    def _join(self, parts: Sequence[Part]) -> Part:
+        """The gradients and the parts of all processes, summed."""
+        parameters = list(self._trained.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, self._processes.total(gradients), strict=True):
+            parameter.grad = gradient
+        vector = torch.from_numpy(flattened(parts)).to(self.model.device)
+        return restored(self._processes.total([vector])[0].cpu().numpy(), parts[0])
 
-    def _apply(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for parameter in self._trained.values():
-            if parameter.grad is None:  # an expert no token chose: its moments decay too
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.updates += 1
+    def _picks(self, own: Sequence[tuple[int, Batch]], number: int) -> torch.Tensor:
+        """Those of all batches, one after the other."""
+        total_LE = torch.zeros((), device=self.model.device)
+        for part, batch in own:
+            self._seed(number, part)
+            with self._precision():
+                total_LE = total_LE + count_picks(self.model, batch)
+        return total_LE
+
+    def _seed(self, number: int, part: int) -> None:
+        """So that a micro-batch draws the same masks whatever was computed before it."""
+        torch.manual_seed(mask_seed(self.recipe.seed, number, part))
 
     def state(self) -> Iterator[Named]:
-        """What is trained and the optimizer's moments, all in float32: all that a resume needs."""
-        yield to_bytes("optimizer.step", torch.tensor(float(self.updates)), torch.float32)
+        """What is trained and what the optimizer keeps, in float32: all that a resume needs."""
+        updates = torch.tensor(float(self.optimizer.updates))
+        yield to_bytes("optimizer.step", updates, torch.float32)
         for name, parameter in self._trained.items():
             yield to_bytes(name, parameter, torch.float32)
-            for moment in _MOMENTS:
-                value = self.optimizer.state[parameter].get(moment)
-                if value is not None:
-                    yield to_bytes(f"{moment}.{name}", value, torch.float32)
+        for kind, name, value in self.optimizer.state():
+            yield to_bytes(f"{kind}.{name}", value, torch.float32)
 
     @torch.no_grad()
     def load_state(self, tensors: Iterable[tuple[TensorEntry, memoryview]]) -> None:
-        """Take over what `state` wrote. Raises ShapeMismatch if the model is another one."""
+        """Take over what `state` wrote. Raises ShapeMismatch if the model or the optimizer is
+        another one."""
         parameters = self._trained
-        missing = set(parameters)
+        missing, updates = set(parameters), 0
         for entry, data in tensors:
             value = from_bytes(data, entry.dtype, entry.shape)
             if entry.name == "optimizer.step":
-                self.updates = int(value)
+                updates = int(value)
                 continue
-            moment, _, name = entry.name.partition(".")
-            if moment not in _MOMENTS:
-                moment, name = "", entry.name
-            parameter = parameters.get(name)
-            if parameter is None or value.shape != parameter.shape:
-                raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
-            if moment:
-                self.optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
+            kind, _, name = entry.name.partition(".")
+            if kind in STATES:
+                fits = self.optimizer.put(kind, name, value)
             else:
-                parameter.copy_(value)
-                missing.discard(name)
+                parameter = parameters.get(entry.name)
+                fits = parameter is not None and value.shape == parameter.shape
+                missing.discard(entry.name)
+                if parameter is not None and fits:
+                    parameter.copy_(value)
+            if not fits:
+                raise ShapeMismatch(f"checkpoint tensor {entry.name} does not fit this model")
         if missing:
             raise ShapeMismatch(f"the checkpoint lacks {sorted(missing)[0]}")
-        for parameter in parameters.values():
-            if self.updates:  # on the parameter's device, where the fused update reads it
-                step = torch.tensor(float(self.updates), device=parameter.device)
-                self.optimizer.state[parameter]["step"] = step
+        if not self.optimizer.resume(updates):
+            raise ShapeMismatch("the checkpoint lacks what the optimizer keeps")
 
 
 def _trained(model: Any, adapter: Adapter | None) -> Iterable[tuple[str, Tensor]]:
@@ -179,12 +209,6 @@ def anchor(model: Model) -> None:
     """Keep a frozen copy of every gate, which losses compare the routers with from now on."""
     for block in model.model.layers:
         block.mlp.anchor = tuple(weight.detach().clone() for weight in block.mlp.gates())
-
-
-def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused where this torch can: a CPU from 2.4 on only, and Intel Macs end at 2.2."""
-    fused = torch.__version__ >= "2.4"  # a TorchVersion: compared as numbers
-    return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=fused)
 
 
 def _part(found: Losses) -> Part:

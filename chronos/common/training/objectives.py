@@ -265,6 +265,37 @@ class Part(NamedTuple):
     probs_LE: Floats
 
 
+def own_share(batches: Sequence[Batch], rank: int, count: int) -> list[tuple[int, Batch]]:
+    """The micro-batches of one of `count` processes, by their numbers in the update. Raises
+    UsageError where a process would have none."""
+    if len(batches) < count:
+        raise UsageError(
+            f"an update of {len(batches)} micro-batches cannot be shared by {count} processes",
+            "accumulate",
+            f"raise it to {count} or a multiple, or start fewer processes",
+        )
+    return list(enumerate(batches))[rank::count]
+
+
+def flattened(parts: Sequence[Part]) -> Floats:
+    """The sum of parts as one vector: what processes add up."""
+    names = sorted(parts[0].terms)
+    terms = [sum(part.terms[name] for part in parts) for name in names]
+    rest = (
+        np.stack([array.ravel() for array in arrays]).sum(0, np.float64)
+        for arrays in ([part.picks_LE for part in parts], [part.probs_LE for part in parts])
+    )
+    return np.concatenate([np.array(terms, np.float64), *rest])
+
+
+def restored(vector: Floats, like: Part) -> Part:
+    """The part that `flattened` was given, of the form of another one."""
+    names, size = sorted(like.terms), like.picks_LE.size
+    picks, probs = vector[len(names) : -size], vector[-size:]
+    terms = {name: float(value) for name, value in zip(names, vector, strict=False)}
+    return Part(terms, picks.reshape(like.picks_LE.shape), probs.reshape(like.probs_LE.shape))
+
+
 def report(parts: Sequence[Part], counts: Counts, objective: Objective) -> Terms:
     """The terms of a whole update: the sums over its micro-batches, the balance of all its picks,
     the loss, and how evenly experts are used."""

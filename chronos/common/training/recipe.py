@@ -28,6 +28,7 @@ STDLIB = "stdlib"  # as data: the Python standard library's own sources
 CHATS, PAIRS, PROMPTS = "stdlib-chats", "stdlib-pairs", "stdlib-prompts"
 BUILT_IN = (STDLIB, CHATS, PAIRS, PROMPTS)
 DEMO = "demo"
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "recipes"
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
@@ -86,8 +87,11 @@ class CadenceRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with warm-up and cosine decay, clipping, and what random numbers follow from."""
+    """The optimizer, its rate with warm-up and cosine decay, and how an update is computed."""
 
+    name: str = "adamw"
+    """`adamw`; `muon`, which moves hidden matrices, beside AdamW for the rest; `adafactor`, which
+    keeps least. All are the framework's own and take AdamW's rates."""
     learning_rate: float = 1e-3
     """The highest rate, after warm-up."""
     min_learning_rate: float = 1e-4
@@ -102,12 +106,26 @@ class OptimizerRecipe:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of a gradient."""
+    compute_dtype: str = "float32"
+    """What matrices are multiplied in. `bfloat16` (torch; for GPUs): the weights that are trained,
+    the sums and the losses stay in float32 (1710.03740), what is kept for the gradients halves."""
+    gradient_checkpointing: bool = False
+    """Keep of each layer its input alone and compute it again in the backward pass (1604.06174):
+    the same gradients, less memory, about a third more time. Free on resume."""
     seed: int = 0
     """Of first weights, order of rows, and dropout."""
     threads: int = 0
     """Threads of a product on a CPU (torch); 0: as many as torch takes. Free on resume."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer.name must be one of {', '.join(OPTIMIZERS)}, not {self.name!r}"
+            )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"optimizer.compute_dtype must be float32 or bfloat16, not {self.compute_dtype!r}"
+            )
         for name in ("warmup_steps", "weight_decay", "seed", "threads"):
             if not getattr(self, name) >= 0:  # NaN is not
                 raise ConfigError(f"optimizer.{name} must be at least 0")

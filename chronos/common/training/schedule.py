@@ -16,3 +16,9 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
     last = max(total - 1, warmup + 1)
     progress = min((step - warmup) / (last - warmup), 1.0)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def mask_seed(seed: int, step: int, part: int) -> int:
+    """What dropout and masks of one micro-batch follow from, below 2^63: on a whole update and on
+    a share of it alike. The first micro-batch has seed and step alone, as runs of before had."""
+    return (seed * 1_000_003 + step + part * 0x9E3779B97F4A7C15) % (1 << 63)
