@@ -50,7 +50,7 @@ def wild(seed: int) -> dict[str, Any]:
     return {"temperature": 2.0, "seed": seed, "max_tokens": 120}
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_schema_is_kept_at_any_temperature(server: Running, seed: int) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
     [choice] = server.chat(response_format=form, **wild(seed))["choices"]
@@ -68,7 +68,7 @@ def test_an_object_is_an_object(server: Running) -> None:
     assert isinstance(json.loads(choice["message"]["content"]), dict)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_forced_calls_fit_their_parameters(server: Running, seed: int) -> None:
     named = {"type": "function", "function": {"name": "put"}}
     [choice] = server.chat(tools=TOOLS, tool_choice=named, **wild(seed))["choices"]
@@ -92,7 +92,7 @@ def test_forced_calls_fit_their_parameters(server: Running, seed: int) -> None:
         assert fits(given) if each["function"]["name"] == "get" else given.keys() == {"on"}
 
 
-@pytest.mark.parametrize("most", [8, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("most", [8, 24, 48, 64])
 def test_a_call_that_was_cut_is_told_by_the_length(server: Running, most: int) -> None:
     named = {"type": "function", "function": {"name": "get"}}
     asked = {"tools": TOOLS, "tool_choice": named, **wild(1), "max_tokens": most}

@@ -63,12 +63,6 @@ def test_it_listens_loads_answers_and_drains(folder: Path) -> None:
         assert server.stderr is not None and server.stderr.read() == ""
 
 
-def test_ctrl_c_ends_an_idle_server(folder: Path) -> None:
-    with process(folder) as (server, _):
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0
-
-
 Refused = Callable[..., tuple[int, str]]
 
 
