@@ -15,7 +15,9 @@ from typing import Any
 from chronos.common.budget import parse_budget
 from chronos.common.disk.io import FileIO
 from chronos.common.errors import UsageError
+from chronos.common.experts.feed import room_for
 from chronos.common.experts.foresight.choose import check_predictor, choose_policy
+from chronos.common.experts.known import known_ahead
 from chronos.common.experts.residency import Policy
 from chronos.common.layout import Layout, is_packed, open_layout
 from chronos.common.layout.folder import refuse_unfinished, slots_within
@@ -93,10 +95,13 @@ def plan_for(
             _log.warning("a warm tier of %s is not used: no experts are streamed", warm)
         return Plan(folder, config)
     top_k, capacity = config.num_experts_per_tok, parse_budget(budget, layout.total_bytes)
-    slots_within(layout, capacity, top_k)
+    policy: Policy | None = known_ahead(config, predictor)
+    room_for(layout, capacity, top_k, policy)
     warm_bytes = _warm_bytes(warm, layout, top_k)
-    fits = capacity >= layout.total_bytes
-    policy = None if fits else choose_policy(predictor, layout, top_k)
+    if capacity >= layout.total_bytes:
+        policy = None
+    elif policy is None:
+        policy = choose_policy(predictor, layout, top_k)
     return Plan(folder, config, layout, capacity, warm_bytes, policy, prefetch == "auto")
 
 

@@ -32,6 +32,7 @@ from chronos.backends.mlx.attention import (
 )
 from chronos.backends.mlx.moe import LookaheadRouter, MoE, Past, Routing, RoutingState
 from chronos.common.experts.feed import Source
+from chronos.common.experts.known import ANNOUNCED
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
@@ -179,6 +180,10 @@ class Model(nn.Module):
         elif self._looking_back:
             start = cache.position if cache else 0
             past = self._past_of(range(start, start + ids_BT.shape[1]))
+        ahead = None
+        if source is not None and cache is not None and source.wants(ANNOUNCED):
+            end = cache.position + ids_BT.shape[1]
+            ahead = self._past_of(range(end, end + 1))
         sources = self.config.routing_sources
         committed = "lookahead" in sources
         out, seed = Output(x_BTD), self._mask_seed()
@@ -201,6 +206,7 @@ class Model(nn.Module):
                 state=cache.routing.get(layer) if cache else None,
                 chosen=replay(layer) if replay else None,
                 source=source,
+                ahead=ahead,
             )
             out.routing.append(decision)
             if layer == 0 and (want_lookahead or on_lookahead or committed):

@@ -188,10 +188,12 @@ class MoE(nn.Module):
         state: RoutingState | None = None,
         chosen: tuple[mx.array, mx.array | None] | None = None,
         source: Source | None = None,
+        ahead: Past | None = None,
     ) -> tuple[mx.array, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
         gate's own of these experts) replace the layer's own gate. past, state: what comes before
-        the tokens, where the layer's routing looks there."""
+        the tokens, where the layer's routing looks there. ahead: what the token after them has
+        before it; the source is told what that will need, where it is known."""
         ids_TK, weights_TK = chosen or (None, None)
         routing = self.decide(x_TD, probs_TE, past, state, ids_TK)
         if weights_TK is not None:
@@ -205,7 +207,12 @@ class MoE(nn.Module):
         # The one wait of this layer: the host must know the ids to find the experts. The input is
         # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer
         # before, whose experts may lose their places now.
-        mx.eval(x_TD, routing.ids_TK, routing.weights_TK)
+        upcoming_BK = None
+        if source is not None and ahead is not None and state is not None and self.follows:
+            upcoming_BK = self.upcoming(ahead, state)
+        mx.eval(x_TD, routing.ids_TK, routing.weights_TK, upcoming_BK)
+        if source is not None and upcoming_BK is not None:
+            source.announce(self.layer, np.array(upcoming_BK)[0].tolist())
         if source is not None and len(x_TD) == 1 and not self.lora:
             return self._one_token(x_TD, routing, source), routing
         return self._grouped(x_TD, routing, source), routing

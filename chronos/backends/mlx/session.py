@@ -99,7 +99,7 @@ class Session(Sequences):
         """What the model makes of each part."""
         forwards = [partial(self._forward, part, override, len(parts) == 1) for part in parts]
         if len(parts) > 1 and step is not None and self.feed is not None:
-            return together(step, forwards, room=self.feed.slots)
+            return together(step, forwards, room=self.feed.room)
         return [outcome(forward, step) for forward in forwards]
 
     def _forward(

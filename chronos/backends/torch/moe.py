@@ -177,16 +177,20 @@ class MoE(nn.Module):
         state: RoutingState | None = None,
         chosen: tuple[Tensor, Tensor | None] | None = None,
         source: Source | None = None,
+        ahead: Past | None = None,
     ) -> tuple[Tensor, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
         gate's own of these experts) replace the layer's own gate. past, state: what comes before
-        the tokens, where the layer's routing looks there."""
+        the tokens, where the layer's routing looks there. ahead: what the token after them has
+        before it; the source is told what that will need, where it is known."""
         ids_TK, weights_TK = chosen or (None, None)
         routing = self.decide(x_TD, probs_TE, past, state, ids_TK)
         if weights_TK is not None:
             routing = routing._replace(weights_TK=weights_TK.to(x_TD.dtype))
         if source is not None and recording(x_TD, routing.weights_TK, *self.lora.parameters()):
             return self._recorded(x_TD, routing, source), routing
+        if source is not None and ahead is not None and state is not None and self.follows:
+            source.announce(self.layer, self.upcoming(ahead, state)[0].tolist())
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
         if x_TD.is_cuda and self.training and source is None and not self.lora:
             combine = self._batched

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
+from chronos.common.experts.known import ANNOUNCED, KnownAhead
 from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
 from chronos.common.experts.residency import NOBODY, DecayedLFU, Policy
@@ -110,6 +111,10 @@ class Source(Protocol):
     def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None:
         """What a source of forecasts expects to be needed; see `FeedStep.foresee`."""
 
+    def announce(self, layer: int, experts: Sequence[int]) -> None:
+        """What a layer will need for the next token, of what is not always in memory: exact. Told
+        before the layer acquires for this token, where `wants(ANNOUNCED)`."""
+
 
 class FeedStep:
     """One pass of the model. Layers acquire in order; each lease ends with the next one's start."""
@@ -119,6 +124,8 @@ class FeedStep:
         self._lease: Lease | None = None
         self.finished: list[tuple[Work, npt.NDArray[Any] | None]] = []
         self._deferred: Callable[[], Floats] | None = None
+        # By layer and place: what was announced a token before, for this one.
+        self._due: dict[tuple[int, int], Sequence[int]] = {}
         self.in_prompt = any(map(feed.reads_prompt, work))
 
     def acquire(
@@ -132,8 +139,11 @@ class FeedStep:
         """
         if self._lease is not None:
             self._lease.close()
+        if self._feed.known is not None and self.work and not self.in_prompt:
+            self._count_announced(self._feed.known, layer, by or {0: experts})
         needs = {self.work[place].seq: wanted for place, wanted in by.items()} if by else NOBODY
         self._lease = lease = self._feed.tier.acquire(layer, experts, needs, exact=self._feed.exact)
+        self._feed.read_announced()
         if (ahead := self._feed.ahead) is not None:
             ahead.acquired(layer, experts)
             if self._deferred is not None:
@@ -151,6 +161,8 @@ class FeedStep:
     def wants(self, source: str) -> bool:
         """Whether forecasts of a source could lead to a read now: spares making them if not."""
         ahead = self._feed.ahead
+        if source == ANNOUNCED:
+            return self._feed.known is not None and bool(self.work)
         if ahead is None or not self.work:
             return False
         if self.in_prompt:
@@ -176,6 +188,29 @@ class FeedStep:
         else:
             ahead.forecast(np.asarray(scores))
 
+    def announce(self, layer: int, experts: Sequence[int], place: int = 0) -> None:
+        """What a layer will need for the next token, of what is not always in memory: exact. place:
+        of the work whose token that is. It is read once the layer has acquired."""
+        assert self._feed.known is not None
+        seq = self.work[place].seq
+        with self._feed.tier.lock:
+            self._due[layer, place] = self._feed.known.announce(seq, layer, experts)
+        self._feed.unread += [(layer, expert) for expert in experts]
+
+    def _count_announced(
+        self, known: KnownAhead, layer: int, by: Mapping[int, Collection[int]]
+    ) -> None:
+        """by: what each work needs, by its place; several count what they share once."""
+        said, unsaid = set[int](), set[int]()
+        for place, experts in by.items():
+            due, needed = self._due.get((layer, place), ()), set(known.streamed(layer, experts))
+            said |= needed.intersection(due)
+            unsaid |= needed.difference(due)
+        counters, ready = self._feed.tier.counters, self._feed.tier.ready(layer, said - unsaid)
+        counters.announced += len(said - unsaid)
+        counters.announced_late += len(said - unsaid) - len(ready)
+        counters.unannounced += len(unsaid)
+
     def done(self, work: Work, ids_TLK: npt.NDArray[Any] | None = None) -> None:
         """A sequence's work went through. ids_TLK: the experts that its tokens were routed to, in
         order; asked for of prompts."""
@@ -196,6 +231,9 @@ class FeedStep:
             self._lease = None
         if kind is None:
             self._feed._end(self)
+            if self._feed.known is not None:
+                self._feed.unread = self._feed.known.announced  # those evicted meanwhile too
+                self._feed.read_announced()
 
 
 class Feed:
@@ -213,14 +251,18 @@ class Feed:
         prefetch: bool = False,
     ) -> None:
         """reader, arena: the feed's from now on. prefetch: whether what the policy or a model
-        forecasts is read ahead."""
+        forecasts or announces is read ahead."""
         self.layout, self.exact = layout, options.miss == "exact"
         self._capacity_bytes, self._warm_bytes = capacity_bytes, options.warm_bytes
         self._arena, self._reader = arena, reader
         self.predictor = policy.name if policy is not None else None  # that ranks the experts
         self.tier = make_tier(layout, arena, reader, policy, verify=options.verify)
         self.ahead: Prefetcher | None = None
-        if prefetch:
+        self.known = policy if isinstance(policy, KnownAhead) else None
+        self.unread: list[Key] = []  # announced, no slot found yet
+        self._reads_announced = prefetch and self.known is not None
+        self._top_k = options.top_k
+        if prefetch and self.known is None:
             rate = arena.copy_rate()
             self.ahead = Prefetcher(
                 self.tier,
@@ -236,11 +278,19 @@ class Feed:
         self._prompts: dict[int, list[tuple[Sequence[int], npt.NDArray[Any]]]] = {}
         self._decoding: set[int] = set()  # sequences whose prompt is over
         self._reading_prompt = False
+        if self._reads_announced and self.known is not None:
+            self.preload(self.known.resident)
 
     @property
     def slots(self) -> int:
         """Experts that can be held at once."""
         return self._arena.slots
+
+    @property
+    def room(self) -> int:
+        """Experts of one layer that can be held at once, whatever else stays."""
+        always = 0 if self.known is None else len(self.known.resident)
+        return max(self._top_k, self.slots - always)
 
     def step(self, work: Sequence[Work] = ()) -> FeedStep:
         """One pass of the model, as a context. Without `work` it is neither prompt nor token: needs
@@ -310,6 +360,14 @@ class Feed:
 
     # What a step calls.
 
+    def read_announced(self) -> None:
+        """Read what is announced, as far as there are slots that hold nothing certain."""
+        if self.unread and self._reads_announced:
+            self.tier.prefetch(self.unread, ANNOUNCED)
+            self.unread = [key for key in self.unread if self.tier.residency.lookup(key) is None]
+        else:
+            self.unread = []
+
     def _begin(self, step: FeedStep) -> None:
         if step.in_prompt:
             for work in filter(self.reads_prompt, step.work):
@@ -365,9 +423,11 @@ def make_tier(
 ) -> Tier:
     """The tier, or the two of them, over an arena."""
     policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
+    # Memory behind a device's may be too small for all that must stay there.
+    behind = policy.counts if isinstance(policy, KnownAhead) and arena.copies else policy
     host_slots = len(arena.host) // layout.record_nbytes
     view = arena.view if arena.copies is None else None
-    host = SlotTier(layout, host_slots, reader, policy, arena=arena.host, view=view, verify=verify)
+    host = SlotTier(layout, host_slots, reader, behind, arena=arena.host, view=view, verify=verify)
     if arena.copies is None:
         return host
     return StagedTier(host, arena.slots, arena.copies, policy, arena.view)
@@ -390,7 +450,7 @@ def open_feed(
     allocated.
     """
     options = options or FeedOptions()
-    slots = slots_within(layout, capacity_bytes, options.top_k)
+    slots = room_for(layout, capacity_bytes, options.top_k, policy)
     with ExitStack() as undo:
         arena = open_arena(layout, slots, options)
         undo.callback(arena.close)
@@ -401,3 +461,12 @@ def open_feed(
         )
         undo.pop_all()
     return feed
+
+
+def room_for(layout: Layout, capacity_bytes: int, top_k: int, policy: Policy | None) -> int:
+    """Slots in a number of bytes. Raises BudgetError, naming the minimum, where a token has no room
+    in them, or what a model announces could not be kept until it is used."""
+    if not isinstance(policy, KnownAhead):
+        return slots_within(layout, capacity_bytes, top_k)
+    why = "what always stays and what is known to come take"
+    return slots_within(layout, capacity_bytes, max(top_k, policy.least), why=why)

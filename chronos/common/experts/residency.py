@@ -24,6 +24,7 @@ from chronos.common.model.weights import Key
 LFU_DECAY = 0.95
 _PROTECTED = 1e300  # above every priority, below infinity
 NOBODY: Mapping[int, Collection[int]] = MappingProxyType({})
+CERTAIN = 1e100  # the priority of what is known to be needed, above all that is only likely to be
 
 
 class Policy(Protocol):
@@ -43,7 +44,8 @@ class Policy(Protocol):
 
     @property
     def priority(self) -> NDArray[np.float64]:
-        """[L, E], higher = keep, all below 1e300."""
+        """[L, E], higher = keep, all below 1e300. CERTAIN: known to be needed, so reading it ahead
+        is no speculation. Infinity: never evicted."""
 
     def follow(self, seqs: Sequence[int]) -> None:
         """Tokens of these sequences, one each, are run from now on."""
@@ -223,14 +225,15 @@ class Residency:
 
         None: every slot is pinned or loading; or the key is a prefetch and would displace another
         protected one, exceed the prefetches' half, or not outrank its victim under a forecasting
-        policy.
+        policy. One that is certain to be needed displaces all that is not.
         """
         assert self.lookup(key) is None, f"{key} is admitted twice"
         assert 0 <= key[0] < self._shape[0] and 0 <= key[1] < self._shape[1], key
+        certain = not demand and self._certain(key)
         if self._empty:
             slot, evicted = self._empty.pop(), None
         else:
-            victim = self._victim(key, demand)
+            victim = self._victim(key, demand, certain)
             if victim is None:
                 return None
             slot, evicted = victim, self._keys[victim]
@@ -246,7 +249,8 @@ class Residency:
             self._scores[slot] = np.inf
         if not demand:
             self.unused.add(slot)
-            self._protected[slot] = self._token + self._patience
+            if not certain:  # its priority keeps it, and no longer than until its use
+                self._protected[slot] = self._token + self._patience
         self.peak = max(self.peak, self.live)
         return Admission(slot, evicted, wasted)
 
@@ -304,6 +308,9 @@ class Residency:
 
     def protect(self, slot: int) -> None:
         """Its key is expected to be needed soon: spare it for `patience` tokens if possible."""
+        key = self._keys[slot]
+        if key is not None and self._certain(key):
+            return
         self._scores = None
         self._protected[slot] = self._token + self._patience
 
@@ -315,8 +322,12 @@ class Residency:
             self._protected = kept
         self._scores = None
 
-    def _victim(self, key: Key, demand: bool) -> int | None:
-        if not demand and 2 * len(self.unused & self._protected.keys()) >= self.slots:
+    def _certain(self, key: Key) -> bool:
+        return bool(self.policy.priority[key] >= CERTAIN)
+
+    def _victim(self, key: Key, demand: bool, certain: bool) -> int | None:
+        speculative = not (demand or certain)
+        if speculative and 2 * len(self.unused & self._protected.keys()) >= self.slots:
             return None
         score = self._scores
         if score is None:
@@ -329,7 +340,8 @@ class Residency:
         if lowest == np.inf:
             return None
         if not demand:
-            bar = self.policy.priority[key] if self.policy.forecasts else _PROTECTED
+            ranks = certain or self.policy.forecasts
+            bar = self.policy.priority[key] if ranks else _PROTECTED
             if lowest >= bar:
                 return None
         return slot

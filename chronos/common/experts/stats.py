@@ -34,6 +34,9 @@ class StoreStats:
     bytes_wasted: int = 0  # prefetched, then evicted or closed without ever being used
     bytes_loaded: int = 0  # read since the model was opened, where all experts have room
     late_loading: int = 0  # of the late ones, those that were being loaded so
+    announced: int = 0  # needs of decoded tokens that the model had said a token before
+    announced_late: int = 0  # of these, those not ready when needed
+    unannounced: int = 0  # needs it should have said and had not: 0
     read_errors: int = 0
     stall_s: float = 0.0  # the consumer waiting for reads
     tokens: int = 0

@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chronos.common.errors import StoreError
@@ -115,6 +115,18 @@ class Tier(ABC):
             self.ledger.token.of(asked_by).asked += len(asked)
             self._begin_all()
         return asked
+
+    def ready(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of a layer's experts that need no wait now."""
+        with self.lock:
+            if self._complete is None:
+                self.settle()
+            slots = [(expert, self.residency.ready.get((layer, expert))) for expert in experts]
+            return [
+                expert
+                for expert, slot in slots
+                if slot is not None and (slot not in self._events or self._copied(slot))
+            ]
 
     def end_token(self) -> TokenReport:
         """One decode step is over: histories fade. What it needed, and what became of reads ahead

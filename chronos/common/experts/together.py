@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from greenlet import greenlet
 
+from chronos.common.experts.known import ANNOUNCED
+
 if TYPE_CHECKING:
     from chronos.common.experts.lease import Lease
 
@@ -30,6 +32,9 @@ class Source(Protocol):
         """by: what each forward needs of them, by its place."""
 
     def record_fallback(self, weight: float) -> None: ...
+    def wants(self, source: str) -> bool: ...
+    def announce(self, layer: int, experts: Sequence[int], place: int = 0) -> None:
+        """place: of the forward whose next token needs them."""
 
 
 Forward = Callable[[Any], Any]
@@ -129,7 +134,7 @@ class _Lane:
 
 class _Seen:
     """The source as a forward sees it. What a model forecasts of itself is of one sequence, so it
-    is not asked for."""
+    is not asked for; what it announces is kept by sequence."""
 
     def __init__(self, lane: _Lane) -> None:
         self._lane = lane
@@ -146,7 +151,10 @@ class _Seen:
         self._lane.source.record_fallback(weight)
 
     def wants(self, source: str) -> bool:
-        return False
+        return source == ANNOUNCED and self._lane.source.wants(source)
+
+    def announce(self, layer: int, experts: Sequence[int]) -> None:
+        self._lane.source.announce(layer, experts, self._lane.place)
 
     def foresee(self, source: str, scores: Any, layer: int = -1) -> None:
         pass

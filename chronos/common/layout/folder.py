@@ -344,15 +344,19 @@ def minimum_bytes(layout: Layout, top_k: int = 1) -> int:
 
 
 def slots_within(
-    layout: Layout, capacity_bytes: int, top_k: int = 1, what: str = "an expert budget"
+    layout: Layout,
+    capacity_bytes: int,
+    top_k: int = 1,
+    what: str = "an expert budget",
+    why: str = "one token needs",
 ) -> int:
-    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum and
-    what is too small."""
+    """Whole slots in a budget, at most one per record. Raises BudgetError naming the minimum, what
+    is too small, and why `top_k` experts are the least."""
     least = minimum_bytes(layout, top_k)
     if capacity_bytes < least:
         raise BudgetError(
             f"{what} of {capacity_bytes} bytes is too small:"
-            f" one token needs {top_k} experts of {layout.record_nbytes} bytes at once",
+            f" {why} {top_k} experts of {layout.record_nbytes} bytes at once",
             str(layout.folder),
             f"give at least {least} bytes ({100 * least / max(1, layout.total_bytes):.1f} %)",
         )
