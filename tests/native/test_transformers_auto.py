@@ -69,6 +69,25 @@ def greedy(model: Any, ids: Any, count: int, **options: Any) -> torch.Tensor:
     return model.generate(ids, max_new_tokens=count, **settings)[:, ids.shape[1] :]
 
 
+def test_routing_by_the_past_has_the_same_logits_and_tokens(tmp_path: Path) -> None:
+    history = {
+        "routing_source": "history", "num_experts_per_tok": 3,
+        "num_resident_experts": 2, "num_resident_experts_per_tok": 1,
+    }  # fmt: skip
+    folder = tiny_packed(tmp_path / "packed", **history)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        found = model(torch.from_numpy(IDS)).logits
+    assert np.array_equal(found.numpy(), backend.forward(backend.load(folder), IDS).logits_BTV)
+    prompt = IDS[:1].tolist()
+    with chronos.load(folder, backend="torch", budget="60%") as engine:
+        engine.stop_ids = frozenset()
+        wanted = [step.token for step in engine.generate(prompt[0], max_tokens=12)]
+    assert greedy(model, prompt, 12)[0].tolist() == wanted
+    beams = greedy(model, prompt, 6, num_beams=2)  # caches are copied and reordered
+    assert beams.shape == (1, 6)
+
+
 def test_both_kinds_of_folder_load_with_the_logits_of_the_backend(packed: Path) -> None:
     wanted = backend.forward(backend.load(packed), IDS).logits_BTV
     for folder in (packed, unpacked(packed)):

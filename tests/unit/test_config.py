@@ -83,6 +83,31 @@ def test_bad_values_are_named(change: dict, message: str) -> None:
         ModelConfig.from_json(changed(**change))
 
 
+HISTORY = {"routing_source": "history"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"routing_source": "past"}, "routing_source must be one of"),
+        ({"routing_source": ["gate", "history"]}, "one for each of the 3 layers"),
+        (HISTORY | {"num_resident_experts_per_tok": 0}, "1 <= num_resident_experts_per_tok"),
+        (HISTORY | {"num_resident_experts": 1}, "<= num_resident_experts"),
+        (HISTORY | {"num_resident_experts_per_tok": 4}, "at least one streamed expert"),
+        (HISTORY | {"num_resident_experts": 31}, "2 of 1 are left"),
+        (HISTORY | {"norm_topk_prob": False}, "needs norm_topk_prob"),
+        ({"history_decay": 1.0}, "history_decay must be"),
+        ({"history_decay": []}, "history_decay must be"),
+        ({"history_decay": [0.5] * 29}, "at most one a streamed expert"),
+        ({"streamed_balance": -1.0}, "streamed_balance must be at least 0"),
+    ],
+    ids=str,
+)
+def test_routing_that_cannot_be_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json(changed(**change))
+
+
 def test_error_names_the_file(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(changed(num_experts_per_tok=99)), "utf-8")
     with pytest.raises(ConfigError, match=str(tmp_path)):
