@@ -24,8 +24,11 @@ from chronos.backends.torch.arena import Arena, CudaCopies
 from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedOptions
+from chronos.common.experts.known import KnownAhead
 from chronos.common.layout import Layout
+from chronos.common.model.config import ModelConfig
 from chronos.common.model.weights import Key
+from chronos.common.text.sampling import SamplingParams, Work
 from chronos.testing.copies import FakeCopyEngine, FakeEvent
 from chronos.testing.store_rig import (
     EXPERTS,
@@ -342,3 +345,33 @@ def test_the_device_computes_with_the_right_bytes(tmp_path: Path, chunk_bytes: i
         torch.cuda.synchronize()
     for key, have in sums:
         assert [float(s) for s in have] == [float(w.astype("f8").sum()) for w in expected(key)]
+
+
+def test_a_small_host_tier_behind_what_always_stays(tmp_path: Path) -> None:
+    """Three slots of host memory, and nine experts that never leave the device: nothing blocks."""
+    config = ModelConfig(
+        num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=3,
+        routing_source="history", num_resident_experts=3, num_resident_experts_per_tok=1,
+    )  # fmt: skip
+    policy, engine, layout = KnownAhead(config), FakeCopyEngine(), tiny_layout(tmp_path)
+    work = [Work(0, [1], SamplingParams())]
+    capacity = policy.least * layout.record_nbytes
+    with (
+        closing(engine),
+        feed_over(
+            FakeCuda(engine, warm=3), layout, capacity, policy=policy, prefetch=True, top_k=3
+        ) as feed,
+    ):
+        for turn in range(4):
+            with feed.step(work) as step:
+                for layer in range(LAYERS):
+                    step.announce(layer, [4 + turn % 2, 6 + turn % 2])
+                    now = [4 + (turn + 1) % 2, 6 + (turn + 1) % 2]
+                    for expert, weights in step.acquire(layer, [0, *now]):
+                        engine.compute(partial(check, (layer, expert), weights))
+                engine.synchronize()
+                step.done(work[0])
+        assert not engine.failures
+        stats = feed.stats()
+        assert stats.announced == 3 * 2 * LAYERS and stats.unannounced == 0
+        assert set(policy.resident) <= feed.resident()

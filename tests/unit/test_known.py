@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from chronos.common.disk.io import ALIGN
+from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
 from chronos.common.experts.known import KnownAhead, known_ahead
 from chronos.common.experts.residency import CERTAIN, Residency
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
+from chronos.common.text.sampling import SamplingParams, Work
+from chronos.testing.fake_backend import FakeBackend
+from chronos.testing.store_rig import GatedIO, feed_over, tiny_layout, until
 
 CONFIG = ModelConfig(
     num_hidden_layers=3,
@@ -132,3 +138,53 @@ def test_once_used_it_is_spared_no_longer() -> None:
     residency.reconsider()
     admission = residency.admit((2, 7), demand=False)
     assert admission is not None and admission.evicted == (2, 5)
+
+
+def test_what_is_announced_is_read_behind_what_is_needed_and_kept(tmp_path: Path) -> None:
+    layout, io, policy = tiny_layout(tmp_path), GatedIO(), KnownAhead(CONFIG)
+    work = [Work(0, [1], SamplingParams())]
+    capacity = policy.least * layout.record_nbytes
+    with (
+        RangedReader(threads=1, chunk_bytes=ALIGN, io=io) as reader,
+        feed_over(FakeBackend(), layout, capacity, policy=policy, prefetch=True, top_k=3,
+                  reader=reader) as feed,
+    ):  # fmt: skip
+        until(lambda: feed.resident() >= set(policy.resident))  # read without being asked for
+        io.begun.clear()
+        io.gate.clear()
+        with feed.step(work) as step:
+            assert step.wants("announced") and not step.wants("lookahead")
+            step.announce(0, [6])
+            lease = step.acquire(0, [0, 2, 4])
+            io.gate.set()
+            assert {expert for expert, _ in lease} == {0, 2, 4}
+            until(lambda: (0, 6) in feed.resident())
+            assert io.begun == [layout.records[0, expert].offset for expert in (2, 4, 6)]
+            for layer, expert in ((1, 7), (2, 7), (1, 5), (2, 5), (1, 3), (2, 3), (1, 2), (2, 2)):
+                assert dict(step.acquire(layer, [expert])).keys() == {expert}
+            # Ten experts went through six slots: others made room for each other.
+            assert (0, 6) in feed.resident() and len(feed.resident()) == policy.least
+            step.done(work[0])
+        with feed.step(work) as step:
+            step.announce(0, [5])
+            assert len(dict(step.acquire(0, [0, 6, 4]))) == 3
+            step.done(work[0])
+        stats = feed.stats()
+        assert (stats.announced, stats.announced_late, stats.unannounced) == (1, 0, 1)
+
+
+def test_without_reading_ahead_the_counts_are_the_same(tmp_path: Path) -> None:
+    layout, policy = tiny_layout(tmp_path), KnownAhead(CONFIG)
+    work = [Work(0, [1], SamplingParams())]
+    capacity = policy.least * layout.record_nbytes
+    with feed_over(FakeBackend(), layout, capacity, policy=policy, top_k=3) as feed:
+        for _ in range(3):
+            with feed.step(work) as step:
+                for layer in range(3):
+                    step.announce(layer, [5, 6])
+                    assert len(dict(step.acquire(layer, [0, 5, 6]))) == 3
+                step.done(work[0])
+        stats = feed.stats()
+        # The first token's are the prompt's; then all stays where it is.
+        assert (stats.announced, stats.announced_late, stats.unannounced) == (12, 0, 0)
+        assert stats.bytes_prefetched == stats.bytes_loaded == 0

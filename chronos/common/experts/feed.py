@@ -206,7 +206,7 @@ class FeedStep:
             due, needed = self._due.get((layer, place), ()), set(known.streamed(layer, experts))
             said |= needed.intersection(due)
             unsaid |= needed.difference(due)
-        counters, ready = self._feed.tier.counters, self._feed.tier.ready(layer, said - unsaid)
+        counters, ready = self._feed.tier.ledger.total, self._feed.tier.ready(layer, said - unsaid)
         counters.announced += len(said - unsaid)
         counters.announced_late += len(said - unsaid) - len(ready)
         counters.unannounced += len(unsaid)
@@ -424,7 +424,9 @@ def make_tier(
     """The tier, or the two of them, over an arena."""
     policy = policy or DecayedLFU(layout.num_layers, layout.num_experts)
     # Memory behind a device's may be too small for all that must stay there.
-    behind = policy.counts if isinstance(policy, KnownAhead) and arena.copies else policy
+    behind = policy
+    if isinstance(policy, KnownAhead) and arena.copies is not None:
+        behind = policy.counts
     host_slots = len(arena.host) // layout.record_nbytes
     view = arena.view if arena.copies is None else None
     host = SlotTier(layout, host_slots, reader, behind, arena=arena.host, view=view, verify=verify)
