@@ -179,7 +179,8 @@ class ChronosForCausalLM(PreTrainedModel, GenerationMixin):
             model.to(config.dtype)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         model.generation_config = _generation_config(folder)
-        return model.eval()
+        model.eval()
+        return model
 
     def save_pretrained(
         self,

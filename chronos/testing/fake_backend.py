@@ -89,7 +89,7 @@ class IgnoresDigests(FakeStore):
 class EvictsWhatIsHeld(FakeStore):
     def __init__(self, feed: Feed) -> None:
         super().__init__(feed)
-        self.tier.residency.pin = self.tier.residency.unpin = lambda slot: None  # type: ignore
+        self.tier.residency.pin = self.tier.residency.unpin = lambda slot: None
 
 
 class YieldsTwice(FakeStore):

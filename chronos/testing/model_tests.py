@@ -62,7 +62,8 @@ class ModelTests:
         return backend.build(CONFIG, seed=3)
 
     def logits(self, backend: Any, model: Any, ids_BT: np.ndarray, **options: Any) -> np.ndarray:
-        return backend.forward(model, ids_BT, **options).logits_BTV
+        logits_BTV: np.ndarray = backend.forward(model, ids_BT, **options).logits_BTV
+        return logits_BTV
 
     def test_parameters_are_those_of_the_config(self, backend: Any, model: Any) -> None:
         found = {t[0]: tuple(t[2]) for t in backend.tensors(model)}

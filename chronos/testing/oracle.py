@@ -99,7 +99,8 @@ def forward(
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (1910.07467, eq. 4)."""
-    return x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + eps) * weight
+    y: Array = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + eps) * weight
+    return y
 
 
 def rope(x: Array, position: Ints, theta: float) -> Array:
@@ -115,7 +116,8 @@ def rope(x: Array, position: Ints, theta: float) -> Array:
 def softmax(x: Array) -> Array:
     """Over the last axis; -inf entries get probability 0."""
     e: Array = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    p: Array = e / e.sum(-1, keepdims=True)
+    return p
 
 
 def silu(x: Array) -> Array:

@@ -164,7 +164,8 @@ class LatentAttention(nn.Module):
             y_BHTd = self._absorbed(q_BHTd, q_BHTr, latent_BSC)
         else:
             y_BHTd = self._expanded(q_BHTd, q_BHTr, latent_BSC, mask)
-        return self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        out_BTD: mx.array = self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return out_BTD
 
     def _expanded(
         self, q_BHTd: mx.array, q_BHTr: mx.array, latent_BSC: mx.array, mask: Mask
@@ -187,7 +188,8 @@ class LatentAttention(nn.Module):
         z_BHTz = mx.fast.scaled_dot_product_attention(
             q_BHTC, k_B1SC, k_B1SC[..., : self.latent], scale=self.scale
         )
-        return z_BHTz @ up_v_Hdz.swapaxes(-1, -2)
+        y_BHTd: mx.array = z_BHTz @ up_v_Hdz.swapaxes(-1, -2)
+        return y_BHTd
 
 
 class WindowAttention(nn.Module):
@@ -223,7 +225,8 @@ class WindowAttention(nn.Module):
         y_BHTd = mx.fast.scaled_dot_product_attention(
             q_BHTd, k_BGTd, v_BGTd, scale=1.0 / math.sqrt(self.head_dim), mask=mask
         )
-        return self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        out_BTD: mx.array = self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return out_BTD
 
 
 def _rope(x_BHTR: mx.array, rotary: Rotary, offset: int | mx.array) -> mx.array:

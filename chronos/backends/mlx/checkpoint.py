@@ -84,7 +84,8 @@ def load_model(
         for layer in coded:
             assert layout is not None
             model.model.layers[layer].mlp.keep(_coded(layout, layer))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _coded(layout: Layout, layer: int) -> Any:

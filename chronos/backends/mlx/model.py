@@ -232,7 +232,8 @@ class Model(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """Logits [..., V] of normed states [..., D]; the head is tied to the embedding."""
-        return self.model.embed_tokens.as_linear(x)
+        logits: mx.array = self.model.embed_tokens.as_linear(x)
+        return logits
 
     @property
     def head_weight(self) -> mx.array:

@@ -367,7 +367,8 @@ class MoE(nn.Module):
         y_ND = self.codec.gathered(x_ND, stack, place_N, self, sort)
         if sort:
             y_ND = y_ND[mx.argsort(order_N)]
-        return y_ND.reshape(T, K, -1)
+        y_TKD: mx.array = y_ND.reshape(T, K, -1)
+        return y_TKD
 
     def _one_token(self, x_1D: mx.array, routing: Routing, source: Source) -> mx.array:
         """The same gather from an arena's slots, once all experts are there."""

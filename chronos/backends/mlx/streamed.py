@@ -97,7 +97,7 @@ def routed_outputs(
             mx.eval(outputs[expert])  # the slot may be overwritten once the next is asked for
         return _leaf(in_order(outputs))
 
-    @run.vjp  # type: ignore[untyped-decorator]
+    @run.vjp
     def back(primals: Any, dy_TKD: mx.array, _: Any) -> Any:
         x_TD, *tensors = primals if isinstance(primals, (tuple, list)) else (primals,)
         mx.eval(x_TD, tensors, dy_TKD)

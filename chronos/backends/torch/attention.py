@@ -219,7 +219,8 @@ class LatentAttention(nn.Module):
         return q_BHTd, rotate(q_BHTr, rope), torch.cat((z_BTz, k_BTr), dim=-1)
 
     def _out(self, y_BHTd: Tensor) -> Tensor:
-        return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+        return out_BTD
 
     def _expanded(
         self, q_BHTd: Tensor, q_BHTr: Tensor, latent_BSC: Tensor, mask: Tensor | None
@@ -282,7 +283,8 @@ class WindowAttention(nn.Module):
 
     def back(self, y_BHTd: Tensor) -> Tensor:
         """What attention adds to the residual stream."""
-        return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+        return out_BTD
 
     def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x_BTD.shape

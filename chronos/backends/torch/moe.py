@@ -436,4 +436,5 @@ class LookaheadRouter(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, J, L, E]; a softmax over the last axis gives the distributions Q."""
         hidden = F.silu(self.in_proj(self.norm(x_BTD)))
-        return self.out_proj(hidden).unflatten(-1, self.shape)
+        logits_BTJLE: Tensor = self.out_proj(hidden).unflatten(-1, self.shape)
+        return logits_BTJLE

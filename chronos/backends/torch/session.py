@@ -95,7 +95,8 @@ class Session(Sequences):
 
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
-        return self._known(seq).logits_V.float().cpu().numpy().copy()
+        logits_V: np.ndarray = self._known(seq).logits_V.float().cpu().numpy()
+        return logits_V.copy()
 
     @torch.inference_mode()
     def keep(self, seq: int, tokens: int) -> int:

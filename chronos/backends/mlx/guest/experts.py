@@ -62,7 +62,8 @@ class Layer(nn.Module):
         self.layer, self.block = layer, block
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
-        return self.block(x, self._routed(ids))
+        y: mx.array = self.block(x, self._routed(ids))
+        return y
 
     def _routed(self, ids: mx.array) -> mx.array:
         """The ids to compute: the block's, or those that are replayed. Both in the block's order of

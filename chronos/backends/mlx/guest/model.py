@@ -230,7 +230,8 @@ class _Head(nn.Module):
         self.head = head
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
-        return self.head(x_BTD[:, -1:] if current().last_only else x_BTD)
+        logits: mx.array = self.head(x_BTD[:, -1:] if current().last_only else x_BTD)
+        return logits
 
 
 def load_guest(
@@ -285,7 +286,9 @@ def load_guest(
     if device == mx.cpu and not config.quantization:
         core.set_dtype(mx.float32)  # as the native model's: it has no fast 16-bit products
     mx.eval(core.parameters())
-    return Model(config, core, resident).eval()
+    model = Model(config, core, resident)
+    model.eval()
+    return model
 
 
 def _parent(module: nn.Module, path: str) -> nn.Module:
@@ -315,7 +318,8 @@ def _chooser(
     def choose(x: mx.array) -> mx.array:
         out = gate(x)
         if isinstance(out, tuple):
-            return next(a for a in out if mx.issubdtype(a.dtype, mx.integer))
+            ids: mx.array = next(a for a in out if mx.issubdtype(a.dtype, mx.integer))
+            return ids
         return mx.argpartition(-out, kth=top_k - 1, axis=-1)[..., :top_k]
 
     try:  # lazily: only shapes are computed

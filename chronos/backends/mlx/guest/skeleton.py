@@ -69,7 +69,8 @@ def mlx_lm_utils() -> ModuleType:
             "",
             "pip install 'chronos-moe[guests]'",
         ) from error
-    return utils
+    module: ModuleType = utils
+    return module
 
 
 def find_blocks(module: nn.Module, config: GuestConfig) -> Blocks:

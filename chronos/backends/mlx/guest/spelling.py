@@ -96,7 +96,8 @@ def _projections(block: nn.Module) -> tuple[str, ...]:
 
 
 def experts_in(block: nn.Module) -> int:
-    return (block.fc1 if "fc1" in block else block.gate_proj).weight.shape[0]
+    count: int = (block.fc1 if "fc1" in block else block.gate_proj).weight.shape[0]
+    return count
 
 
 def _one_by_one(

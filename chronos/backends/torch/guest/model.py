@@ -211,7 +211,8 @@ class Model:
         )
         if cache is not None:
             cache.layers[0] = out.past_key_values
-        return out.logits
+        logits: Tensor = out.logits
+        return logits
 
 
 def _over_all(routing: Routing, experts: int) -> Routing:
