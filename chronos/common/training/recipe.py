@@ -111,7 +111,7 @@ class OptimizerRecipe:
     the sums and the losses stay in float32 (1710.03740), what is kept for the gradients halves."""
     gradient_checkpointing: bool = False
     """Keep of each layer its input alone and compute it again in the backward pass (1604.06174):
-    the same gradients, less memory, about a third more time. Free on resume."""
+    the same gradients, less memory, one forward pass more. Free on resume."""
     seed: int = 0
     """Of first weights, order of rows, and dropout."""
     threads: int = 0
