@@ -349,7 +349,7 @@ def unfold(function: Callable[..., Any], command: str = "") -> Callable[..., Any
         hint = hints[parameter.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             bundles[parameter.name] = hint
-            flat += _parameters(hint)
+            flat += _parameters(hint, command)
         else:
             own = _with_twin(parameter.name, hint, command)
             flat.append(parameter.replace(annotation=own, kind=parameter.KEYWORD_ONLY))
@@ -388,9 +388,10 @@ def _fields(bundle: type[Any]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(bundle) if field.name not in left_out]
 
 
-def _parameters(bundle: type[Any]) -> list[inspect.Parameter]:
+def _parameters(bundle: type[Any], command: str) -> list[inspect.Parameter]:
     hints = get_type_hints(bundle, include_extras=True)
-    command = getattr(bundle, "command", "")  # of a bundle that one command alone has
+    if not getattr(bundle, "by_command", False):  # its flags mean the same everywhere
+        command = getattr(bundle, "command", "")  # of a bundle that one command alone has
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,

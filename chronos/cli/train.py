@@ -34,45 +34,6 @@ _SHOWN = (
 _Config = Annotated[
     Path, typer.Option("--config", "-c", metavar="RECIPE.toml", help="What to train, and on what.")
 ]
-_Data = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Rows to train on, instead of the recipe's.")
-]
-_Out = Annotated[
-    str | None,
-    typer.Option("--out", "-o", metavar="RUN", help="Run folder.", show_default="runs/<recipe>"),
-]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
-]
-_Force = Annotated[bool, typer.Option("--force", help="Resume although the recipe has changed.")]
-_SkipBad = Annotated[
-    int | None, typer.Option(min=0, help="Pass over this many bad rows of the data.")
-]
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="MODEL", help="What to go on with, instead of the recipe's: or `demo`."
-    ),
-]
-_Lora = Annotated[
-    int | None,
-    typer.Option(
-        "--lora",
-        min=1,
-        metavar="RANK",
-        help="Train adapters of this rank beside the model, which stays as it is; the rest of them"
-        " is in the recipe's [lora].",
-    ),
-]
-_Budget = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="SIZE",
-        help="Memory for routed experts, as 25%, 8GiB or all, of a packed model with adapters;"
-        " without it they are all in memory.",
-    ),
-]
 
 
 @dataclass(frozen=True)
@@ -90,6 +51,65 @@ class StageOptions:
         typer.Option(
             metavar="NAME", help="tensorboard, trackio or wandb, which get the log's numbers too."
         ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Where a run lies, and how it goes on."""
+
+    by_command = True
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="RUN", help="Run folder.", show_default="runs/<recipe>"
+        ),
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")
+    ] = False
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although the recipe has changed.")
+    ] = False
+    skip_bad: Annotated[
+        int | None, typer.Option(min=0, help="Pass over this many bad rows of the data.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """What a stage goes on with, how much of it is trained, and on what."""
+
+    by_command = True
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="What to go on with, instead of the recipe's: or `demo`.",
+        ),
+    ] = None
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora",
+            min=1,
+            metavar="RANK",
+            help="Train adapters of this rank beside the model, which stays as it is; the rest of"
+            " them is in the recipe's [lora].",
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE",
+            help="Memory for routed experts, as 25%, 8GiB or all, of a packed model with adapters;"
+            " without it they are all in memory.",
+        ),
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Rows to train on, instead of the recipe's.")
     ] = None
 
 
@@ -111,16 +131,14 @@ def pretrain(
         str | None,
         typer.Option(metavar="PATH", help="Text to train on, instead of the recipe's."),
     ] = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    *,
+    folder: FolderOptions,
 ) -> None:
     """Train a model from scratch on text.
 
     Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
     """
-    _run("pretrain", config, options, device, out, data, to, resume, force, skip_bad)
+    _run("pretrain", config, options, device, out, StartOptions(data=data), folder)
 
 
 @command("sft", on=train)
@@ -129,23 +147,15 @@ def sft(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    model: _Model = None,
-    lora: _Lora = None,
-    budget: _Budget = None,
-    data: _Data = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    start: StartOptions,
+    folder: FolderOptions,
 ) -> None:
     """Fine-tune a model on chats and completions: the answers are trained, and how they end.
 
     Rows: messages, prompt + completion, or text. `-c sft` is the recipe that ships, for the demo
     model on documented functions of the standard library.
     """
-    _run(
-        "sft", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
-    )
+    _run("sft", config, options, device, out, start, folder)
 
 
 @command("dpo", on=train)
@@ -154,22 +164,14 @@ def dpo(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    model: _Model = None,
-    lora: _Lora = None,
-    budget: _Budget = None,
-    data: _Data = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    start: StartOptions,
+    folder: FolderOptions,
 ) -> None:
     """Make a model prefer one answer to another, held to a reference (DPO).
 
     Rows: prompt, chosen, rejected. `-c dpo` is the recipe that ships.
     """
-    _run(
-        "dpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
-    )
+    _run("dpo", config, options, device, out, start, folder)
 
 
 @command("orpo", on=train)
@@ -178,22 +180,14 @@ def orpo(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    model: _Model = None,
-    lora: _Lora = None,
-    budget: _Budget = None,
-    data: _Data = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    start: StartOptions,
+    folder: FolderOptions,
 ) -> None:
     """Fine-tune and prefer in one go, without a reference (ORPO).
 
     Rows: prompt, chosen, rejected. `-c orpo` is the recipe that ships.
     """
-    _run(
-        "orpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
-    )
+    _run("orpo", config, options, device, out, start, folder)
 
 
 @command("grpo", on=train)
@@ -202,23 +196,15 @@ def grpo(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    model: _Model = None,
-    lora: _Lora = None,
-    budget: _Budget = None,
-    data: _Data = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    start: StartOptions,
+    folder: FolderOptions,
 ) -> None:
     """Let a model answer, judge the answers, and make the better ones likelier (GRPO).
 
     Rows: prompt, and columns that a reward may want. Rewards run in a process of their own; the
     answers are in RUN/completions.jsonl. `-c grpo` is the recipe that ships.
     """
-    _run(
-        "grpo", config, options, device, out, data, to, resume, force, skip_bad, model, lora, budget
-    )
+    _run("grpo", config, options, device, out, start, folder)
 
 
 @command("distill", on=train)
@@ -227,35 +213,15 @@ def distill(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    model: _Model = None,
-    lora: _Lora = None,
-    budget: _Budget = None,
-    data: _Data = None,
-    to: _Out = None,
-    resume: _Resume = False,
-    force: _Force = False,
-    skip_bad: _SkipBad = None,
+    start: StartOptions,
+    folder: FolderOptions,
 ) -> None:
     """Bring a model near a teacher's predictions, on given rows or on its own answers.
 
     The teacher shares the vocabulary; packed, its experts may stay on disk (teacher_budget).
     `-c distill` is the recipe that ships.
     """
-    _run(
-        "distill",
-        config,
-        options,
-        device,
-        out,
-        data,
-        to,
-        resume,
-        force,
-        skip_bad,
-        model,
-        lora,
-        budget,
-    )
+    _run("distill", config, options, device, out, start, folder)
 
 
 def _run(
@@ -264,25 +230,18 @@ def _run(
     options: StageOptions,
     device: DeviceOptions,
     out: JsonOptions,
-    data: str | None,
-    to: str | None,
-    resume: bool,
-    force: bool,
-    skip_bad: int | None,
-    model: str | None = None,
-    lora: int | None = None,
-    budget: str | None = None,
+    start: StartOptions,
+    place: FolderOptions,
 ) -> None:
     from chronos import train as room
     from chronos.common.training.recipe import load_recipe
 
     section, run, prepare = room.STAGES[stage]
-    recipe = _changed(load_recipe(config, section), data, skip_bad, device.threads, model)
-    recipe = _adapted(recipe, lora, budget)
-    folder = Path("runs") / config.stem if to is None else folder_named(to)
-    if options.dry_run and resume:
+    recipe = _changed(load_recipe(config, section), start, place.skip_bad, device.threads)
+    folder = Path("runs") / config.stem if place.to is None else folder_named(place.to)
+    if options.dry_run and place.resume:
         raise UsageError("--dry-run looks at no run folder", "--resume", "leave one of them out")
-    if force and not resume:
+    if place.force and not place.resume:
         raise UsageError("--force is for --resume", "--force", "give both, or neither")
     if stage == "pretrain":
         output.note(_loss(recipe.model.loss_weights))
@@ -298,8 +257,8 @@ def _run(
             folder,
             backend=device.backend,
             device=device.device,
-            resume=resume,
-            force=force,
+            resume=place.resume,
+            force=place.force,
             report_to=options.report_to,
             on_event=on_event,
         )
@@ -369,32 +328,24 @@ def report_json(report: Report, folder: Path) -> dict[str, Any]:
 
 
 def _changed(
-    recipe: Recipe[S],
-    data: str | None,
-    skip_bad: int | None,
-    threads: int | None,
-    model: str | None,
+    recipe: Recipe[S], start: StartOptions, skip_bad: int | None, threads: int | None
 ) -> Recipe[S]:
     """The recipe with what flags say in place of its own."""
-    changes: dict[str, Any] = {} if data is None else {"path": data}
-    if skip_bad is not None:
-        changes["skip_bad"] = skip_bad
-    if threads is not None:
-        optimizer = dataclasses.replace(recipe.optimizer, threads=threads)
-        recipe = dataclasses.replace(recipe, optimizer=optimizer)
-    if model is not None:
-        recipe = dataclasses.replace(recipe, start=model)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
-
-
-def _adapted(recipe: Recipe[S], lora: int | None, budget: str | None) -> Recipe[S]:
-    """With adapters of this rank, and this memory for experts."""
     from chronos.common.training.lora import LoraRecipe
 
-    if lora is not None:
-        own = recipe.lora or LoraRecipe()
-        recipe = dataclasses.replace(recipe, lora=dataclasses.replace(own, rank=lora))
-    return recipe if budget is None else dataclasses.replace(recipe, budget=budget)
+    data: dict[str, Any] = {} if start.data is None else {"path": start.data}
+    if skip_bad is not None:
+        data["skip_bad"] = skip_bad
+    changes: dict[str, Any] = {"data": dataclasses.replace(recipe.data, **data)}
+    if threads is not None:
+        changes["optimizer"] = dataclasses.replace(recipe.optimizer, threads=threads)
+    if start.model is not None:
+        changes["start"] = start.model
+    if start.lora is not None:
+        changes["lora"] = dataclasses.replace(recipe.lora or LoraRecipe(), rank=start.lora)
+    if start.budget is not None:
+        changes["budget"] = start.budget
+    return dataclasses.replace(recipe, **changes)
 
 
 @contextmanager
