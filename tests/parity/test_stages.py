@@ -32,7 +32,7 @@ PREFERENCES = [
     Preference(label_smoothing=0.1),
     Preference(kind="ipo"),
     Preference(kind="robust", label_smoothing=0.2),
-    Preference(kind="sigmoid_norm", beta=2.0),
+    Preference(kind="sigmoid_norm", beta=0.5),
     Preference(ld_alpha=0.5),
     Preference(sft=0.3),
 ]
