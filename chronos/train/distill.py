@@ -213,7 +213,7 @@ def prepare(
         valid = [batch.with_extra(teacher.of(batch)) for batch in plain]
     objective = Distillation(
         found.weights,
-        recipe.anchor.weight,
+        anchor=recipe.anchor.weight,
         alpha=stage.alpha,
         temperature=stage.temperature,
         jsd=stage.beta if stage.divergence == "jsd" else None,

@@ -95,7 +95,7 @@ def prepare(
     valid = [batch.with_extra(refers(batch)) for batch in valid]
     objective = Preference(
         found.weights,
-        recipe.anchor.weight,
+        anchor=recipe.anchor.weight,
         kind=stage.loss,
         beta=stage.beta,
         label_smoothing=stage.label_smoothing,

@@ -294,7 +294,7 @@ def prepare(
     batches = Generations(recipe, found, backend, prompts, judge, log, refers)
     objective = PolicyGradient(
         found.weights,
-        recipe.anchor.weight,
+        anchor=recipe.anchor.weight,
         kind=stage.loss,
         level=stage.level,
         beta=stage.beta,

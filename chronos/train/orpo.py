@@ -57,7 +57,7 @@ def prepare(
     """Open the start model and read the pairs. Raises DataError, ConfigError, UsageError."""
     stage, found = recipe.stage, open_start(recipe, backend, device, noise=False)
     batches, held = read_pairs(recipe, found, on_event, prompts=stage.nll == "all")
-    objective = OddsRatio(found.weights, recipe.anchor.weight, beta=stage.beta)
+    objective = OddsRatio(found.weights, anchor=recipe.anchor.weight, beta=stage.beta)
     valid = held_out(list(held), recipe) if held else []
     return found.task(recipe, backend, batches, objective, valid)
 

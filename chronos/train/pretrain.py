@@ -115,7 +115,7 @@ def prepare(
         backend.build(config, seed=recipe.optimizer.seed, device=device),
         tokenizer,
         batches,
-        NextToken(config.loss_weights, stage.lookahead_into_trunk),
+        NextToken(config.loss_weights, lookahead_into_trunk=stage.lookahead_into_trunk),
         valid,
     )
 

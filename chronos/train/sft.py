@@ -78,7 +78,7 @@ def prepare(
         PackedBatches(fitted, stage.batch_size, stage.accumulate),
         NextToken(
             found.weights,
-            recipe.anchor.weight,
+            anchor=recipe.anchor.weight,
             dft=stage.loss == "dft",
             details=True,
         ),

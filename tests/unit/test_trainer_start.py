@@ -120,3 +120,14 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_data_is_read(
 
     with pytest.raises(UsageError, match="step 4"):
         run(never, NoBackend(), tmp_path / "run")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("into_trunk", [False, True])
+def test_the_objective_is_the_recipe_s(
+    recipe: Recipe[PretrainRecipe], tmp_path: Path, into_trunk: bool
+) -> None:
+    stage = dataclasses.replace(recipe.stage, lookahead_into_trunk=into_trunk)
+    changed = dataclasses.replace(recipe, stage=stage)
+    objective = prepare(changed, NoBackend(), tmp_path / "run").objective  # type: ignore[arg-type]
+    assert objective.lookahead_into_trunk is into_trunk
+    assert objective.weights["anchor"] == 0

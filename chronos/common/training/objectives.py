@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ class _Stage:
 
     routing: LossWeights = NO_ROUTING
     """Weights of the routing terms."""
+    _: KW_ONLY  # the rest by name: a flag in the place of a weight would pass for one
     anchor: float = 0.0
     """Weight of the router's distance from a frozen one."""
     lookahead_into_trunk: bool = False
