@@ -182,16 +182,8 @@ def _use(call: Call, given: Any) -> dict[str, Any]:
 
 
 async def _whole(ask: Ask, answer: Answer) -> dict[str, Any]:
-    [text] = ask.texts(answer)
-    parts: list[Part] = []
-    async for _, step in answer:
-        if step is not None:
-            parts += text.take(step)
-    parts += text.end()
-    content = []
-    for kind in ("reasoning", "content"):
-        said = "".join(part.text for part in parts if part.kind == kind)
-        content += [_block(Part(kind, said))] if said else []
+    text, parts = await ask.whole(answer)
+    content = [_block(part) for part in parts]
     content += [_use(call, json.loads(call.arguments)) for call in text.calls]
     result = answer.results[0]
     ended = _ended(ask, answer, text.reason(result.finish_reason))

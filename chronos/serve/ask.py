@@ -23,7 +23,7 @@ from chronos.serve.fields import Field
 from chronos.serve.metrics import Metrics
 from chronos.serve.problem import Problem
 from chronos.serve.served import Catalogue, Served
-from chronos.serve.tools import MARKS, ReplyText, Tool
+from chronos.serve.tools import MARKS, Part, ReplyText, Tool
 from chronos.serve.worker import Worker
 
 _log = logging.getLogger("chronos")
@@ -114,6 +114,21 @@ class Ask:
     def texts(self, answer: Answer) -> list[ChatText]:
         """One for each job."""
         return [ChatText(self) for _ in answer.jobs]
+
+    async def whole(self, answer: Answer) -> tuple[ChatText, list[Part]]:
+        """The text of an answer's only job once it has ended, and what it said: its reasoning, then
+        its content, each in one part and only if there is some."""
+        [text] = self.texts(answer)
+        parts: list[Part] = []
+        async for _, step in answer:
+            if step is not None:
+                parts += text.take(step)
+        parts += text.end()
+        said = {
+            kind: "".join(part.text for part in parts if part.kind == kind)
+            for kind in ("reasoning", "content")
+        }
+        return text, [Part(kind, words) for kind, words in said.items() if words]
 
     async def _guide(self) -> Any:
         if self.grammar is None:

@@ -183,16 +183,8 @@ def _done(head: dict[str, Any], answer: Answer, output: Any, cut: bool, thoughts
 
 async def _whole(ask: Ask, answer: Answer, values: Mapping[str, Any]) -> dict[str, Any]:
     head = _head(ask, values)
-    [text] = ask.texts(answer)
-    parts: list[Part] = []
-    async for _, step in answer:
-        if step is not None:
-            parts += text.take(step)
-    parts += text.end()
-    output = []
-    for kind in ("reasoning", "content"):
-        said = "".join(part.text for part in parts if part.kind == kind)
-        output += [_item(Part(kind, said))] if said else []
+    text, parts = await ask.whole(answer)
+    output = [_item(part) for part in parts]
     output += [_call_item(call) for call in text.calls]
     cut = text.reason(answer.results[0].finish_reason) == "length"
     found: dict[str, Any] = _done(head, answer, output, cut, text.thoughts)

@@ -17,10 +17,8 @@ from chronos.backends.protocol import Backend
 from chronos.common.data import (
     IGNORE,
     Batch,
-    FittedRows,
     PackedBatches,
     Prompt,
-    encode_examples,
     encode_prompts,
 )
 from chronos.common.data.packing import order
@@ -32,7 +30,7 @@ from chronos.run.models import resolve_model
 from chronos.train.data import read_split
 from chronos.train.loop import Event, Task, start
 from chronos.train.rollouts import Sampler, rows, seed_of
-from chronos.train.start import check_length, check_vocabulary, open_start
+from chronos.train.start import check_length, check_vocabulary, fitted, open_start
 
 
 @dataclass(frozen=True)
@@ -180,16 +178,8 @@ def prepare(
     check_length("distill.seq_len", stage.seq_len, found.config)
     training, validation, bad = read_split(recipe, on_event)
 
-    def packed(documents: Any) -> FittedRows:
-        return FittedRows(
-            encode_examples(found.tokenizer, documents, stage.seq_len, bad),
-            seq_len=stage.seq_len,
-            pad_id=found.tokenizer.pad_id,
-            seed=recipe.optimizer.seed,
-            packed=found.native,
-        )
-
-    given, held = packed(training), packed(validation) if validation else None
+    given = fitted(training, recipe, found, bad, packed=True)
+    held = fitted(validation, recipe, found, bad, packed=True) if validation else None
     prompts, sampler = list[Prompt](), None
     if stage.on_policy:
         room = stage.seq_len - stage.max_tokens
@@ -208,8 +198,7 @@ def prepare(
     )
     valid = []
     if held:
-        count = max(1, min(recipe.cadence.eval_batches, len(held) // stage.batch_size))
-        plain = [held.batch(i, stage.batch_size) for i in range(count)]
+        plain = held.first(stage.batch_size, recipe.cadence.eval_batches)
         valid = [batch.with_extra(teacher.of(batch)) for batch in plain]
     objective = Distillation(
         found.weights,

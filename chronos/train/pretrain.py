@@ -105,11 +105,8 @@ def prepare(
     on_event({"message": f"{rows.tokens} tokens to train on, {tokens} held out"})
     stage = recipe.stage
     batches = PackedBatches(rows, stage.batch_size, stage.accumulate)
-    valid = []
-    if held_out:
-        count = max(1, len(held_out) // stage.batch_size)
-        count = min(recipe.cadence.eval_batches, count)
-        valid = [held_out.batch(i, stage.batch_size) for i in range(count)]
+    most = recipe.cadence.eval_batches
+    valid = held_out.first(stage.batch_size, most) if held_out else []
     return Task(
         recipe,
         backend.build(config, seed=recipe.optimizer.seed, device=device),

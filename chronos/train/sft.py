@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from chronos.backends.protocol import Backend
-from chronos.common.data import FittedRows, PackedBatches, encode_examples
+from chronos.common.data import PackedBatches
 from chronos.common.errors import ConfigError
 from chronos.common.training.objectives import NextToken
 from chronos.common.training.recipe import Recipe, at_least_one
 from chronos.train.data import read_split
 from chronos.train.loop import Event, Task, start
-from chronos.train.start import check_length, open_start
+from chronos.train.start import check_length, fitted, open_start
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,16 @@ def prepare(
     check_length("sft.seq_len", stage.seq_len, found.config)
     training, validation, bad = read_split(recipe, on_event)
 
-    def rows(documents: Any) -> FittedRows:
-        return FittedRows(
-            encode_examples(found.tokenizer, documents, stage.seq_len, bad),
-            seq_len=stage.seq_len,
-            pad_id=found.tokenizer.pad_id,
-            seed=recipe.optimizer.seed,
-            packed=stage.packing and found.native,
-        )
-
-    fitted, held = rows(training), rows(validation) if validation else None
-    on_event({"message": f"{fitted.tokens} tokens in {len(fitted)} rows, {fitted.fill:.0%} full"})
+    rows = fitted(training, recipe, found, bad, packed=stage.packing)
+    on_event({"message": f"{rows.tokens} tokens in {len(rows)} rows, {rows.fill:.0%} full"})
     valid = []
-    if held:
-        count = max(1, min(recipe.cadence.eval_batches, len(held) // stage.batch_size))
-        valid = [held.batch(i, stage.batch_size) for i in range(count)]
+    if validation:
+        held = fitted(validation, recipe, found, bad, packed=stage.packing)
+        valid = held.first(stage.batch_size, recipe.cadence.eval_batches)
     return found.task(
         recipe,
         backend,
-        PackedBatches(fitted, stage.batch_size, stage.accumulate),
+        PackedBatches(rows, stage.batch_size, stage.accumulate),
         NextToken(
             found.weights,
             anchor=recipe.anchor.weight,

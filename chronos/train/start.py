@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chronos.backends.protocol import Backend
-from chronos.common.data import Batch
+from chronos.common.data import BadRows, Batch, Document, FittedRows, encode_examples
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors
 from chronos.common.errors import ConfigError, UsageError
@@ -207,6 +207,21 @@ def check_vocabulary(tokenizer: Tokenizer, folder: Path, what: str) -> None:
             str(folder),
             "give one that shares its tokenizer.json",
         )
+
+
+def fitted(
+    documents: Sequence[Document], recipe: Recipe[Any], found: Start, bad: BadRows, *, packed: bool
+) -> FittedRows:
+    """The documents as rows of the stage's `seq_len`, whole. packed: several to a row, where the
+    model keeps them apart."""
+    seq_len, tokenizer = recipe.stage.seq_len, found.tokenizer
+    return FittedRows(
+        encode_examples(tokenizer, documents, seq_len, bad),
+        seq_len=seq_len,
+        pad_id=tokenizer.pad_id,
+        seed=recipe.optimizer.seed,
+        packed=packed and found.native,
+    )
 
 
 def check_length(name: str, tokens: int, config: ModelConfig | GuestConfig) -> None:

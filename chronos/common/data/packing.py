@@ -73,6 +73,12 @@ class Rows(ABC):
             raise UsageError(f"no batch at step {step} of {batch_size} rows")
         return self.assemble(order(self.seed, len(self), step * batch_size, batch_size))
 
+    def first(self, batch_size: int, most: int) -> list[Batch]:
+        """At most `most` batches, at least one, as the first steps have them: what an evaluation
+        takes."""
+        count = max(1, min(most, len(self) // batch_size))
+        return [self.batch(step, batch_size) for step in range(count)]
+
     def sweep(self, batch_size: int) -> Iterator[Batch]:
         """Every row once, in document order; the last batch is filled up with padding."""
         for first in range(0, len(self), batch_size):

@@ -218,6 +218,14 @@ def _read_index(path: Path) -> tuple[dict[str, str], str]:
     return shards, str(dtype or "")[:40].removeprefix("torch.")
 
 
+def next_pieces(stream: Stream, nbytes: int) -> Iterator[memoryview]:
+    """The next `nbytes` of what `read_pieces` gives, whole pieces of it."""
+    while nbytes > 0:
+        data = next(stream)[1]
+        nbytes -= data.nbytes
+        yield data
+
+
 def read_pieces(wanted: Iterable[Located], io: FileIO | None = None) -> Stream:
     """Read tensors in the given order, in pieces of at most 16 MiB, with memory for a few of them.
 

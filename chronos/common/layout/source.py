@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from chronos.common.disk.header import Located, tensor_nbytes
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
-from chronos.common.disk.tensors import locate_tensors, read_pieces
+from chronos.common.disk.tensors import locate_tensors, next_pieces, read_pieces
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
@@ -236,16 +236,9 @@ def _gathered(
         for at in locate(key, tensor.name)
     )
     with closing(read_pieces(wanted, io)) as stream:
-
-        def pieces(nbytes: int) -> Iterator[memoryview]:
-            while nbytes > 0:
-                data = next(stream)[1]
-                nbytes -= data.nbytes
-                yield data
-
         for key in keys:
             tensors = templates[key[0]].tensors
-            yield key, {tensor.name: pieces(tensor.nbytes) for tensor in tensors}
+            yield key, {tensor.name: next_pieces(stream, tensor.nbytes) for tensor in tensors}
 
 
 def pick(specs: Iterable[TensorSpec], located: Mapping[str, Located], src: Path) -> list[Located]:

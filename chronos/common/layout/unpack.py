@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from chronos.common.disk.atomic import RunLock, atomic_write
 from chronos.common.disk.header import Located, TensorEntry, build_header, tensor_nbytes
 from chronos.common.disk.io import FileIO, StrPath, check_free_space
-from chronos.common.disk.tensors import locate_tensors, read_pieces
+from chronos.common.disk.tensors import locate_tensors, next_pieces, read_pieces
 from chronos.common.errors import CorruptFileError, UsageError
 from chronos.common.layout.codecs import dense_encoding, encodings_of
 from chronos.common.layout.folder import Layout, is_packed, open_layout
@@ -244,21 +244,14 @@ def _chunks(
         for at in (part.kinds.values() if isinstance(part, _Matrix) else [part])
     ]
     with closing(read_pieces(wanted, io)) as stream:
-
-        def pieces(nbytes: int) -> Iterator[memoryview]:
-            while nbytes > 0:
-                data = next(stream)[1]
-                nbytes -= data.nbytes
-                yield data
-
         for tensor in shard:
             for part in tensor.parts:
                 if not isinstance(part, _Matrix):
-                    yield from pieces(part[1].nbytes)
+                    yield from next_pieces(stream, part[1].nbytes)
                     continue
                 assert dequantise is not None
                 kinds = {
-                    kind: (entry.dtype, entry.shape, b"".join(pieces(entry.nbytes)))
+                    kind: (entry.dtype, entry.shape, b"".join(next_pieces(stream, entry.nbytes)))
                     for kind, (_, entry) in part.kinds.items()
                 }
                 yield dequantise(part.encoding, kinds, tensor.dtype, part.transposed)
