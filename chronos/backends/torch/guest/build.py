@@ -118,14 +118,19 @@ def without_experts(kind: Any) -> Any:
 
     def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
         kind.__init__(self, config, *args, **options)
-        for module in filter(is_experts, self.modules()):
-            held = parameters(module)
-            module.chronos_shapes = {name: tuple(p.shape[1:]) for name, p in held.items()}
-            for name in held:
-                del module._parameters[name]
-            module._is_hf_initialized = True  # nothing to initialise
+        empty_experts(self)
 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def empty_experts(core: Any) -> None:
+    """Take the parameters from a model's experts modules, which then know the shapes of one."""
+    for module in filter(is_experts, core.modules()):
+        held = parameters(module)
+        module.chronos_shapes = {name: tuple(p.shape[1:]) for name, p in held.items()}
+        for name in held:
+            del module._parameters[name]
+        module._is_hf_initialized = True  # nothing to initialise
 
 
 def dense_tensors(

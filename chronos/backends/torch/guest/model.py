@@ -288,6 +288,16 @@ def load_guest(
     return Model(config, core, resident)
 
 
+def connect_experts(core: Any, config: GuestConfig, layout: Layout) -> None:
+    """Have a model whose experts modules are empty take them from the source of its pass.
+
+    Raises ConfigError where the library computes experts otherwise, ShapeMismatch.
+    """
+    modules = _find_experts(core, config, layout.folder)
+    _check_records(layout, core, modules)
+    _connect(core, modules, layout.encodings)
+
+
 def _check_runnable(config: GuestConfig, folder: Path, layout: Layout | None) -> None:
     encodings = () if layout is None else layout.encodings.values()
     by_mlx = config.quantization == MLX or any(name.startswith(MLX) for name in encodings)
