@@ -129,7 +129,7 @@ STATS = {
     "capacity_bytes": "memory they may take: the budget",
     "warm_capacity_bytes": "the same of the tier in host memory",
     "live_bytes": "memory they take now",
-    "prefetch_precision": "share of the bytes read ahead that were used; or None",
+    "prefetch_precision": "share of the bytes read ahead that were not evicted unused; or None",
     "prefetch_recall": "share of the needs not in memory anyway that were read ahead; or None",
     "prefetch": "by source of forecasts: records read ahead, those used, share of the idle link",
 }  # fmt: skip

@@ -136,6 +136,8 @@ _PACKAGES = (
     ("mlx_lm", "guests on mlx", "guests"),
     ("huggingface_hub", "models of the hub", "guests"),
     ("matplotlib", "charts", "plot"),
+    ("starlette", "the server", "serve"),
+    ("tensorboardX", "reports of training", "report"),
 )
 
 

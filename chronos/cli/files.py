@@ -282,5 +282,5 @@ def path_of(text: str) -> Path:
     if text == DEMO or (is_model_id(text) and not path.exists()):
         return resolve_model(text)
     if not path.exists():
-        raise UsageError("there is no such file or folder", text)
+        raise UsageError("there is no such file or folder", text, "check the spelling")
     return resolve_model(text) if path.is_dir() and not is_unfinished(path) else path

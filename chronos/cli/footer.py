@@ -42,11 +42,16 @@ def per_token(stats: dict[str, Any], name: str) -> float:
 def with_limit(
     engine: Engine, result: GenerationResult, resident_token_s: float | None = None
 ) -> GenerationResult:
-    """The result with the limit among its numbers, where experts were streamed."""
-    if engine.feed is None:
-        return result
-    limit = engine.limit(result, resident_token_s)
-    return dataclasses.replace(result, stats=result.stats | {"limit": limit})
+    """The result with the limit among its numbers, where experts were streamed, and with the
+    process's peak memory before it: the memory's rate is measured in 64 MB."""
+    known: dict[str, Any] = {"peak_memory_bytes": peak_memory()}
+    if engine.feed is not None:
+        known["limit"] = engine.limit(result, resident_token_s)
+    return dataclasses.replace(result, stats=result.stats | known)
+
+
+def _peak(stats: dict[str, Any]) -> int:
+    return int(stats.get("peak_memory_bytes") or peak_memory())
 
 
 def limit_share(stats: dict[str, Any]) -> float | None:
@@ -67,20 +72,22 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
     return [
         f"prompt: {prompt}, {stats['prefill_tps']:.1f} tokens/s",
         f"generation: {made}{speed}{_ended(engine, result)}",
-        f"peak memory: {output.size(peak_memory())}",
+        f"peak memory: {output.size(_peak(stats))}",
         f"experts: {_experts(engine, stats)}",
-        *busy(),
+        *busy(engine.threads),
     ]
 
 
-def busy() -> list[str]:
-    """A line where other programs wanted the cores too, which speeds suffer from."""
+def busy(threads: int | None = None) -> list[str]:
+    """A line where other programs wanted the cores too, which speeds suffer from. threads: that
+    products took here, where that is known."""
     load = machine_load()
     if load is None or not load.busy:
         return []
+    advice = "" if threads == 1 else "; --threads 1 is steadiest then"
     return [
         f"the machine was busy: {load.average:.1f} threads wanted its {load.cores} cores, so this "
-        "is slower than it can be; --threads 1 is steadiest then"
+        f"is slower than it can be{advice}"
     ]
 
 
@@ -135,7 +142,7 @@ def to_json(
         # None where nothing was to be chosen: every expert was in memory
         "predictor_used": engine.feed.predictor if engine.feed else None,
         "expert_bytes_total": engine.expert_bytes_total,
-        "peak_memory_bytes": peak_memory(),
-        "stats": result.stats,
+        "peak_memory_bytes": _peak(result.stats),
+        "stats": {k: v for k, v in result.stats.items() if k != "peak_memory_bytes"},
     }
     return data | {"error": result.error} if result.error else data

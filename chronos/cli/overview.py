@@ -59,7 +59,8 @@ def inspect(
         libraries = who_runs(data["model_type"], data["dialect"])
         data["runs_with"] = [library.text for library in libraries]
         if any(library.may_run for library in libraries):
-            data["next"] = _next(path, data)
+            held = [each["budget"] for each in data["budgets"] if each["enough"]]
+            data["next"] = _next(path, data["kind"], held[0] if budget and held else "25%")
     if out.json:
         output.print_json(data)
         return
@@ -112,7 +113,8 @@ def _plain(value: Any) -> str:
 
 _LABELS = {
     "kind": "what it is",
-    "bytes": "size in all",
+    "bytes": "dense part and experts",
+    "folder_bytes": "size of its files, all of them",
     "expert_bytes": "size of one expert",
     "expert_bytes_total": "size of all experts",
     "expert_bytes_per_token": "experts of one token",
@@ -149,15 +151,16 @@ def _fit(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
         "fits_memory": held + data["expert_bytes_total"] <= free,
     }
     if data["kind"] == "packed":
-        return fit
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return fit | {"folder_bytes": sum(path.stat().st_size for path in files)}
     room = shutil.disk_usage(folder.resolve().parent).free
     return fit | {"disk_free_bytes": room, "fits_disk": total <= room}
 
 
-def _next(path: str, data: dict[str, Any]) -> str:
+def _next(path: str, kind: str, budget: str) -> str:
     """The command that comes next."""
-    if data["kind"] == "packed":
-        return f"chronos generate {shlex.quote(path)} --budget 25% -p 'Once upon a time'"
+    if kind == "packed":
+        return f"chronos generate {shlex.quote(path)} --budget {budget} -p 'Once upon a time'"
     target = path.rstrip("/") if Path(path).exists() else path.rpartition("/")[2]
     return f"chronos pack {shlex.quote(path)} -o {shlex.quote(target + '-packed')}"
 

@@ -25,6 +25,9 @@ def plain() -> bool:
     return _WORDS[word.lower()]
 
 
+_THREADS_A_CORE = 16  # more gain nothing on any machine
+
+
 def threads_for(asked: int | None) -> int | None:
     """Threads that products on a CPU take; None leaves as many as the framework takes by itself.
 
@@ -32,8 +35,10 @@ def threads_for(asked: int | None) -> int | None:
     could round sums otherwise: beside other work its threads wait asleep for each other instead
     (`backends.startup`). `python -m bench.runs.neighbour` measures it. Raises UsageError.
     """
-    if asked is not None and asked < 1:
-        raise UsageError(f"{asked} threads", "--threads", "give at least 1")
+    most = _THREADS_A_CORE * (os.cpu_count() or 1)
+    if asked is not None and not 1 <= asked <= most:
+        # OpenMP ends the process where it cannot make that many.
+        raise UsageError(f"{asked} threads", "--threads", f"give 1 to {most}")
     return asked
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from chronos.cli import footer
 from chronos.common.layout import open_layout
+from chronos.common.tuning import Load
 from chronos.measure.benchmark import Runs
 from chronos.run.engine import load
 
@@ -148,3 +149,38 @@ def test_the_numbers_of_demo_and_replay_add_up(chronos: Any, packed: Path, trace
         assert found["bytes_read_per_token"] * found["tokens"] == stats["decode_bytes_read"]
         size = stats["decode_bytes_read"] // max(1, stats["decode_misses"])
         adds_up(stats, size, exactly=run["run"] == "off")
+
+
+def test_what_the_limit_takes_of_memory_is_not_the_runs(
+    chronos: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def limit(*_: Any, **__: Any) -> None:
+        seen.append("limit")
+
+    def peak() -> int:
+        seen.append("peak")
+        return 1_000_000 * (1 + seen.count("limit"))
+
+    monkeypatch.setattr("chronos.run.engine.Engine.limit", limit)
+    monkeypatch.setattr(footer, "peak_memory", peak)
+    flags = ("--budget", "50%", "-n", 4)
+    assert chronos("generate", packed, *PROMPT, *flags, "--json").json["peak_memory_bytes"] == 1e6
+    seen.clear()
+    assert "peak memory: 1.00 MB" in chronos("generate", packed, *PROMPT, *flags).err
+
+
+def test_one_thread_is_not_told_to_take_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footer, "machine_load", lambda: Load(5.0, 2))
+    assert "--threads 1 is steadiest" in footer.busy(2)[0]
+    assert "busy" in footer.busy(1)[0] and "--threads" not in footer.busy(1)[0]
+
+
+def test_inspect_tells_the_size_of_all_files(chronos: Any, packed: Path) -> None:
+    data = chronos("inspect", packed, "--json").json
+    files = [path for path in packed.rglob("*") if path.is_file()]
+    assert data["folder_bytes"] == sum(path.stat().st_size for path in files)
+    assert data["bytes"] == data["dense_bytes"] + data["expert_bytes_total"]
+    half = chronos("inspect", packed, "--budget", "50%", "--json").json
+    assert "--budget 50%" in half["next"] and "--budget 25%" in data["next"]

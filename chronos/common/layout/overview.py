@@ -35,7 +35,7 @@ def inspect(path: StrPath, *, budgets: Iterable[str] = _SHARES) -> dict[str, Any
     if path.is_dir():
         return _inspect_folder(path, budgets)
     if not path.exists():
-        raise UsageError("there is no such file or folder", str(path))
+        raise UsageError("there is no such file or folder", str(path), "check the spelling")
     foreign.refuse_other(path)
     header = read_header(path)
     tensors = [e for name, e in header.entries.items() if not name.startswith("pad.")]
