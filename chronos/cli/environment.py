@@ -19,7 +19,7 @@ from chronos.common.tuning import PLAIN
 _PREFIX = "CHRONOS_"
 _OURS = (PLAIN, "CHRONOS_TEST_", "CHRONOS_TRACES", "CHRONOS_SMOLLM")  # no flag has these
 # `--budget` of generate is memory, of simulate shares of a trace; `--out` is a file or a folder ...
-_OWN = frozenset("budget data epochs force max-tokens out seed warmup".split())
+_OWN = frozenset("budget data epochs force max-tokens out seed to type warmup".split())
 
 
 def twin(flag: str, command: str) -> str:

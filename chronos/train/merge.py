@@ -28,12 +28,13 @@ from chronos.common.layout import is_packed
 from chronos.common.layout.digests import renew
 from chronos.common.layout.folder import FINGERPRINT
 from chronos.common.layout.manifest import EXPERTS, MANIFEST
-from chronos.common.layout.source import open_source, widened
+from chronos.common.layout.source import narrowed, open_source, widened
 from chronos.common.model.guest import GuestConfig
 from chronos.common.training.lora import AdapterFile, parsed, read_adapter
 from chronos.train.adapters import MERGED, identity
 
 _DENSE = "model.safetensors"
+_DTYPES = ("F32", "F16", "BF16")  # of matrices that an adapter can be added to
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _parts(
     for entry, data in file.tensors():
         path, part = parsed(entry.name)
         name = f"{path}.weight"
-        if name not in located or located[name][1].dtype not in _NARROWED:
+        if name not in located or located[name][1].dtype not in _DTYPES:
             raise ConfigError(
                 f"the model has no matrix {name} that an adapter can be added to",
                 str(file.folder),
@@ -130,20 +131,7 @@ def _bytes(
     if "magnitude" in parts:
         length_O1 = np.linalg.norm(whole_OI, axis=1, keepdims=True)
         whole_OI = whole_OI * (parts["magnitude"].reshape(-1, 1) / length_O1)
-    return _NARROWED[entry.dtype](np.ascontiguousarray(whole_OI, np.float32)).tobytes()
-
-
-def _bfloat16(x: NDArray[np.float32]) -> NDArray[Any]:
-    """The upper half of each number, rounded to even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-_NARROWED: dict[str, Any] = {
-    "F32": lambda x: x,
-    "F16": lambda x: x.astype(np.float16),
-    "BF16": _bfloat16,
-}
+    return narrowed(whole_OI.astype(np.float32), entry.dtype).tobytes()
 
 
 def _beside(model: Path) -> list[Path]:

@@ -155,6 +155,16 @@ def widened(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32
     return flat.reshape(shape)
 
 
+def narrowed(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Numbers rounded to safetensors' dtype; BF16 as the upper half of each, rounded to even.
+    What does not fit is infinite."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return x.astype({"F32": "<f4", "F16": "<f2"}[dtype])
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
 def _packed(src: Path, config: ModelConfig | GuestConfig, io: FileIO) -> ModelSource:
     layout, located = open_layout(src, config=config, io=io), locate_tensors(src, io)
     dense = list(located.values())

@@ -31,7 +31,7 @@ from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig, read_config
 from chronos.common.model.weights import SAFETENSORS_DTYPE
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 Coded = Mapping[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape and bytes by kind
 # (encoding, tensors of a matrix, safetensors' dtype, whether columns go first): the plain matrix.
 Dequantise = Callable[[str, Coded, str, bool], Any]
@@ -106,7 +106,7 @@ def unpack(
         if plain is not None:
             _write_json(dst / "config.json", _without_quantisation(load_config(src)[0]), io)
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_json(dst / _INDEX, index, io)
+        _write_json(dst / INDEX, index, io)
     return UnpackReport(total, len(where), len(shards))
 
 
