@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from chronos.common.data import Batch
     from chronos.common.disk.header import TensorEntry
+    from chronos.common.disk.tensors import Named
     from chronos.common.experts.feed import Feed, OpenArena
     from chronos.common.layout import Layout
     from chronos.common.model.config import ModelConfig
@@ -104,6 +105,17 @@ class Session(Protocol):
     def fork(self, seq: int, new: int) -> None:
         """Make sequence `new` of one that is there: the same tokens, draws and caches, its own
         from here on."""
+
+    def save(self, seq: int) -> list[Named] | None:
+        """What the caches of a sequence hold, as (name, dtype, shape, bytes), valid until its next
+        pass; None where they hold what only their library knows."""
+
+    def restore(
+        self, new: int, ids: Sequence[int], tensors: Iterable[tuple[TensorEntry, memoryview]]
+    ) -> None:
+        """Make sequence `new` of whole pieces of a prompt and what `save` gave behind them, in
+        memory of its own. Raises ShapeMismatch for what does not fit; there is no such sequence
+        then."""
 
     def nbytes(self, seq: int) -> int:
         """Bytes of the arrays that the sequence's caches hold, spare room included."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from chronos.common.errors import UsageError
+from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.text.sampling import PIECE, Work
 
@@ -144,6 +144,29 @@ class Sequences:
         if self.feed is not None:
             self.feed.fork(seq, new)
 
+    def _arrays(self, seq: int) -> dict[str, Any] | None:
+        """The arrays of a sequence's caches, by name."""
+        row = self._known(seq)
+        row.check_sound()
+        arrays: dict[str, Any] | None = row.cache.arrays()
+        return arrays
+
+    def _restore(self, new: int, ids: Sequence[int], arrays: dict[str, Any]) -> None:
+        """Make sequence `new` of whole pieces of a prompt and their arrays. It is there at the end,
+        when all of them fit."""
+        if new in self._sequences:
+            raise UsageError(f"there is a sequence {new} already", "", "drop it")
+        cache = self._new_cache()
+        try:
+            cache.restore(len(ids), arrays)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ShapeMismatch(f"what was kept of a sequence does not fit: {error}") from error
+        if _forms(cache.arrays() or {}) != _forms(arrays):
+            raise ShapeMismatch("what was kept of a sequence does not fit this model")
+        row = self._new_row(cache)
+        row.ids, row.whole = list(ids), len(ids)
+        self._sequences[new] = row
+
     def drop(self, seq: int) -> None:
         """Forget a sequence, if it is there; the experts stay where they are."""
         if self._sequences.pop(seq, None) is not None and self.feed is not None:
@@ -160,6 +183,10 @@ class Sequences:
             row = self._sequences[work.seq] = self._new_row(self._new_cache())
         single = row.decoding and len(work.tokens) == 1 and not work.prompt
         return Part(work, row, prompt=not single)
+
+
+def _forms(arrays: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {name: (tuple(x.shape), x.dtype) for name, x in arrays.items()}
 
 
 def _nbytes(value: Any, seen: set[int]) -> int:

@@ -14,7 +14,7 @@ from chronos.common.budget import parse_size
 from chronos.common.errors import MissingBackendError, UsageError
 
 PANEL = "Run a model"
-_KV = "the cache of prompts"
+_KV, _DISK = "the cache of prompts", "the cache of prompts on disk"
 
 
 @command("serve", panel=PANEL)
@@ -61,6 +61,13 @@ def serve(
             callback=checked(lambda text: text == "0" or size_of(_KV)(text)),
         ),
     ] = "256MiB",
+    prefix_cache_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep them there as well, for the next start.")
+    ] = None,
+    prefix_cache_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of that folder.", callback=checked(size_of(_DISK)))
+    ] = "4GiB",
     idle_unload: Annotated[
         float | None,
         typer.Option(metavar="MINUTES", min=0, help="Unload a model that nobody asked for so long.",
@@ -76,7 +83,7 @@ def serve(
     Several requests share each read of an expert, and each is answered as if it were alone.
     """
     try:
-        from chronos.serve import app, ask, guard, metrics, served, server, worker
+        from chronos.serve import app, ask, guard, metrics, prefix_files, served, server, worker
     except ImportError as error:
         raise MissingBackendError(
             f"chronos serve needs the package {error.name}", "", "pip install 'chronos-moe[serve]'"
@@ -99,12 +106,17 @@ def serve(
         for model, called in zip(models, names, strict=True)
     ]
     catalogue = served.Catalogue(cards, alias or ())
+    files = None
+    if prefix_cache_dir is not None:
+        size = parse_size(prefix_cache_size, _DISK)
+        files = prefix_files.PrefixFiles(prefix_cache_dir, size)
     with server.bind(host, port) as sock:
         engine = worker.Worker(
             {card.name: functools.partial(run.open, str(card.folder)) for card in cards},
             queue=queue,
             sequences=max_sequences,
             prefix_bytes=0 if kv_cache == "0" else parse_size(kv_cache, _KV),
+            prefix_files=files,
             unload_s=None if idle_unload is None else 60 * idle_unload,
         )
         service = ask.Service(catalogue, engine, metrics.Metrics(engine))

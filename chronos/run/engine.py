@@ -55,7 +55,8 @@ class Engine:
     that is not known. stop_ids: end a reply. defaults: what the model's folder
     asks of every reply. config, layout: the model's geometry and its packed experts (None where it
     is not packed). session, feed: what runs it and what holds its experts, for measuring; `feed` is
-    None where the model holds its own. moe_layers: those with experts, None for all.
+    None where the model holds its own. moe_layers: those with experts, None for all. folder: where
+    `load` found it.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         *,
         feed: Feed | None = None,
         layout: Layout | None = None,
+        folder: Path | None = None,
         tokenizer: Tokenizer | None = None,
         stop_ids: frozenset[int] = frozenset(),
         defaults: ReplyDefaults = _NO_DEFAULTS,
@@ -79,6 +81,7 @@ class Engine:
         own. defaults: what the model asks of every reply. expert_bytes, moe_layers: where there is
         no layout. context: tokens of prompt and reply; None: as the config says."""
         self.session, self.config, self.feed, self.layout = session, config, feed, layout
+        self.folder = folder
         self.tokenizer, self.backend, self.device = tokenizer, backend, device
         self.threads = threads
         self.context = context or config.max_position_embeddings
@@ -371,7 +374,7 @@ def load(
         core = module.load(
             folder, device=device, resident=layout is None, dense=dense, layout=layout
         )
-    known |= {"backend": name, "device": str(core.device), "context": context}
+    known |= {"backend": name, "device": str(core.device), "context": context, "folder": folder}
     known |= {"threads": threads_taken, **replies_of(folder, config)}
     if layout is None:
         return Engine(module.session(core, None), config, **known)

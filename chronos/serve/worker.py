@@ -23,6 +23,7 @@ import numpy.typing as npt
 from chronos.common.text.sampling import SamplingParams
 from chronos.run.batch import Guide
 from chronos.run.generation import GenerationResult, Step
+from chronos.serve.prefix_files import PrefixFiles, fingerprint
 from chronos.serve.prefixes import Prefixes
 from chronos.serve.problem import Problem
 
@@ -84,14 +85,17 @@ class Worker:
         queue: int = 8,
         sequences: int | None = None,
         prefix_bytes: int = 0,
+        prefix_files: PrefixFiles | None = None,
         unload_s: float | None = None,
     ) -> None:
         """open_model: by name; the first one is loaded at once, and one at a time. queue: jobs that
         may wait. sequences: jobs that run at a time; None: as many as fill the experts' slots, up
-        to MOST_SEQUENCES. prefix_bytes: of beginnings of prompts that are kept. unload_s: give the
+        to MOST_SEQUENCES. prefix_bytes: of beginnings of prompts that are kept; prefix_files:
+        where on disk, written while nobody waits. unload_s: give the
         model up when it had nothing to do for so long; the next job loads it."""
         self._open, self._queue = dict(open_model), queue
-        self._sequences, self._prefix_bytes, self._unload_s = sequences, prefix_bytes, unload_s
+        self._sequences, self._unload_s = sequences, unload_s
+        self._prefix_bytes, self._prefix_files = prefix_bytes, prefix_files
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -212,10 +216,15 @@ class Worker:
             with self._changed:
                 idle = not (self._closing or self._waiting or self._running)
                 limit = self._unload_s if self.model else None
-                unload = idle and not self._changed.wait(limit)
+                prefixes = self._prefixes if idle else None
+                writes = prefixes is not None and prefixes.unwritten > 0
+                unload = idle and not writes and not self._changed.wait(limit)
                 if self._closing:
                     return False
                 joining, wanted = self._joining()
+            if writes and prefixes is not None:
+                prefixes.write()
+                continue
             if unload and not joining and not wanted:
                 _log.info("%s had nothing to do and is unloaded", self.model)
                 self._unload()
@@ -263,7 +272,12 @@ class Worker:
             self._slots = max(1, min(MOST_SEQUENCES, engine.feed.slots // each))
         self._batch = engine.batch(self._slots)
         most = self._prefix_bytes if _keeps_bits(engine) else 0
-        self._prefixes = Prefixes(engine.session, most, self._numbers)
+        files = self._prefix_files
+        if files is not None and (engine.feed is None or engine.feed.exact):
+            files.open(fingerprint(engine))
+        else:  # bits that depend on what was in memory are no one else's
+            files = None
+        self._prefixes = Prefixes(engine.session, most, self._numbers, files)
         self.model, self._moved = model, time.monotonic()
 
     def _unload(self) -> None:
@@ -271,6 +285,8 @@ class Worker:
             return
         if self._batch is not None and self._prefixes is not None:
             self._batch.close()
+            while self._prefixes.unwritten:
+                self._prefixes.write()
             self._prefixes.clear()
         self._engine.close()
         self._engine = self._batch = self._prefixes = None

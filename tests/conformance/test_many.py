@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.errors import StoreError, UsageError
+from chronos.common.errors import ShapeMismatch, StoreError, UsageError
 from chronos.common.experts.feed import FeedStep
 from chronos.common.experts.residency import NOBODY
 from chronos.common.layout import open_layout, pack
@@ -25,6 +25,7 @@ from chronos.run.batch import Batch
 from chronos.run.engine import Engine, load
 from chronos.run.sequence import OneSequence
 from chronos.testing.tiny import CONFIG, tiny_model
+from tests.support.company import as_read
 
 GREEDY = SamplingParams()
 TOP_K, LAYERS = CONFIG.num_experts_per_tok, CONFIG.num_hidden_layers
@@ -342,6 +343,55 @@ def test_a_forked_prefix_gives_the_bits_of_a_cold_one(
             session.fork(0, 1)
         with pytest.raises(UsageError, match="no sequence"):
             session.fork(8, 9)
+
+
+@pytest.mark.parametrize("routing", ["gate", "history"])
+def test_what_was_saved_of_a_sequence_gives_the_bits_of_a_cold_one(
+    backend: Any, tmp_path: Path, routing: str
+) -> None:
+    """Windows that went round, latents, what routing keeps of the past; in another process as well,
+    which a second engine stands for."""
+    options: dict[str, Any] = {"max_position_embeddings": 4 * PIECE, "routing_source": routing}
+    if routing == "history":
+        options |= {"num_resident_experts": 2, "num_resident_experts_per_tok": 1}
+    pack(tiny_model(tmp_path / "model", **options), tmp_path / "packed")
+    with opened(backend, tmp_path / "packed", "50%") as engine:
+        cold = run_from(engine.session, 0, OTHER, 0)
+        first, second, _ = pieces(1, LONG, GREEDY)
+        engine.session.run([first])
+        engine.session.run([second])
+        saved = as_read(engine.session.save(1))
+    with opened(backend, tmp_path / "packed", "all") as engine:
+        session, ids = engine.session, LONG[: 2 * PIECE]
+        session.restore(3, ids, saved)
+        assert session.position(3) == 2 * PIECE
+        session.fork(3, 4)
+        for _, data in saved:  # nothing shares the file's memory
+            data[:] = bytes(len(data))
+        assert run_from(session, 4, OTHER, 2 * PIECE) == cold
+        assert run_from(session, 3, OTHER, 2 * PIECE) == cold
+
+
+def test_what_does_not_fit_makes_no_sequence(backend: Any, folder: Path) -> None:
+    with opened(backend, folder, "50%") as engine:
+        session, [first, *_] = engine.session, pieces(0, LONG, GREEDY)
+        session.run([first])
+        saved, ids = as_read(session.save(0)), LONG[:PIECE]
+        (entry, data), *others = saved
+        rows = entry.shape[1] // 2
+        half = entry._replace(shape=(entry.shape[0], rows, *entry.shape[2:]))
+        wrong = [
+            others,
+            [(half, data[: len(data) // 2]), *others],
+            [*saved, (entry._replace(name="more"), data)],
+            [(entry._replace(dtype="BF16", shape=(*entry.shape, 2)), data), *others],
+        ]
+        for tensors in wrong:
+            with pytest.raises(ShapeMismatch):
+                session.restore(5, ids, tensors)
+            assert session.position(5) == 0
+        with pytest.raises(UsageError, match="there is a sequence"):
+            session.restore(0, ids, saved)
 
 
 def test_a_fork_of_a_reply_goes_on_as_the_reply(backend: Any, folder: Path) -> None:

@@ -188,8 +188,11 @@ def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
     layout = open_layout(packed(folder(name)))
     model = backend.load(layout.folder, resident=False)
     with open_feed(layout, 0.5) as feed:
-        kept, forked = company.kept_and_forked(backend.session(model, feed), PROMPT[:20], 16)
+        kept, forked, restored = company.kept_and_forked(
+            backend.session(model, feed), PROMPT[:20], 16
+        )
     assert forked == 16
     caches = [type(cache).__name__ for cache in model.new_cache().layers]
+    assert restored == (0 if "ArraysCache" in caches else 16), caches
     stuck = {"ArraysCache", "RotatingKVCache"}  # recurrent states; a window that is full by then
     assert kept == (0 if stuck & set(caches) else 16), caches

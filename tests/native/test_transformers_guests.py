@@ -483,6 +483,6 @@ def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
         monkeypatch.setattr(module, "PIECE", 8)
     tiny = guest(model_type)
     with chronos.load(tiny.packed, backend="torch", budget="50%") as engine:
-        kept, forked = company.kept_and_forked(engine.session, PROMPT[:20], 16)
+        kept, forked, restored = company.kept_and_forked(engine.session, PROMPT[:20], 16)
     assert forked == 16
-    assert kept == (0 if model_type in OTHER_STATES else 16)
+    assert kept == restored == (0 if model_type in OTHER_STATES else 16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from chronos.common.disk.header import TensorEntry
 from chronos.common.text.sampling import SamplingParams, Work, pieces
 from chronos.run.sequence import OneSequence
 
@@ -47,18 +48,30 @@ def together(
     return [np.stack(rows) for rows in found]
 
 
-def kept_and_forked(session: Any, prompt: Sequence[int], whole: int) -> tuple[int, int]:
-    """Check that a sequence cut or forked after `whole` tokens of its prompt, which are whole
-    pieces, has the bits of a cold one. Returns the tokens a cut kept, and those of the fork."""
+def as_read(tensors: Any) -> list[tuple[TensorEntry, memoryview]]:
+    """What `Session.save` gave, as it comes back from a file: bytes of its own."""
+    return [
+        (TensorEntry(name, dtype, shape, 0, 0), memoryview(bytearray(data)))
+        for name, dtype, shape, data in tensors
+    ]
+
+
+def kept_and_forked(session: Any, prompt: Sequence[int], whole: int) -> tuple[int, int, int]:
+    """Check that a sequence cut, forked or saved after `whole` tokens of its prompt, which are
+    whole pieces, has the bits of a cold one. Returns the tokens a cut kept, those of the fork and
+    those of one that was restored, 0 where nothing could be saved."""
     other, tokens = [*prompt[:whole], 3, 4, 5], (6, 7, 8)
     cold = alone(session, other, tokens)
     for work in pieces(0, prompt, GREEDY):
         if session.position(0) == whole:
             session.fork(0, 1)
+            saved = session.save(0)
+            if saved is not None:
+                session.restore(2, prompt[:whole], as_read(saved))
         session.run([work])
     session.run([Work(0, [9], GREEDY)])
-    forked, kept = session.position(1), session.keep(0, whole)
-    for seq, start in ((1, forked), (0, kept)):
+    forked, kept, restored = session.position(1), session.keep(0, whole), session.position(2)
+    for seq, start in ((1, forked), (0, kept), (2, restored)):
         found = []
         for work in [
             *pieces(seq, other, GREEDY, start=start),
@@ -70,4 +83,4 @@ def kept_and_forked(session: Any, prompt: Sequence[int], whole: int) -> tuple[in
                 found.append(session.logits(seq))
         np.testing.assert_array_equal(found, cold, f"sequence {seq}")
         session.drop(seq)
-    return kept, forked
+    return kept, forked, restored

@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx import nn
 
 from chronos.common.model.config import ModelConfig
+from chronos.common.text.sampling import PIECE
 
 Mask = mx.array | str | None  # what scaled_dot_product_attention takes
 
@@ -80,6 +81,18 @@ class LatentCache:
         self.length = length
         return True
 
+    def kept(self) -> mx.array:
+        """What `restore` makes the cache of: [B, S, z + r]."""
+        return self.buffer_BSC[:, : self.length]
+
+    def restore(self, length: int, x_BSC: mx.array) -> None:
+        """Fill an empty cache, in the pieces of a prompt, so that it grows as it did there. Raises
+        ValueError where there are not so many."""
+        if x_BSC.shape[1] != length:
+            raise ValueError(f"{x_BSC.shape[1]} entries of {length} tokens")
+        for x_BTC in mx.split(x_BSC, range(PIECE, x_BSC.shape[1], PIECE), axis=1):
+            self.append(x_BTC)
+
 
 class WindowCache:
     """The last W keys and values in a ring, [2, B, G, W, d]; entry p sits at slot p mod W."""
@@ -116,6 +129,17 @@ class WindowCache:
             return False
         self.length = length
         return True
+
+    def kept(self) -> mx.array:
+        """See LatentCache; [2, B, G, min(S, W), d]."""
+        return self.ring_2BGWd[:, :, :, : min(self.length, self.window)]
+
+    def restore(self, length: int, kept_2BGWd: mx.array) -> None:
+        """See LatentCache."""
+        for end in range(PIECE, length + PIECE, PIECE):
+            self._grow(min(end, length, self.window))
+        self.ring_2BGWd[:, :, :, : kept_2BGWd.shape[3]] = kept_2BGWd
+        self.length = length
 
     def _grow(self, needed: int) -> None:
         """Before the ring is full slot p is entry p, so growing appends room."""

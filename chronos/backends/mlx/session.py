@@ -13,7 +13,7 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from chronos.backends.mlx.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.mlx.model import Cache, Model, Output
 from chronos.backends.mlx.moe import Routing
 from chronos.backends.mlx.sampling import adjust, draw
@@ -34,6 +35,7 @@ from chronos.backends.sequences import (
     outcome,
     tell,
 )
+from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
@@ -92,6 +94,22 @@ class Session(Sequences):
     def logits(self, seq: int) -> np.ndarray:
         """float32 [V] of the last position; a copy."""
         return np.array(self._known(seq).logits_V.astype(mx.float32))
+
+    def save(self, seq: int) -> list[Named] | None:
+        """What the caches of a sequence hold, as (name, dtype, shape, bytes), valid until its next
+        pass; None where they hold what only their library knows."""
+        arrays = self._arrays(seq)
+        if arrays is None:
+            return None
+        return [to_bytes(name, x, x.dtype) for name, x in arrays.items()]
+
+    def restore(
+        self, new: int, ids: Sequence[int], tensors: Iterable[tuple[TensorEntry, memoryview]]
+    ) -> None:
+        """Make sequence `new` of whole pieces of a prompt and what `save` gave behind them. Raises
+        ShapeMismatch for what does not fit; there is no such sequence then."""
+        found = {entry.name: from_bytes(data, entry.dtype, entry.shape) for entry, data in tensors}
+        self._restore(new, ids, found)
 
     def _pass(
         self, parts: Sequence[Part], step: FeedStep | None, override: RouteOverride | None

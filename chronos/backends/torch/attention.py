@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from chronos.backends.torch.products import Linear
 from chronos.common.model.config import ModelConfig
+from chronos.common.text.sampling import PIECE
 
 
 class RMSNorm(nn.Module):
@@ -107,6 +108,18 @@ class LatentCache:
         self.length = length
         return True
 
+    def kept(self) -> Tensor:
+        """What `restore` makes the cache of: [B, S, z + r]."""
+        return self.buffer_BSC[:, : self.length]
+
+    def restore(self, length: int, x_BSC: Tensor) -> None:
+        """Fill an empty cache, in the pieces of a prompt, so that it grows as it did there. Raises
+        ValueError where there are not so many."""
+        if x_BSC.shape[1] != length:
+            raise ValueError(f"{x_BSC.shape[1]} entries of {length} tokens")
+        for x_BTC in x_BSC.split(PIECE, dim=1):
+            self.append(x_BTC)
+
 
 class WindowCache:
     """The last W keys and values in a ring, [2, B, G, W, d]; entry p sits at slot p mod W."""
@@ -143,6 +156,17 @@ class WindowCache:
             return False
         self.length = length
         return True
+
+    def kept(self) -> Tensor:
+        """See LatentCache; [2, B, G, min(S, W), d]."""
+        return self.ring_2BGWd[:, :, :, : min(self.length, self.window)]
+
+    def restore(self, length: int, kept_2BGWd: Tensor) -> None:
+        """See LatentCache."""
+        for end in range(PIECE, length + PIECE, PIECE):
+            self._grow(min(end, length, self.window))
+        self.ring_2BGWd[:, :, :, : kept_2BGWd.shape[3]] = kept_2BGWd
+        self.length = length
 
     def _grow(self, needed: int) -> None:
         """Before the ring is full slot p is entry p, so growing is a copy of the prefix."""

@@ -79,6 +79,23 @@ class Cache:
         self.position = tokens
         return all(layer.cut(tokens) for layer in self.layers)
 
+    def arrays(self) -> dict[str, Tensor] | None:
+        """What `restore` makes the same cache of, by name; None where that cannot be told."""
+        found = {f"layers.{at}": layer.kept() for at, layer in enumerate(self.layers)}
+        for at, state in self.routing.items():
+            there = {name: x for name, x in vars(state).items() if x is not None}
+            found |= {f"routing.{at}.{name}": x for name, x in there.items()}
+        return found
+
+    def restore(self, tokens: int, arrays: Mapping[str, Tensor]) -> None:
+        """Fill an empty cache with what `arrays` gave of one of so many tokens. Raises KeyError for
+        what is missing."""
+        for at, layer in enumerate(self.layers):
+            layer.restore(tokens, arrays[f"layers.{at}"])
+        for at, state in self.routing.items():
+            vars(state).update({name: arrays.get(f"routing.{at}.{name}") for name in vars(state)})
+        self.position = tokens
+
 
 class Block(nn.Module):
     """Pre-norm attention and mixture of experts, each added to the residual stream."""

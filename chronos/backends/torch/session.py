@@ -12,7 +12,7 @@ Shape legend: T tokens, V vocabulary, L layers, K top-k, E experts, J lookahead 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,10 +31,12 @@ from chronos.backends.sequences import (
     outcome,
     tell,
 )
+from chronos.backends.torch.checkpoint import Named, from_bytes, to_bytes
 from chronos.backends.torch.fast import graphs
 from chronos.backends.torch.model import Cache, Model, Output
 from chronos.backends.torch.moe import Routing
 from chronos.backends.torch.sampling import adjust, draw
+from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
@@ -105,6 +107,24 @@ class Session(Sequences):
     @torch.inference_mode()
     def fork(self, seq: int, new: int) -> None:
         super().fork(seq, new)
+
+    def save(self, seq: int) -> list[Named] | None:
+        """What the caches of a sequence hold, as (name, dtype, shape, bytes), valid until its next
+        pass; None where they hold what only their library knows."""
+        arrays = self._arrays(seq)
+        if arrays is None:
+            return None
+        return [to_bytes(name, x, x.dtype) for name, x in arrays.items()]
+
+    @torch.inference_mode()
+    def restore(
+        self, new: int, ids: Sequence[int], tensors: Iterable[tuple[TensorEntry, memoryview]]
+    ) -> None:
+        """Make sequence `new` of whole pieces of a prompt and what `save` gave behind them. Raises
+        ShapeMismatch for what does not fit; there is no such sequence then."""
+        found = {entry.name: from_bytes(data, entry.dtype, entry.shape) for entry, data in tensors}
+        device = self.model.device
+        self._restore(new, ids, {name: x.to(device, copy=True) for name, x in found.items()})
 
     def _pass(
         self, parts: Sequence[Part], step: FeedStep | None, override: RouteOverride | None

@@ -11,7 +11,7 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -197,6 +197,27 @@ class GuestCache(Cache):
         if not all(layer.is_trimmable() for layer in self.layers):
             return False
         return all(layer.trim(fewer) == fewer for layer in self.layers)
+
+    def arrays(self) -> dict[str, mx.array] | None:
+        """See Cache; None where the library keeps more than keys and values."""
+        from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+        found: dict[str, mx.array] = {}
+        for at, layer in enumerate(self.layers):
+            if type(layer) not in (KVCache, RotatingKVCache) or layer.empty():
+                return None
+            keys, values = layer.keys_and_values()
+            found |= {f"layers.{at}.keys": keys, f"layers.{at}.values": values}
+        return found
+
+    def restore(self, tokens: int, arrays: Mapping[str, mx.array]) -> None:
+        """See Cache. Behind a prompt's piece the arrays of the library's caches are full."""
+        for at, layer in enumerate(self.layers):
+            layer.keys, layer.values = arrays[f"layers.{at}.keys"], arrays[f"layers.{at}.values"]
+            layer.offset = tokens
+            if hasattr(layer, "_idx"):  # where a ring goes on
+                layer._idx = layer.keys.shape[2]
+        self.position = tokens
 
 
 class _Decoder:

@@ -5,7 +5,7 @@ Not known here: what a cache holds, and when it is thrown away (`model`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +39,29 @@ class GuestCache(Cache):
             layer.crop(tokens - self.position)
         self.position = tokens
         return True
+
+    def arrays(self) -> dict[str, Tensor] | None:
+        """See Cache; None where the library keeps more than keys and values."""
+        layers = layers_of(self)
+        if not is_watched(layers) or self.ids is not None:
+            return None
+        found: dict[str, Tensor] = {}
+        for at, layer in enumerate(layers):
+            if layer.is_initialized:
+                found |= {f"layers.{at}.keys": layer.keys, f"layers.{at}.values": layer.values}
+        return found
+
+    def restore(self, tokens: int, arrays: Mapping[str, Tensor]) -> None:
+        """See Cache."""
+        for at, layer in enumerate(layers_of(self)):
+            keys, values = (arrays.get(f"layers.{at}.{name}") for name in ("keys", "values"))
+            if keys is None or values is None:
+                continue
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length = tokens
+        self.position = tokens
 
 
 def layers_of(cache: Cache | None) -> Sequence[Any]:
