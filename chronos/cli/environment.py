@@ -62,11 +62,17 @@ def texts(ctx: Any, param: Any, value: list[str] | None) -> list[str] | None:
 
 
 def unknown(ctx: Any) -> Iterator[str]:
-    """A line for each CHRONOS_ variable that no command reads, with what may have been meant."""
+    """A line for each CHRONOS_ variable that no command reads, with what may have been meant; and
+    for one that other commands read for a flag of this name, where this one's has its own."""
     named = sorted(n for n in os.environ if n.startswith(_PREFIX) and not n.startswith(_OURS))
     if not named:
         return
     known = set(_twins(ctx.find_root().command))
+    own = {p.envvar: p.opts[0] for p in ctx.command.params if p.envvar}
+    for variable, flag in own.items():
+        shared = twin(flag.lstrip("-"), "")
+        if shared in named and shared in known and shared not in own:
+            yield f"{shared} is not read here: {flag} of this command has {variable}"
     for name in named:
         if name not in known:
             meant = sorted(n for n in known if n.endswith(name.removeprefix("CHRONOS")))

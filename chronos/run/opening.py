@@ -82,7 +82,11 @@ def plan_for(
     _check_choice("prefetch", prefetch, ("auto", "off"))
     check_predictor(predictor)
     if allow_missing and miss != "fallback":
-        raise UsageError("allow_missing needs miss=fallback, so that others can stand in")
+        raise UsageError(
+            "missing experts are allowed only where others can stand in",
+            "--allow-missing",
+            "add --miss fallback (miss='fallback')",
+        )
     folder = resolve_model(model)
     config = read_config(folder)
     _check_context(context, config)

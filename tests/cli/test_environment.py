@@ -54,10 +54,14 @@ def test_a_variable_of_one_command_is_nothing_to_another(
     """A budget in bytes for generate is no share of a trace; a chat's length is none of a fit."""
     monkeypatch.setenv("CHRONOS_BUDGET", "2GiB")
     monkeypatch.setenv("CHRONOS_MAX_TOKENS", "64")
-    done = chronos("simulate", "absent.npz")
-    assert done.error[0] == "error: no such trace"
-    done = chronos("fit", "absent.npz", "-o", "f.safetensors")
-    assert done.error[0] == "error: no such trace"
+    for command, flag, also in (("simulate", "budget", ()), ("fit", "max-tokens", ("-o", "f.st"))):
+        done = chronos(command, "absent.npz", *also)
+        name = flag.replace("-", "_").upper()
+        told = f"--{flag} of this command has CHRONOS_{command.upper()}_{name}"
+        assert done.err.splitlines()[:2] == [
+            f"CHRONOS_{name} is not read here: {told}",
+            "error: no such trace",
+        ]
 
 
 @pytest.mark.parametrize(
