@@ -15,8 +15,8 @@ _F = TypeVar("_F", bound=Callable[..., None])
 
 # As the help page shows them: what a newcomer needs first. Others follow, as they were registered.
 _ORDER = (
-    "demo generate chat serve train merge pack unpack export inspect verify trace fit simulate"
-    " bench eval doctor"
+    "demo generate chat serve train tune merge pack unpack export inspect verify trace fit"
+    " simulate bench eval doctor"
 ).split()
 
 

@@ -33,6 +33,7 @@ from chronos.cli import (
     serve,
     simulate,
     train,
+    tune,
 )
 from chronos.cli.app import app
 from chronos.common.errors import ChronosError
@@ -45,6 +46,7 @@ FAMILIES = (
     chat,
     serve,
     train,
+    tune,
     files,
     export,
     overview,

@@ -20,6 +20,7 @@ import chronos.train
 from chronos.common.model.config import LossWeights, ModelConfig
 from chronos.common.training import recipe
 from chronos.common.training.lora import LoraRecipe
+from chronos.tune.settings import TuneSettings
 
 _HEAD = """# Recipes
 
@@ -80,7 +81,7 @@ def render() -> str:
 
 
 def sections() -> Iterator[tuple[str, type[Any]]]:
-    """(name, dataclass) of every section, those of stages last."""
+    """(name, dataclass) of every section, those of stages and of the tuner last."""
     yield "model", ModelConfig
     yield "loss", LossWeights
     yield "data", recipe.DataRecipe
@@ -94,6 +95,7 @@ def sections() -> Iterator[tuple[str, type[Any]]]:
             if inspect.isclass(kind) and kind.__module__.endswith(f".{module}"):
                 if hasattr(kind, "SECTION"):
                     yield kind.SECTION, kind
+    yield "tune", TuneSettings
 
 
 def meanings(kind: type[Any]) -> dict[str, str]:
@@ -135,6 +137,8 @@ def _type(field: dataclasses.Field[Any]) -> str:
 def _kind(text: str) -> str:
     if text.startswith(("tuple[", "list[")):
         return "list of " + text.partition("[")[2].partition("]")[0].partition(",")[0]
+    if text.startswith("dict["):
+        return "table"
     return text
 
 

@@ -178,7 +178,7 @@ def run(
             alone = task.alone or ("adapters are trained in one process" if task.adapt else "")
             if alone and processes.count > 1:
                 raise UsageError(alone, "", "start one process")
-            with _signals() as stop:
+            with signals() as stop:
                 begun = _Run(backend, processes, task, out, on_event)
                 return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
         finally:
@@ -442,7 +442,7 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM; a second one ends the process at once."""
     seen: list[int] = []
 

@@ -208,21 +208,39 @@ def load_recipe(path: str | Path, stage: type[S]) -> Recipe[S]:
     Relative paths in it are looked for beside it first, then where the process stands. Raises
     ConfigError naming the file and the key.
     """
+    file, text = read_recipe(path)
+    return parse_recipe(toml_of(text, file), stage, file)
+
+
+def read_recipe(path: str | Path) -> tuple[Path, str]:
+    """The file of a recipe, or of one that ships, and its text. Raises ConfigError."""
     file = Path(path)
     if not file.is_file():
         file = shipped().get(str(path), file)
     try:
-        data = tomllib.loads(file.read_text("utf-8"))
+        return file, file.read_text("utf-8")
     except FileNotFoundError:
         names = " or ".join(shipped())
         fix = f"name a TOML file, or {names} for the one that ships with Chronos"
         raise ConfigError("no such recipe", str(path), fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"recipe cannot be read: {error}", str(path)) from None
+
+
+def toml_of(text: str, file: Path) -> dict[str, Any]:
+    """The sections of a recipe as they stand. Raises ConfigError."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"recipe cannot be read: {error}", str(file)) from None
+
+
+def parse_recipe(data: dict[str, Any], stage: type[S], file: Path) -> Recipe[S]:
+    """The sections of a recipe, checked; `file` is where they stand. Raises ConfigError."""
     try:
         return _beside(file.parent, _recipe(data, stage))
     except ConfigError as error:
-        raise ConfigError(error.what, error.where or str(path), error.fix) from None
+        raise ConfigError(error.what, error.where or str(file), error.fix) from None
 
 
 def _beside(folder: Path, recipe: Recipe[S]) -> Recipe[S]:
@@ -272,7 +290,7 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     _known(data, names ^ {"tokenizer", "anchor", "lora"} if stage.STARTS else names, "section")
     for section, values in stage.DEFAULTS.items():
         data[section] = values | _table(data, section)
-    tokenizer = _section(TokenizerRecipe, data, "tokenizer")
+    tokenizer = section_of(TokenizerRecipe, data, "tokenizer")
     model, start = dict(_table(data, "model")), ""
     if stage.STARTS:
         _known(model, {"path"}, "key in [model]")
@@ -281,17 +299,17 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
         if isinstance(model.get(name), list):
             model[name] = tuple(model[name])
     model.setdefault("vocab_size", tokenizer.vocab_size)
-    model["loss_weights"] = _section(LossWeights, data, "loss")
+    model["loss_weights"] = section_of(LossWeights, data, "loss")
     return Recipe(
-        stage=_section(stage, data, stage.SECTION),
-        model=_section(ModelConfig, {"model": model}, "model"),
-        data=_section(DataRecipe, data, "data"),
+        stage=section_of(stage, data, stage.SECTION),
+        model=section_of(ModelConfig, {"model": model}, "model"),
+        data=section_of(DataRecipe, data, "data"),
         tokenizer=tokenizer,
-        cadence=_section(CadenceRecipe, data, "cadence"),
-        optimizer=_section(OptimizerRecipe, data, "optimizer"),
+        cadence=section_of(CadenceRecipe, data, "cadence"),
+        optimizer=section_of(OptimizerRecipe, data, "optimizer"),
         start=start,
-        anchor=_section(AnchorRecipe, data, "anchor"),
-        lora=_section(LoraRecipe, data, "lora") if "lora" in data else None,
+        anchor=section_of(AnchorRecipe, data, "anchor"),
+        lora=section_of(LoraRecipe, data, "lora") if "lora" in data else None,
     )
 
 
@@ -302,7 +320,8 @@ def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
     return values
 
 
-def _section(kind: type[_T], data: dict[str, Any], name: str) -> _T:
+def section_of(kind: type[_T], data: dict[str, Any], name: str) -> _T:
+    """A section as its dataclass. Raises ConfigError for unknown keys and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = _table(data, name)
     _known(values, set(fields), f"key in [{name}]")
