@@ -38,7 +38,7 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 import chronos
-rooms = ("cli", "common", "run", "measure", "train", "serve")
+rooms = ("cli", "common", "run", "measure", "train", "tune", "serve")
 for found in pkgutil.walk_packages(chronos.__path__, "chronos."):
     if found.name.split(".")[1] in rooms and not found.name.endswith("template_child"):
         __import__(found.name)
