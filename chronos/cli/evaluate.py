@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,10 +51,18 @@ def evaluate(
         ),
     ] = 8,
     skip_bad: SkipBadOption = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER", help="Measure this model on the same tokens, and compare the losses."
+        ),
+    ] = None,
 ) -> None:
     """Measure a model on text; lookahead recall where all its experts are in memory.
 
-    The same tokens in the same contexts are measured at every budget and batch size.
+    The same tokens in the same contexts are measured at every budget and batch size. With
+    --against, the loss factor is the perplexity of MODEL divided by that of OTHER: what its
+    quantisation costs, where OTHER is not quantised.
     """
     from chronos.measure import evaluate as room
     from chronos.run.engine import RESIDENT
@@ -75,6 +84,13 @@ def evaluate(
                 progress=update,
             )
         terms = _terms(engine, rows, batch_size)
+    compared = {}
+    if against is not None:
+        with run.open(against, budget=budget, own_process=False) as engine:
+            _check_same(rows, engine, against, documents, seq_len, max_tokens)
+            loss = _terms(engine, rows, batch_size)["ce"]
+        factor = math.exp(min(terms["ce"] - loss, 700.0))
+        compared = {"against": {"model": against, "loss": loss, "loss_factor": factor}}
     result = {
         "documents": len(documents),
         "tokens": sum(row.tokens for row in rows),
@@ -82,6 +98,7 @@ def evaluate(
         "seq_len": seq_len,
         **room.summary(terms, dataset, documents),
         "locality": room.locality(trace),
+        **compared,
     }
     if out.json:
         output.print_json({"model": model, "data": data} | result)
@@ -101,6 +118,27 @@ def _row_length(engine: Engine, asked: int | None) -> int:
             f"use at most {engine.context}",
         )
     return asked
+
+
+def _check_same(
+    rows: list[Batch],
+    engine: Engine,
+    against: str,
+    documents: list[Document],
+    seq_len: int,
+    max_tokens: int,
+) -> None:
+    """Losses per token compare where the tokens are the same."""
+    from chronos.measure import evaluate as room
+
+    dataset = room.packed(tokenizer_of(engine, against), documents, _row_length(engine, seq_len))
+    others = room.rows_of(dataset, max_tokens)
+    if [row.ids_BT.tolist() for row in rows] != [row.ids_BT.tolist() for row in others]:
+        raise UsageError(
+            "it makes other tokens of the text, so the losses do not compare",
+            "--against",
+            "name a model with the same tokenizer",
+        )
 
 
 def _terms(engine: Engine, rows: list[Batch], batch_size: int) -> dict[str, float]:
@@ -136,6 +174,11 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("loss", f"{result['loss']:.4f}", "nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}", ""),
     ]
+    if other := result.get("against"):
+        rows[2:2] = [
+            ("loss of the other", f"{other['loss']:.4f}", other["model"]),
+            ("loss factor", f"{other['loss_factor']:.4f}", "perplexity by that of the other"),
+        ]
     if result["bits_per_byte"] is not None:  # rows of conversations have no text of their own
         rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}", ""))
     for ahead, recall in enumerate(result["lookahead_recall"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 PANEL = "Model files"
 _CALIBRATION_TOKENS = 20_000
 _STREAMED_TOKENS = 4_096  # each 512 of them read most of the experts from the disk once
+
+
+class Bits(StrEnum):
+    """What --quantize takes."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def bits(self) -> int:
+        return int(self[-1])
+
+
 PathArg = Annotated[
     str, typer.Argument(metavar="PATH", help="A model folder, a .ctsr file, or `demo`.")
 ]
@@ -52,6 +66,22 @@ def pack(
             "--link", help="Leave what is not a routed expert in SRC, which DST then needs."
         ),
     ] = False,
+    quantize: Annotated[
+        Bits | None,
+        typer.Option(
+            "--quantize", "-q", help="Quantise the experts: round to nearest, in groups of columns."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "-g",
+            metavar="32|64|128",
+            show_default="32 for int4, 64 for int8",
+            help="Columns of a matrix that share a scale, with --quantize.",
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Pack a model that no library here can run, too."),
@@ -62,7 +92,8 @@ def pack(
     SRC is a model of Chronos or any Mixture-of-Experts checkpoint in safetensors that Transformers
     or MLX-LM can build; it is only read. Experts lie layer by layer. With --trace or --calibrate,
     experts used together lie side by side if that is measured to save read time; the reason is
-    printed and kept in the manifest. An interrupted run continues where it stopped.
+    printed and kept in the manifest. An interrupted run continues where it stopped. --quantize
+    leaves what is not a routed expert as it is; `eval DST --against SRC` says what it costs.
     """
     from chronos.common.layout import open_layout
     from chronos.common.layout.pack import check_destination
@@ -77,13 +108,15 @@ def pack(
     folder = resolve_model(source, fetch=True, bars=output.draws())
     if not force:
         _check_runnable(folder)
+    encoding = _encoding(folder, quantize, group_size)
     if trace or calibrate:  # the same for a folder that cannot be written
         check_destination(folder, to)
     if calibrate and _streams_only(folder):
-        report, choice = _calibrated(folder, to, calibrate, device, link)
+        report, choice = _calibrated(folder, to, calibrate, device, link, encoding)
     else:
-        choice = _order(folder, trace, calibrate, RunOptions(**dataclasses.asdict(device)))
-        report = _pack(folder, to, choice, link)
+        run = RunOptions(**dataclasses.asdict(device))
+        choice = _order(folder, trace, calibrate, run, encoding)
+        report = _pack(folder, to, choice, link, encoding)
     if out.json:
         order = choice.to_json() if choice else open_layout(to).manifest.order
         output.print_json(report.to_json() | {"folder": str(to), "order": order})
@@ -129,7 +162,23 @@ def _check_runnable(folder: Path) -> None:
         )
 
 
-def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> PackReport:
+def _encoding(folder: Path, quantize: Bits | None, group: int | None) -> str | None:
+    """The encoding that is asked for; None to keep the experts' bytes."""
+    from chronos.common.disk.io import FileIO
+    from chronos.common.layout.affine import GROUPS
+    from chronos.common.layout.source import open_source, own_encoding
+
+    if group is not None and (quantize is None or group not in GROUPS):
+        sizes = ", ".join(map(str, GROUPS))
+        raise UsageError(f"{group} is no group of --quantize", "--group-size", f"one of {sizes}")
+    if quantize is None:
+        return None
+    return own_encoding(open_source(folder, FileIO()), quantize.bits, group)
+
+
+def _pack(
+    folder: Path, to: Path, choice: OrderChoice | None, link: bool, encoding: str | None
+) -> PackReport:
     from chronos.common.layout import is_packed, open_layout
     from chronos.common.layout import pack as pack_folder
 
@@ -142,6 +191,7 @@ def _pack(folder: Path, to: Path, choice: OrderChoice | None, link: bool) -> Pac
             to,
             order=order,
             how=choice.to_json() if choice else None,
+            encoding=encoding,
             link=link,
             progress=update,
         )
@@ -196,17 +246,18 @@ def _streams_only(folder: Path) -> bool:
 
 
 def _calibrated(
-    folder: Path, to: Path, text: str, device: DeviceOptions, link: bool
+    folder: Path, to: Path, text: str, device: DeviceOptions, link: bool, encoding: str | None
 ) -> tuple[PackReport, OrderChoice | None]:
     """Pack by layers, run that within a quarter of the experts' memory, reorder if it pays."""
     from chronos.common.layout import open_layout, reorder
     from chronos.common.layout.folder import minimum_bytes
     from chronos.common.model.guest import read_config
 
-    report = _pack(folder, to, None, link)
+    report = _pack(folder, to, None, link, encoding)
     layout, top_k = open_layout(to), read_config(to).num_experts_per_tok
     budget = max(layout.total_bytes // 4, minimum_bytes(layout, top_k))
-    choice = _order(to, None, text, RunOptions(**dataclasses.asdict(device), budget=str(budget)))
+    run = RunOptions(**dataclasses.asdict(device), budget=str(budget))
+    choice = _order(to, None, text, run, None)
     if choice is not None and choice.order != layout.clusters():
         with output.progress("reordering", rate=True) as update:
             report = reorder(to, choice.order, choice.to_json(), progress=update)
@@ -214,12 +265,16 @@ def _calibrated(
 
 
 def _order(
-    folder: Path, trace: Path | None, calibrate: str | None, run: RunOptions
+    folder: Path,
+    trace: Path | None,
+    calibrate: str | None,
+    run: RunOptions,
+    encoding: str | None,
 ) -> OrderChoice | None:
     """Clusters or layer order, as a trace decides; None where there is none to ask."""
     from chronos.cli.routing import record
     from chronos.common.disk.io import FileIO
-    from chronos.common.layout.source import open_source
+    from chronos.common.layout.source import encoded, open_source
     from chronos.common.traces.clusters import choose_order
     from chronos.common.traces.trace import RoutingTrace
     from chronos.measure.evaluate import documents_of
@@ -233,6 +288,8 @@ def _order(
     else:
         return None
     model = open_source(folder, FileIO())
+    if encoding is not None and encoding not in model.encodings.values():
+        model = encoded(model, encoding)
     experts = model.config.num_experts
     if (recorded.layers, recorded.num_experts) != (tuple(model.templates), experts):
         found = f"{recorded.num_layers} layers of {recorded.num_experts} experts"

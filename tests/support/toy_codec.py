@@ -7,7 +7,7 @@ all halves where their tables are, as a real encoding would stand in them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +25,18 @@ NAME = "int8-rows"
 class Rows:
     """Without a framework: for each matrix of an expert its int8 values and a float32 a row."""
 
+    source = codecs.SWIGLU
+
     def __init__(self, name: str) -> None:
         self.name = name
 
     def tensors(self, config: Geometry) -> list[TensorSpec]:
         assert isinstance(config, ModelConfig)
+        return self.tensors_from(expert_tensors(config))
+
+    def tensors_from(self, plain: Sequence[TensorSpec]) -> list[TensorSpec]:
         specs = []
-        for spec in expert_tensors(config):
+        for spec in plain:
             specs.append(TensorSpec(spec.name, spec.shape, "I8"))
             specs.append(TensorSpec(f"{spec.name}_scale", spec.shape[:1], "float32"))
         return specs

@@ -123,6 +123,56 @@ class Swiglu:
         return product(h_N1F, stack.down_DF)[:, 0]
 
 
+class AffineExpert(NamedTuple):
+    """The same in groups of columns: codes, scales and biases of either matrix."""
+
+    gate_up: mx.array
+    gate_up_scales: mx.array
+    gate_up_biases: mx.array
+    down: mx.array
+    down_scales: mx.array
+    down_biases: mx.array
+
+
+class Affine:
+    """The same experts as Chronos quantises them: MLX's own quantised products."""
+
+    adapts, stacked = True, False
+
+    def view(self, raw: Raw, record: Record) -> AffineExpert:
+        return AffineExpert(*tensors_of(raw, record).values())
+
+    def forward(
+        self, x_TD: mx.array, expert: AffineExpert, block: Any = None, adapter: Adapter = None
+    ) -> mx.array:
+        def product(x_TA: mx.array, weight: mx.array, scales: mx.array, biases: mx.array) -> Any:
+            scales, biases = scales.astype(x_TA.dtype), biases.astype(x_TA.dtype)
+            settings = _settings(x_TA, weight, scales)
+            return mx.quantized_matmul(x_TA, weight, scales, biases, **settings)
+
+        gate_up_TF = product(x_TD, *expert[:3])
+        h_TF = swiglu(_adapted(gate_up_TF, adapter, "gate_up_proj", x_TD))
+        return _adapted(product(h_TF, *expert[3:]), adapter, "down_proj", h_TF)
+
+    def gathered(
+        self, x_ND: mx.array, stack: AffineExpert, places_N: mx.array, block: Any, sort: bool
+    ) -> mx.array:
+        def product(x_N1A: mx.array, *tensors: mx.array) -> mx.array:
+            settings = _settings(x_N1A, *tensors[:2])
+            kinds = dict(zip(_KINDS, tensors, strict=False))
+            return _product(x_N1A, kinds, places_N, sort, settings)
+
+        h_N1F = swiglu(product(x_ND[:, None], *stack[:3]))
+        return product(h_N1F, *stack[3:])[:, 0]
+
+
+def _settings(x: mx.array, weight: mx.array, scales: mx.array) -> dict[str, Any]:
+    """Group and bits of a quantised matrix, or a stack of them, by what it is multiplied with."""
+    columns = x.shape[-1]
+    bits = 32 * weight.shape[-1] // columns
+    return {"group_size": columns // scales.shape[-1], "bits": bits, "mode": "affine"}
+
+
 @dataclass(frozen=True)
 class Switch:
     """What a `SwitchGLU` or `SwitchMLP` of MLX-LM adds to the tensors of its experts.
@@ -168,7 +218,8 @@ class MlxLm:
 
         def linear(name: str, x_N1A: mx.array) -> mx.array:
             kinds = {kind: t for kind in _KINDS if (t := tensors.get(f"{name}.{kind}")) is not None}
-            return _product(x_N1A, kinds, places_N, sort, block.quantised.get(name))
+            like = "gate_proj" if name == "gate_up_proj" else name
+            return _product(x_N1A, kinds, places_N, sort, block.quantised.get(like))
 
         x_N1D = x_ND[:, None]
         if not block.gated:
@@ -190,7 +241,7 @@ class MlxLm:
     def parameters(self, stack: Tensors, block: Switch) -> dict[str, mx.array]:
         """The parameters of MLX-LM's switch [S, ...], by its names."""
         found = dict(self._named(stack, block))
-        for kind in ("weight", "bias"):
+        for kind in _KINDS:
             if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
                 found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = both[:, ::2], both[:, 1::2]
         return found
@@ -211,20 +262,35 @@ class Transformers(MlxLm):
 
     def _named(self, stack: Tensors, block: Switch) -> Tensors:
         """Interleaved rows stay one matrix: a gather over a matrix with gaps copies the stack."""
-        found = {}
-        for name in ("gate_up_proj" if block.rows else "up_proj", "down_proj"):
-            weight = stack[name]
-            found[f"{name}.weight"] = weight.swapaxes(1, 2) if block.swapped else weight
-            if f"{name}_bias" in stack:
-                found[f"{name}.bias"] = stack[f"{name}_bias"]
+        found = self._by_kind(stack, block)
         if block.rows == "halves":
-            for kind in ("weight", "bias"):
+            for kind in _KINDS:
                 if (both := found.pop(f"gate_up_proj.{kind}", None)) is not None:
                     found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = mx.split(both, 2, 1)
         if not block.rows:
             names = {"up_proj": "fc1", "down_proj": "fc2"}
             found = {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in found.items()}
         return found
+
+    def _by_kind(self, stack: Tensors, block: Switch) -> dict[str, mx.array]:
+        """Matrices [S, out, in] as "up_proj.weight", their biases as "up_proj.bias"."""
+        found = {}
+        for name in ("gate_up_proj" if block.rows else "up_proj", "down_proj"):
+            weight = stack[name]
+            found[f"{name}.weight"] = weight.swapaxes(1, 2) if block.swapped else weight
+            if f"{name}_bias" in stack:
+                found[f"{name}.bias"] = stack[f"{name}_bias"]
+        return found
+
+
+class TransformersAffine(Transformers):
+    """The same as Chronos quantises them, [out, in] wherever their matrices lay."""
+
+    def view(self, raw: Raw, record: Record) -> Tensors:
+        return tensors_of(raw, record)
+
+    def _by_kind(self, stack: Tensors, block: Switch) -> dict[str, mx.array]:
+        return dict(stack)
 
 
 def _adapted(y_TD: mx.array, adapter: Adapter, name: str, x_TD: mx.array) -> mx.array:
@@ -255,13 +321,15 @@ def _product(
             rhs_indices=places_N,
             sorted_indices=sort,
             **quantised,
-        )
+        ).astype(x_N1A.dtype)
     else:
         wide = mx.float32 if widened else x_N1A.dtype
         weight = kinds["weight"].astype(wide).swapaxes(-1, -2)
         y_N1A = mx.gather_mm(x_N1A.astype(wide), weight, rhs_indices=places_N, sorted_indices=sort)
         y_N1A = y_N1A.astype(x_N1A.dtype)
-    return y_N1A + kinds["bias"][places_N][:, None] if "bias" in kinds else y_N1A
+    if "bias" in kinds:
+        y_N1A = y_N1A + kinds["bias"][places_N][:, None].astype(y_N1A.dtype)
+    return y_N1A
 
 
 def tensors_of(raw: Raw, record: Record) -> dict[str, mx.array]:
@@ -293,7 +361,9 @@ def swiglu(gate_up_TF: mx.array) -> mx.array:
 # By the pattern of their names.
 CODECS: dict[str, Callable[[], Codec]] = {
     SWIGLU: Swiglu,
+    rf"{SWIGLU}-affine[48]-g\d+": Affine,
     TRANSFORMERS: Transformers,
+    rf"{TRANSFORMERS}-affine[48]-g\d+": TransformersAffine,
     rf"{MLX}(-[a-z]+\d+)*": MlxLm,
 }
 

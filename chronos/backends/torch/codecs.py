@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -97,6 +97,41 @@ class Swiglu:
         return _adapted(linear(h_TF, expert.down_DF), adapter, "down_proj", h_TF)
 
 
+class AffineExpert(NamedTuple):
+    """The same in groups of columns: codes, scales and biases of either matrix."""
+
+    gate_up: Tensor
+    gate_up_scales: Tensor
+    gate_up_biases: Tensor
+    down: Tensor
+    down_scales: Tensor
+    down_biases: Tensor
+
+
+class Affine(Swiglu):
+    """The same experts as Chronos quantises them: dequantised at each use, so a slot has their few
+    bits and their products the bits of the dequantised model."""
+
+    adapts = True
+
+    def __init__(self, word: str) -> None:
+        """word: setting of the encoding that says the bits ("affine4")."""
+        self._encoding = f"{SWIGLU}-{word}"
+
+    def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
+        return AffineExpert(*tensors_of(raw, record).values())
+
+    def forward(
+        self, x_TD: Tensor, expert: Any, block: Any = None, adapter: Adapter = None
+    ) -> Tensor:
+        def plain(weight: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
+            kinds = {"weight": weight, "scales": scales, "biases": biases}
+            return dequantised(self._encoding, kinds, x_TD.dtype)
+
+        whole = Expert(plain(*expert[:3]), plain(*expert[3:]))
+        return super().forward(x_TD, whole, block, adapter)
+
+
 @dataclass(slots=True)
 class Named:
     """An expert's tensors by their names in a record."""
@@ -159,8 +194,8 @@ class Coded(Named):
 
 
 class Quantised(Transformers):
-    """The experts of a checkpoint that another library quantised, in its layout: dequantised at
-    each use, so a slot has the checkpoint's bytes and its products the library's bits."""
+    """The experts of a checkpoint that another library quantised, in its layout, or that Chronos
+    did: dequantised at each use, so a slot has their bytes and its products the library's bits."""
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Coded:
         tensors = tensors_of(raw, record)
@@ -227,7 +262,10 @@ def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:
 # By the pattern of their names.
 CODECS: dict[str, Callable[[], Codec]] = {
     SWIGLU: Swiglu,
+    rf"{SWIGLU}-affine4-g\d+": partial(Affine, "affine4"),
+    rf"{SWIGLU}-affine8-g\d+": partial(Affine, "affine8"),
     TRANSFORMERS: Transformers,
+    rf"{TRANSFORMERS}-affine[48]-g\d+": Quantised,
     rf"{MLX}(-(affine[234568]|mxfp[48]|nvfp4|bf16|f16|f32))*": Quantised,
     QUANTISED: Quantised,
 }

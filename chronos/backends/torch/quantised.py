@@ -138,6 +138,8 @@ _METHODS: dict[str, Callable[[str, Kinds, torch.dtype], Tensor]] = {
     "gptq2": _gptq2,
     "awq": _awq,
     "mlx": _mlx,
+    "swiglu": _mlx,  # Chronos' own quantisation is in MLX's layout
+    "transformers": _mlx,
 }
 
 

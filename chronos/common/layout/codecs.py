@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
+from chronos.common.layout.affine import GROUPS, quantise
 from chronos.common.layout.naming import layer_of
-from chronos.common.layout.quantised import is_coded, split
+from chronos.common.layout.quantised import bits_of, is_coded, split
 from chronos.common.model.config import MODEL_TYPE, ModelConfig
 from chronos.common.model.guest import Geometry
 from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
@@ -43,10 +44,15 @@ class Codec(Protocol):
 
 
 class Encoder(Codec, Protocol):
-    """A codec whose records Chronos makes itself, of the experts of its own models."""
+    """A codec whose records Chronos makes itself."""
+
+    source: str  # the encoding it makes them of
+
+    def tensors_from(self, plain: Sequence[TensorSpec]) -> list[TensorSpec]:
+        """The tensors of a record made of one with these. Raises UsageError where none can be."""
 
     def encode(self, weights: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[Any]]:
-        """The tensors of a record, from those of "swiglu"."""
+        """The tensors of a record, from those of `source`."""
 
 
 class Swiglu:
@@ -73,6 +79,76 @@ class AsStored:
         return []
 
 
+class Affine:
+    """Experts that Chronos quantised (`affine`): "swiglu-affine4-g32" of its own models,
+    "transformers-affine4-g32" of others, 4 bits in groups of 32 columns.
+
+    Each matrix is [N, K] (rows out) and has the kinds weight U32, scales and biases BF16. What is
+    added behind the products, "bias", is F32."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source, bits, group = name.split("-")
+        self.bits, self.group = bits_of(bits), bits_of(group)
+
+    def tensors(self, config: Geometry) -> list[TensorSpec]:
+        plain = codec_of(self.source).tensors(config)
+        return self.tensors_from(plain) if plain else []
+
+    def tensors_from(self, plain: Sequence[TensorSpec]) -> list[TensorSpec]:
+        matrices = {spec.name: spec.shape for spec in plain if len(spec.shape) > 1}
+        swapped = _is_swapped(matrices, self.name)
+        made = []
+        for spec in plain:
+            if len(spec.shape) == 1:
+                made.append(TensorSpec(_bias(spec.name), spec.shape, "float32"))
+                continue
+            rows, columns = spec.shape[::-1] if swapped else spec.shape
+            if columns % self.group:
+                raise UsageError(
+                    f"{spec.name} of an expert has {columns} columns, no multiple of the group of"
+                    f" {self.group}",
+                    "--group-size",
+                    f"use one of {', '.join(map(str, GROUPS))} that divides it, where there is one",
+                )
+            grouped = rows, columns // self.group
+            made += [
+                TensorSpec(f"{spec.name}.weight", (rows, columns * self.bits // 32), "U32"),
+                TensorSpec(f"{spec.name}.scales", grouped, "bfloat16"),
+                TensorSpec(f"{spec.name}.biases", grouped, "bfloat16"),
+            ]
+        return made
+
+    def encode(self, weights: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[Any]]:
+        matrices = {name: weight.shape for name, weight in weights.items() if weight.ndim > 1}
+        swapped = _is_swapped(matrices, self.name)
+        made: dict[str, NDArray[Any]] = {}
+        for name, weight in weights.items():
+            if weight.ndim == 1:
+                made[_bias(name)] = weight
+                continue
+            kinds = quantise(weight.T if swapped else weight, self.bits, self.group)
+            made |= {f"{name}.{kind}": array for kind, array in kinds.items()}
+        return made
+
+
+def _bias(name: str) -> str:
+    return f"{name.removesuffix('_bias')}.bias"
+
+
+def _is_swapped(shapes: Mapping[str, tuple[int, ...]], encoding: str) -> bool:
+    """Whether matrices lie [in, out]. Raises UsageError for experts without a gate: their two
+    matrices do not tell."""
+    if shapes.keys() != {"gate_up_proj", "down_proj"}:
+        raise UsageError(
+            f"experts of {', '.join(shapes)} are not converted to {encoding}",
+            "",
+            "Chronos quantises experts with a gate; MLX-LM others: python -m mlx_lm convert -q",
+        )
+    (rows, columns), down = shapes["gate_up_proj"], shapes["down_proj"]
+    return (columns, rows // 2) != down and (columns // 2, rows) == down
+
+
 # By the pattern of their names. MLX-LM quantises projection by projection: one word for all of
 # them, or one for each.
 CODECS: dict[str, Callable[[str], Codec]] = {
@@ -81,7 +157,9 @@ CODECS: dict[str, Callable[[str], Codec]] = {
     rf"{MLX}(-[a-z]+\d+)*": AsStored,
     QUANTISED: AsStored,
 }
-ENCODERS: dict[str, Callable[[str], Encoder]] = {}
+ENCODERS: dict[str, Callable[[str], Encoder]] = {
+    rf"({SWIGLU}|{TRANSFORMERS})-affine[48]-g({'|'.join(map(str, GROUPS))})": Affine,
+}
 
 
 def codec_of(encoding: str) -> Codec:

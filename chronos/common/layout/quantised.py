@@ -156,8 +156,8 @@ def _compressed_fp4(setting: str, kinds: Kinds) -> tuple[int, int]:
 
 
 def bits_of(setting: str) -> int:
-    """Of "int4", "affine4"."""
-    return int(re.sub(r"\D+", "", setting))
+    """The first number of "int4", "affine4-g32"."""
+    return int(re.findall(r"\d+", setting)[0])
 
 
 def _gptq(setting: str, kinds: Kinds) -> tuple[int, int]:
@@ -205,6 +205,8 @@ _METHODS = {
     "gptq2": _gptq,
     "awq": _awq,
     "mlx": _mlx,
+    "swiglu": _mlx,  # Chronos' own quantisation is in MLX's layout
+    "transformers": _mlx,
 }
 
 

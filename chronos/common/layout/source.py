@@ -23,6 +23,7 @@ from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors, next_pieces, read_pieces
 from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.layout.affine import DEFAULT_GROUPS
 from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, encoding_of
 from chronos.common.layout.ctsr import Source, Template, read_records, record_template
 from chronos.common.layout.folder import Layout, is_packed, open_layout, refuse_unfinished
@@ -122,16 +123,19 @@ def open_source(src: Path, io: FileIO) -> ModelSource:
 
 def encoded(model: ModelSource, encoding: str) -> ModelSource:
     """The same model with its experts converted, each as it is packed. Raises ConfigError for an
-    encoding that Chronos does not make, UsageError for experts that are not as they were trained.
+    encoding that Chronos does not make, UsageError for experts that it is not made of.
     """
     codec = encoder_of(encoding)
-    if odd := set(model.encodings.values()) - {SWIGLU}:
+    if odd := set(model.encodings.values()) - {codec.source}:
         raise UsageError(
             f"experts encoded as {min(odd)} are not converted to {encoding}",
             "",
-            "pack the model from the folder it was trained into",
+            "pack the model from the folder it was trained into, or a checkpoint in bfloat16",
         )
-    template = record_template(codec.tensors(model.config), encoding)
+    templates = {
+        layer: record_template(codec.tensors_from(_specs(plain)), encoding)
+        for layer, plain in model.templates.items()
+    }
 
     def experts(keys: Sequence[Key]) -> Experts:
         with closing(model.experts(keys)) as given:
@@ -141,8 +145,18 @@ def encoded(model: ModelSource, encoding: str) -> ModelSource:
                 made = {n: np.ascontiguousarray(a) for n, a in codec.encode(weights).items()}
                 yield key, {name: array.data.cast("B") for name, array in made.items()}
 
-    templates = dict.fromkeys(model.templates, template)
     return replace(model, templates=templates, experts=experts, names={})
+
+
+def own_encoding(model: ModelSource, bits: int, group: int | None = None) -> str:
+    """The encoding of Chronos' own quantisation for a model's experts. group: columns that share a
+    scale, by default 32 for four bits and 64 for eight."""
+    native = isinstance(model.config, ModelConfig)
+    return f"{SWIGLU if native else TRANSFORMERS}-affine{bits}-g{group or DEFAULT_GROUPS[bits]}"
+
+
+def _specs(template: Template) -> list[TensorSpec]:
+    return [TensorSpec(tensor.name, tensor.shape, tensor.dtype) for tensor in template.tensors]
 
 
 def widened(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

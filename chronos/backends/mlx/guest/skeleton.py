@@ -41,7 +41,7 @@ from chronos.common.errors import (
     ShapeMismatch,
 )
 from chronos.common.layout import Layout, Record, read_records
-from chronos.common.layout.codecs import TRANSFORMERS
+from chronos.common.layout.codecs import TRANSFORMERS, Affine
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig
 
@@ -200,8 +200,11 @@ class Skeleton:
         if odd := sorted(blocks.keys() ^ self._records.keys()):
             where = "config.json" if odd[0] in blocks else "the packed folder"
             raise ShapeMismatch(f"layer {odd[0]} has experts in {where} only", str(self.folder))
-        if any(record.encoding != TRANSFORMERS for record in self._records.values()):
+        if any(not r.encoding.startswith(TRANSFORMERS) for r in self._records.values()):
             return sanitize(self._dense | self._stand_ins(blocks))  # MLX-LM's names already
+        plain = {f"{path}.{name}" for path, b in blocks.values() for name, _ in _flat(b)}
+        for layer, (_, block) in blocks.items():
+            _quantise_like(self._records[layer], block)
         wanted = {f"{path}.{name}": a for path, b in blocks.values() for name, a in _flat(b)}
         if self.config.model_type in KNOWN:
             self.spelling = KNOWN[self.config.model_type]
@@ -212,7 +215,7 @@ class Skeleton:
                 found = sanitize(self._dense | numbered)
             except (KeyError, ValueError):  # another spelling was looked for
                 continue
-            rows = read_rows(found, blocks) if wanted.keys() <= found.keys() else None
+            rows = read_rows(found, blocks) if plain <= found.keys() else None
             if rows is not None:
                 self.spelling = rows, swapped
                 self._check_shapes(blocks)
@@ -240,6 +243,21 @@ class Skeleton:
                     f"the experts of layer {layer} are {found}; MLX-LM's {path} wants {wanted}",
                     str(self.folder),
                 )
+
+
+def _quantise_like(record: Record, block: nn.Module) -> None:
+    """Make a block's projections those of MLX-LM's quantised models, where the record of Chronos'
+    own quantisation is one. Raises ShapeMismatch."""
+    if record.encoding == TRANSFORMERS:
+        return
+    codec = Affine(record.encoding)
+    for name, linear in block.children().items():
+        if isinstance(linear, nn.Module) and "weight" in linear:
+            try:
+                block[name] = linear.to_quantized(codec.group, codec.bits)
+            except ValueError as error:
+                what = f"{record.label}: {name} is no {record.encoding}: {error}"
+                raise ShapeMismatch(what, record.file) from None
 
 
 def _as_mlx_lm_reads(config: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def spellings(
     towers = {m[1]: None for name in dense if (m := LAYER.fullmatch(name))}
     parents = {i: m for i, (path, _) in blocks.items() if (m := LAYER.fullmatch(path))}
     own = {m[4].rpartition(".")[0] for m in parents.values()}
-    biased = any(t.name.endswith("_bias") for r in records.values() for t in r.tensors)
+    biased = any(t.name.endswith(("_bias", ".bias")) for r in records.values() for t in r.tensors)
     for tower in towers:
         for block in dict.fromkeys([*own, *_BLOCKS]):
             at = {layer: f"{tower}{m[2]}.{block}" for layer, m in parents.items()}
