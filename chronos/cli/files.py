@@ -18,6 +18,7 @@ from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
     from chronos.common.layout import PackReport
+    from chronos.common.layout.source import ModelSource
     from chronos.common.traces.clusters import OrderChoice
 
 PANEL = "Model files"
@@ -45,13 +46,22 @@ PathArg = Annotated[
 def pack(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="A model folder, packed or not, or an id of the hub."),
+        typer.Argument(
+            metavar="SRC", help="A model folder, packed or not, an id of the hub, or a GGUF file."
+        ),
     ],
     out_folder: Annotated[
         str, typer.Option("--out", "-o", metavar="DST", help="The folder to write.")
     ],
     device: DeviceOptions,
     out: JsonOptions,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="For a GGUF file: the folder of the checkpoint it was made from.",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="T.npz", help="Order experts by what this trace saw together."),
@@ -90,25 +100,27 @@ def pack(
     """Split a model folder into its dense part and expert records that can be streamed.
 
     SRC is a model of Chronos or any Mixture-of-Experts checkpoint in safetensors that Transformers
-    or MLX-LM can build; it is only read. Experts lie layer by layer. With --trace or --calibrate,
-    experts used together lie side by side if that is measured to save read time; the reason is
-    printed and kept in the manifest. An interrupted run continues where it stopped. --quantize
-    leaves what is not a routed expert as it is; `eval DST --against SRC` says what it costs.
+    or MLX-LM can build, or such a one in GGUF; it is only read. Experts lie layer by layer. With
+    --trace or --calibrate, experts used together lie side by side if that is measured to save read
+    time; the reason is printed and kept in the manifest. An interrupted run continues where it
+    stopped. --quantize leaves what is not a routed expert as it is; `eval DST --against SRC` says
+    what it costs.
     """
+    from chronos.common.disk.io import FileIO
     from chronos.common.layout import open_layout
-    from chronos.common.layout.pack import check_destination
+    from chronos.common.layout.pack import check_destination, opened
     from chronos.measure.evaluate import documents_of
-    from chronos.run.models import resolve_model
 
     to = folder_named(out_folder)
     if trace and calibrate:
         raise UsageError("--trace and --calibrate exclude each other")
     if calibrate:  # a misspelt name is told now, and not when all is packed
         documents_of(calibrate)
-    folder = resolve_model(source, fetch=True, bars=output.draws())
+    folder, settings = _source(source, config, calibrate or trace)
+    model = opened(folder, settings, FileIO())
     if not force:
-        _check_runnable(folder)
-    encoding = _encoding(folder, quantize, group_size)
+        _check_runnable(model, folder)
+    encoding = _encoding(model, quantize, group_size)
     if trace or calibrate:  # the same for a folder that cannot be written
         check_destination(folder, to)
     if calibrate and _streams_only(folder):
@@ -116,7 +128,7 @@ def pack(
     else:
         run = RunOptions(**dataclasses.asdict(device))
         choice = _order(folder, trace, calibrate, run, encoding)
-        report = _pack(folder, to, choice, link, encoding)
+        report = _pack(folder, to, choice, link, encoding, settings)
     if out.json:
         order = choice.to_json() if choice else open_layout(to).manifest.order
         output.print_json(report.to_json() | {"folder": str(to), "order": order})
@@ -141,15 +153,30 @@ def _pace(report: PackReport) -> str:
     return f"{report.seconds:.1f} s, {rate}/s{again}"
 
 
-def _check_runnable(folder: Path) -> None:
+def _source(source: str, config: str | None, ordered_by: object) -> tuple[Path, Path | None]:
+    """What is packed, and the folder of the original where that is a GGUF file."""
+    from chronos.common.disk.gguf import SUFFIX
+    from chronos.run.models import resolve_model
+
+    if not source.endswith(SUFFIX) or not Path(source).is_file():
+        if config is not None:
+            raise UsageError("only a GGUF file needs another folder's config.json", "--config")
+        return resolve_model(source, fetch=True, bars=output.draws()), None
+    if ordered_by is not None:
+        raise UsageError(
+            "experts of a GGUF file are packed layer by layer",
+            source,
+            "pack it, then pack what was packed with --trace or --calibrate",
+        )
+    return Path(source), None if config is None else Path(config).expanduser()
+
+
+def _check_runnable(model: ModelSource, folder: Path) -> None:
     """Refuse what would be copied for nobody. Raises ConfigError."""
     from chronos.backends.libraries import who_runs
-    from chronos.common.disk.io import FileIO
     from chronos.common.errors import ConfigError
-    from chronos.common.layout.source import open_source
     from chronos.common.model.guest import GuestConfig
 
-    model = open_source(folder, FileIO())
     if not isinstance(model.config, GuestConfig):
         return
     verdicts = who_runs(model.config.model_type, model.dialect)
@@ -162,22 +189,24 @@ def _check_runnable(folder: Path) -> None:
         )
 
 
-def _encoding(folder: Path, quantize: Bits | None, group: int | None) -> str | None:
+def _encoding(model: ModelSource, quantize: Bits | None, group: int | None) -> str | None:
     """The encoding that is asked for; None to keep the experts' bytes."""
-    from chronos.common.disk.io import FileIO
     from chronos.common.layout.affine import GROUPS
-    from chronos.common.layout.source import open_source, own_encoding
+    from chronos.common.layout.source import own_encoding
 
     if group is not None and (quantize is None or group not in GROUPS):
         sizes = ", ".join(map(str, GROUPS))
         raise UsageError(f"{group} is no group of --quantize", "--group-size", f"one of {sizes}")
-    if quantize is None:
-        return None
-    return own_encoding(open_source(folder, FileIO()), quantize.bits, group)
+    return None if quantize is None else own_encoding(model, quantize.bits, group)
 
 
 def _pack(
-    folder: Path, to: Path, choice: OrderChoice | None, link: bool, encoding: str | None
+    folder: Path,
+    to: Path,
+    choice: OrderChoice | None,
+    link: bool,
+    encoding: str | None,
+    settings: Path | None = None,
 ) -> PackReport:
     from chronos.common.layout import is_packed, open_layout
     from chronos.common.layout import pack as pack_folder
@@ -189,6 +218,7 @@ def _pack(
         return pack_folder(
             folder,
             to,
+            config=settings,
             order=order,
             how=choice.to_json() if choice else None,
             encoding=encoding,

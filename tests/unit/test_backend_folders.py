@@ -33,6 +33,8 @@ ONLY = {
     "codecs.memory": "an MLX array is written to by its buffer, a torch tensor by `numpy()`",
     "codecs.Codec.gathered": "gather_mm over a stack; torch computes expert by expert",
     "codecs.Swiglu.gathered": "see codecs.Codec.gathered",
+    "codecs.Affine.gathered": "see codecs.Codec.gathered",
+    "codecs.TransformersAffine": "torch dequantises these too: see codecs.Quantised",
     "codecs.MlxLm": "MLX-LM's experts; torch dequantises those: see codecs.Quantised",
     "codecs.Coded": "see OWN",
     "codecs.Quantised": "see OWN",
@@ -66,6 +68,7 @@ ONLY = {
 PARAMETERS = {
     "codecs.Codec.view": "torch gives a slot's memory back: see codecs.Named",
     "codecs.Swiglu.view": "see codecs.Codec.view",
+    "codecs.Affine.view": "see codecs.Codec.view",
     "codecs.Transformers.view": "see codecs.Codec.view",
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",

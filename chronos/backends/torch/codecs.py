@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +23,14 @@ from torch import Tensor
 from chronos.backends.torch.products import linear, onednn_linear, packed, packs
 from chronos.backends.torch.quantised import dequantised
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout.codecs import MLX, QUANTISED, SWIGLU, TRANSFORMERS, encodings_of
+from chronos.common.layout.codecs import (
+    GGUF,
+    MLX,
+    QUANTISED,
+    SWIGLU,
+    TRANSFORMERS,
+    encodings_of,
+)
 from chronos.common.layout.quantised import is_coded, split
 
 if TYPE_CHECKING:
@@ -112,21 +119,17 @@ class Affine(Swiglu):
     """The same experts as Chronos quantises them: dequantised at each use, so a slot has their few
     bits and their products the bits of the dequantised model."""
 
-    adapts = True
-
-    def __init__(self, word: str) -> None:
-        """word: setting of the encoding that says the bits ("affine4")."""
-        self._encoding = f"{SWIGLU}-{word}"
-
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
         return AffineExpert(*tensors_of(raw, record).values())
 
     def forward(
         self, x_TD: Tensor, expert: Any, block: Any = None, adapter: Adapter = None
     ) -> Tensor:
+        bits = 32 * expert.gate_up.shape[1] // x_TD.shape[1]
+
         def plain(weight: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
             kinds = {"weight": weight, "scales": scales, "biases": biases}
-            return dequantised(self._encoding, kinds, x_TD.dtype)
+            return dequantised(f"{SWIGLU}-affine{bits}", kinds, x_TD.dtype)
 
         whole = Expert(plain(*expert[:3]), plain(*expert[3:]))
         return super().forward(x_TD, whole, block, adapter)
@@ -218,7 +221,9 @@ class Quantised(Transformers):
                 weights[f"{matrix}_bias"] = found["bias"]
         for end in ("", "_bias"):
             if (gate := weights.pop(f"gate_proj{end}", None)) is not None:
-                up = weights.pop(f"up_proj{end}").to(gate.dtype)
+                up = weights.pop(f"up_proj{end}")
+                wider = torch.promote_types(gate.dtype, up.dtype)
+                gate, up = gate.to(wider), up.to(wider)
                 weights[f"gate_up_proj{end}"] = (
                     torch.cat([gate, up])
                     if block.is_concatenated
@@ -262,12 +267,12 @@ def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:
 # By the pattern of their names.
 CODECS: dict[str, Callable[[], Codec]] = {
     SWIGLU: Swiglu,
-    rf"{SWIGLU}-affine4-g\d+": partial(Affine, "affine4"),
-    rf"{SWIGLU}-affine8-g\d+": partial(Affine, "affine8"),
+    rf"{SWIGLU}-affine[48]-g\d+": Affine,
     TRANSFORMERS: Transformers,
     rf"{TRANSFORMERS}-affine[48]-g\d+": Quantised,
     rf"{MLX}(-(affine[234568]|mxfp[48]|nvfp4|bf16|f16|f32))*": Quantised,
     QUANTISED: Quantised,
+    GGUF: Quantised,
 }
 
 

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from chronos.common.layout.quantised import bits_of, block_of
+from chronos.common.layout.quantised import GGUF_BLOCKS, bits_of, block_of
 
 # E2M1 of OCP MX 1.0, by its code: eight magnitudes, and the same with the sign.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -130,7 +130,58 @@ def _mlx(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     return (values_NGk * scale_NG[..., None]).flatten(1).to(torch.bfloat16).to(dtype)
 
 
+def _gguf(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
+    """Blocks in rows of bytes [N, B], in float32 as the gguf package has them, rounded once."""
+    ((kind, raw_NB),) = ((kind, raw) for kind, raw in kinds.items() if kind != "bias")
+    blocks = raw_NB.reshape(-1, GGUF_BLOCKS[kind][1])  # [blocks, bytes]
+    return _GGUF_TYPES[kind](blocks).view(len(raw_NB), -1).to(dtype)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    """A scale and 32 integers of eight bits."""
+    return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    """Two scales of scales; scales and minima of eight groups, six bits each; 256 integers of four
+    bits, of each 32 bytes first the lower halves."""
+    low, high = blocks[:, 4:12], blocks[:, 12:16]
+    scale, least = low[:, :4], low[:, 4:]
+    scales = torch.cat([scale & 63, (high & 15) | (scale >> 2 & 48)], 1).float()
+    minima = torch.cat([least & 63, (high >> 4) | (least >> 2 & 48)], 1).float()
+    packed = blocks[:, 16:].unflatten(1, (4, 1, 32))
+    codes = torch.cat([packed & 15, packed >> 4], 2).flatten(1, 2).float()
+    scaled = (_half(blocks, 0) * scales)[..., None] * codes
+    return scaled - (_half(blocks, 2) * minima)[..., None]
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    """256 integers of six bits, the lower four and the upper two apart; scales of 16 groups; their
+    scale."""
+    lower = blocks[:, :128].unflatten(1, (2, 1, 64))
+    lower = torch.cat([lower & 15, lower >> 4], 2).unflatten(3, (2, 32)).flatten(2, 3)
+    upper = blocks[:, 128:192].unflatten(1, (2, 1, 32))
+    upper = torch.cat([upper >> shift & 3 for shift in (0, 2, 4, 6)], 2)
+    codes = (lower | upper << 4).flatten(1).float() - 32
+    scales = blocks[:, 192:208].view(torch.int8).float() * _half(blocks, 208)
+    return codes.unflatten(1, (16, 16)) * scales[..., None]
+
+
+def _gguf_mxfp4(blocks: Tensor) -> Tensor:
+    """A power of two and 32 values of E2M1: the lower halves of all bytes, then the upper ones."""
+    table = torch.tensor(_FP4, device=blocks.device)
+    codes = torch.cat([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], 1)
+    return _powers(blocks[:, :1], torch.float32) * table[codes.int()]
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """A float16 of each block [blocks, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+_GGUF_TYPES = {"q8_0": _q8_0, "q4_k": _q4_k, "q6_k": _q6_k, "mxfp4": _gguf_mxfp4}
 _METHODS: dict[str, Callable[[str, Kinds, torch.dtype], Tensor]] = {
+    "gguf": _gguf,
     "mxfp4": _mxfp4,
     "fp8": _fp8,
     "compressed": _compressed,

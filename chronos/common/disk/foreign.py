@@ -14,8 +14,8 @@ from chronos.common.errors import CorruptFileError
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
 _ORIGINAL = "take the checkpoint in safetensors that it was made from"
 _GGUF = (
-    f"{_ORIGINAL} (Transformers can write one for some architectures:"
-    " from_pretrained(folder, gguf_file=NAME), save_pretrained)"
+    "pack it beside the folder of the checkpoint it was made from:"
+    " chronos pack FILE.gguf --config DIR -o DST"
 )
 _SAVE = "load the model with Transformers and save_pretrained it: that writes safetensors"
 # By the end of a file's name: what it is, and what to do.

@@ -1,8 +1,8 @@
-"""Headers of GGUF files, llama.cpp's format, read strictly: what a file says of itself and its tensors.
+"""Headers of GGUF files, llama.cpp's format, read strictly.
 
 Facts: docs/gguf.md of ggml-org/ggml; versions 2 and 3, little-endian. Every count and length is
 compared with what is left of the file before anything is allocated for it; tensors must lie inside,
-aligned, each by itself. Long arrays (vocabularies) are skipped, not kept. Not here: what the tensors
+aligned, each by itself. Long arrays (vocabularies) are skipped, not kept. Not here: what tensors
 mean (`layout.gguf`), and their values.
 """
 

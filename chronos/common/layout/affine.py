@@ -34,8 +34,8 @@ def quantise(weight_NK: NDArray[np.float32], bits: int, group: int) -> dict[str,
         scale_NG1 = np.where(falls_NG1, scale_NG1, -scale_NG1)
         steps_NG1 = np.rint(edge_NG1 / scale_NG1)
         scale_NG1 = np.where(steps_NG1 == 0, scale_NG1, edge_NG1 / steps_NG1)
-        scales_NG = _bfloat16(scale_NG1[..., 0])
-        biases_NG = _bfloat16(np.where(steps_NG1 == 0, np.float32(0), edge_NG1)[..., 0])
+        scales_NG = bfloat16(scale_NG1[..., 0])
+        biases_NG = bfloat16(np.where(steps_NG1 == 0, np.float32(0), edge_NG1)[..., 0])
         away_NGk = (w_NGk - _float32(biases_NG)[..., None]) / _float32(scales_NG)[..., None]
         codes_NK = np.rint(np.clip(away_NGk, 0, most)).astype(np.uint8).reshape(N, K)
     if bits == 4:
@@ -44,7 +44,7 @@ def quantise(weight_NK: NDArray[np.float32], bits: int, group: int) -> dict[str,
     return {"weight": words_NW, "scales": scales_NG, "biases": biases_NG}
 
 
-def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Rounded to nearest, ties to even; NaN stays NaN."""
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (raw + 0x7FFF + (raw >> 16 & 1)) >> 16

@@ -24,7 +24,7 @@ from chronos.common.model.config import MODEL_TYPE, ModelConfig
 from chronos.common.model.guest import Geometry
 from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
 
-SWIGLU, TRANSFORMERS, MLX = "swiglu", "transformers", "mlx"
+SWIGLU, TRANSFORMERS, MLX, GGUF = "swiglu", "transformers", "mlx", "gguf"
 # What other libraries quantise, each in a layout of its own: see `quantised`.
 QUANTISED = (
     r"mxfp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"
@@ -156,6 +156,7 @@ CODECS: dict[str, Callable[[str], Codec]] = {
     TRANSFORMERS: AsStored,
     rf"{MLX}(-[a-z]+\d+)*": AsStored,
     QUANTISED: AsStored,
+    GGUF: AsStored,
 }
 ENCODERS: dict[str, Callable[[str], Encoder]] = {
     rf"({SWIGLU}|{TRANSFORMERS})-affine[48]-g({'|'.join(map(str, GROUPS))})": Affine,

@@ -8,6 +8,7 @@ is only read. Not here: what a source is and how it is checked (`source`).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -19,10 +20,11 @@ from typing import Any
 
 from chronos.common.disk import foreign
 from chronos.common.disk.atomic import LOCK, RunLock, atomic_write, sweep_orphans
+from chronos.common.disk.gguf import SUFFIX
 from chronos.common.disk.header import build_header
 from chronos.common.disk.io import ALIGN, FileIO, SmallReader, StrPath, check_free_space
 from chronos.common.disk.linked import LINK, write_link
-from chronos.common.disk.tensors import DTYPE, read_pieces, read_tensors
+from chronos.common.disk.tensors import DTYPE, read_tensors
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout.ctsr import write_experts
 from chronos.common.layout.digests import renew, seal
@@ -34,10 +36,11 @@ from chronos.common.layout.folder import (
     is_unfinished,
     open_layout,
 )
+from chronos.common.layout.gguf import open_gguf
 from chronos.common.layout.manifest import EXPERTS, read_manifest
 from chronos.common.layout.names import NAMES, write_names
 from chronos.common.layout.source import ModelSource, encoded, open_source, pick
-from chronos.common.model.config import ModelConfig
+from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import Key, lookahead_tensors
 
@@ -75,6 +78,7 @@ def pack(
     src: StrPath,
     dst: StrPath,
     *,
+    config: StrPath | None = None,
     order: str | Sequence[Sequence[Key]] = "layer",
     how: Mapping[str, Any] | None = None,
     encoding: str | None = None,
@@ -84,15 +88,20 @@ def pack(
 ) -> PackReport:
     """Write the packed form of the model in `src` into `dst`.
 
-    order: "layer" (one cluster file per layer), or the clusters as lists of (layer, expert) that
-    hold every expert once; `how` is kept in the manifest as the reason. encoding: convert the
-    experts of one of Chronos' own models; else bytes stay as they are. link: leave the dense part
-    where it is, which needs `src` for as long as `dst` is used. progress: called with bytes done
-    and in all. Raises ConfigError, ShapeMismatch, CorruptFileError (a NaN, by tensor),
-    DiskFullError before anything is written where it can, UsageError.
+    src: a model folder, or a GGUF file; `config` is then the folder of the original checkpoint, for
+    its config.json and tokenizer. order: "layer" (one cluster file per layer), or the clusters as
+    lists of (layer, expert) that hold every expert once; `how` is kept in the manifest as the
+    reason. encoding: convert the experts (`source.own_encoding`); else their bytes stay as they
+    are. link: leave the dense part where it is, which needs `src` for as long as `dst` is used.
+    progress: called with bytes done and in all. Raises ConfigError, ShapeMismatch, CorruptFileError
+    (a NaN, by tensor), DiskFullError before anything is written where it can, UsageError.
     """
     began, src, dst, io = time.perf_counter(), Path(src), Path(dst), io or FileIO()
-    model = open_source(src, io)
+    model = opened(src, config, io)
+    if config is not None:
+        if link:
+            raise UsageError("a GGUF file is converted: nothing of it can stay in place", "--link")
+        src = Path(config)
     _check_side_files(src, io)
     if encoding is not None and set(model.encodings.values()) != {encoding}:
         model = encoded(model, encoding)
@@ -111,12 +120,12 @@ def pack(
         sweep_orphans(dst / EXPERTS)
         if is_packed(dst):
             layout = _same_model(dst, model, clusters)
-            _complete(src, dst, model, link, advance, io)
+            _complete(src, dst, model, link, config is not None, advance, io)
             return _already_packed(layout, model, began)
         _refuse_foreign(src, dst, io)
         check_free_space(dst, total + _overhead(src, clusters) - _existing_nbytes(dst), io)
         _place_dense(dst, model, link, advance, io)
-        copy_side_files(side_files(src), dst, model.config, io)
+        copy_side_files(side_files(src), dst, model.config, io, plain=config is not None)
         if model.names:
             write_names(dst, model.names, io)
         written = write_experts(
@@ -139,6 +148,22 @@ def pack(
         fingerprint=model.fingerprint,
         left_out=model.left_out,
     )
+
+
+def opened(src: Path, config: StrPath | None, io: FileIO) -> ModelSource:
+    """What `pack` would write. Raises what `pack` does; UsageError where `config` is missing, or
+    names what the folder has itself."""
+    if src.suffix == SUFFIX:
+        if config is None:
+            raise UsageError(
+                f"{src.name} is in GGUF, which has no config.json",
+                str(src),
+                "name the folder of the original checkpoint (config.json, tokenizer): --config DIR",
+            )
+        return open_gguf(src, Path(config), io)
+    if config is not None:
+        raise UsageError("only a GGUF file needs another folder's config.json", "--config")
+    return open_source(src, io)
 
 
 @contextmanager
@@ -233,12 +258,18 @@ def _another(dst: Path) -> UsageError:
 
 
 def _complete(
-    src: Path, dst: Path, model: ModelSource, link: bool, advance: Callable[[int], None], io: FileIO
+    src: Path,
+    dst: Path,
+    model: ModelSource,
+    link: bool,
+    plain: bool,
+    advance: Callable[[int], None],
+    io: FileIO,
 ) -> None:
     """Put back what a finished folder has lost. Its own copy of the dense part is never removed:
     other folders may be linked to it, the source too."""
     lost = [path for path in side_files(src) if not (dst / path.name).exists()]
-    copy_side_files(lost, dst, model.config, io)
+    copy_side_files(lost, dst, model.config, io, plain=plain)
     put_back = [path.name for path in lost]
     if not (dst / DENSE).exists():
         check_free_space(dst, 0 if link else model.dense_nbytes, io)
@@ -335,7 +366,7 @@ def _write_dense(dst: Path, model: ModelSource, advance: Callable[[int], None], 
     def chunks() -> Iterator[Any]:
         yield header
         done, starts = 0, {entry.name: entry.offset for _, entry in model.dense}
-        with closing(read_pieces(model.dense, io)) as stream:
+        with closing(model.read_dense(io)) as stream:
             for piece, data in stream:
                 skipped = piece.offset - starts[piece.name]
                 check_finite(data, piece.dtype, piece.name, skipped=skipped)
@@ -370,9 +401,15 @@ def _check_side_files(src: Path, io: FileIO) -> None:
 
 
 def copy_side_files(
-    files: Iterable[Path], dst: Path, config: ModelConfig | GuestConfig, io: FileIO
+    files: Iterable[Path],
+    dst: Path,
+    config: ModelConfig | GuestConfig,
+    io: FileIO,
+    *,
+    plain: bool = False,
 ) -> None:
-    """Copy them, the tensors of those that have some checked."""
+    """Copy them, the tensors of those that have some checked. plain: config.json says nothing of a
+    quantisation then."""
     for source in files:
         if source.suffix == ".safetensors":
             found = {}
@@ -382,9 +419,21 @@ def copy_side_files(
                     found[entry.name] = (source, entry)
             if source.name == "lookahead.safetensors" and isinstance(config, ModelConfig):
                 pick(lookahead_tensors(config), found, source.parent)
+        if plain and source.name == "config.json":
+            raw = json.dumps(_without_quantisation(load_config(source)[0]), indent=2).encode()
+            atomic_write(dst / source.name, [raw], io, nbytes=len(raw))
+            continue
         with SmallReader(os.path.realpath(source), io) as file:
             chunks = (
                 file.read(offset, min(_COPY, file.nbytes - offset))
                 for offset in range(0, file.nbytes, _COPY)
             )
             atomic_write(dst / source.name, chunks, io, nbytes=file.nbytes)
+
+
+def _without_quantisation(config: Any) -> Any:
+    """The same config.json of a model that is not quantised."""
+    if not isinstance(config, dict):
+        return config
+    gone = ("quantization_config", "quantization")
+    return {key: _without_quantisation(value) for key, value in config.items() if key not in gone}

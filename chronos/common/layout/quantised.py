@@ -4,8 +4,8 @@ A matrix [N, K] (rows out, columns in) is several tensors, `X.weight_packed` and
 for instance: here they are kinds of the matrix X. `shape_of` says how large the matrix is that they
 make, and refuses tensors that do not fit each other before anything is computed from them. Formats:
 OCP Microscaling (MX) 1.0; Transformers' FineGrainedFP8; compressed-tensors; GPTQ and AWQ as
-AutoGPTQ and AutoAWQ pack them; MLX. Not here: values (a backend's `quantised.py`), and which tensor
-is whose (`naming`).
+AutoGPTQ and AutoAWQ pack them; MLX; GGUF. Not here: values (a backend's `quantised.py`), and which
+tensor is whose (`naming`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from chronos.common.errors import ShapeMismatch
 
 # Kinds that hold values, and those that say what the values mean. A matrix that is not quantised
 # has the kind "weight" alone.
-VALUES = ("blocks", "weight_packed", "qweight", "weight")
+# What GGUF calls its types: values and bytes of a block.
+GGUF_BLOCKS = {"q8_0": (32, 34), "q4_k": (256, 144), "q6_k": (256, 210), "mxfp4": (32, 17)}
+VALUES = ("blocks", "weight_packed", "qweight", "weight", *GGUF_BLOCKS)
 SCALES = ("scales", "weight_scale_inv", "weight_scale")
 KINDS = (
     *VALUES, *SCALES, "biases", "weight_zero_point", "weight_global_scale", "qzeros", "g_idx",
@@ -197,7 +199,17 @@ def _mlx(setting: str, kinds: Kinds) -> tuple[int, int]:
     return rows, columns
 
 
+def _gguf(setting: str, kinds: Kinds) -> tuple[int, int]:
+    """One kind, by its type: U8 [N, bytes of a row]."""
+    (kind,) = kinds.keys() - {"bias"}
+    rows, width = _matrix(kinds, kind, ("U8",))
+    values, size = GGUF_BLOCKS[kind]
+    _check(not width % size)
+    return rows, width // size * values
+
+
 _METHODS = {
+    "gguf": _gguf,
     "mxfp4": _mxfp4,
     "fp8": _fp8,
     "compressed": _compressed,

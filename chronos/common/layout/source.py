@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from chronos.common.disk.header import Located, tensor_nbytes
 from chronos.common.disk.io import FileIO
 from chronos.common.disk.linked import sample_digest
-from chronos.common.disk.tensors import locate_tensors, next_pieces, read_pieces
+from chronos.common.disk.tensors import Stream, locate_tensors, next_pieces, read_pieces
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.layout.affine import DEFAULT_GROUPS
 from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS, encoder_of, encoding_of
@@ -50,7 +50,7 @@ class ModelSource:
 
     templates: the record of an expert, by layer. identify: reads the samples for the fingerprint.
     names: what the experts' tensors are called, where that is known. left_out: names of tensors no
-    decoder runs.
+    decoder runs. dense_pieces: gives the dense tensors where they are not written as they lie.
     """
 
     config: ModelConfig | GuestConfig
@@ -60,6 +60,11 @@ class ModelSource:
     identify: Callable[[], str]
     names: Names = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    dense_pieces: Callable[[FileIO], Stream] | None = None
+
+    def read_dense(self, io: FileIO) -> Stream:
+        """The dense tensors as they are to be written, in order and in pieces."""
+        return self.dense_pieces(io) if self.dense_pieces else read_pieces(self.dense, io)
 
     @cached_property
     def fingerprint(self) -> str:

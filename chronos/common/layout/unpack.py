@@ -102,9 +102,7 @@ def unpack(
             done += nbytes
             if progress:
                 progress(min(done, total), total)
-        copy_side_files(side_files(src), dst, config, io)
-        if plain is not None:
-            _write_json(dst / "config.json", _without_quantisation(load_config(src)[0]), io)
+        copy_side_files(side_files(src), dst, config, io, plain=plain is not None)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(dst / INDEX, index, io)
     return UnpackReport(total, len(where), len(shards))
@@ -255,14 +253,6 @@ def _chunks(
                     for kind, (_, entry) in part.kinds.items()
                 }
                 yield dequantise(part.encoding, kinds, tensor.dtype, part.transposed)
-
-
-def _without_quantisation(config: Any) -> Any:
-    """The same config.json of a model that is not quantised."""
-    if not isinstance(config, dict):
-        return config
-    gone = ("quantization_config", "quantization")
-    return {key: _without_quantisation(value) for key, value in config.items() if key not in gone}
 
 
 def _write_json(path: Path, data: Any, io: FileIO) -> None:
