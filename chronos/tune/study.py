@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 
 from chronos.common.disk.atomic import atomic_write, make_folder
 from chronos.common.errors import ConfigError, CorruptFileError, UsageError
@@ -87,11 +86,15 @@ class TrialView:
 
 def me() -> dict[str, Any]:
     """This process, so that another one can tell whether it is still there."""
+    import psutil  # here, and below: it does not import everywhere that we do
+
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "began": psutil.Process(pid).create_time()}
 
 
 def _gone(worker: Mapping[str, Any], alive: float) -> bool:
+    import psutil
+
     if worker.get("host") != socket.gethostname():
         return time.time() - alive > _GONE_S
     try:
