@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from chronos.common.disk.atomic import atomic_write, make_folder
 from chronos.common.errors import ConfigError, CorruptFileError, UsageError
 from chronos.tune.settings import Tuning
