@@ -89,7 +89,7 @@ def _check(model: str, budget: str) -> None:
     layout = open_layout(folder, config=config)
     if budget.strip().lower() != RESIDENT:
         capacity = parse_budget(budget, layout.total_bytes)
-        slots_within(layout, capacity, config.num_experts_per_tok)
+        slots_within(layout, capacity, config.least_slots)
 
 
 def _announce(number: int, engine: Engine, model: str) -> None:

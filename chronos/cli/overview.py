@@ -133,7 +133,7 @@ _LABELS = {
 
 def _held(held: dict[str, Any]) -> str:
     if not held["enough"]:
-        return f"too small: {output.size(held['least_bytes'])} wanted, the experts of one layer"
+        return f"too small: at least {output.size(held['least_bytes'])}"
     size, each = output.size(held["bytes"]), held["experts_per_layer"]
     return f"{held['experts']} experts in {size}, {each:.1f} a layer"
 
@@ -146,7 +146,7 @@ def _fit(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     held = data.get("dense_memory_bytes", data["dense_bytes"])
     fit = {
         "bytes": total,
-        "least_memory_bytes": held + data["experts_per_token"] * data["expert_bytes"],
+        "least_memory_bytes": held + data["budgets"][0]["least_bytes"],
         "memory_free_bytes": free,
         "fits_memory": held + data["expert_bytes_total"] <= free,
     }

@@ -100,10 +100,9 @@ def _record_bytes(config: ModelConfig) -> int:
 
 def _room(config: ModelConfig, budget: str) -> tuple[int, int]:
     """Experts that a budget holds, and how many a token needs at least."""
-    nbytes, known = _record_bytes(config), known_ahead(config)
+    nbytes = _record_bytes(config)
     slots = parse_budget(budget, nbytes * config.num_routed_experts) // nbytes
-    top_k = config.num_experts_per_tok
-    return slots, top_k if known is None else max(top_k, known.least)
+    return slots, config.least_slots
 
 
 class _Announced(KnownAhead):

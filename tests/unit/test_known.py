@@ -13,11 +13,13 @@ from chronos.common.disk.reader import RangedReader
 from chronos.common.errors import UsageError
 from chronos.common.experts.known import KnownAhead, known_ahead
 from chronos.common.experts.residency import CERTAIN, Residency
+from chronos.common.layout import inspect
 from chronos.common.model.config import ModelConfig
 from chronos.common.model.guest import GuestConfig
 from chronos.common.text.sampling import SamplingParams, Work
 from chronos.testing.fake_backend import FakeBackend
 from chronos.testing.store_rig import GatedIO, feed_over, tiny_layout, until
+from chronos.testing.tiny import tiny_model
 
 CONFIG = ModelConfig(
     num_hidden_layers=3,
@@ -63,6 +65,17 @@ def test_sequences_announce_for_themselves() -> None:
     policy.drop(1)
     policy.drop(1)
     assert certain(policy) == set() and policy.announced == []
+
+
+def test_inspect_says_what_room_such_a_model_needs(tmp_path: Path) -> None:
+    history = {"routing_source": "history", "num_resident_experts": 2}
+    folder = tiny_model(tmp_path / "m", num_resident_experts_per_tok=1, **history)
+    config = ModelConfig.from_json(folder)
+    least, all_of_them = config.least_slots, config.num_routed_experts
+    assert config.num_experts_per_tok < least < all_of_them
+    shares = [f"{100 * count / all_of_them}%" for count in (least - 1, least)]
+    held = inspect(folder, budgets=shares)["budgets"]
+    assert [each["enough"] for each in held] == [False, True]
 
 
 def test_the_least_room_is_what_stays_and_what_one_token_is_told() -> None:

@@ -471,4 +471,4 @@ def room_for(layout: Layout, capacity_bytes: int, top_k: int, policy: Policy | N
     if not isinstance(policy, KnownAhead):
         return slots_within(layout, capacity_bytes, top_k)
     why = "what always stays and what is known to come take"
-    return slots_within(layout, capacity_bytes, max(top_k, policy.least), why=why)
+    return slots_within(layout, capacity_bytes, policy.least, why=why)

@@ -34,13 +34,11 @@ class KnownAhead(Counts):
     def __init__(self, config: ModelConfig) -> None:
         layers, experts = config.num_hidden_layers, config.num_experts
         self.counts = DecayedLFU(layers, experts)  # of uses; all that a tier behind this one needs
-        resident, top_k = config.num_resident_experts, config.num_experts_per_tok
+        resident = config.num_resident_experts
         follow = [layer for layer in range(layers) if config.routing_of(layer) == "history"]
         self.resident: list[Key] = [(layer, e) for layer in follow for e in range(resident)]
-        streamed = top_k - config.num_resident_experts_per_tok
-        others = top_k if len(follow) < layers else 0
         # Slots below which what is announced could not be kept until it was used.
-        self.least = len(self.resident) + len(follow) * streamed + others
+        self.least = config.least_slots
         self._streamed = dict.fromkeys(follow, resident)  # number of the first one
         self._width = experts
         self._announced: dict[int, dict[int, tuple[int, ...]]] = {}  # by sequence and layer

@@ -123,7 +123,7 @@ def _held(source: ModelSource, budget: str) -> dict[str, Any]:
     slot = max(template.nbytes for template in source.templates.values())
     nbytes = parse_budget(budget, source.expert_nbytes)
     slots = min(nbytes // slot, source.config.num_experts * len(source.templates))
-    least = source.config.num_experts_per_tok
+    least = source.config.least_slots
     return {
         "budget": budget,
         "bytes": slots * slot,

@@ -181,6 +181,16 @@ class ModelConfig:
         """Routed experts of the whole model, all layers."""
         return self.num_hidden_layers * self.num_experts
 
+    @property
+    def least_slots(self) -> int:
+        """Experts that must have room at once: those of one token in a layer; of layers that
+        announce theirs, all that always stay and the announced ones of one token."""
+        follow = self.routing_sources.count("history")
+        streamed = self.num_experts_per_tok - self.num_resident_experts_per_tok
+        known = follow * (self.num_resident_experts + streamed) if follow else 0
+        others = self.num_experts_per_tok if follow < self.num_hidden_layers else 0
+        return max(self.num_experts_per_tok, known + others)
+
     def to_json(self) -> dict[str, Any]:
         """The config.json object, in both spellings."""
         data = dataclasses.asdict(self)

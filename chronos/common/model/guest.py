@@ -80,6 +80,8 @@ class Geometry(Protocol):
     @property
     def num_shared_experts(self) -> int: ...
     @property
+    def least_slots(self) -> int: ...
+    @property
     def dtype(self) -> str: ...
     @property
     def dtype_bytes(self) -> int: ...
@@ -109,6 +111,11 @@ class GuestConfig:
     coding: str = ""
     rope_type: str = ""
     lookahead_steps: ClassVar[int] = 0  # it has no LookaheadRouter
+
+    @property
+    def least_slots(self) -> int:
+        """Experts that must have room at once: those of one token in a layer."""
+        return self.num_experts_per_tok
 
     @property
     def dtype_bytes(self) -> int:
