@@ -30,7 +30,7 @@ from chronos.backends.mlx.attention import (
     WindowAttention,
     causal_mask,
 )
-from chronos.backends.mlx.moe import LookaheadRouter, MoE, Past, Routing, RoutingState
+from chronos.backends.mlx.moe import LookaheadRouter, MoE, Next, Past, Routing, RoutingState
 from chronos.common.experts.feed import Source
 from chronos.common.experts.known import ANNOUNCED
 from chronos.common.layout.codecs import SWIGLU
@@ -148,6 +148,7 @@ class Model(nn.Module):
         self.config, self.resident = config, resident
         self.model = Decoder(config, resident, encodings)
         self.lookahead: LookaheadRouter | None = LookaheadRouter(config)
+        self._next: Next | None = None
         self._looking_back = [
             layer
             for layer, source in enumerate(config.routing_sources)
@@ -199,8 +200,7 @@ class Model(nn.Module):
             past = self._past_of(range(start, start + ids_BT.shape[1]))
         ahead = None
         if source is not None and cache is not None and source.wants(ANNOUNCED):
-            end = cache.position + ids_BT.shape[1]
-            ahead = self._past_of(range(end, end + 1))
+            ahead = self._next_at(cache.position + ids_BT.shape[1])
         sources = self.config.routing_sources
         committed = "lookahead" in sources
         out, seed = Output(x_BTD), self._mask_seed()
@@ -280,15 +280,23 @@ class Model(nn.Module):
     def upcoming(self, cache: Cache) -> dict[int, mx.array]:
         """The streamed experts [B, K] that the token after those in the cache will use, of layers
         whose routing follows the past."""
-        past = self._past_of(range(cache.position, cache.position + 1))
+        past = self._next_at(cache.position)
         return {
             layer: self.model.layers[layer].mlp.upcoming(past, state)
             for layer, state in cache.routing.items()
             if self.config.routing_of(layer) == "history"
         }
 
+    def _next_at(self, position: int) -> Next:
+        """Of a token behind others; what is ahead of one token is the past of the next."""
+        if self._next is None or self._next.position != position:
+            self._next = Next(self.config, position)
+        return self._next
+
     def _past_of(self, positions: range) -> Past:
         """What tokens of one document at these positions have before them."""
+        if positions.start and len(positions) == 1:
+            return self._next_at(positions.start)
         position_T = np.arange(positions.start, positions.stop)
         share_GT = history.shares(self.config, position_T).astype(np.float32)
         return Past(self.config, mx.array(position_T == 0)[None], mx.array(share_GT)[:, None], None)

@@ -76,7 +76,7 @@ class Past:
     ) -> None:
         """first_BT: where a document begins. share_GBT: `history.shares` of the tokens before each.
         same_BTT: whether two tokens are of one document; None where all are."""
-        T = first_BT.shape[1]
+        T = self.tokens = first_BT.shape[1]
         self._parts = history.parts(config)
         powers_GP = history.powers(config, T + 1)
         gap_TT = np.arange(T)[:, None] - 1 - np.arange(T)
@@ -117,6 +117,35 @@ class Past:
                 total_BS = total_BS + powers_P[T] * sum_BS[:, part]
             found.append(total_BS)
         return mx.concatenate(found, axis=-1)
+
+
+class Next(Past):
+    """The same for one token behind others of its document, where little is left of the products:
+    the same bits."""
+
+    def __init__(self, config: ModelConfig, position: int) -> None:
+        def of(value_G: Any) -> mx.array:
+            return mx.array(history.per_expert(config, value_G).astype(np.float32))
+
+        self.tokens, self.position = 1, position
+        self._share_1S = of(history.shares(config, np.array([position]))[:, 0])
+        self._rho_1S = of(np.array(config.decays))
+
+    def before(self, x_BTX: mx.array, last_BX: mx.array | None) -> mx.array:
+        assert last_BX is not None
+        return last_BX[:, None]
+
+    def means(self, z_BTS: mx.array, sum_BS: mx.array | None) -> mx.array:
+        assert sum_BS is not None
+        return self.mean(sum_BS)[:, None]
+
+    def mean(self, sum_BS: mx.array) -> mx.array:
+        """Of the scores of the tokens before."""
+        return sum_BS * self._share_1S
+
+    def summed(self, z_BTS: mx.array, sum_BS: mx.array | None) -> mx.array:
+        assert sum_BS is not None
+        return z_BTS[:, 0] + self._rho_1S * sum_BS
 
 
 class RoutingState:
@@ -188,7 +217,7 @@ class MoE(nn.Module):
         state: RoutingState | None = None,
         chosen: tuple[mx.array, mx.array | None] | None = None,
         source: Source | None = None,
-        ahead: Past | None = None,
+        ahead: Next | None = None,
     ) -> tuple[mx.array, Routing]:
         """Output [T, D] and the routing; `probs_TE` or `chosen` (ids, and weights or None for the
         gate's own of these experts) replace the layer's own gate. past, state: what comes before
@@ -248,13 +277,11 @@ class MoE(nn.Module):
                 reference_TE = mx.softmax(logits_TE.astype(mx.float32), axis=-1)
         return routing._replace(reference_TE=reference_TE)
 
-    def upcoming(self, past: Past, state: RoutingState) -> mx.array:
+    def upcoming(self, past: Next, state: RoutingState) -> mx.array:
         """The streamed experts of the token after the last, [B, K]: what `decide` will choose.
         past: of that token."""
         assert state.sum_BS is not None
-        none_B1S = mx.zeros_like(state.sum_BS)[:, None]
-        mean_BS = past.means(none_B1S, state.sum_BS)[:, 0]
-        return _best(mean_BS, self.top_k - self.near[1]) + self.near[0]
+        return _best(past.mean(state.sum_BS), self.top_k - self.near[1]) + self.near[0]
 
     def _informed(
         self,
@@ -267,7 +294,7 @@ class MoE(nn.Module):
         """The choice of a gate that sees the token before; with `follows`, of the resident experts
         only, and the others by the tokens before alone. gates: weights of the gate and the second
         one."""
-        shape = (-1, past.first_BT1.shape[1])
+        shape = (-1, past.tokens)
         z_BTE, v_BTA = (
             mx.unflatten((x_TD @ weight.T).astype(mx.float32), 0, shape) for weight in gates
         )

@@ -139,10 +139,10 @@ class FeedStep:
         """
         if self._lease is not None:
             self._lease.close()
-        if self._feed.known is not None and self.work and not self.in_prompt:
-            self._count_announced(self._feed.known, layer, by or {0: experts})
         needs = {self.work[place].seq: wanted for place, wanted in by.items()} if by else NOBODY
         self._lease = lease = self._feed.tier.acquire(layer, experts, needs, exact=self._feed.exact)
+        if self._feed.known is not None and self.work and not self.in_prompt:
+            self._count_announced(self._feed.known, layer, by or {0: experts}, lease)
         self._feed.read_announced()
         if (ahead := self._feed.ahead) is not None:
             ahead.acquired(layer, experts)
@@ -194,22 +194,27 @@ class FeedStep:
         assert self._feed.known is not None
         seq = self.work[place].seq
         with self._feed.tier.lock:
-            self._due[layer, place] = self._feed.known.announce(seq, layer, experts)
-        self._feed.unread += [(layer, expert) for expert in experts]
+            before = self._due[layer, place] = self._feed.known.announce(seq, layer, experts)
+        if before != tuple(experts):
+            self._feed.unread += [(layer, expert) for expert in experts]
 
     def _count_announced(
-        self, known: KnownAhead, layer: int, by: Mapping[int, Collection[int]]
+        self, known: KnownAhead, layer: int, by: Mapping[int, Collection[int]], lease: Lease
     ) -> None:
-        """by: what each work needs, by its place; several count what they share once."""
+        """by: what each work needs, by its place; several count what they share once. lease: on
+        all of it, whose reads have just begun."""
         said, unsaid = set[int](), set[int]()
         for place, experts in by.items():
-            due, needed = self._due.get((layer, place), ()), set(known.streamed(layer, experts))
-            said |= needed.intersection(due)
-            unsaid |= needed.difference(due)
-        counters, ready = self._feed.tier.ledger.total, self._feed.tier.ready(layer, said - unsaid)
-        counters.announced += len(said - unsaid)
-        counters.announced_late += len(said - unsaid) - len(ready)
+            due = self._due.get((layer, place), ())
+            for expert in known.streamed(layer, experts):
+                (said if expert in due else unsaid).add(expert)
+        said -= unsaid
+        tier = self._feed.tier
+        counters = tier.ledger.total
+        counters.announced += len(said)
         counters.unannounced += len(unsaid)
+        if lease.waits or tier.moving or not self._feed.exact:
+            counters.announced_late += len(said) - len(tier.ready(layer, said))
 
     def done(self, work: Work, ids_TLK: npt.NDArray[Any] | None = None) -> None:
         """A sequence's work went through. ids_TLK: the experts that its tokens were routed to, in
@@ -278,8 +283,10 @@ class Feed:
         self._prompts: dict[int, list[tuple[Sequence[int], npt.NDArray[Any]]]] = {}
         self._decoding: set[int] = set()  # sequences whose prompt is over
         self._reading_prompt = False
-        if self._reads_announced and self.known is not None:
-            self.preload(self.known.resident)
+        if self.known is not None:
+            self.tier.stays = frozenset(self.known.resident)
+            if self._reads_announced:
+                self.preload(self.known.resident)
 
     @property
     def slots(self) -> int:
@@ -361,12 +368,18 @@ class Feed:
     # What a step calls.
 
     def read_announced(self) -> None:
-        """Read what is announced, as far as there are slots that hold nothing certain."""
-        if self.unread and self._reads_announced:
-            self.tier.prefetch(self.unread, ANNOUNCED)
-            self.unread = [key for key in self.unread if self.tier.residency.lookup(key) is None]
-        else:
-            self.unread = []
+        """Read what is announced, as far as there are slots that hold nothing certain. Most of it
+        is here already: that it is certain keeps it, and the tier need not be asked."""
+        lookup, unread = self.tier.residency.lookup, self.unread
+        self.unread = []
+        if not unread or not self._reads_announced:
+            return
+        with self.tier.lock:
+            self.tier.residency.reconsider()  # announcements change ranks
+            absent = [key for key in unread if lookup(key) is None]
+        if absent:
+            self.tier.prefetch(absent, ANNOUNCED)
+            self.unread = [key for key in absent if lookup(key) is None]
 
     def _begin(self, step: FeedStep) -> None:
         if step.in_prompt:

@@ -68,7 +68,9 @@ class KnownAhead(Counts):
         the token before."""
         layers = self._announced.setdefault(seq, {})
         before = layers.get(layer, ())
-        layers[layer] = tuple(experts)
+        if before == (now := tuple(experts)):  # 19 of 20 tokens of the shipped model
+            return before
+        layers[layer] = now
         self._keys.update((layer, expert) for expert in experts)
         self._forget(layer, before)
         self._rank = None

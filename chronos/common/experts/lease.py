@@ -105,10 +105,11 @@ class SlotLease:
     the lease is closed. An error closes it; one dropped half-way is closed by the tier's next call.
     """
 
-    __slots__ = ("_held", "_kept", "_tier", "layer", "loads", "queued", "ready")
+    __slots__ = ("_held", "_kept", "_tier", "fixed", "layer", "loads", "queued", "ready")
 
     def __init__(self, tier: Holder, layer: int) -> None:
         self._tier, self.layer = tier, layer
+        self.fixed: list[tuple[int, Any]] = []  # (expert, view) of what is never evicted
         self.ready: deque[tuple[int, int]] = deque()  # (expert, slot), slot -1 for a fallback
         self.loads: dict[int, Load] = {}
         self.queued: deque[int] = deque()  # experts that found no slot yet
@@ -123,6 +124,8 @@ class SlotLease:
         return self
 
     def __next__(self) -> tuple[int, Any]:
+        if self.fixed:  # first, while nothing is held that a wait would keep from others
+            return self.fixed.pop()
         tier = self._tier
         with tier.lock:
             if self._held >= 0:
@@ -162,6 +165,7 @@ class SlotLease:
                     self._tier.residency.unpin(slot)
             self._held = -1
             self._kept.clear()
+            self.fixed.clear()
             self.ready.clear()
             self.loads.clear()
             self.queued.clear()

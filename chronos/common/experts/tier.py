@@ -60,6 +60,8 @@ class Tier(ABC):
         self._shapes: list[Any] = [None] * slots  # the record geometry a cached view was made for
         self._events: dict[int, Any] = {}  # slots whose copy nobody has waited for (see StagedTier)
         self._complete: dict[Key, Any] | None = None  # all views, once nothing can be missing
+        self.stays: frozenset[Key] = frozenset()  # what the policy never lets go
+        self._fixed: dict[Key, Any] = {}  # the views of those that are here
 
     # What consumers call.
 
@@ -257,6 +259,11 @@ class Tier(ABC):
     # The rest is shared.
 
     @property
+    def moving(self) -> bool:
+        """Whether some slot may still be copied to."""
+        return bool(self._events)
+
+    @property
     def loading(self) -> int:
         """Records on their way into a slot."""
         return len(self._loads)
@@ -309,12 +316,18 @@ class Tier(ABC):
         absent: list[int] = []
         late = 0
         for expert in wanted:
-            slot = ready.get((layer, expert))
+            key = (layer, expert)
+            if key in self._fixed:
+                lease.fixed.append((expert, self._fixed[key]))
+                continue
+            slot = ready.get(key)
             if slot is None:
                 absent.append(expert)
                 continue
             moving = slot in events and not self._copied(slot)
             late += moving
+            if key in self.stays and slot not in events:
+                self._fixed[key] = self._views[slot]  # from the next time on
             if slot in asked_by:
                 self.ledger.found(slot, moving)
             self.residency.pin(slot)

@@ -42,6 +42,13 @@ def parts(config: ModelConfig) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
+def per_expert(config: ModelConfig, value_G: Floats) -> Floats:
+    """A value of each rho, for every streamed expert that follows it. [1, S]"""
+    widths = [part.stop - part.start for part in parts(config)]
+    result: Floats = np.repeat(value_G, widths)[None]
+    return result
+
+
 def balance_scale(config: ModelConfig | GuestConfig) -> Floats:
     """What each expert's share of the balance counts. [L, E], [1, E] where all count alike.
 
