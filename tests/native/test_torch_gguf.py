@@ -22,7 +22,7 @@ from tests.native.test_torch_quantised import PROMPT, build, by_pieces
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import gguf
 
-K_QUANTS = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+K_QUANTS = {"hidden_size": 256, "moe_intermediate_size": 256}
 
 
 class Case(NamedTuple):
@@ -87,7 +87,8 @@ def test_it_has_the_bits_of_the_checkpoint_it_stands_for(
     assert set(layout.encodings.values()) == {"gguf"}
     expected = by_library(tiny.model, PROMPT)
     least = 2 * max(record.nbytes for record in layout.records.values())
-    for budget in (least, "25%") if dtype == torch.float32 else ("50%", "all", "resident"):
+    quarter = max(least, layout.total_bytes // 4)  # layers of larger blocks count as such
+    for budget in (least, quarter) if dtype == torch.float32 else ("50%", "all", "resident"):
         with chronos.load(tiny.packed, backend="torch", budget=budget) as engine:
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
             if engine.feed is not None:

@@ -47,6 +47,7 @@ WIDE = {
     "shared_expert_intermediate_size": 32,
 }
 CASES = {
+    "fp4": "deepseek_v3", "mxfp8": "qwen3_moe",
     "mxfp4": "gpt_oss", "fp8": "deepseek_v3", "fp8-e8m0": "qwen3_moe", "int4": "qwen3_moe",
     "int4-asym": "deepseek_v3", "int8": "qwen3_moe", "float": "glm4_moe", "ct-mxfp4": "mixtral",
     "ct-mxfp8": "qwen3_moe", "ct-nvfp4": "qwen3_moe", "gptq": "qwen3_moe",

@@ -60,6 +60,38 @@ def fp8(weight_NK: Tensor, scale_dtype: torch.dtype = torch.float32) -> Coded:
     return {"weight": coded, "weight_scale_inv": scales.to(scale_dtype)}, plain
 
 
+def fp4(weight_NK: Tensor, scale: str = "scale") -> Coded:
+    """As DeepSeek-V4's experts: two values a byte, a power of two for each 32 columns; dequantised
+    by Transformers."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    coded, _ = mxfp4(weight_NK)
+    weight = coded["blocks"].flatten(1).view(torch.int8)
+    scales = coded["scales"].view(torch.float8_e8m0fnu)
+    plain = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.float32)
+    return {"weight": weight, scale: scales}, plain
+
+
+def mxfp8(weight_NK: Tensor) -> Coded:
+    """As Transformers' `mxfp8`, and dequantised by it: a byte of exponent for each 32 columns."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    groups = weight_NK.float().unflatten(1, (-1, 32))
+    exponent = torch.ceil(torch.log2(groups.abs().amax(-1) / 448))
+    coded = (groups / torch.exp2(exponent)[..., None]).flatten(1).to(torch.float8_e4m3fn)
+    scales = (exponent + 127).to(torch.uint8)
+    plain = Fp8Dequantize(None)._dequantize_one(coded, scales, torch.float32)
+    return {"weight": coded, "weight_scale_inv": scales}, plain
+
+
+def deepseek_v4(weight_NK: Tensor, routed: bool) -> Coded:
+    """Experts in FP4, the rest in FP8 with powers of two, and both kinds of scales called so."""
+    if routed:
+        return fp4(weight_NK)
+    coded, plain = fp8(weight_NK, torch.float8_e8m0fnu)
+    return {"weight": coded["weight"], "scale": coded["weight_scale_inv"]}, plain
+
+
 def compressed(
     weight_NK: Tensor, format_: str, bits: int = 4, kind: str = "int", **more: Any
 ) -> Coded:
@@ -218,6 +250,8 @@ FORMATS: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Coded]]] = {
         f"fp8-{BLOCK}x{BLOCK}",
         partial(fp8, scale_dtype=torch.float8_e8m0fnu),
     ),
+    "mxfp8": ({"quant_method": "mxfp8", "scale_fmt": "ue8m0"}, "fp8-1x32", mxfp8),
+    "fp4": (FP8 | {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}, "fp4", deepseek_v4),
     "int4": _compressed("pack-quantized", "int4", 4, group_size=32),
     "int4-asym": _compressed("pack-quantized", "int4", 4, group_size=32, symmetric=False),
     "int8": _compressed("pack-quantized", "int8", 8, strategy="channel"),
@@ -268,7 +302,8 @@ def save(model: Any, folder: Path, name: str, wanted: Callable[[str], bool]) -> 
                 tensors[f"{key}_{kind}"] = torch.stack([parts[kind] for parts, _ in coded])
             plain[key] = torch.stack([value.T for _, value in coded]).to(weight.dtype)
         else:
-            parts, value = write(weight)
+            routed = {"routed": ".experts." in key} if write is deepseek_v4 else {}
+            parts, value = write(weight, **routed)
             base = key.removesuffix(".weight")
             tensors |= {f"{base}.{kind}": part for kind, part in parts.items()}
             plain[key] = value.to(weight.dtype)

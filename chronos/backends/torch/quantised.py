@@ -42,12 +42,23 @@ def _mxfp4(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
 
 def _fp8(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     """The last block of a row or column may be cut."""
-    weight_NK, scale = kinds["weight"], kinds["weight_scale_inv"]
+    weight_NK, scale = kinds["weight"], _scale(kinds)
     down, across = block_of(setting)
     wide = _powers(scale, torch.float32) if scale.dtype == torch.uint8 else scale.float()
     N, K = weight_NK.shape
     scale_NK = wide.repeat_interleave(down, 0)[:N].repeat_interleave(across, 1)[:, :K]
     return (_eight_bits(weight_NK) * scale_NK).to(dtype)
+
+
+def _fp4(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
+    values_NK = _four_bits(_bytes(kinds["weight"]), _FP4, torch.float32)
+    scale_NG = _powers(_bytes(_scale(kinds)), torch.float32)
+    return (values_NK.unflatten(1, (-1, 32)) * scale_NG[..., None]).flatten(1).to(dtype)
+
+
+def _scale(kinds: Kinds) -> Tensor:
+    """Under Transformers' name or DeepSeek-V4's."""
+    return kinds["scale"] if "scale" in kinds else kinds["weight_scale_inv"]
 
 
 def _compressed(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
@@ -184,6 +195,7 @@ _METHODS: dict[str, Callable[[str, Kinds, torch.dtype], Tensor]] = {
     "gguf": _gguf,
     "mxfp4": _mxfp4,
     "fp8": _fp8,
+    "fp4": _fp4,
     "compressed": _compressed,
     "gptq": _gptq,
     "gptq2": _gptq2,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.layout.affine import GROUPS, quantise
 from chronos.common.layout.naming import layer_of
-from chronos.common.layout.quantised import bits_of, is_coded, split
+from chronos.common.layout.quantised import bits_of, coding_of_experts, is_coded, split
 from chronos.common.model.config import MODEL_TYPE, ModelConfig
 from chronos.common.model.guest import Geometry
 from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
@@ -27,7 +27,7 @@ from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tens
 SWIGLU, TRANSFORMERS, MLX, GGUF = "swiglu", "transformers", "mlx", "gguf"
 # What other libraries quantise, each in a layout of its own: see `quantised`.
 QUANTISED = (
-    r"mxfp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"
+    r"mxfp4|fp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"
     r"|gptq2?-int[48]|awq-int4"
 )
 
@@ -204,7 +204,7 @@ def encoding_of(
     is quantised otherwise than by MLX-LM (`GuestConfig.coding`)."""
     names = [tensor.name for tensor in tensors]
     if coding and any(is_coded([split(name).kind]) for name in names):
-        return coding
+        return coding_of_experts(coding, [tensor.dtype for tensor in tensors])
     if any("." in name for name in names):
         return _mlx(config.get("quantization") or {}, layer, tensors)
     native = config.get("model_type", MODEL_TYPE) == MODEL_TYPE

@@ -58,7 +58,7 @@ def check_finite(data: Any, dtype: str, name: str, where: str = "", skipped: int
     skipped: bytes of the tensor before `data`, where it comes in pieces.
     """
     if dtype == "U8" and name.endswith(
-        ("scales", "weight_scale")
+        ("scales", "weight_scale", "scale_inv", ".scale")
     ):  # of MX formats: exponents, 255 is NaN
         dtype = "F8_E8M0"
     if data.nbytes and (index := first_nonfinite(data, dtype)) is not None:

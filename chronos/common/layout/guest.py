@@ -25,7 +25,14 @@ from chronos.common.layout.naming import (
     layer_of,
     unmerged,
 )
-from chronos.common.layout.quantised import VALUES, grouped, is_coded, shape_of, split
+from chronos.common.layout.quantised import (
+    VALUES,
+    coding_of_experts,
+    grouped,
+    is_coded,
+    shape_of,
+    split,
+)
 from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import Key
 
@@ -299,7 +306,8 @@ def _check_whole(layer: int, tensors: _Tensors, config: GuestConfig) -> None:
     coded = any(map(is_coded, matrices.values()))
     if coded and config.coding:
         where = f"of the experts of layer {layer}"
-        sizes = {n: shape_of(config.coding, k, f"{n} {where}") for n, k in matrices.items()}
+        coding = coding_of_experts(config.coding, [dtype for dtype, _ in shapes.values()])
+        sizes = {n: shape_of(coding, k, f"{n} {where}") for n, k in matrices.items()}
         ups = [size for name, size in sizes.items() if name != last]
         wide, down = sum(rows for rows, _ in ups), sizes[last]
         gated = any(name.startswith("gate") for name in sizes)

@@ -21,7 +21,7 @@ from chronos.common.errors import ShapeMismatch
 # What GGUF calls its types: values and bytes of a block.
 GGUF_BLOCKS = {"q8_0": (32, 34), "q4_k": (256, 144), "q6_k": (256, 210), "mxfp4": (32, 17)}
 VALUES = ("blocks", "weight_packed", "qweight", "weight", *GGUF_BLOCKS)
-SCALES = ("scales", "weight_scale_inv", "weight_scale")
+SCALES = ("scales", "weight_scale_inv", "weight_scale", "scale")
 KINDS = (
     *VALUES, *SCALES, "biases", "weight_zero_point", "weight_global_scale", "qzeros", "g_idx",
     "weight_shape", "input_scale", "input_global_scale", "bias",
@@ -54,7 +54,16 @@ def grouped(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Ki
     for name, dtype, shape in tensors:
         matrix, kind = split(name)
         found.setdefault(matrix, {})[kind] = (dtype, shape)
+    # Modules have scales of their own, too (DeepSeek-V4's `attn_hc.scale`).
+    for matrix in [matrix for matrix, kinds in found.items() if kinds.keys() == {"scale"}]:
+        found[f"{matrix}.scale"] = {"weight": found.pop(matrix)["scale"]}
     return found
+
+
+def coding_of_experts(coding: str, dtypes: Iterable[str]) -> str:
+    """The encoding of experts with tensors of these dtypes: DeepSeek-V4's are FP4 in a checkpoint
+    whose other matrices are FP8 in blocks."""
+    return "fp4" if coding.startswith("fp8-") and "I8" in dtypes else coding
 
 
 def is_coded(kinds: Iterable[str]) -> bool:
@@ -102,13 +111,24 @@ def _mxfp4(setting: str, kinds: Kinds) -> tuple[int, int]:
 
 
 def _fp8(setting: str, kinds: Kinds) -> tuple[int, int]:
-    """weight F8_E4M3 [N, K]; weight_scale_inv, one for each block that begins."""
-    _only(kinds, "weight", "weight_scale_inv")
+    """weight F8_E4M3 [N, K]; weight_scale_inv (or DeepSeek-V4's scale), one for each block that
+    begins."""
+    scale = "scale" if "scale" in kinds else "weight_scale_inv"
+    _only(kinds, "weight", scale)
     rows, columns = _matrix(kinds, "weight", ("F8_E4M3",))
     down, across = block_of(setting)
     wanted = (-(-rows // down), -(-columns // across))
-    _check(_matrix(kinds, "weight_scale_inv", (*_FLOATS, "F8_E8M0")) == wanted)
+    _check(_matrix(kinds, scale, (*_FLOATS, *_E8M0)) == wanted)
     return rows, columns
+
+
+def _fp4(setting: str, kinds: Kinds) -> tuple[int, int]:
+    """weight I8 [N, K/2], two values a byte; scale E8M0 [N, K/32]."""
+    scale = "scale" if "scale" in kinds else "weight_scale_inv"
+    _only(kinds, "weight", scale)
+    rows, packed = _matrix(kinds, "weight", ("I8",))
+    _check(2 * packed == 32 * _groups(kinds, scale, rows, 2 * packed, _E8M0))
+    return rows, 2 * packed
 
 
 def block_of(setting: str) -> tuple[int, int]:
@@ -212,6 +232,7 @@ _METHODS = {
     "gguf": _gguf,
     "mxfp4": _mxfp4,
     "fp8": _fp8,
+    "fp4": _fp4,
     "compressed": _compressed,
     "gptq": _gptq,
     "gptq2": _gptq,

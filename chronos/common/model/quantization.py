@@ -32,6 +32,8 @@ def coding_of(settings: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(block, list) and len(block) == 2 and all(map(_is_size, block)):
             return method, f"fp8-{block[0]}x{block[1]}"
         return f"{method} without weight_block_size", ""
+    if method == "mxfp8":  # FP8 with a power of two for each 32 columns of a row
+        return method, "fp8-1x32"
     if method == "compressed-tensors":
         return _compressed(settings)
     if method == "gptq" and settings.get("bits") in (4, 8):

@@ -22,6 +22,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
 
+from chronos.backends.mlx.codecs import codec_of
 from chronos.backends.mlx.guest.experts import (
     CALL,
     Ahead,
@@ -277,6 +278,8 @@ def load_guest(
             str(folder),
             "use --backend torch, or convert the checkpoint with MLX-LM and pack that",
         )
+    for encoding in () if layout is None else layout.encodings.values():
+        codec_of(encoding)  # refuses what MLX does not compute with
     core = skeleton.whole() if layout is None else skeleton.without_experts(layout, dense)
     if config.rope_type and not _scales_positions(core):
         _log.warning(
