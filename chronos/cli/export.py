@@ -12,7 +12,7 @@ from chronos.cli.files import PANEL, path_of
 from chronos.cli.options import JsonOptions, folder_named
 from chronos.common.errors import UsageError
 
-_TYPES = {"hf": ("f32", "f16", "bf16")}
+_TYPES = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "bf16", "q8_0", "mxfp4")}
 
 
 @command("export", panel=PANEL)
@@ -28,7 +28,9 @@ def export(
     type: Annotated[
         str | None,
         typer.Option(
-            metavar="f32|f16|bf16", show_default="as stored", help="What weights are written as."
+            metavar="f32|f16|bf16|q8_0|mxfp4",
+            show_default="as stored",
+            help="What weights are written as; the last two for llama.cpp.",
         ),
     ] = None,
     with_code: Annotated[
@@ -50,25 +52,33 @@ def export(
     the same; else it is refused, or written with a modelling file (--with-code). A packed guest
     becomes the checkpoint it was packed from. DST is there whole or not at all.
     """
-    from chronos.backends import dequantiser
-    from chronos.interop.export import DTYPES
-    from chronos.interop.export import export as write
-
     if to not in _TYPES:
         raise UsageError(f"models are not exported to {to!r}", "--to", f"use {' or '.join(_TYPES)}")
     if type is not None and type not in _TYPES[to]:
         known = " or ".join(_TYPES[to])
         raise UsageError(f"{type!r} is no type of --to {to}", "--type", f"use {known}")
     folder, source = folder_named(out_folder), path_of(model)
+    if to == "gguf" and (with_code or dequantize):
+        flag = "--with-code" if with_code else "--dequantize"
+        raise UsageError(f"{flag} is for --to hf", flag, "leave it out")
     with output.progress("exporting", rate=True) as update:
-        done = write(
-            source,
-            folder,
-            dtype=DTYPES[type] if type else "",
-            with_code=with_code,
-            dequantise=dequantiser() if dequantize else None,
-            progress=update,
-        )
+        if to == "gguf":
+            from chronos.interop.gguf import export_gguf
+
+            done = export_gguf(source, folder, kind=type or "", progress=update)
+        else:
+            from chronos.backends import dequantiser
+            from chronos.interop.export import DTYPES
+            from chronos.interop.export import export as export_folder
+
+            done = export_folder(
+                source,
+                folder,
+                dtype=DTYPES[type] if type else "",
+                with_code=with_code,
+                dequantise=dequantiser() if dequantize else None,
+                progress=update,
+            )
     if out.json:
         output.print_json(done.to_json() | {"folder": str(folder)})
         return

@@ -95,11 +95,8 @@ def refusal(config: ModelConfig) -> str:
 def architecture(config: ModelConfig) -> Architecture:
     """What `hf` and `mlx` folders hold; of models that have no `refusal`."""
     if config.attention_kind(0) == "sliding":
-        # It has the names of a native model's windows.
-        return Architecture("qwen3_moe", _qwen3_moe(config), _own_names(config), "three")
-    if config.norm_topk_prob:
-        return mistral4(config)
-    return deepseek_v2(config)
+        return qwen3_moe(config)
+    return mistral4(config) if config.norm_topk_prob else deepseek_v2(config)
 
 
 def as_it_is(config: ModelConfig) -> Architecture:
@@ -190,9 +187,9 @@ def _latent(config: ModelConfig, model_type: str) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-    layers = config.num_hidden_layers
-    return _common(config, "qwen3_moe") | {
+def qwen3_moe(config: ModelConfig) -> Architecture:
+    """Windows; it has a native model's names of them."""
+    own = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -203,9 +200,11 @@ def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": True,
         "sliding_window": config.sliding_window,
         "max_window_layers": 0,
-        "layer_types": ["sliding_attention"] * layers,
+        "layer_types": ["sliding_attention"] * config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
+    own = _common(config, "qwen3_moe") | own
+    return Architecture("qwen3_moe", own, _own_names(config), "three")
 
 
 def _same(name: str, shape: tuple[int, ...]) -> Tensor:

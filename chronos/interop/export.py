@@ -86,7 +86,7 @@ def export(
             )
         kind = model.config.model_type
         nbytes, tensors = _guest(src, dst, model, dequantise, progress, io)
-        return Exported(kind, nbytes, tensors, _behind(src))
+        return Exported(kind, nbytes, tensors, behind(src))
     if dequantise:
         raise UsageError("the model is not quantised", str(src), "leave out --dequantize")
     config = plain_config(src, model)
@@ -110,7 +110,7 @@ def export(
         write_json(folder / "config.json", own | token_ids(src), io)
         if with_code:
             _copy_code(folder, io)
-    notes = [*_behind(src)]
+    notes = [*behind(src)]
     if made.name == "mistral4":
         notes.append("AutoModelForCausalLM has no Mistral 4: load it with Mistral4ForCausalLM")
     if with_code:
@@ -152,7 +152,8 @@ def plain_config(src: Path, model: ModelSource) -> ModelConfig:
     return model.config
 
 
-def _behind(src: Path) -> tuple[str, ...]:
+def behind(src: Path) -> tuple[str, ...]:
+    """What is said of predictors that are there."""
     left = [name for name in PREDICTORS if (src / name).exists()]
     return (f"{' and '.join(left)} stay behind: no other library reads them",) if left else ()
 

@@ -30,6 +30,8 @@ def test_a_model_that_fits_is_written_and_named(chronos: Any, tmp_path: Path) ->
         ("demo", ["--to", "hf"], 3, "layers 1, 3, 5, 7 attend to a window"),
         ("demo", ["--to", "onnx"], 2, "not exported to 'onnx'"),
         ("demo", ["--to", "hf", "--type", "q8_0"], 2, "'q8_0' is no type of --to hf"),
+        ("demo", ["--to", "gguf"], 3, "layers 1, 3, 5, 7 attend to a window"),
+        ("demo", ["--to", "gguf", "--with-code"], 2, "--with-code is for --to hf"),
         ("absent", ["--to", "hf"], 2, "no such file or folder"),
     ],
 )
@@ -48,3 +50,13 @@ def test_the_demo_with_code(chronos: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out/modeling_chronos.py").exists()
     refused = chronos("generate", tmp_path / "out", "-p", "x")
     assert refused.code == 3 and "asks for code" in refused.error[0]
+
+
+def test_a_gguf(chronos: Any, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source = tiny_model(tmp_path / "src", hybrid_pattern=("mla",), moe_intermediate_size=32)
+    flags = ("--to", "gguf", "--type", "q8_0", "--json")
+    found = chronos("export", source, "-o", tmp_path / "out", *flags).json
+    assert found["architecture"] == "deepseek2"
+    file = gguf.GGUFReader(tmp_path / "out/model.gguf")
+    assert len(file.tensors) == found["tensors"]
