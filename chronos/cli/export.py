@@ -12,7 +12,8 @@ from chronos.cli.files import PANEL, path_of
 from chronos.cli.options import JsonOptions, folder_named
 from chronos.common.errors import UsageError
 
-_TYPES = {"hf": ("f32", "f16", "bf16"), "gguf": ("f32", "f16", "bf16", "q8_0", "mxfp4")}
+_FLOATS = ("f32", "f16", "bf16")
+_TYPES = {"hf": _FLOATS, "mlx": _FLOATS, "gguf": (*_FLOATS, "q8_0", "mxfp4")}
 
 
 @command("export", panel=PANEL)
@@ -58,9 +59,11 @@ def export(
         known = " or ".join(_TYPES[to])
         raise UsageError(f"{type!r} is no type of --to {to}", "--type", f"use {known}")
     folder, source = folder_named(out_folder), path_of(model)
-    if to == "gguf" and (with_code or dequantize):
-        flag = "--with-code" if with_code else "--dequantize"
-        raise UsageError(f"{flag} is for --to hf", flag, "leave it out")
+    if with_code and to != "hf":
+        raise UsageError("--with-code is for --to hf", "--with-code", "leave it out")
+    if dequantize and to == "gguf":
+        fix = "export it --to hf --dequantize first, and that --to gguf"
+        raise UsageError("--dequantize is for --to hf and --to mlx", "--dequantize", fix)
     with output.progress("exporting", rate=True) as update:
         if to == "gguf":
             from chronos.interop.gguf import export_gguf
@@ -74,6 +77,7 @@ def export(
             done = export_folder(
                 source,
                 folder,
+                to=to,
                 dtype=DTYPES[type] if type else "",
                 with_code=with_code,
                 dequantise=dequantiser() if dequantize else None,

@@ -188,7 +188,8 @@ def _latent(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def qwen3_moe(config: ModelConfig) -> Architecture:
-    """Windows; it has a native model's names of them."""
+    """Windows; it has a native model's names of them. One as long as the context is none."""
+    windowed = config.sliding_window < config.max_position_embeddings
     own = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_key_value_heads": config.num_key_value_heads,
@@ -197,10 +198,11 @@ def qwen3_moe(config: ModelConfig) -> Architecture:
         "num_local_experts": config.num_experts,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "use_sliding_window": True,
-        "sliding_window": config.sliding_window,
+        "use_sliding_window": windowed,
+        "sliding_window": config.sliding_window if windowed else None,
         "max_window_layers": 0,
-        "layer_types": ["sliding_attention"] * config.num_hidden_layers,
+        "layer_types": [f"{'sliding' if windowed else 'full'}_attention"]
+        * config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
     own = _common(config, "qwen3_moe") | own

@@ -19,21 +19,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chronos.backends.libraries import who_runs
 from chronos.common.disk.atomic import atomic_write, make_folder
 from chronos.common.disk.header import build_header, tensor_nbytes
 from chronos.common.disk.io import FileIO, StrPath, check_free_space
 from chronos.common.disk.tensors import next_pieces, read_pieces
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import is_packed, unpack, verify
-from chronos.common.layout.codecs import SWIGLU
+from chronos.common.layout.codecs import MLX, SWIGLU
 from chronos.common.layout.finite import first_nonfinite
 from chronos.common.layout.pack import copy_side_files, side_files
 from chronos.common.layout.source import ModelSource, narrowed, open_source, widened
 from chronos.common.layout.unpack import INDEX, Dequantise
-from chronos.common.model.config import ModelConfig
+from chronos.common.model.config import ModelConfig, load_config
+from chronos.common.model.guest import GuestConfig, mlx_lm_keys
 from chronos.common.model.weights import SAFETENSORS_DTYPE, Key
 from chronos.common.text.tokenizer import Tokenizer
-from chronos.interop.architectures import WITH_CODE, Architecture, architecture, as_it_is, refusal
+from chronos.interop.architectures import (
+    WITH_CODE,
+    Architecture,
+    architecture,
+    as_it_is,
+    mistral4,
+    refusal,
+)
 
 CODE = "modeling_chronos.py"
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -61,17 +70,19 @@ def export(
     src: StrPath,
     dst: StrPath,
     *,
+    to: str = "hf",
     dtype: str = "",
     with_code: bool = False,
     dequantise: Dequantise | None = None,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write the model in `src`, packed or not, as Transformers reads it into the new folder `dst`.
+    """Write the model in `src`, packed or not, into the new folder `dst`.
 
-    dtype: "float32", "float16" or "bfloat16", for all weights of a native model; else they stay as
-    stored. with_code: write a modelling file beside a native model. dequantise: make plain matrices
-    of a guest's quantised ones. progress: called with bytes done and in all. Raises UsageError,
-    ConfigError for a model that no architecture fits, CorruptFileError, DiskFullError.
+    to: for whom, "hf" (Transformers) or "mlx" (MLX-LM). dtype: "float32", "float16" or "bfloat16",
+    for all weights of a native model; else they stay as stored. with_code: write a modelling file
+    for Transformers beside a native model. dequantise: make plain matrices of a guest's quantised
+    ones. progress: called with bytes done and in all. Raises UsageError, ConfigError for a model
+    that no architecture fits, CorruptFileError, DiskFullError.
     """
     src, dst, io = Path(src), Path(dst), FileIO()
     model = open_source(src, io)
@@ -85,23 +96,19 @@ def export(
                 "leave it out: the checkpoint comes back as it was packed",
             )
         kind = model.config.model_type
-        nbytes, tensors = _guest(src, dst, model, dequantise, progress, io)
+        _check_guest(src, model, to, dequantise is not None)
+        nbytes, tensors = _guest(src, dst, to, dequantise, progress, io)
         return Exported(kind, nbytes, tensors, behind(src))
+    config = plain_config(src, model)
     if dequantise:
         raise UsageError("the model is not quantised", str(src), "leave out --dequantize")
-    config = plain_config(src, model)
     if "lookahead" in config.routing_sources:
         raise ConfigError(
             "a LookaheadRouter chooses this model's experts, and predictors are not exported",
             str(src),
             "run it with Chronos",
         )
-    if with_code:
-        made = as_it_is(config)
-    elif why := refusal(config):
-        raise ConfigError(f"Transformers has no such architecture: {why}", str(src), WITH_CODE)
-    else:
-        made = architecture(config)
+    made = as_it_is(config) if with_code else _architecture(src, config, to)
     stored = SAFETENSORS_DTYPE[dtype or config.dtype]
     with new_folder(dst) as folder:
         nbytes, tensors = write_weights(folder, src, model, made, stored, progress, io)
@@ -111,11 +118,28 @@ def export(
         if with_code:
             _copy_code(folder, io)
     notes = [*behind(src)]
-    if made.name == "mistral4":
+    if (to, made.name) == ("hf", "mistral4"):
         notes.append("AutoModelForCausalLM has no Mistral 4: load it with Mistral4ForCausalLM")
     if with_code:
         notes.append("load it with trust_remote_code=True, which runs the modelling file")
     return Exported(made.name, nbytes, tensors, tuple(notes))
+
+
+def _architecture(src: Path, config: ModelConfig, to: str) -> Architecture:
+    """The one that the library has. Raises ConfigError, naming what does not fit."""
+    library, why = ("Transformers" if to == "hf" else "MLX-LM"), refusal(config)
+    windows = config.attention_kind(0) == "sliding"
+    if (
+        not why
+        and to == "mlx"
+        and windows
+        and config.sliding_window < config.max_position_embeddings
+    ):
+        why = f"its layers have a window of {config.sliding_window}"
+    if why:
+        raise ConfigError(f"{library} has no such architecture: {why}", str(src), WITH_CODE)
+    # MLX-LM's DeepSeek-V2 wants scaled positions; its Mistral 4 takes both kinds of weights.
+    return mistral4(config) if to == "mlx" and not windows else architecture(config)
 
 
 def check_new(dst: Path) -> None:
@@ -271,23 +295,53 @@ def _copy_code(folder: Path, io: FileIO) -> None:
     atomic_write(folder / CODE, [raw], io, nbytes=len(raw))
 
 
+def _check_guest(src: Path, model: ModelSource, to: str, plain: bool) -> None:
+    """Raises UsageError or ConfigError for a guest that the library would not read.
+
+    plain: whether its quantised matrices are made plain.
+    """
+    assert isinstance(model.config, GuestConfig)
+    kind = model.config.model_type
+    if to == "hf":
+        if model.dialect == "mlx" and not plain:
+            raise UsageError(
+                "the model is MLX-LM's, whose names Transformers does not know",
+                str(src),
+                "--to mlx writes it for MLX-LM; for Transformers pack the original",
+            )
+        return
+    verdict = who_runs(kind, MLX)[0]
+    released = model.dialect == "quantised" and not plain
+    if not verdict.may_run:
+        raise ConfigError(f"MLX-LM does not run it: {verdict.text}", str(src), "--to hf writes it")
+    if kind == "gpt_oss" and not released:  # its `sanitize` loses experts that are not MXFP4
+        raise ConfigError(
+            "MLX-LM reads gpt-oss in the MXFP4 it was released in alone",
+            str(src),
+            "pack the checkpoint as it was released, and export that without --dequantize",
+        )
+    if released and kind != "gpt_oss":
+        raise UsageError(
+            f"MLX-LM is not known to read a {kind} quantised by {model.config.quantization}",
+            str(src),
+            "--dequantize makes the plain checkpoint, which mlx_lm.convert -q quantises its way",
+        )
+
+
 def _guest(
     src: Path,
     dst: Path,
-    model: ModelSource,
+    to: str,
     dequantise: Dequantise | None,
     progress: Progress | None,
     io: FileIO,
 ) -> tuple[int, int]:
     """The checkpoint it was packed from, as `unpack` writes it, without predictors."""
-    if model.dialect == "mlx":
-        raise UsageError(
-            "the model is MLX-LM's, whose names Transformers does not know",
-            str(src),
-            "--to mlx writes it for MLX-LM; for Transformers pack the original",
-        )
     with new_folder(dst) as folder:
         report = unpack(src, folder, dequantise=dequantise, progress=progress, io=io)
         for name in PREDICTORS:
             (folder / name).unlink(missing_ok=True)
+        if to == "mlx":
+            config = load_config(folder)[0]
+            write_json(folder / "config.json", config | mlx_lm_keys(config), io)
     return report.bytes, report.tensors

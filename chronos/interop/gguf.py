@@ -26,6 +26,7 @@ from chronos.common.disk.tensors import next_pieces, read_pieces
 from chronos.common.errors import ConfigError, MissingBackendError, ShapeMismatch, UsageError
 from chronos.common.layout import is_packed, verify
 from chronos.common.layout.codecs import TRANSFORMERS
+from chronos.common.layout.gguf_names import ARCHITECTURES, Architecture, gguf_name
 from chronos.common.layout.source import ModelSource, open_source, widened
 from chronos.common.model.config import ModelConfig, load_config
 from chronos.common.model.defaults import class_defaults
@@ -55,20 +56,6 @@ Array = NDArray[np.float32]
 _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _BLOCK = 32  # numbers of a row that Q8_0 and MXFP4 code together
 _STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-_NAMED = (".weight", ".bias")
-
-
-@dataclass(frozen=True)
-class _Arch:
-    """How llama.cpp has an architecture of Transformers.
-
-    refuse: why a config does not fit, "" where it does. pairs: its rotation takes neighbouring rows
-    for pairs, so that halves are interleaved.
-    """
-
-    name: gguf.MODEL_ARCH
-    refuse: Callable[[dict[str, Any]], str] = lambda config: ""
-    pairs: bool = False
 
 
 def _windowed(config: dict[str, Any]) -> str:
@@ -107,14 +94,20 @@ def _deepseek(config: dict[str, Any]) -> str:
     return "attention_bias is true" if config.get("attention_bias") else ""
 
 
-ARCHITECTURES = {
-    "mixtral": _Arch(gguf.MODEL_ARCH.LLAMA, _windowed, pairs=True),
-    "qwen2_moe": _Arch(gguf.MODEL_ARCH.QWEN2MOE, _qwen2),
-    "qwen3_moe": _Arch(gguf.MODEL_ARCH.QWEN3MOE, _qwen3),
-    "olmoe": _Arch(gguf.MODEL_ARCH.OLMOE, _olmoe),
-    "deepseek_v2": _Arch(gguf.MODEL_ARCH.DEEPSEEK2, _deepseek),
-    "deepseek_v3": _Arch(gguf.MODEL_ARCH.DEEPSEEK2, _deepseek),
-    "gpt_oss": _Arch(gguf.MODEL_ARCH.GPT_OSS),
+# Why a config does not fit, "" where it does; by Transformers' type.
+_REFUSALS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "mixtral": _windowed,
+    "qwen2_moe": _qwen2,
+    "qwen3_moe": _qwen3,
+    "olmoe": _olmoe,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
+    "gpt_oss": lambda config: "",
+}
+_BY_TYPE = {
+    model_type: (name, table)
+    for name, table in ARCHITECTURES.items()
+    for model_type in table.model_types
 }
 
 
@@ -134,13 +127,13 @@ def export_gguf(
     if kind not in ("", *TYPES):
         raise UsageError(f"{kind!r} is no type of a GGUF", "--type", f"use {', '.join(TYPES)}")
     config, dense = _as_guest(src, model)
-    arch = _architecture(src, model, config)
-    dense = [made for tensor in dense for made in _renamed(src, tensor, arch, config)]
+    arch, table = _architecture(src, model, config)
+    dense = [made for tensor in dense for made in _renamed(src, tensor, table, config)]
     layout = _Layout(src, kind or _STORED[model.config.dtype], _STORED[model.config.dtype])
     for tensor in dense:
         layout.add(tensor.name, tensor.shape)
     biased = _add_experts(layout, model, config)
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch.name])
+    writer = gguf.GGUFWriter(None, arch)
     _parameters(writer, config, model, layout.kind)
     tokenizer_fields(writer, src, int(config["vocab_size"]))
     if is_packed(src):
@@ -156,7 +149,7 @@ def export_gguf(
                         file.put(f"blk.{layer}.{stack}", expert, array)
         except OSError as error:
             raise write_error(folder / FILE, error, io, layout.total) from error
-    return Exported(writer.arch, layout.total, len(layout.items), behind(src))
+    return Exported(arch, layout.total, len(layout.items), behind(src))
 
 
 def _as_guest(src: Path, model: ModelSource) -> tuple[dict[str, Any], list[Tensor]]:
@@ -179,22 +172,24 @@ def _as_guest(src: Path, model: ModelSource) -> tuple[dict[str, Any], list[Tenso
     return class_defaults(str(raw["model_type"])) | raw, same
 
 
-def _architecture(src: Path, model: ModelSource, config: dict[str, Any]) -> _Arch:
+def _architecture(
+    src: Path, model: ModelSource, config: dict[str, Any]
+) -> tuple[str, Architecture]:
     """What llama.cpp calls the model. Raises ConfigError where its arithmetic is another."""
     model_type = str(config["model_type"])
-    if model_type not in ARCHITECTURES:
-        why = f"only {', '.join(ARCHITECTURES)} and models of Chronos' own are"
+    if model_type not in _REFUSALS:
+        why = f"only {', '.join(_REFUSALS)} and models of Chronos' own are"
     else:
-        why = ARCHITECTURES[model_type].refuse(config) or _scaled(config, model_type)
+        why = _REFUSALS[model_type](config) or _scaled(config, model_type)
         first = _leading(config)
         if not why and list(model.templates) != list(range(first, _layers(config))):
             why = "some layers between others have no experts"
         if not why:
-            return ARCHITECTURES[model_type]
+            return _BY_TYPE[model_type]
     raise ConfigError(
         f"this {model_type} is not written as GGUF: {why}",
         str(src),
-        f"{WITH_CODE}"
+        WITH_CODE
         if isinstance(model.config, ModelConfig)
         else "chronos export --to hf writes its checkpoint, for llama.cpp's own converter",
     )
@@ -218,49 +213,39 @@ def _leading(config: dict[str, Any]) -> int:
     return int(config.get("first_k_dense_replace") or 0)
 
 
-def _renamed(src: Path, tensor: Tensor, arch: _Arch, config: dict[str, Any]) -> Iterator[Tensor]:
+def _renamed(
+    src: Path, tensor: Tensor, table: Architecture, config: dict[str, Any]
+) -> Iterator[Tensor]:
     """A tensor of the dense part as llama.cpp has it: one, or the two of keys' and values' rows."""
-    names = gguf.get_tensor_name_map(arch.name, _layers(config))
-    name = tensor.name.replace(".e_score_correction_bias", ".e_score_correction.bias")
-    if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+    if tensor.name == "lm_head.weight" and config.get("tie_word_embeddings"):
         return
-    for kept in _shaped(tensor._replace(name=name), arch, config):
-        known = names.get_name(kept.name, try_suffixes=_NAMED)
-        if known is None:
-            raise ConfigError(
-                f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch.name]} has no {tensor.name}", str(src)
-            )
-        # A tensor without a suffix of its own (gpt-oss' sinks) gets one.
-        yield kept._replace(name=known if known.endswith(_NAMED) else f"{known}.weight")
-
-
-def _shaped(tensor: Tensor, arch: _Arch, config: dict[str, Any]) -> Iterator[Tensor]:
+    known = gguf_name(table, tensor.name)
+    if known is None:
+        raise ConfigError(f"llama.cpp has no tensor for {tensor.name} in such a model", str(src))
     H = int(config["num_attention_heads"])
-    if arch.pairs and tensor.name.endswith((".q_proj.weight", ".k_proj.weight")):
-        rows = H if ".q_proj." in tensor.name else int(config["num_key_value_heads"])
+    if table.permuted and known.endswith(("attn_q.weight", "attn_k.weight")):
+        rows = H if "attn_q" in known else int(config["num_key_value_heads"])
 
         def interleaved(*sources: Array) -> Array:
             x_XD = tensor.make(*sources)
             return x_XD.reshape(rows, 2, -1, x_XD.shape[1]).swapaxes(1, 2).reshape(x_XD.shape)
 
-        yield tensor._replace(make=interleaved)
-    elif tensor.name.endswith(".kv_b_proj.weight"):
+        yield tensor._replace(name=known, make=interleaved)
+    elif known.endswith(".attn_kv_b.weight"):
         d, v = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
         z = tensor.shape[1]
 
-        def part(rows: slice, turned: bool) -> Callable[..., Array]:
-            def make(*sources: Array) -> Array:
-                x_Hdz = tensor.make(*sources).reshape(H, d + v, z)[:, rows]
-                return x_Hdz.swapaxes(1, 2) if turned else x_Hdz
+        def keys(*sources: Array) -> Array:
+            return tensor.make(*sources).reshape(H, d + v, z)[:, :d].swapaxes(1, 2)
 
-            return make
+        def values(*sources: Array) -> Array:
+            return tensor.make(*sources).reshape(H, d + v, z)[:, d:]
 
-        keys, values = slice(0, d), slice(d, None)
-        at = tensor.name.removesuffix("kv_b_proj.weight")
-        yield Tensor(f"{at}k_b_proj.weight", (H, z, d), tensor.sources, part(keys, True))
-        yield Tensor(f"{at}v_b_proj.weight", (H, v, z), tensor.sources, part(values, False))
+        at = known.removesuffix("attn_kv_b.weight")
+        yield Tensor(f"{at}attn_k_b.weight", (H, z, d), tensor.sources, keys)
+        yield Tensor(f"{at}attn_v_b.weight", (H, v, z), tensor.sources, values)
     else:
-        yield tensor
+        yield tensor._replace(name=known)
 
 
 @dataclass(frozen=True)

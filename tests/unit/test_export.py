@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chronos.common.disk import io as disk
+from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import CorruptFileError, DiskFullError, UsageError
 from chronos.common.layout import open_layout, pack
 from chronos.interop.export import export
@@ -19,6 +20,10 @@ MLA = ("mla",)
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     return tiny_packed(tmp_path / "packed", hybrid_pattern=MLA)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {entry.name: bytes(data) for entry, data in read_checkpoint(folder)}
 
 
 def left(folder: Path) -> list[str]:
@@ -72,3 +77,10 @@ def test_what_is_no_model_for_it_says_why(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="names Transformers does not know"):
         export(tmp_path / "packed-switch", tmp_path / "out")
     assert left(tmp_path) == []
+
+
+def test_what_mlx_lm_quantised_goes_back_to_it(tmp_path: Path) -> None:
+    source = tiny_guest(tmp_path / "src", "mlx-4bit", config={"model_type": "qwen3_moe"})
+    pack(source, tmp_path / "packed")
+    export(tmp_path / "packed", tmp_path / "out", to="mlx")
+    assert contents(tmp_path / "out") == contents(source)

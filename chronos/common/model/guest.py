@@ -178,6 +178,20 @@ def end_ids(folder: str | Path) -> frozenset[int]:
     return frozenset()
 
 
+def mlx_lm_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys that Transformers 5 writes in a way of its own, as MLX-LM reads them. It would refuse a
+    file without them, or take a default."""
+    keys: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        keys = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        scaled = rope.get("rope_type", "default") != "default"
+        keys["rope_scaling"] = rope | {"type": rope["rope_type"]} if scaled else None
+    if "num_local_experts" in config:
+        keys["num_experts"] = config["num_local_experts"]
+    return {key: value for key, value in keys.items() if key not in config}
+
+
 def _object(data: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     value = data.get(key) or {}
     if not isinstance(value, dict):

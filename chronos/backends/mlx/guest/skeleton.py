@@ -43,7 +43,7 @@ from chronos.common.errors import (
 from chronos.common.layout import Layout, Record, read_records
 from chronos.common.layout.codecs import TRANSFORMERS, Affine
 from chronos.common.model.config import load_config
-from chronos.common.model.guest import GuestConfig
+from chronos.common.model.guest import GuestConfig, mlx_lm_keys
 
 _DENSE_DTYPES = (
     DTYPES
@@ -125,7 +125,7 @@ class Skeleton:
     def whole(self) -> nn.Module:
         """With its experts, as MLX-LM loads an unpacked folder. Raises CorruptFileError first."""
         locate_tensors(self.folder)
-        return self._load(self.folder, model_config=_as_mlx_lm_reads(self._json))
+        return self._load(self.folder, model_config=mlx_lm_keys(self._json))
 
     def without_experts(
         self, layout: Layout, dense: Iterable[tuple[TensorEntry, memoryview]] | None
@@ -139,7 +139,7 @@ class Skeleton:
         with TemporaryDirectory() as name:  # MLX-LM's loader is shown no weights but an empty file
             folder = Path(name)
             write_tensors(folder / "model.safetensors", [])
-            config = json.dumps(self._json | _as_mlx_lm_reads(self._json))
+            config = json.dumps(self._json | mlx_lm_keys(self._json))
             (folder / "config.json").write_text(config)
             return self._load(folder, get_model_classes=self._classes)
 
@@ -258,20 +258,6 @@ def _quantise_like(record: Record, block: nn.Module) -> None:
             except ValueError as error:
                 what = f"{record.label}: {name} is no {record.encoding}: {error}"
                 raise ShapeMismatch(what, record.file) from None
-
-
-def _as_mlx_lm_reads(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys that Transformers 5 writes in a way of its own, as MLX-LM reads them. It would refuse a
-    file without them, or take a default."""
-    keys: dict[str, Any] = {}
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        keys = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        scaled = rope.get("rope_type", "default") != "default"
-        keys["rope_scaling"] = rope | {"type": rope["rope_type"]} if scaled else None
-    if "num_local_experts" in config:
-        keys["num_experts"] = config["num_local_experts"]
-    return {key: value for key, value in keys.items() if key not in config}
 
 
 def _array(entry: TensorEntry, data: memoryview) -> mx.array:
