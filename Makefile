@@ -26,6 +26,7 @@ DEV_STAMP := $(VENV)/.chronos-dev$(EXTRA)
 # several processes that wait for each other by spinning take the cores from those that work.
 WORKERS := -n $(JOBS) --dist loadfile
 PARALLEL := OMP_NUM_THREADS=1
+COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: demo test check absent oracle vllm gpu docs clean
@@ -80,12 +81,12 @@ $(BIN)/python:
 	  { echo "Chronos needs Python 3.11 or newer; name one: make PY=python3.12 ..." >&2; exit 2; }
 	$(PY) -m venv $(VENV)
 
-$(USE_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(USE_STAMP): pyproject.toml constraints.txt $(COMPILED) | $(BIN)/python
 	@echo "Setting up $(VENV) (once; downloads the framework where it is not there yet) ..." >&2
 	$(INSTALL) '.$(if $(EXTRA),[$(BACKEND)],)'
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV_STAMP): pyproject.toml constraints.txt $(COMPILED) | $(BIN)/python
 	@echo "Setting up $(VENV) with the test tools (once) ..." >&2
 	$(INSTALL) '.[dev$(if $(EXTRA),$(comma)$(BACKEND),)]'
 	@touch $@ $(USE_STAMP)

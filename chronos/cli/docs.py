@@ -51,14 +51,17 @@ complete commands and flags; `chronos --show-completion` prints what it would in
 
 `CHRONOS_<FLAG>` stands for a flag, `CHRONOS_<COMMAND>_<FLAG>` where commands mean different things
 by it; the table of each command names them. `CHRONOS_STOP` holds one text, or several as a JSON
-list. A `CHRONOS_` name that no command reads is told, with the one that was meant. One variable has
-no flag:
+list. A `CHRONOS_` name that no command reads is told, with the one that was meant. Two variables
+have no flag:
 
 `CHRONOS_PLAIN=1` helps to find what causes a wrong token. Steps then run as their model is written,
 more slowly: no CUDA graphs, no recorded steps, no packed weights, no products by oneDNN. Graphs,
 recorded steps and packed weights keep every bit, so the tokens stay the same. oneDNN's float32
 products (native models on x86) round in another order than torch's, so there logits may differ in
 their last bits. `chronos doctor` shows whether it is set.
+
+`CHRONOS_KERNEL=off` leaves out the compiled products of packed experts alone (`CHRONOS_PLAIN=1`
+does too). The tokens are the same, and slower.
 """
 
 

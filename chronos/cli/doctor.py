@@ -64,6 +64,7 @@ def doctor(
 
 
 def _system() -> dict[str, Any]:
+    from chronos import kernels
     from chronos.backends.startup import waiting
 
     return {
@@ -72,6 +73,7 @@ def _system() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "plain": plain(),
+        "kernels": kernels.available(),
         "waiting": waiting(),
         "load": load.average if (load := machine_load()) else None,
         "import_name_shared_with": _namesakes(),
@@ -89,11 +91,15 @@ def _namesakes() -> list[str]:
 def _system_rows() -> list[tuple[str, str]]:
     system = _system()
     fast = f"off: {PLAIN} is set" if system["plain"] else f"on; {PLAIN}=1 turns them off"
+    compiled = (
+        "for packed experts" if system["kernels"] else "none: off, not compiled, or no AVX-512 BF16"
+    )
     return [
         ("chronos", system["chronos"]),
         ("python", system["python"]),
         ("platform", f"{system['platform']}, {system['cores']} cores"),
         ("fast steps", fast),
+        ("kernels", compiled),
         *(("import name", _CLASH.format(name)) for name in system["import_name_shared_with"]),
     ]
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from chronos.common.errors import UsageError
-from chronos.common.tuning import PLAIN
+from chronos.common.tuning import KERNEL, PLAIN
 
 _PREFIX = "CHRONOS_"
-_OURS = (PLAIN, "CHRONOS_TEST_", "CHRONOS_TRACES", "CHRONOS_SMOLLM")  # no flag has these
+# No flag has these.
+_OURS = (PLAIN, KERNEL, "CHRONOS_TEST_", "CHRONOS_TRACES", "CHRONOS_SMOLLM")
 # `--budget` of generate is memory, of simulate shares of a trace; `--out` is a file or a folder ...
 _OWN = frozenset("budget data epochs force max-tokens out seed to type warmup".split())
 

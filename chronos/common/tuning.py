@@ -2,8 +2,9 @@
 
 CHRONOS_PLAIN is for whoever looks for the cause of a wrong token. Set, every step runs as its model
 is written: no CUDA graphs, no recorded steps, no packed weights, no products but torch's own. A
-token that is then another one points at one of these. Read here and nowhere else, when a model is
-loaded. It knows nothing of what it turns off.
+token that is then another one points at one of these. CHRONOS_KERNEL=off leaves out the compiled
+products alone. Read here and nowhere else, when a model is loaded. It knows nothing of what it
+turns off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from chronos.common.errors import UsageError
 
-PLAIN = "CHRONOS_PLAIN"
+PLAIN, KERNEL = "CHRONOS_PLAIN", "CHRONOS_KERNEL"
 _WORDS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 
 
@@ -23,6 +24,14 @@ def plain() -> bool:
     if word.lower() not in _WORDS:
         raise UsageError(f"{PLAIN} cannot be {word!r}", "the environment", f"set {PLAIN}=1 or 0")
     return _WORDS[word.lower()]
+
+
+def kernels_on() -> bool:
+    """Returns whether compiled products may be used. Raises UsageError for other words."""
+    word = os.environ.get(KERNEL, "").lower()
+    if word not in ("", "auto", "on", "off"):
+        raise UsageError(f"{KERNEL} cannot be {word!r}", "the environment", f"set {KERNEL}=off")
+    return word != "off" and not plain()
 
 
 _THREADS_A_CORE = 16  # more gain nothing on any machine

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 TAKEN = (
     "chronos docs tests bench .ci README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE"
-    " NOTICE MANIFEST.in Makefile constraints.txt pyproject.toml"
+    " NOTICE MANIFEST.in Makefile constraints.txt pyproject.toml setup.py"
 ).split()
 
 
@@ -39,7 +39,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources in a folder called `chronos`, as a clone may be."""
     folder = tmp_path_factory.mktemp("work") / "chronos"
     folder.mkdir()
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in TAKEN:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
@@ -99,6 +99,7 @@ def test_the_sdist_has_what_it_takes_to_test_and_to_read(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
         "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "constraints.txt", ".ci/run",
+        "setup.py", "chronos/kernels/c/kernels.h", "chronos/kernels/c/avx512.c",
         "docs/recipes.md", "docs/img/forecast-gpt-oss-20b.png", "tests/conftest.py",
         "tests/golden/golden.safetensors", "tests/absent/sitecustomize.py", "bench/README.md",
         "chronos/assets/recipes/demo.toml", "chronos/assets/demo/tokenizer.json",
@@ -111,7 +112,7 @@ def test_the_wheel_has_the_package_alone(built: Path) -> None:
     [path] = built.glob("of-clone/*.whl")
     names = zipfile.ZipFile(path).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"chronos", f"{path.name.split('-py3')[0]}.dist-info"}
+    assert tops == {"chronos", f"{'-'.join(path.name.split('-')[:2])}.dist-info"}
     for name in ("py.typed", "assets/recipes/demo.toml", "assets/demo/config.json"):
         assert f"chronos/{name}" in names
 

@@ -22,6 +22,8 @@ import torch
 import transformers
 
 import chronos
+from chronos import kernels as native_kernels
+from chronos.backends.torch import kernels
 from chronos.backends.torch.checkpoint import dequantised_bytes
 from chronos.backends.torch.quantised import dequantised
 from chronos.cli import main
@@ -131,6 +133,36 @@ def test_bits_of_mlx_lie_across_words(bits: int) -> None:
     found = dequantised(f"mlx-affine{bits}", kinds, torch.float32)
     assert shape_of(f"mlx-affine{bits}", described(kinds), "x") == (24, 128)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4"])
+def test_kernels_compute_single_tokens_where_they_have_the_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of experts large enough that the library computes as kernels do, with two threads."""
+    if not native_kernels.available():
+        pytest.skip("no kernels: not compiled, or a CPU without AVX-512 BF16")
+    wide = {"gpt_oss": {"intermediate_size": 128}}.get(CASES[name], {"moe_intermediate_size": 128})
+    model = build(CASES[name], torch.bfloat16, True, hidden_size=128, **wide)
+    quantised.save(model, tmp_path / "source", name, partial(chosen, name))
+    pack(tmp_path / "source", tmp_path / "packed")
+    products: list[int] = []
+    real = kernels.multiply
+
+    def counted(x: Any, matrices: Any, owners: Any) -> Any:
+        products.append(len(matrices))
+        return real(x, matrices, owners)
+
+    monkeypatch.setattr(kernels, "multiply", counted)
+    expected = by_library(model, PROMPT)
+    with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+    assert len(products) > 48  # the trials of two shapes make as many
+    monkeypatch.setenv("CHRONOS_KERNEL", "off")
+    products.clear()
+    with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
+    assert not products
 
 
 def described(kinds: dict[str, torch.Tensor]) -> Any:

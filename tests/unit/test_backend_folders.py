@@ -15,8 +15,9 @@ import chronos.backends
 
 BACKENDS = Path(chronos.backends.__file__).parent
 # torch carries two libraries for products on x86, MLX one; MLX has products of its own for what
-# MLX-LM quantises, and computes with nothing else that is quantised.
-OWN = {"products.py", "quantised.py"}
+# MLX-LM quantises, and computes with nothing else that is quantised; compiled kernels sum in the
+# order of torch's libraries.
+OWN = {"products.py", "quantised.py", "kernels.py"}
 FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - OWN)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
@@ -40,9 +41,11 @@ ONLY = {
     "codecs.Quantised": "see OWN",
     "codecs.Quantised.view": "see OWN",
     "codecs.Quantised.parameters": "see OWN",
+    "codecs.Quantised.projector": "see OWN",
     "codecs.Switch": "what MLX-LM's module has beside its experts; torch hands in the module",
     "codecs.Transformers.forward": "MLX computes these as MLX-LM's, and takes its methods",
     "codecs.Transformers.parameters": "see codecs.Transformers.forward",
+    "codecs.Transformers.projector": "see OWN",
     "codecs.Named": "oneDNN's products want another layout; MLX's take the bytes read",
     "codecs.silu": "a function of torch",
     "codecs.swiglu": "MLX uses it in two kernels, torch in one",

@@ -11,15 +11,16 @@ Shape legend: T tokens, D hidden, F expert hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chronos.backends.torch import kernels
 from chronos.backends.torch.products import linear, onednn_linear, packed, packs
 from chronos.backends.torch.quantised import dequantised
 from chronos.common.errors import ConfigError, ShapeMismatch
@@ -35,6 +36,7 @@ from chronos.common.layout.quantised import is_coded, split
 
 if TYPE_CHECKING:
     from chronos.common.layout import Record
+    from chronos.kernels import Matrix
 
 # safetensors' names of the dtypes a record may hold here; bits where torch computes with no such
 # dtype.
@@ -60,6 +62,8 @@ PARAMETERS = (
 Release = Callable[[], None] | None
 # (matrix, its input) to what is added to the product; see `lora`.
 Adapter = Callable[[str, Tensor], Tensor] | None
+# (matrix, its input) to the product, with its bias.
+Projector = Callable[[str, Tensor], Tensor]
 
 
 class Codec(Protocol):
@@ -161,17 +165,21 @@ class Transformers:
         # A gradient has no product with packed matrices, and recordings may follow.
         if expert.release is not None and not torch.is_grad_enabled():
             self._rearrange(expert, block)
-        named = self.parameters(expert, block, x_TD.dtype)
+        project = self.projector(expert, block, x_TD)
         first = "gate_up_proj" if block.has_gate else "up_proj"
-        up_TF = _adapted(_project(block, x_TD, named, first), adapter, first, x_TD)
+        up_TF = _adapted(project(first, x_TD), adapter, first, x_TD)
         h_TF = block._apply_gate(up_TF) if block.has_gate else block.act_fn(up_TF)
-        y_TD = _adapted(_project(block, h_TF, named, "down_proj"), adapter, "down_proj", h_TF)
+        y_TD = _adapted(project("down_proj", h_TF), adapter, "down_proj", h_TF)
         normed = getattr(block, "has_post_expert_norm", False)  # Transformers 5.20 brought it
         return block.post_expert_norm(y_TD) if normed else y_TD
 
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """One slice of each parameter of the library's module; dtype: what it computes in."""
         return expert.tensors
+
+    def projector(self, expert: Named, block: Any, x_TD: Tensor) -> Projector:
+        """The products of an expert with rows such as x."""
+        return partial(_project, block, self.parameters(expert, block, x_TD.dtype))
 
     def _rearrange(self, expert: Named, block: Any) -> None:
         """Lay the matrices out as oneDNN's products read them, where the expert stays in memory: a
@@ -194,11 +202,17 @@ class Coded(Named):
     """The same of a quantised expert; encodings: of each matrix."""
 
     encodings: Mapping[str, str] = field(default_factory=dict)
+    # Of each product, what kernels take; none where they are not used, None before that is known.
+    matrices: Mapping[str, Sequence[Matrix]] | None = None
 
 
 class Quantised(Transformers):
     """The experts of a checkpoint that another library quantised, in its layout, or that Chronos
-    did: dequantised at each use, so a slot has their bytes and its products the library's bits."""
+    did: a slot has their bytes. One row is multiplied by kernels where those have the library's
+    bits, else and for several rows they are dequantised at each use."""
+
+    def __init__(self) -> None:
+        self._tried: dict[Any, bool] = {}
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Coded:
         tensors = tensors_of(raw, record)
@@ -207,49 +221,126 @@ class Quantised(Transformers):
 
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
         assert isinstance(expert, Coded)
-        kinds: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in expert.tensors.items():
-            matrix, kind = split(name)
-            kinds.setdefault(matrix, {})[kind] = tensor
         weights: dict[str, Tensor] = {}
-        for matrix, found in kinds.items():
+        for matrix, found in _by_matrix(expert).items():
             coded = is_coded(found)
             weights[matrix] = (
                 dequantised(expert.encodings[matrix], found, dtype) if coded else found["weight"]
             )
             if "bias" in found:
                 weights[f"{matrix}_bias"] = found["bias"]
-        for end in ("", "_bias"):
-            if (gate := weights.pop(f"gate_proj{end}", None)) is not None:
-                up = weights.pop(f"up_proj{end}")
-                wider = torch.promote_types(gate.dtype, up.dtype)
-                gate, up = gate.to(wider), up.to(wider)
-                weights[f"gate_up_proj{end}"] = (
-                    torch.cat([gate, up])
-                    if block.is_concatenated
-                    else torch.stack([gate, up], 1).flatten(0, 1)
-                )
+        weights = _merged(block, weights)
         if block.is_transposed:
             weights = {n: w.t().contiguous() if w.dim() > 1 else w for n, w in weights.items()}
         return {name: weights[name] for name in PARAMETERS if name in weights}
+
+    def projector(self, expert: Named, block: Any, x_TD: Tensor) -> Projector:
+        assert isinstance(expert, Coded)
+        if kernels.usable(x_TD):
+            if expert.matrices is None:
+                expert.matrices = self._matrices(expert, block)
+            if expert.matrices:
+                return partial(self._by_kernel, expert, block)
+        return super().projector(expert, block, x_TD)
+
+    def _by_kernel(self, expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
+        y_1F = _multiplied(expert, block, name, x_1D)
+        if not block.has_bias:
+            return y_1F
+        found = {f"{m}_bias": k["bias"] for m, k in _by_matrix(expert).items() if "bias" in k}
+        return y_1F + _merged(block, found)[f"{name}_bias"].to(x_1D.dtype)
+
+    def _matrices(self, expert: Coded, block: Any) -> Mapping[str, Sequence[Matrix]]:
+        """For kernels, if those have the library's bits: tried once for each shape."""
+        if not (found := _described(expert)):
+            return found
+        tensors = tuple((n, t.dtype, t.shape) for n, t in expert.tensors.items())
+        key = (tensors, *expert.encodings.items(), block.is_transposed, block.is_concatenated)
+        if key not in self._tried:
+            self._tried[key] = _same_bits(self, expert, block)
+        return found if self._tried[key] else {}
+
+
+def _by_matrix(expert: Coded) -> dict[str, dict[str, Tensor]]:
+    """Its tensors by kind, matrix by matrix."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in expert.tensors.items():
+        matrix, kind = split(name)
+        found.setdefault(matrix, {})[kind] = tensor
+    return found
+
+
+def _merged(block: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With gate and up in one, where they are two."""
+    for end in ("", "_bias"):
+        if (gate := tensors.pop(f"gate_proj{end}", None)) is not None:
+            up = tensors.pop(f"up_proj{end}")
+            wider = torch.promote_types(gate.dtype, up.dtype)
+            gate, up = gate.to(wider), up.to(wider)
+            tensors[f"gate_up_proj{end}"] = (
+                torch.cat([gate, up])
+                if block.is_concatenated
+                else torch.stack([gate, up], 1).flatten(0, 1)
+            )
+    return tensors
+
+
+def _described(expert: Coded) -> dict[str, list[Matrix]]:
+    """What kernels take for each product, gate before up; none where one of them has no kernel."""
+    named = _by_matrix(expert)
+    found: dict[str, list[Matrix]] = {}
+    for name, kinds in sorted(named.items()):
+        matrix = kernels.describe(expert.encodings[name], kinds) if is_coded(kinds) else None
+        if matrix is None:
+            return {}
+        split_up = "gate_proj" in named and name != "down_proj"
+        found.setdefault("gate_up_proj" if split_up else name, []).append(matrix)
+    return found
+
+
+def _multiplied(expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
+    """A product by kernels, its rows as the library has them."""
+    assert expert.matrices is not None
+    matrices = expert.matrices[name]
+    y_1F = kernels.multiply(x_1D, matrices, expert.tensors)
+    if len(matrices) == 1 or block.is_concatenated:
+        return y_1F
+    return y_1F.view(2, -1).t().reshape(1, -1)
+
+
+def _same_bits(codec: Quantised, like: Coded, block: Any) -> bool:
+    """Whether kernels have the library's bits for such an expert: tried with random ones."""
+    drawn = Coded(kernels.random_like(like.tensors), None, like.encodings)
+    drawn.matrices = _described(drawn)
+    weights = codec.parameters(drawn, block, torch.bfloat16)
+    return all(
+        kernels.same_bits(
+            weights[name].t() if block.is_transposed else weights[name],
+            partial(_product, block, weights[name]),
+            partial(_multiplied, drawn, block, name),
+        )
+        for name in drawn.matrices
+    )
 
 
 def _adapted(y_TD: Tensor, adapter: Adapter, name: str, x_TD: Tensor) -> Tensor:
     return y_TD if adapter is None else y_TD + adapter(name, x_TD).to(y_TD.dtype)
 
 
-def _project(block: Any, x_TD: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+def _project(block: Any, weights: Mapping[str, Tensor], name: str, x_TD: Tensor) -> Tensor:
     """The bias is added after the product is rounded, as Transformers does."""
-    matrix = weights[name]
-    if matrix.is_mkldnn and torch.is_grad_enabled():
-        out = F.linear(x_TD, matrix.to_dense())
-    elif matrix.is_mkldnn:
-        out = onednn_linear(x_TD, matrix)
-    elif block.is_transposed:
-        out = x_TD @ matrix.to(x_TD.dtype)
-    else:
-        out = F.linear(x_TD, matrix.to(x_TD.dtype))
+    out = _product(block, weights[name], x_TD)
     return out + weights[f"{name}_bias"].to(x_TD.dtype) if block.has_bias else out
+
+
+def _product(block: Any, matrix: Tensor, x_TD: Tensor) -> Tensor:
+    if matrix.is_mkldnn and torch.is_grad_enabled():
+        return F.linear(x_TD, matrix.to_dense())
+    if matrix.is_mkldnn:
+        return onednn_linear(x_TD, matrix)
+    if block.is_transposed:
+        return x_TD @ matrix.to(x_TD.dtype)
+    return F.linear(x_TD, matrix.to(x_TD.dtype))
 
 
 def tensors_of(raw: Tensor, record: Record) -> dict[str, Tensor]:

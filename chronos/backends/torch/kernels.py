@@ -1,0 +1,122 @@
+"""Products with packed experts by the compiled kernels, where they have the library's bits.
+
+One row times a quantised matrix, without the matrix in bfloat16 in between. A kernel is used for a
+shape only after a trial: sums whose terms all but undo each other, so that what is left is their
+rounding, which shows any other order of summation, compared with the library's product of the
+dequantised matrix. Where a bit differs, or there is no kernel, an expert is dequantised as before.
+
+Shape legend: N rows out, K columns in, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chronos import kernels
+from chronos.common.layout.quantised import SCALES, split
+from chronos.kernels import Array, Matrix
+
+Kinds = Mapping[str, Tensor]
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+_SAMPLES, _CORRECTIONS = 24, 16
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a kernel may compute with these rows at all."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() == 2
+        and len(x) == 1
+        and not torch.is_grad_enabled()
+        and kernels.available()
+    )
+
+
+def describe(encoding: str, kinds: Kinds) -> Matrix | None:
+    """A matrix where its tensors lie; None where no kernel is for it. Raises ShapeMismatch."""
+    arrays = {}
+    for kind, tensor in kinds.items():
+        name = _NAMES.get(tensor.dtype)
+        if name is None or not tensor.is_contiguous():
+            return None
+        if encoding.startswith("mlx") and name == "I32":
+            name = "U32"  # which torch does not compute with: see `codecs.DTYPES`
+        if kind == "weight_scale_inv" and name == "U8":
+            name = "F8_E8M0"
+        arrays[kind] = Array(tensor.data_ptr(), name, tuple(tensor.shape))
+    return kernels.describe(encoding, arrays)
+
+
+def multiply(x_1K: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
+    """One row times the transposed matrices, side by side: [1, sum of N]. owners: what keeps their
+    memory."""
+    x_1K = x_1K.contiguous()
+    y_1N = x_1K.new_empty((1, sum(matrix.rows for matrix in matrices)))
+    at, products = y_1N.data_ptr(), []
+    for matrix in matrices:
+        products.append((matrix, x_1K.data_ptr(), at))
+        at += 2 * matrix.rows
+    kernels.multiply(products, 1, torch.get_num_threads(), (owners, x_1K))
+    return y_1N
+
+
+def same_bits(
+    weight_NK: Tensor, library: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether two products of rows with a weight agree to the last bit, in sums that nearly
+    cancel."""
+    rows = cancelling(weight_NK).split(1)
+    return all(torch.equal(ours(x_1K), library(x_1K)) for x_1K in rows)
+
+
+def random_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a quantised expert with random codes and scales around 2^-6, always the same."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(name: str, like: Tensor) -> Tensor:
+        kind = split(name).kind
+        if kind == "weight_shape":
+            return like.clone()
+        if kind in SCALES and like.dtype == torch.uint8:
+            return torch.randint(119, 124, like.shape, dtype=torch.uint8, generator=random)
+        if like.is_floating_point() and like.itemsize > 1:
+            drawn = torch.rand(like.shape, generator=random) * 0.02 + 0.005
+            return (-drawn if kind == "biases" else drawn).to(like.dtype)
+        raw = torch.randint(0, 256, (like.nbytes,), dtype=torch.uint8, generator=random)
+        if like.dtype == torch.float8_e4m3fn or kind == "weight":
+            raw &= 0xFE  # no code of E4M3 that is no number
+        return raw.view(like.dtype).view(like.shape)
+
+    return {name: draw(name, tensor) for name, tensor in tensors.items()}
+
+
+def cancelling(weight_NK: Tensor) -> Tensor:
+    """Rows x [S, K] in bfloat16, each of which nearly cancels with a row of the weight: single
+    numbers are changed, one after the other, by what the sum still is."""
+    random = torch.Generator().manual_seed(1)
+    N, K = weight_NK.shape
+    x_SK = torch.randn((_SAMPLES, K), generator=random).bfloat16()
+    rows_S = torch.randint(0, N, (_SAMPLES,), generator=random)
+    rows_S[0], rows_S[1] = 0, N - 1
+    for x_K, row in zip(x_SK, rows_S.tolist(), strict=True):
+        w_K = weight_NK[row].double()
+        left = float(w_K @ x_K.double())
+        for k in torch.randperm(K, generator=random)[:_CORRECTIONS].tolist():
+            if w := float(w_K[k]):
+                before = float(x_K[k])
+                x_K[k] = before - left / w
+                left += w * (float(x_K[k]) - before)
+    return x_SK

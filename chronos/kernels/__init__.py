@@ -1,0 +1,17 @@
+"""Compiled products of a few rows with packed matrices, called with addresses: no framework here.
+
+`describe` says what lies where, `multiply` computes. The library is optional: where it was not
+compiled, or the CPU has not the instructions, `available` is false and callers do without. Whether
+a product has the bits of a framework's own is for the caller to try: see `backends.torch.kernels`.
+"""
+
+from chronos.kernels.library import (
+    MOST_ROWS,
+    Array,
+    Matrix,
+    available,
+    describe,
+    multiply,
+)
+
+__all__ = ["MOST_ROWS", "Array", "Matrix", "available", "describe", "multiply"]

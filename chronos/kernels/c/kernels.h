@@ -1,0 +1,56 @@
+/* Products of a few rows with packed matrices, and the matrices as bfloat16.
+ *
+ * A matrix [N, K] (rows out, columns in) is described, not owned: its bytes are a checkpoint's.
+ * Whoever makes a description has compared sizes with memory; here nothing is checked again.
+ */
+#ifndef CHRONOS_KERNELS_H
+#define CHRONOS_KERNELS_H
+
+#include <stdint.h>
+
+/* How codes lie, and what they stand for. The numbers are known to library.py. */
+enum {
+    BF16 = 0,    /* numbers themselves, row by row */
+    FP4 = 1,     /* E2M1 times a scale */
+    FP8 = 2,     /* E4M3 times a scale */
+    AFFINE = 3,  /* integers: round(code * scale) + bias */
+    INTEGER = 4, /* integers: (code - zero) * scale; 0 is half of the codes where zeros is NULL */
+};
+enum { SCALE_F32 = 0, SCALE_BF16 = 1, SCALE_F16 = 2, SCALE_E8M0 = 3, SCALE_E4M3 = 4 };
+
+typedef struct {
+    int32_t format, bits;
+    int32_t scale_type;
+    int64_t rows, columns;
+    int64_t down, across; /* rows and columns that share a scale */
+    int64_t groups;       /* of columns */
+    const uint8_t *values;
+    const void *scales;
+    const void *zeros;    /* biases of AFFINE; of INTEGER words of codes along the rows */
+    const float *divisor; /* of all scales; NULL for none */
+} Matrix;
+
+/* y [count, N] = x [count, K] times the transposed matrix, all in bfloat16, with bias [N] or NULL
+ * added before the result is rounded. */
+typedef struct {
+    Matrix matrix;
+    const uint16_t *x;
+    const uint16_t *bias;
+    uint16_t *y;
+    int64_t count;
+} Product;
+
+enum { BLOCK = 32, MOST_ROWS = 8 }; /* rows of a matrix that are computed at once, and of x */
+
+/* Rows and columns of a matrix as bfloat16, to rows of `stride` numbers. Columns begin and end
+ * at multiples of eight. */
+void chronos_decode(const Matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                    uint16_t *out, int64_t stride);
+
+/* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows. */
+typedef void Block(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+
+/* NULL where this CPU has not what it takes. */
+Block *chronos_avx512(void);
+
+#endif

@@ -1,0 +1,213 @@
+"""The compiled library: finding it, describing matrices to it, and calling it.
+
+Nothing is allocated or copied here. A description holds addresses, so whoever makes one keeps the
+memory; `multiply` keeps what a thread that was left behind may still read (`c/pool.c`).
+
+Shape legend: N rows out, K columns in.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import time
+from collections.abc import Mapping, Sequence
+from ctypes import c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chronos.common.errors import ShapeMismatch, UsageError
+from chronos.common.layout.quantised import bits_of, block_of, shape_of
+from chronos.common.tuning import kernels_on
+
+MOST_ROWS, MOST_PRODUCTS = 8, 64  # of x in one product; products in one call
+_FP4, _FP8, _AFFINE, _INTEGER = 1, 2, 3, 4  # c/kernels.h
+_BF16 = 0
+_SCALES = {"F32": 0, "BF16": 1, "F16": 2, "F8_E8M0": 3, "U8": 3, "F8_E4M3": 4}
+
+
+class Array(NamedTuple):
+    """A tensor: where it begins, its dtype by safetensors' name, its shape; rows without gaps."""
+
+    address: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Matrix(ctypes.Structure):
+    """A matrix [N, K] where it lies."""
+
+    _fields_ = [
+        ("format", c_int32),
+        ("bits", c_int32),
+        ("scale_type", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("down", c_int64),
+        ("across", c_int64),
+        ("groups", c_int64),
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("divisor", c_void_p),
+    ]
+    rows: int
+    columns: int
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("matrix", Matrix),
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("count", c_int64),
+    ]
+
+
+@cache
+def _library() -> Any:
+    """None where there is none, or the CPU has no use for it."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # made for another system
+                return None
+            library.chronos_multiply.argtypes = [c_void_p, c_int, c_int]
+            if library.chronos_open() == 0:
+                return None
+            atexit.register(_wait, library)
+            return library
+    return None
+
+
+def available() -> bool:
+    """Whether there are kernels for this CPU, and the environment has not turned them off."""
+    return kernels_on() and _library() is not None
+
+
+def describe(encoding: str, kinds: Mapping[str, Array]) -> Matrix | None:
+    """A matrix for `multiply`; None for one that no kernel is for.
+
+    encoding: as `common.layout.quantised` names it, "bf16" for plain numbers; kinds: its tensors,
+    whose sizes are checked before an address is taken. Raises ShapeMismatch.
+    """
+    if encoding == "bf16":
+        return _plain(kinds)
+    method, _, setting = encoding.partition("-")
+    if method not in _METHODS:
+        return None
+    shapes = {kind: (array.dtype, array.shape) for kind, array in kinds.items() if kind != "bias"}
+    rows, columns = shape_of(encoding, shapes, "matrix")
+    found = _METHODS[method](setting, kinds, columns)
+    if found is None or columns % 32 or (found.across % 16 and found.across < columns):
+        return None
+    found.rows, found.columns = rows, columns
+    found.groups = -(-columns // found.across)
+    return found
+
+
+def _plain(kinds: Mapping[str, Array]) -> Matrix | None:
+    weight = kinds["weight"]
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ShapeMismatch(f"a matrix of shape {list(weight.shape)}", "", "it has two sizes")
+    rows, columns = weight.shape
+    if weight.dtype != "BF16" or columns % 32:
+        return None
+    return Matrix(_BF16, 16, 0, rows, columns, 1, columns, 1, weight.address)
+
+
+def _scaled(
+    format_: int, bits: int, values: Array, scales: Array, across: int, down: int = 1
+) -> Matrix:
+    kind = _SCALES[scales.dtype]
+    return Matrix(format_, bits, kind, 0, 0, down, across, 0, values.address, scales.address)
+
+
+def _mxfp4(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix:
+    return _scaled(_FP4, 4, kinds["blocks"], kinds["scales"], 32)
+
+
+def _fp8(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix:
+    down, across = block_of(setting)
+    return _scaled(_FP8, 8, kinds["weight"], kinds["weight_scale_inv"], across, down)
+
+
+def _compressed(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
+    scale = kinds["weight_scale"]
+    if setting == "fp8":
+        if scale.dtype == "F16":  # rounded twice
+            return None
+        rows = kinds["weight"].shape[0]
+        down = 1 if scale.shape == (rows, 1) else rows
+        return _scaled(_FP8, 8, kinds["weight"], scale, columns, down)
+    if setting == "mxfp8":
+        return _scaled(_FP8, 8, kinds["weight"], scale, 32)
+    if setting == "mxfp4":
+        return _scaled(_FP4, 4, kinds["weight_packed"], scale, 32)
+    if setting == "nvfp4":
+        found = _scaled(_FP4, 4, kinds["weight_packed"], scale, 16)
+        found.divisor = kinds["weight_global_scale"].address
+        return found
+    across = columns // scale.shape[1]
+    found = _scaled(_INTEGER, bits_of(setting), kinds["weight_packed"], scale, across)
+    if "weight_zero_point" in kinds:
+        found.zeros = kinds["weight_zero_point"].address
+    return found
+
+
+def _mlx(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
+    weight, scales = kinds["weight"], kinds["scales"]
+    across = columns // scales.shape[1]
+    if setting in ("affine4", "affine8"):
+        found = _scaled(_AFFINE, bits_of(setting), weight, scales, across)
+        found.zeros = kinds["biases"].address
+        return found
+    if setting == "mxfp8":
+        return _scaled(_FP8, 8, weight, scales, across)
+    if setting in ("mxfp4", "nvfp4"):
+        dtype = "F8_E4M3" if setting == "nvfp4" else "F8_E8M0"
+        return _scaled(_FP4, 4, weight, scales._replace(dtype=dtype), across)
+    return None  # codes that lie across words
+
+
+_METHODS = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed": _compressed, "mlx": _mlx}
+
+
+def multiply(
+    products: Sequence[tuple[Matrix, int, int]], count: int, threads: int, owners: Any
+) -> None:
+    """Products of `count` rows with several matrices, in one call.
+
+    products: a matrix [N, K] with the addresses of x [count, K] and of y [count, N], in bfloat16.
+    threads: how many may take part. owners: what keeps all of that memory. Raises UsageError.
+    """
+    library = _library()
+    if library is None:
+        raise UsageError("there are no kernels on this machine", "", "ask `available` first")
+    if not 1 <= count <= MOST_ROWS or not 1 <= len(products) <= MOST_PRODUCTS:
+        raise UsageError(
+            f"{len(products)} products of {count} rows in one call",
+            "",
+            f"up to {MOST_PRODUCTS} of up to {MOST_ROWS} are computed",
+        )
+    calls = (_Product * len(products))(*(_Product(m, x, None, y, count) for m, x, y in products))
+    if library.chronos_multiply(calls, len(products), threads) == 0:
+        _behind.clear()
+    else:
+        _behind.append(owners)
+
+
+# What threads that were left behind may still read.
+_behind: list[Any] = []
+
+
+def _wait(library: Any) -> None:
+    """Until no thread reads memory that the end of the process frees."""
+    until = time.monotonic() + 1
+    while library.chronos_behind() and time.monotonic() < until:
+        time.sleep(0.001)

@@ -1,0 +1,268 @@
+"""Compiled products on torch: the bits of the library's product of the dequantised matrix."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+from chronos import kernels as native  # noqa: E402
+from chronos.backends.torch import codecs, kernels  # noqa: E402
+from chronos.backends.torch.quantised import dequantised  # noqa: E402
+from chronos.common.layout.quantised import split  # noqa: E402
+from chronos.kernels import library  # noqa: E402
+
+compiled = pytest.mark.skipif(
+    not native.available(), reason="no kernels: not compiled, or a CPU without AVX-512 BF16"
+)
+SHAPES = [(96, 2048), (576, 192), (192, 576), (100, 1056), (33, 288)]
+FORMATS = {
+    "mxfp4": "mxfp4", "fp8": "fp8-128x128", "fp8-bf16": "fp8-128x128", "fp8-e8m0": "fp8-32x64",
+    "int4": "compressed-int4", "int4-zeros": "compressed-int4", "int4-f16": "compressed-int4",
+    "int8": "compressed-int8", "channel": "compressed-fp8", "ct-mxfp8": "compressed-mxfp8",
+    "ct-nvfp4": "compressed-nvfp4", "affine4": "mlx-affine4", "affine8": "mlx-affine8",
+    "affine4-f16": "mlx-affine4", "mlx-mxfp4": "mlx-mxfp4", "mlx-nvfp4": "mlx-nvfp4",
+    "mlx-mxfp8": "mlx-mxfp8",
+}  # fmt: skip
+FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def empty(name: str, N: int, K: int) -> dict[str, Any]:
+    """Tensors of the shapes and dtypes of a format, whose values are to be drawn."""
+
+    def of(dtype: Any, *shape: int) -> Any:
+        return torch.zeros(shape, dtype=dtype)
+
+    word, _, variant = name.partition("-")
+    real = FLOATS.get(variant, torch.bfloat16)
+    if name == "mxfp4":
+        return {"blocks": of(torch.uint8, N, K // 32, 16), "scales": of(torch.uint8, N, K // 32)}
+    if word == "fp8":
+        down, across = (32, 64) if variant == "e8m0" else (128, 128)
+        dtype = {"e8m0": torch.uint8, "bf16": torch.bfloat16}.get(variant, torch.float32)
+        scale = of(dtype, -(-N // down), -(-K // across))
+        return {"weight": of(torch.float8_e4m3fn, N, K), "weight_scale_inv": scale}
+    if word in ("int4", "int8"):
+        bits = int(word[-1])
+        kinds = {
+            "weight_packed": of(torch.int32, N, K * bits // 32),
+            "weight_scale": of(real, N, K // 32),
+            "weight_shape": torch.tensor([N, K]),
+        }
+        if variant == "zeros":
+            kinds["weight_zero_point"] = of(torch.int32, -(-N // 8), K // 32)
+        return kinds
+    if name == "channel":
+        return {"weight": of(torch.float8_e4m3fn, N, K), "weight_scale": of(torch.float32, N, 1)}
+    if name == "ct-mxfp8":
+        return {
+            "weight": of(torch.float8_e4m3fn, N, K),
+            "weight_scale": of(torch.uint8, N, K // 32),
+        }
+    if name == "ct-nvfp4":
+        return {
+            "weight_packed": of(torch.uint8, N, K // 2),
+            "weight_scale": of(torch.float8_e4m3fn, N, K // 16),
+            "weight_global_scale": of(torch.float32, 1),
+        }
+    bits, group = (8 if name.endswith("8") else 4), (16 if variant == "nvfp4" else 32)
+    kinds = {"weight": of(torch.int32, N, K * bits // 32)}
+    if word == "affine4" or word == "affine8":
+        return kinds | {k: of(real, N, K // group) for k in ("scales", "biases")}
+    return kinds | {"scales": of(torch.uint8, N, K // group)}
+
+
+def matrix_of(name: str, N: int, K: int) -> tuple[str, dict[str, Any]]:
+    drawn = kernels.random_like({f"m.{kind}": like for kind, like in empty(name, N, K).items()})
+    return FORMATS[name], {split(name).kind: tensor for name, tensor in drawn.items()}
+
+
+def product(x: Any, matrix: Any, kinds: Any, threads: int = 1) -> Any:
+    y = x.new_empty((len(x), matrix.rows))
+    call = [(matrix, x.data_ptr(), y.data_ptr())]
+    native.multiply(call, len(x), threads, (kinds, x))
+    return y
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """The same bits; of what is no number, that it is none."""
+    return bool(torch.all((found == expected) | (found.isnan() & expected.isnan())))
+
+
+@compiled
+@pytest.mark.parametrize("N,K", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_row_has_the_bits_of_the_dequantised_product(name: str, N: int, K: int) -> None:
+    encoding, kinds = matrix_of(name, N, K)
+    matrix = kernels.describe(encoding, kinds)
+    assert matrix is not None
+    weight = dequantised(encoding, kinds, torch.bfloat16)
+    rows = kernels.cancelling(weight)
+    expected = torch.cat([F.linear(x, weight) for x in rows.split(1)])
+    if not ordered(N, K):
+        pytest.skip("torch sums in another order here, so no kernel is used")
+    found = torch.cat([product(x, matrix, kinds) for x in rows.split(1)])
+    assert torch.equal(found, expected)
+    for count in range(2, native.MOST_ROWS + 1):  # together they are what each is alone
+        assert torch.equal(product(rows[:count], matrix, kinds), expected[:count])
+        assert torch.equal(product(rows[:count], matrix, kinds, threads=3), expected[:count])
+
+
+@cache
+def ordered(N: int, K: int) -> bool:
+    """Whether the library sums as kernels do, by a matrix that nobody quantised."""
+    weight = torch.randn((N, K), generator=torch.Generator().manual_seed(2)).bfloat16()
+    matrix = kernels.describe("bf16", {"weight": weight})
+    return kernels.same_bits(
+        weight, lambda x: F.linear(x, weight), lambda x: product(x, matrix, weight)
+    )
+
+
+@compiled
+@pytest.mark.parametrize("special", ["denormal", "inf", "nan", "huge", "zero"])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4", "affine4", "affine8"])
+def test_numbers_that_are_none_and_tiny_ones(name: str, special: str) -> None:
+    encoding, kinds = matrix_of(name, 64, 1024)
+    matrix = kernels.describe(encoding, kinds)
+    weight = dequantised(encoding, kinds, torch.bfloat16)
+    x = torch.randn((1, 1024), generator=torch.Generator().manual_seed(5)).bfloat16()
+    value = {"denormal": 1e-39, "inf": torch.inf, "nan": torch.nan, "huge": 3e38, "zero": -0.0}
+    x[0, 7::31] = value[special]
+    assert alike(product(x, matrix, kinds), F.linear(x, weight))
+
+
+@compiled
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 60, 200, 252, 253, 254, 255])
+def test_scales_at_the_ends_of_their_range(scale: int) -> None:
+    encoding, kinds = matrix_of("mxfp4", 48, 512)
+    kinds["scales"][::2, 3:7] = scale
+    weight = dequantised(encoding, kinds, torch.bfloat16)
+    matrix = kernels.describe(encoding, kinds)
+    x = torch.randn((1, 512), generator=torch.Generator().manual_seed(5)).bfloat16()
+    assert alike(product(x, matrix, kinds), F.linear(x, weight))
+
+
+@compiled
+def test_every_code_of_eight_bits() -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    codes = torch.where(codes & 127 == 127, 0, codes).to(torch.uint8).repeat(16, 2)
+    scale = torch.tensor([[0.37, 2.0**-9, 11.0, 1.0]])
+    kinds = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale_inv": scale}
+    weight = dequantised("fp8-128x128", kinds, torch.bfloat16)
+    matrix = kernels.describe("fp8-128x128", kinds)
+    columns = torch.eye(512, dtype=torch.bfloat16)
+    found = torch.cat([product(column, matrix, kinds) for column in columns.split(8)])
+    assert torch.equal(found, weight.T)
+
+
+@compiled
+def test_several_matrices_in_one_call_and_several_callers() -> None:
+    made = [matrix_of(name, 320, 1024) for name in ("mxfp4", "fp8", "int4", "affine4")]
+    matrices = [kernels.describe(*each) for each in made]
+    x = torch.randn((1, 1024), generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = torch.cat([product(x, m, k) for m, (_, k) in zip(matrices, made, strict=True)], 1)
+    assert torch.equal(kernels.multiply(x, matrices, made), expected)
+
+    def many(_: int) -> bool:  # more threads than cores: some are left behind
+        calls = [(m, x.data_ptr(), y[:, i * 320 :].data_ptr()) for i, m in enumerate(matrices)]
+        for _ in range(150):
+            y.zero_()
+            native.multiply(calls, 1, 6, (made, x))
+            if not torch.equal(y, expected):
+                return False
+        return True
+
+    y = torch.empty((1, 1280), dtype=torch.bfloat16)
+    assert many(0)
+
+    def caller(_: int) -> bool:
+        return all(torch.equal(kernels.multiply(x, matrices, made), expected) for _ in range(60))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(caller, range(4)))
+
+
+def expert(name: str, D: int, H: int) -> Any:
+    """A quantised expert and the module around it; H: its width."""
+    tensors: dict[str, Any] = {}
+    for matrix, (N, K) in {"gate_proj": (H, D), "up_proj": (H, D), "down_proj": (D, H)}.items():
+        _, kinds = matrix_of(name, N, K)
+        tensors |= {f"{matrix}.{kind}": tensor for kind, tensor in kinds.items()}
+    encodings = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), FORMATS[name])
+    return codecs.Coded(tensors, None, encodings)
+
+
+def block(transposed: bool = False) -> Any:
+    def gate(up: Any) -> Any:
+        half, other = up.chunk(2, dim=-1)
+        return F.silu(half) * other
+
+    return SimpleNamespace(
+        is_transposed=transposed,
+        is_concatenated=not transposed,
+        has_bias=False,
+        has_gate=True,
+        has_post_expert_norm=False,
+        _apply_gate=gate,
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-zeros", "affine4"])
+def test_an_expert_has_the_same_bits_with_and_without_them(
+    name: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, x = codecs.Quantised(), torch.randn((1, 256)).bfloat16()
+    with torch.inference_mode():
+        with_them = expert(name, 256, 192)
+        found = codec.forward(x, with_them, block(transposed))
+        monkeypatch.setenv("CHRONOS_KERNEL", "off")
+        off = expert(name, 256, 192)
+        expected = codec.forward(x, off, block(transposed))
+        assert off.matrices is None
+        monkeypatch.delenv("CHRONOS_KERNEL")
+        library._library.cache_clear()
+        monkeypatch.setattr(library, "EXTENSION_SUFFIXES", [])
+        absent = expert(name, 256, 192)
+        assert torch.equal(codec.forward(x, absent, block(transposed)), expected)
+        assert absent.matrices is None
+    library._library.cache_clear()
+    assert torch.equal(found, expected)
+
+
+@compiled
+def test_a_wrong_order_of_summation_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns from behind: the same product, but for its rounding."""
+    real, x = kernels.multiply, torch.randn((1, 512)).bfloat16()
+
+    def from_behind(x_1K: Any, matrices: Any, owners: Any) -> Any:
+        y = []
+        for matrix in ("gate_proj", "up_proj") if len(matrices) == 2 else ("down_proj",):
+            kinds = {split(n).kind: t for n, t in owners.items() if n.startswith(matrix)}
+            y.append(F.linear(x_1K.flip(1), dequantised("mxfp4", kinds, x.dtype).flip(1)))
+        return torch.cat(y, 1)
+
+    with torch.inference_mode():
+        right = expert("mxfp4", 512, 256)
+        expected = codecs.Quantised().forward(x, right, block())
+        monkeypatch.setattr(kernels, "multiply", from_behind)
+        wrong = expert("mxfp4", 512, 256)
+        assert torch.equal(codecs.Quantised().forward(x, wrong, block()), expected)
+    assert wrong.matrices == {}
+    assert kernels.multiply is not real
+
+
+@compiled
+def test_kernels_are_for_one_row_in_bfloat16_without_gradients() -> None:
+    row = torch.zeros((1, 64), dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert kernels.usable(row)
+        assert not kernels.usable(row.float())
+        assert not kernels.usable(row.expand(2, -1))
+    assert not kernels.usable(row)
