@@ -43,7 +43,7 @@ _LEGEND = (
     "of resident: ratio of the medians. same: the resident model's very tokens. " + footer.LEGEND
 )
 _NOISY = 0.2  # rounds further apart say little about a budget
-_PROMPT = "import os\n\n\ndef "
+PROMPT = "import os\n\n\ndef "
 
 
 class _DefaultGroup(TyperGroup):
@@ -85,7 +85,7 @@ def decode(
             help="What is continued.",
             show_default="the start of a Python module",
         ),
-    ] = _PROMPT,
+    ] = PROMPT,
 ) -> None:
     """Decode at several budgets beside the fully resident model. `bench MODEL` is short for it."""
     from chronos.common.text.tokenizer import Tokenizer

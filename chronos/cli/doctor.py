@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -47,6 +48,7 @@ def doctor(
             _system()
             | {"backends": [f.to_json() for f in found], "chosen": chosen}
             | {"memory": memory.to_json(), "disk": disk, "packages": packages}
+            | {"profile": _profile(model)}
         )
         return
     rows = _system_rows() + [_backend_row(f, chosen) for f in found]
@@ -56,6 +58,7 @@ def doctor(
         *_load_rows(),
         _memory_row(memory),
         _disk_row(disk),
+        *_profile_rows(model),
     ]
     output.table(("what", "found"), rows, align="ll")
     fixes = [f.fix for f in found if not f.usable] + [p["fix"] for p in packages if p["fix"]]
@@ -142,6 +145,7 @@ _PACKAGES = (
     ("mlx_lm", "guests on mlx", "guests"),
     ("huggingface_hub", "models of the hub", "guests"),
     ("matplotlib", "charts", "plot"),
+    ("optuna", "the tuner", "tune"),
     ("starlette", "the server", "serve"),
     ("tensorboardX", "reports of training", "report"),
 )
@@ -204,3 +208,33 @@ def _disk_row(disk: dict[str, Any]) -> tuple[str, str]:
     if disk["bytes"] < _SMALL_SAMPLE:
         text += "\na small sample: expect another rate each time, name a larger MODEL"
     return "disk", text
+
+
+def _profile(model: str) -> dict[str, Any] | None:
+    """What `chronos tune machine` found of the model, and whether it is of this machine."""
+    from chronos.run.profile import find
+
+    found = find(model)
+    if found is None:
+        return None
+    entries = [dataclasses.asdict(entry) for entry in found.entries]
+    return {
+        "path": str(found.path), "here": found.here, "machine": found.machine, "entries": entries,
+    }  # fmt: skip
+
+
+def _profile_rows(model: str) -> list[tuple[str, str]]:
+    profile = _profile(model)
+    if profile is None:
+        return [("profile", "none: chronos tune machine MODEL makes one")]
+    machine = profile["machine"]
+    made = f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB"
+    lines = [profile["path"], f"made on {made}" + ("" if profile["here"] else ": not this machine")]
+    for entry in profile["entries"] if profile["here"] else []:
+        budget = entry["budget"]
+        size = budget if isinstance(budget, str) else output.size(budget)
+        settings = ", ".join(f"{name} {value}" for name, value in entry["options"].items())
+        lines.append(
+            f"{entry['backend']} {entry['device']} at {size}: {settings}".replace("  ", " ")
+        )
+    return [("profile", "\n".join(lines))]

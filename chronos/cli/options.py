@@ -206,6 +206,16 @@ class RunOptions(DeviceOptions):
         ),
     ] = None
 
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="auto takes what `chronos tune machine` found on this machine, for what no flag "
+            "says; off does not.",
+            metavar="auto|off",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto"
+
     def open(self, model: str, **changes: Any) -> Engine:
         """The model, loaded as these flags say; raises what `chronos.load` raises."""
         from chronos.run.engine import load

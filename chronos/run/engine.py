@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from chronos import backends
 from chronos.backends.startup import ReadAhead, fast_import, wait_asleep
 from chronos.common.disk.io import FileIO
+from chronos.common.disk.reader import READERS
 from chronos.common.disk.tensors import read_checkpoint
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedOptions, open_feed
@@ -31,10 +32,18 @@ from chronos.common.text.generation_config import ReplyDefaults
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.tuning import threads_for
+from chronos.run import profile as profiles
 from chronos.run.batch import Batch
 from chronos.run.generation import Generation, GenerationResult, Step
 from chronos.run.meter import Machine, measure_machine
-from chronos.run.opening import RESIDENT, dense_names, experts_of, plan_for, replies_of
+from chronos.run.opening import (
+    RESIDENT,
+    check_choice,
+    dense_names,
+    experts_of,
+    plan_for,
+    replies_of,
+)
 
 if TYPE_CHECKING:
     from chronos.backends.protocol import Session
@@ -340,6 +349,9 @@ def load(
     allow_missing: bool = False,
     context: int | None = None,
     threads: int | None = None,
+    readers: int | None = None,
+    direct: bool | None = None,
+    profile: str = "auto",
     io: FileIO | None = None,
     own_process: bool = False,
 ) -> Engine:
@@ -351,11 +363,21 @@ def load(
     `choose_policy` takes it. miss: "exact" waits for an expert, "fallback" lets the shared ones
     stand in, which allow_missing needs. context: tokens of prompt and reply in place of what the
     config allows; more is warned of. threads: of products on a CPU, for the
-    whole process (PyTorch; MLX has no such number). io: how the experts' files are read.
+    whole process (PyTorch; MLX has no such number). readers, direct: threads that read experts, and
+    whether past the page cache. profile: "auto" takes what `chronos tune machine` found on this
+    machine for what nobody asked for, "off" does not. io: how the experts' files are read.
     own_process: nothing but Chronos runs here, so start-up may leave out parts of the framework.
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum) before a
     framework is imported; then MissingBackendError.
     """
+    check_choice("profile", profile, ("auto", "off"))
+    if profile == "auto" and profiles.find(model) is not None:
+        given = {"warm": warm, "prefetch": prefetch, "predictor": predictor, "threads": threads,
+                 "readers": readers, "direct": direct}  # fmt: skip
+        found = profiles.chosen(model, backends.select(backend), device, budget, given)
+        warm, prefetch = found.get("warm", warm), found.get("prefetch", prefetch)
+        predictor, threads = found.get("predictor", predictor), found.get("threads", threads)
+        readers, direct = found.get("readers", readers), found.get("direct", direct)
     wait_asleep()  # before anything of ours runs that it would take for a neighbour
     threads_wanted = threads_for(threads)
     plan = plan_for(
@@ -378,7 +400,10 @@ def load(
     known |= {"threads": threads_taken, **replies_of(folder, config)}
     if layout is None:
         return Engine(module.session(core, None), config, **known)
-    options = FeedOptions(config.num_experts_per_tok, plan.warm_bytes, core.device, miss)
+    options = FeedOptions(
+        config.num_experts_per_tok, plan.warm_bytes, core.device, miss,
+        readers=readers or READERS, direct=direct is not False,
+    )  # fmt: skip
     feed = open_feed(
         module.open_arena, layout, plan.capacity_bytes, options,
         policy=plan.policy, prefetch=plan.forecasts, io=io,

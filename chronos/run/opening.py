@@ -78,8 +78,8 @@ def plan_for(
 
     Raises UsageError, ConfigError, CorruptFileError and BudgetError (naming the minimum).
     """
-    _check_choice("miss", miss, ("exact", "fallback"))
-    _check_choice("prefetch", prefetch, ("auto", "off"))
+    check_choice("miss", miss, ("exact", "fallback"))
+    check_choice("prefetch", prefetch, ("auto", "off"))
     check_predictor(predictor)
     if allow_missing and miss != "fallback":
         raise UsageError(
@@ -185,6 +185,6 @@ def _check_context(context: int | None, config: Geometry) -> None:
         )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} cannot be {value!r}", f"--{name}", f"use {' or '.join(choices)}")

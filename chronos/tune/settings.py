@@ -152,8 +152,14 @@ def operations(recipe: Recipe[Any]) -> float:
     return float(TRAINING * tokens) * forward(recipe.model, stage.seq_len)
 
 
-def load_tuning(path: str | Path, *, trials: int | None = None, data: str | None = None) -> Tuning:
-    """Read and check a study's file. trials, data: in place of the file's.
+def load_tuning(
+    path: str | Path,
+    *,
+    trials: int | None = None,
+    budget: str | None = None,
+    data: str | None = None,
+) -> Tuning:
+    """Read and check a study's file. trials, budget, data: in place of the file's.
 
     Raises ConfigError naming the file and the key, MissingBackendError without the extra [tune].
     """
@@ -166,8 +172,8 @@ def load_tuning(path: str | Path, *, trials: int | None = None, data: str | None
         settings = section_of(TuneSettings, {"tune": own}, "tune")
     except ConfigError as error:
         raise ConfigError(error.what, error.where or str(file), error.fix) from None
-    if trials is not None:
-        settings = dataclasses.replace(settings, trials=trials)
+    flags: dict[str, Any] = {"trials": trials, "budget": budget}
+    settings = dataclasses.replace(settings, **{k: v for k, v in flags.items() if v is not None})
     stage = STAGES[stage_of(sections, file)]
     recipe = parse_recipe(sections, stage.section, file)
     if data is not None:

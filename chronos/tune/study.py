@@ -57,15 +57,16 @@ class TrialView:
 
     origin: the number of the trial whose choice and folder it goes on with, itself mostly. own: the
     user's recipe. repeat: the trial that it runs again with another seed, or None. values: of a
-    whole trial, by objective. measured: all that was found at the last rung. constraints: above 0
-    where violated. changes: keys of the recipe that it has other values of.
+    whole trial, by objective. seed: of a repeat; others have the recipe's. measured: all that was
+    found at the last rung. constraints: above 0 where violated. changes: keys of the recipe that it
+    has other values of.
     """
 
     number: int
     state: str
     origin: int
     params: Values
-    seed: int
+    seed: int | None = None
     own: bool = False
     repeat: int | None = None
     values: tuple[float, ...] = ()
@@ -309,7 +310,7 @@ class Asked:
         self.origin = int(attrs.get("origin", trial.number))
         self.own = bool(attrs.get("own"))
         self.repeat: int | None = attrs.get("repeat")
-        self.seed = int(attrs.get("seed", 0))
+        self.seed: int | None = attrs.get("seed")
         self.rungs: list[dict[str, Any]] = list(attrs.get("rungs", []))
         self.measured: dict[str, float] = dict(attrs.get("measured", {}))
 
@@ -382,7 +383,7 @@ def _view(trial: optuna.trial.FrozenTrial) -> TrialView:
         state,
         int(attrs.get("origin", trial.number)),
         dict(trial.params),
-        int(attrs.get("seed", 0)),
+        attrs.get("seed"),
         bool(attrs.get("own")),
         attrs.get("repeat"),
         tuple(trial.values or ()) if name == "COMPLETE" else (),

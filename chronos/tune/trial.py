@@ -21,6 +21,7 @@ from chronos.common.errors import ChronosError
 from chronos.tune.measured import Measured
 from chronos.tune.settings import TuneSettings
 
+CHILD = (sys.executable, "-m", "chronos.tune.trial_child")
 _TICK_S = 1.0
 _WAIT_S = 60.0  # for a run that was asked to save and leave
 
@@ -73,7 +74,7 @@ def run_apart(
 ) -> bool:
     """The `Run` of a process of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "chronos.tune.trial_child"],
+        CHILD,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

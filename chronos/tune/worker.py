@@ -274,7 +274,7 @@ class _Worker:
             "cadence.save_every": rungs[0],
             "cadence.keep_checkpoints": 1,
         }
-        if asked.repeat is not None:
+        if asked.seed is not None:
             own["optimizer.seed"] = asked.seed
         text = written(self._tuning.text, wanted | own)
         atomic_write(folder / RECIPE, [text.encode()])

@@ -126,3 +126,40 @@ def test_what_cannot_be_tuned_is_said(chronos: Any, study: Any, tmp_path: Path) 
     file.write_text(file.read_text("utf-8") + "trails = 3\n", "utf-8")
     done = chronos("tune", "start", "-c", file, "-o", run)
     assert done.code == 3 and "'trails'" in done.error[0] and "trials" in done.error[-1]
+
+
+@pytest.mark.needs_backend
+def test_a_machine_s_settings_change_no_token(
+    chronos: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On real runs; what they measure is replaced, so that one setting wins."""
+    import shutil
+
+    from chronos.tune import machine
+
+    model, ratio = tmp_path / "model", machine._ratio
+    shutil.copytree(packed, model)
+    flags = ("generate", model, "-p", "def", "-n", 12, "--budget", "50%", "--json")
+    before = chronos(*flags).json
+    tune = ("tune", "machine", model, "--budget", "50%", "-n", 12, "--rounds", 1, "--json")
+    monkeypatch.setattr(machine, "_ratio", lambda old, new: 1.0)
+    nothing = chronos(*tune).json
+    assert nothing["options"] == {} and nothing["profile"] is None
+    assert {"readers", "prefetch", "predictor"} <= {trial["knob"] for trial in nothing["trials"]}
+
+    monkeypatch.setattr(machine, "_SLOWEST", 1e9)
+    monkeypatch.setattr(machine, "_HITS", 1.0)
+    monkeypatch.setattr(machine, "_ratio", lambda old, new: 1.0 + 0.5 * ratio(old, old))
+    found = chronos(*tune).json
+    assert found["profile"] == str(model / "chronos-machine.json")
+    options = found["options"]
+    assert options["readers"] == 16 and options["prefetch"] == "off"
+    after = chronos(*flags).json
+    assert after["tokens"] == before["tokens"]
+    assert after["stats"]["bytes_prefetched"] == 0 < before["stats"]["bytes_prefetched"]
+    off = chronos(*flags, "--profile", "off").json
+    assert off["stats"]["bytes_prefetched"] > 0
+    shown = chronos("doctor", model)
+    assert "chronos-machine.json" in shown.out and "readers 16" in shown.out
+    assert chronos("doctor", model, "--json").json["profile"]["here"] is True
+    assert chronos(*flags, "--profile", "on").code == 2

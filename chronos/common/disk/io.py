@@ -134,6 +134,13 @@ def _check_system(path: StrPath) -> None:
         )
 
 
+class CachedIO(FileIO):
+    """Reads through the page cache."""
+
+    def open(self, path: StrPath, direct: bool = False) -> int:
+        return super().open(path)
+
+
 class PacedIO(FileIO):
     """Reads as from a disk of `bytes_per_s` that serves one request after the other.
 
@@ -367,6 +374,21 @@ def drop_page_cache() -> bool:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:
         return False
+    return True
+
+
+def drop_file_pages(folder: StrPath) -> bool:
+    """Forget what the system keeps of a folder's files, those left out that are mapped; False where
+    it cannot be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
     return True
 
 

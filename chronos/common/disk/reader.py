@@ -38,6 +38,9 @@ _MAX_JOINED = 16  # neighbours in one preadv; more would make the first of them 
 _log = logging.getLogger("chronos")
 
 
+READERS = 4  # threads, where nobody asks for another number
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One submitted extent. `done` turns true once; `error` is then None or why it failed."""
@@ -93,7 +96,7 @@ class RangedReader:
 
     def __init__(
         self,
-        threads: int = 4,
+        threads: int = READERS,
         chunk_bytes: int = 1 << 20,
         io: FileIO | None = None,
         max_open: int = 32,

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.disk.io import FileIO
-from chronos.common.disk.reader import RangedReader
+from chronos.common.disk.io import CachedIO, FileIO
+from chronos.common.disk.reader import READERS, RangedReader
 from chronos.common.errors import UsageError
 from chronos.common.experts.known import ANNOUNCED, KnownAhead
 from chronos.common.experts.lease import Lease
@@ -54,7 +54,8 @@ class FeedOptions:
     top_k: experts one token needs in a layer; less room than that is a BudgetError. warm_bytes:
     host memory for experts behind the slots of an accelerator. device: the backend's name of where
     the slots are. miss: "exact" waits for an expert, "fallback" lets the shared ones stand in for
-    one that is not ready. verify: check the digest of every record read.
+    one that is not ready. verify: check the digest of every record read. readers: threads that
+    read. direct: past the page cache, where the file system can.
     """
 
     top_k: int = 1
@@ -62,6 +63,8 @@ class FeedOptions:
     device: Any = None
     miss: str = "exact"
     verify: bool = True
+    readers: int = READERS
+    direct: bool = True
 
     def __post_init__(self) -> None:
         if self.miss not in ("exact", "fallback"):
@@ -469,7 +472,9 @@ def open_feed(
     with ExitStack() as undo:
         arena = open_arena(layout, slots, options)
         undo.callback(arena.close)
-        reader = reader or RangedReader(io=io)
+        if reader is None:
+            reads = io or (FileIO() if options.direct else CachedIO())
+            reader = RangedReader(options.readers, io=reads)
         undo.callback(reader.close)
         feed = Feed(
             layout, capacity_bytes, arena, reader, options, policy=policy, prefetch=prefetch
