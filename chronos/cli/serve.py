@@ -15,6 +15,7 @@ from chronos.common.errors import MissingBackendError, UsageError
 
 PANEL = "Run a model"
 _KV, _DISK = "the cache of prompts", "the cache of prompts on disk"
+_RUNNING = "the caches of those answered"
 
 
 @command("serve", panel=PANEL)
@@ -68,6 +69,11 @@ def serve(
     prefix_cache_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Of that folder.", callback=checked(size_of(_DISK)))
     ] = "4GiB",
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For caches of those answered at a time; more wait.",
+                     callback=checked(size_of(_RUNNING)), show_default="no limit"),
+    ] = None,
     idle_unload: Annotated[
         float | None,
         typer.Option(metavar="MINUTES", min=0, help="Unload a model that nobody asked for so long.",
@@ -117,6 +123,7 @@ def serve(
             sequences=max_sequences,
             prefix_bytes=0 if kv_cache == "0" else parse_size(kv_cache, _KV),
             prefix_files=files,
+            kv_bytes=None if kv_memory is None else parse_size(kv_memory, _RUNNING),
             unload_s=None if idle_unload is None else 60 * idle_unload,
         )
         service = ask.Service(catalogue, engine, metrics.Metrics(engine))

@@ -1,8 +1,9 @@
 """Which sequences take part in the next pass of a model, and with what: values in, values out.
 
 Every sequence that is decoding has its token in every pass; prompts join in pieces, as many as a
-pass may have tokens, the earliest first. A sequence waits while all slots are taken. Sequences come
-and go between two passes. Knows no model, no text and no clock: `batch` runs what it plans.
+pass may have tokens, the earliest first; beside tokens one piece's worth, which they wait for. A
+sequence waits while all slots are taken. Sequences come and go between two passes. Knows no model,
+no text and no clock: `batch` runs what it plans.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from dataclasses import dataclass
 from chronos.common.errors import UsageError
 from chronos.common.text.sampling import PIECE, SamplingParams, Work, pieces
 
-# Prompts that go through a layer together read its experts once; tokens of others wait for them.
-PASS_TOKENS = 4 * PIECE
+PASS_TOKENS = 4 * PIECE  # prompts that go through a layer together read its experts once
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Scheduler:
     """Sequences by number, in the order they were added."""
 
     def __init__(self, slots: int = 1, pass_tokens: int = PASS_TOKENS) -> None:
-        """slots: sequences that are under way at a time. pass_tokens: of prompts, in one pass."""
+        """slots: sequences that are under way at a time. pass_tokens: of prompts, in a pass; PIECE
+        at most beside tokens."""
         self.slots, self.pass_tokens = slots, pass_tokens
         self._waiting: deque[_Row] = deque()
         self._running: dict[int, _Row] = {}
@@ -63,7 +64,7 @@ class Scheduler:
             self._running[row.seq] = row
         rows = list(self._running.values())
         work = [Work(r.seq, [r.token], r.sampling) for r in rows if r.token is not None]
-        room = self.pass_tokens
+        room = min(self.pass_tokens, PIECE) if work else self.pass_tokens
         for row in rows:
             if row.left and (room >= len(row.left[0].tokens) or not work):
                 work.append(row.left[0])

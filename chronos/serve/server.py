@@ -15,13 +15,66 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chronos.common.errors import ResourceError, UsageError
 from chronos.serve.worker import Worker
 
 DRAIN_S = 30.0
 _HEADER_BYTES = 32 << 10
+HEADERS_S = 30.0  # for the headers of a request to arrive
+READ_S = 60.0  # for a client to take what waits for it
 _CONNECTIONS = 512  # at a time; more are refused, whatever they want
+
+
+class _Protocol(H11Protocol):
+    """With deadlines where uvicorn has none: for a request's headers, and for a client that does
+    not read what it is sent. Each holds a connection meanwhile, of which there are so many."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if (
+            self._answers
+        ):  # else some bytes of headers have come, which are no reason to wait longer
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._clear()
+
+    @property
+    def _answers(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        """Begin to count the time of what the client owes now."""
+        self._clear()
+        if self.flow.write_paused or not self._answers:
+            seconds = READ_S if self.flow.write_paused else HEADERS_S
+            self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+    def _clear(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -55,9 +108,14 @@ def bind(host: str, port: int) -> socket.socket:
 def run(app: ASGIApp, worker: Worker, sock: socket.socket, say: Callable[[str], None]) -> None:
     """Serve until a signal. say: is told where it listens. Raises what loading the first model
     raises."""
-    config = uvicorn.Config(
+    asyncio.run(_serve(_Uvicorn(settings(app)), worker, sock, say))
+
+
+def settings(app: ASGIApp) -> uvicorn.Config:
+    """Uvicorn's, with our limits."""
+    return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -67,7 +125,6 @@ def run(app: ASGIApp, worker: Worker, sock: socket.socket, say: Callable[[str], 
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=_HEADER_BYTES,
     )
-    asyncio.run(_serve(_Uvicorn(config), worker, sock, say))
 
 
 async def _serve(

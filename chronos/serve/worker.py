@@ -86,16 +86,20 @@ class Worker:
         sequences: int | None = None,
         prefix_bytes: int = 0,
         prefix_files: PrefixFiles | None = None,
+        kv_bytes: int | None = None,
         unload_s: float | None = None,
     ) -> None:
         """open_model: by name; the first one is loaded at once, and one at a time. queue: jobs that
         may wait. sequences: jobs that run at a time; None: as many as fill the experts' slots, up
         to MOST_SEQUENCES. prefix_bytes: of beginnings of prompts that are kept; prefix_files:
-        where on disk, written while nobody waits. unload_s: give the
+        where on disk, written while nobody waits. kv_bytes: of the caches
+        of jobs that run, at their longest; one always runs. unload_s: give the
         model up when it had nothing to do for so long; the next job loads it."""
         self._open, self._queue = dict(open_model), queue
         self._sequences, self._unload_s = sequences, unload_s
         self._prefix_bytes, self._prefix_files = prefix_bytes, prefix_files
+        self._kv_bytes = kv_bytes
+        self._measured, self._token_bytes = 0, 0.0  # at so many tokens, bytes of each
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -247,8 +251,27 @@ class Worker:
             if self._waiting[0].model != self.model:
                 idle = not self._running and not joining
                 return joining, self._waiting[0].model if idle else ""
+            if not self._fits([*self._running.values(), *joining], self._waiting[0]):
+                break
             joining.append(self._waiting.popleft())
         return joining, ""
+
+    def _fits(self, others: Sequence[Job], job: Job) -> bool:
+        """Whether the caches of all can grow as long as they may become."""
+        if self._kv_bytes is None or not others:
+            return True
+        if not self._measured:  # the first of all tells what a token takes
+            return False
+        tokens = sum(len(each.prompt) + each.max_tokens for each in (*others, job))
+        return tokens * self._token_bytes <= self._kv_bytes
+
+    def _measure(self) -> None:
+        """What a token takes in a cache, by the longest one so far: some grow by doubling."""
+        assert self._engine is not None
+        session = self._engine.session
+        for seq in self._running:
+            if (tokens := session.position(seq)) > self._measured:
+                self._measured, self._token_bytes = tokens, session.nbytes(seq) / tokens
 
     def _change(self, model: str) -> None:
         """Load another model; those who wait for one that cannot be loaded are told."""
@@ -266,6 +289,7 @@ class Worker:
     def _load(self, model: str) -> None:
         engine = self._engine = self._open[model]()
         self.loads += 1
+        self._measured = 0
         self._slots = self._sequences or MOST_SEQUENCES
         if self._sequences is None and engine.feed is not None:
             each = max(1, engine.config.num_experts_per_tok)
@@ -335,6 +359,8 @@ class Worker:
             self._running.clear()
             return
         self._moved = time.monotonic()
+        if self._kv_bytes is not None:
+            self._measure()
         for seq, step in steps:
             job = self._running[seq]
             job.first = job.first or self._moved

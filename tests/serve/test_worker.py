@@ -136,6 +136,26 @@ def test_no_more_wait_than_the_line_holds(rig: Rig) -> None:
     assert len(rig.ask([9])[1].tokens) == 4
 
 
+@pytest.mark.parametrize("rig", [{"sequences": 4, "kv_bytes": 1 << 20}], indirect=True)
+def test_no_more_run_than_their_caches_have_room(rig: Rig) -> None:
+    """By what they may become; the first of all tells what a token takes, and one always runs."""
+    events = [rig.job([at], max_tokens=3)[1] for at in (1, 2, 3, 4)]
+    rig.gate.let(1)
+    rig.gate.free()
+    assert [len(ended(each).tokens) for each in events] == [3] * 4
+    assert [len(passed) for passed in rig.gate.passes][:2] == [1, 4]
+    each = rig.worker._token_bytes
+    assert rig.worker._measured == 2 and 2 * each >= PIECE * CONFIG.kv_latent_dim
+    rig.worker._measured = 1 << 30  # as if of the longest there can be
+    rig.worker._kv_bytes = int(11 * each)  # two of 2 + 3 tokens, and not three
+    rig.gate.passes.clear()
+    events = [rig.job([at, 5], max_tokens=3)[1] for at in (1, 2, 3, 4)]
+    assert [len(ended(each).tokens) for each in events] == [3] * 4
+    assert max(len(passed) for passed in rig.gate.passes) == 2
+    rig.worker._kv_bytes = 1
+    assert len(rig.ask([1, 2, 3])[1].tokens) == 4
+
+
 @pytest.mark.parametrize("rig", [{"sequences": 2}], indirect=True)
 def test_a_short_prompt_does_not_wait_for_a_long_one(rig: Rig) -> None:
     """Its prompt is read beside the long one's next piece."""

@@ -20,7 +20,7 @@ from chronos.serve.ask import Service
 from chronos.serve.guard import Rules
 from chronos.serve.metrics import Metrics
 from chronos.serve.served import Catalogue, Served
-from chronos.serve.server import bind
+from chronos.serve.server import bind, settings
 from chronos.serve.worker import Worker
 
 HELLO = [{"role": "user", "content": "def add(left, right):"}]
@@ -107,11 +107,7 @@ def serving(
 
     worker = Worker({card.name: opener(card) for card in cards}, **options)
     service = Service(Catalogue(cards, aliases), worker, Metrics(worker))
-    config = uvicorn.Config(
-        application(service, rules or Rules()), http="h11", ws="none", lifespan="off",
-        log_config=None, timeout_graceful_shutdown=2,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(settings(application(service, rules or Rules())))
     with bind("127.0.0.1", 0) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         thread = threading.Thread(target=server.run, args=([sock],))

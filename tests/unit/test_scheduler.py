@@ -72,6 +72,24 @@ def test_a_pass_has_so_many_tokens_of_prompts_the_earliest_first() -> None:
     ]  # fmt: skip
 
 
+def test_tokens_wait_for_one_piece_at_most() -> None:
+    """Pieces of several prompts go together only where nobody waits for a token."""
+    scheduler = Scheduler(slots=4)
+    for seq, length in enumerate([1, 2 * PIECE, PIECE, 7]):
+        scheduler.add(seq, range(length), GREEDY)
+    assert passes(scheduler, {0: 5, 1: 1, 2: 1, 3: 1}) == [
+        [(0, 1, True), (1, PIECE, False), (2, PIECE, True), (3, 7, True)],
+        [(0, 1, True), (1, PIECE, True)], [(0, 1, True)], [(0, 1, True)], [(0, 1, True)],
+    ]  # fmt: skip
+    scheduler = Scheduler(slots=4)
+    scheduler.add(0, [1], GREEDY)
+    [work] = scheduler.next()
+    scheduler.took(work, 100)
+    for seq, length in enumerate([PIECE, PIECE, 7], start=1):
+        scheduler.add(seq, range(length), GREEDY)
+    assert [shape(scheduler.next()) for _ in range(1)] == [[(0, 1, True), (1, PIECE, True)]]
+
+
 def test_a_piece_above_the_limit_goes_alone() -> None:
     scheduler = Scheduler(slots=2, pass_tokens=4)
     scheduler.add(0, range(9), GREEDY)
