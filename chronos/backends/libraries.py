@@ -41,8 +41,8 @@ def who_runs(model_type: str, dialect: str) -> list[Verdict]:
         return [Verdict("Chronos", True)]
     mlx_lm = _verdict("mlx_lm", "MLX-LM on mlx", _not_mlx_lm, model_type)
     transformers = _verdict("transformers", "Transformers on torch", _not_transformers, model_type)
-    if dialect == "quantised":
-        return [transformers]
+    if dialect == "quantised":  # of these MLX computes with gpt-oss' MXFP4
+        return [transformers, *([mlx_lm] if model_type == "gpt_oss" else [])]
     if dialect == "mlx":
         return [mlx_lm, *([transformers] if model_type in STACKED_ONLY else [])]
     return [transformers, mlx_lm]

@@ -407,7 +407,7 @@ def test_a_shard_of_other_layers_only_may_be_absent(tmp_path):
 
 
 FORMATS = [
-    ("model-Q4.gguf", b"GGUF", "in GGUF", "gguf_file="),
+    ("model-Q4.gguf", b"GGUF", "in GGUF", "--config DIR"),
     ("adapter_config.json", b'{"base_model_name_or_path": "a/b"}', "of 'a/b'", "merge_and_unload"),
     ("adapter_config.json", b"[", "of 'another model'", "merge_and_unload"),
     ("consolidated.safetensors", b"", "Mistral's own", "model-*.safetensors"),
@@ -441,7 +441,7 @@ def test_a_file_of_another_format_is_named_too(tmp_path):
 
 HEADS = [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-    (b"GGUF\3\0\0\0", "gguf_file="),
+    (b"GGUF\3\0\0\0", "--config DIR"),
     (b"PK\x03\x04", "save_pretrained"),
     (b"<!DOCTYPE html>", "download"),
 ]

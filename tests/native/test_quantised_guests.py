@@ -25,6 +25,7 @@ from chronos.testing.tolerances import assert_close
 from tests.conformance.test_affine import stands_for
 from tests.native.test_torch_quantised import PROMPT, build
 from tests.native.test_transformers_guests import by_engine, by_library
+from tests.support import quantised
 
 # Experts one by one and stacked; gpt-oss': matrices transposed, gate and up interleaved, biases.
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -93,6 +94,21 @@ def test_mlx_runs_the_same_folder(model_type: str, bits: int, guest: Callable[..
         with chronos.load(tiny.packed, backend="mlx", budget=budget) as engine:
             np.testing.assert_array_equal(by_engine(engine, PROMPT), resident)
     assert_close(resident, by_library(tiny.model, PROMPT), "logits")
+
+
+def test_mlx_runs_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm.utils")
+    model = build("gpt_oss", torch.float32, wide=True, **PLAIN_ROPE)
+    quantised.save(model, tmp_path / "source", "mxfp4", lambda key: ".experts." in key)
+    pack(tmp_path / "source", tmp_path / "packed")
+    layout = open_layout(tmp_path / "packed")
+    assert set(layout.encodings.values()) == {"mxfp4"}
+    with chronos.load(tmp_path / "packed", backend="mlx", budget="resident") as engine:
+        resident = np.stack(by_engine(engine, PROMPT))
+    for budget in (str(2 * layout.record_nbytes), "25%", "50%", "all"):
+        with chronos.load(tmp_path / "packed", backend="mlx", budget=budget) as engine:
+            np.testing.assert_array_equal(by_engine(engine, PROMPT), resident)
+    assert_close(resident, by_library(model, PROMPT), "logits")
 
 
 def test_an_unpacked_guest_of_the_command_line(

@@ -27,7 +27,7 @@ from chronos.backends.torch import kernels
 from chronos.backends.torch.checkpoint import dequantised_bytes
 from chronos.backends.torch.quantised import dequantised
 from chronos.cli import main
-from chronos.common.disk.tensors import read_checkpoint
+from chronos.common.disk.tensors import read_checkpoint, write_tensors
 from chronos.common.errors import ConfigError, ShapeMismatch
 from chronos.common.layout import inspect, open_layout, pack, read_records, unpack, verify
 from chronos.common.layout.quantised import shape_of
@@ -255,6 +255,43 @@ def test_a_dequantised_mlx_folder_is_one_of_mlx_lm_and_runs(
     assert set(open_layout(tmp_path / "packed").encodings.values()) == {"mlx"}
     with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
         np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(tiny.model, PROMPT))
+
+
+V4 = {
+    "vocab_size": 64, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 32,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "o_groups": 2,
+    "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
+    "sliding_window": 16, "max_position_embeddings": 64, "initializer_range": 0.3,
+    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_deepseek_v4_as_it_is_published(tmp_path: Path) -> None:
+    """Its own names, experts in FP4, attention in FP8 with powers of two, a table of experts."""
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model("deepseek_v4", **V4)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    gate = model.model.layers[0].mlp.gate
+    gate.tid2eid.copy_(torch.stack([torch.randperm(4)[:2] for _ in range(64)]))
+    attention = tuple(f".attn.{name}.weight" for name in ("wq_a", "wq_b", "wkv", "wo_b"))
+    quantised.save(
+        model, tmp_path / "source", "fp4", lambda k: ".experts." in k or k.endswith(attention)
+    )
+    with closing(read_checkpoint(tmp_path / "source")) as stream:
+        published = [
+            (e.name.removeprefix("model.").replace("embed_tokens", "embed"), *e[1:3], bytes(data))
+            for e, data in stream
+        ]
+    write_tensors(tmp_path / "source/model.safetensors", published, {"format": "pt"})
+    pack(tmp_path / "source", tmp_path / "packed")
+    layout = open_layout(tmp_path / "packed")
+    assert set(layout.encodings.values()) == {"fp4"}
+    expected = by_library(model, PROMPT)
+    for budget in (str(2 * layout.record_nbytes), "50%", "all"):
+        with chronos.load(tmp_path / "packed", backend="torch", budget=budget) as engine:
+            np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ ONLY = {
     "codecs.Swiglu.gathered": "see codecs.Codec.gathered",
     "codecs.Affine.gathered": "see codecs.Codec.gathered",
     "codecs.TransformersAffine": "torch dequantises these too: see codecs.Quantised",
+    "codecs.TransformersMxfp4": "see codecs.TransformersAffine",
     "codecs.MlxLm": "MLX-LM's experts; torch dequantises those: see codecs.Quantised",
     "codecs.Coded": "see OWN",
     "codecs.Quantised": "see OWN",

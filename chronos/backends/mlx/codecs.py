@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -23,7 +23,8 @@ import numpy as np
 from mlx import nn
 
 from chronos.common.errors import ConfigError, ShapeMismatch
-from chronos.common.layout.codecs import MLX, SWIGLU, TRANSFORMERS
+from chronos.common.layout.codecs import MLX, MXFP4, SWIGLU, TRANSFORMERS
+from chronos.common.layout.quantised import split
 
 if TYPE_CHECKING:
     from collections.abc import Buffer
@@ -293,6 +294,26 @@ class TransformersAffine(Transformers):
         return dict(stack)
 
 
+class TransformersMxfp4(TransformersAffine):
+    """gpt-oss' experts as they are published: MLX's mode mxfp4 has their very bits, in words."""
+
+    def view(self, raw: Raw, record: Record) -> Tensors:
+        tensors = tuple(
+            replace(t, dtype="U32", shape=(t.shape[0], 4 * t.shape[1])) if len(t.shape) == 3 else t
+            for t in record.tensors
+        )
+        return tensors_of(raw, replace(record, tensors=tensors))
+
+    def _by_kind(self, stack: Tensors, block: Switch) -> dict[str, mx.array]:
+        found = {}
+        for name, array in stack.items():
+            matrix, kind = split(name)
+            if array.ndim == 4:  # bytes, as they lie in a record
+                array = array.view(mx.uint32).flatten(-2)
+            found[f"{matrix}.{'weight' if kind == 'blocks' else kind}"] = array
+        return found
+
+
 def _adapted(y_TD: mx.array, adapter: Adapter, name: str, x_TD: mx.array) -> mx.array:
     return y_TD if adapter is None else y_TD + adapter(name, x_TD).astype(y_TD.dtype)
 
@@ -364,6 +385,7 @@ CODECS: dict[str, Callable[[], Codec]] = {
     rf"{SWIGLU}-affine[48]-g\d+": Affine,
     TRANSFORMERS: Transformers,
     rf"{TRANSFORMERS}-affine[48]-g\d+": TransformersAffine,
+    MXFP4: TransformersMxfp4,
     rf"{MLX}(-[a-z]+\d+)*": MlxLm,
 }
 

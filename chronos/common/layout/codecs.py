@@ -25,6 +25,7 @@ from chronos.common.model.guest import Geometry
 from chronos.common.model.weights import EXPERT_TENSORS, TensorSpec, expert_tensors
 
 SWIGLU, TRANSFORMERS, MLX, GGUF = "swiglu", "transformers", "mlx", "gguf"
+MXFP4 = "mxfp4"  # gpt-oss'
 # What other libraries quantise, each in a layout of its own: see `quantised`.
 QUANTISED = (
     r"mxfp4|fp4|fp8-\d{1,5}x\d{1,5}|compressed-(int4|int8|fp8|mxfp4|mxfp8|nvfp4)"

@@ -151,7 +151,8 @@ def _check_coded(dense: Iterable[Located], config: GuestConfig) -> None:
         tensors = ((entry.name, entry.dtype, entry.shape) for _, entry in dense)
         for name, kinds in grouped(tensors).items():
             dtype, shape = kinds.get("weight", ("", ()))
-            if is_coded(kinds) or dtype not in ("", *_FLOATS) and len(shape) > 1:
+            # Tables of ids are no matrices (DeepSeek-V4 has one of experts by token).
+            if is_coded(kinds) or dtype not in ("", "I64", *_FLOATS) and len(shape) > 1:
                 shape_of(config.coding, kinds, name)
 
 

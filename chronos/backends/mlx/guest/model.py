@@ -40,6 +40,7 @@ from chronos.common.data import check_single
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import Layout, packed_experts
+from chronos.common.layout.codecs import MLX, MXFP4
 from chronos.common.model.guest import GuestConfig
 
 # Where a block's shared experts hang beside its switch; LLaMA 4 scales what its switch is given.
@@ -272,7 +273,7 @@ def load_guest(
     config = GuestConfig.from_json(folder)
     skeleton = Skeleton(mlx_lm_utils(), folder, config)
     layout = layout or packed_experts(folder, config, checked=resident)
-    if layout is not None and config.coding:
+    if layout is not None and config.coding not in ("", MXFP4):
         raise ConfigError(
             f"the checkpoint is quantised ({config.quantization}), which MLX does not compute with",
             str(folder),
@@ -307,7 +308,7 @@ def load_guest(
         ahead = None if choose is None else (layer, choose)
     core.update_modules(tree_unflatten(layers))
     _place_head(core)
-    if device == mx.cpu and not config.quantization:
+    if device == mx.cpu and config.quantization != MLX:
         core.set_dtype(mx.float32)  # as the native model's: it has no fast 16-bit products
     mx.eval(core.parameters())
     model = Model(config, core, resident)

@@ -41,7 +41,7 @@ from chronos.common.errors import (
     ShapeMismatch,
 )
 from chronos.common.layout import Layout, Record, read_records
-from chronos.common.layout.codecs import TRANSFORMERS, Affine
+from chronos.common.layout.codecs import MLX, MXFP4, TRANSFORMERS, Affine
 from chronos.common.model.config import load_config
 from chronos.common.model.guest import GuestConfig, mlx_lm_keys
 
@@ -139,7 +139,10 @@ class Skeleton:
         with TemporaryDirectory() as name:  # MLX-LM's loader is shown no weights but an empty file
             folder = Path(name)
             write_tensors(folder / "model.safetensors", [])
-            config = json.dumps(self._json | mlx_lm_keys(self._json))
+            shown = self._json | mlx_lm_keys(self._json)
+            if self.config.coding:  # its experts are ours, and nothing else is quantised
+                shown.pop("quantization_config", None)
+            config = json.dumps(shown)
             (folder / "config.json").write_text(config)
             return self._load(folder, get_model_classes=self._classes)
 
@@ -200,7 +203,7 @@ class Skeleton:
         if odd := sorted(blocks.keys() ^ self._records.keys()):
             where = "config.json" if odd[0] in blocks else "the packed folder"
             raise ShapeMismatch(f"layer {odd[0]} has experts in {where} only", str(self.folder))
-        if any(not r.encoding.startswith(TRANSFORMERS) for r in self._records.values()):
+        if any(r.encoding.startswith(MLX) for r in self._records.values()):
             return sanitize(self._dense | self._stand_ins(blocks))  # MLX-LM's names already
         plain = {f"{path}.{name}" for path, b in blocks.values() for name, _ in _flat(b)}
         for layer, (_, block) in blocks.items():
@@ -246,15 +249,18 @@ class Skeleton:
 
 
 def _quantise_like(record: Record, block: nn.Module) -> None:
-    """Make a block's projections those of MLX-LM's quantised models, where the record of Chronos'
-    own quantisation is one. Raises ShapeMismatch."""
+    """Make a block's projections those of MLX-LM's quantised models, where the record is quantised
+    by Chronos or MXFP4. Raises ShapeMismatch."""
     if record.encoding == TRANSFORMERS:
         return
-    codec = Affine(record.encoding)
+    settings: tuple[int, int, str] = 32, 4, MXFP4
+    if record.encoding != MXFP4:
+        codec = Affine(record.encoding)
+        settings = codec.group, codec.bits, "affine"
     for name, linear in block.children().items():
         if isinstance(linear, nn.Module) and "weight" in linear:
             try:
-                block[name] = linear.to_quantized(codec.group, codec.bits)
+                block[name] = linear.to_quantized(*settings)
             except ValueError as error:
                 what = f"{record.label}: {name} is no {record.encoding}: {error}"
                 raise ShapeMismatch(what, record.file) from None
