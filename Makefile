@@ -8,6 +8,7 @@
 #   make oracle          training beside TRL and mlx-lm-lora, which it installs
 #   make vllm            the plugin under vLLM, in an environment of its own (.venv-vllm)
 #   make clients         clients and tools that others wrote ask the server; installs them (npm too where that is)
+#   make ui-test         the pages of `chronos ui` in a Chromium (Debian: apt-get install chromium-headless-shell)
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #
@@ -30,7 +31,7 @@ PARALLEL := OMP_NUM_THREADS=1
 COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle vllm clients gpu docs clean
+.PHONY: demo test check absent oracle vllm clients ui-test gpu docs clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -73,6 +74,10 @@ clients: $(DEV_STAMP)
 	$(VENV)-clients/bin/pip install --quiet --disable-pip-version-check -r tests/serve/requirements.txt
 	if command -v npm >/dev/null; then npm ci --prefix tests/serve/js --no-audit --no-fund --ignore-scripts; fi
 	CHRONOS_TEST_CLIENTS=$(VENV)-clients/bin $(RUN) pytest tests/serve/test_outside.py
+
+# The browser is this target's alone: a walk through all pages takes a minute.
+ui-test: $(DEV_STAMP)
+	CHRONOS_TEST_BROWSER=1 $(PARALLEL) $(RUN) pytest tests/ui
 
 gpu: $(DEV_STAMP)
 	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda

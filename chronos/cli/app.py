@@ -13,9 +13,9 @@ from chronos.cli.options import unfold
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
-# As the help page shows them: what a newcomer needs first. Others follow, as they were registered.
+# As the help page shows them: what a newcomer needs first. Others follow as they were registered.
 _ORDER = (
-    "demo generate chat serve train tune merge pack unpack export inspect verify trace fit"
+    "demo generate chat serve train tune ui merge pack unpack export inspect verify trace fit"
     " simulate bench eval doctor"
 ).split()
 

@@ -152,5 +152,7 @@ def to_json(
         "expert_bytes_total": engine.expert_bytes_total,
         "peak_memory_bytes": _peak(result.stats),
         "stats": {k: v for k, v in result.stats.items() if k != "peak_memory_bytes"},
+        # since the model was opened, of every layer with experts; empty where none are streamed
+        "layers": engine.feed.layer_stats() if engine.feed else [],
     }
     return data | {"error": result.error} if result.error else data

@@ -34,6 +34,7 @@ from chronos.cli import (
     simulate,
     train,
     tune,
+    ui,
 )
 from chronos.cli.app import app
 from chronos.common.errors import ChronosError
@@ -45,6 +46,7 @@ FAMILIES = (
     generate,
     chat,
     serve,
+    ui,
     train,
     tune,
     files,

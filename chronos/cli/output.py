@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chronos.common.budget import shown_size
 from chronos.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -190,15 +191,7 @@ def _lines(label: str) -> Callable[[int, int], None]:
     return update
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people, in decimal units as disks count them: 1.23 MB."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 1000 or unit == "TB":
-            break
-        value /= 1000
-    digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{digits}f} {unit}"
+size = shown_size  # beside `count` and `percent`
 
 
 def count(number: int, noun: str) -> str:

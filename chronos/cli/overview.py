@@ -12,7 +12,7 @@ import typer
 from chronos.cli import output
 from chronos.cli.app import command
 from chronos.cli.files import PANEL, PathArg, path_of
-from chronos.cli.options import JsonOptions, check_budget
+from chronos.cli.options import JsonOptions, check_budget, checked, size_of
 from chronos.common.errors import UsageError
 
 
@@ -34,14 +34,37 @@ def inspect(
             callback=check_budget,
         ),
     ] = "",
+    disk: Annotated[
+        str,
+        typer.Option(
+            metavar="RATE",
+            help="With a recipe: bytes a second of a disk such as 1GB, for the speed it allows.",
+            callback=checked(size_of("a rate")),
+        ),
+    ] = "",
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="With a trace: first tokens, in --json.")
+    ] = 0,
 ) -> None:
     """Explain a model folder or file: its experts, what budgets would hold, whether it fits.
 
     Reads headers only, of a folder of any kind, before packing or after.
 
+    Of a recipe (.toml) of pretraining it explains the model that would be made: parameters, bytes,
+    memory of an update, and with --disk how fast its experts could be read. Of a routing trace
+    (.npz) it explains the routing: use of experts and clusters by layer.
+
     `chronos inspect data FILE --model M` explains rows instead: their kind, how long they are, what
     is wrong with which, and the first one with what would be trained of it.
     """
+    if path.endswith((".toml", ".npz")):
+        if file or model:
+            raise UsageError("inspect explains one thing", file or model)
+        if path.endswith(".toml"):
+            _explain_recipe(path, budget, disk, out)
+        else:
+            _explain_trace(path, tokens, out)
+        return
     if file or model:
         if path != "data" or not file or budget:
             raise UsageError(
@@ -74,6 +97,71 @@ def inspect(
     output.table((path, ""), rows, align="ll")
     if following:
         output.command_line("next:", following)
+
+
+def _explain_recipe(path: str, budget: str, disk: str, out: JsonOptions) -> None:
+    from chronos.common.budget import parse_size
+    from chronos.common.training.design import SHARES, design
+    from chronos.common.training.recipe import load_recipe
+    from chronos.train.pretrain import PretrainRecipe
+
+    recipe = load_recipe(path, PretrainRecipe)
+    data = design(
+        recipe.model,
+        optimizer=recipe.optimizer,
+        rows=recipe.stage.batch_size,
+        seq_len=recipe.stage.seq_len,
+        budgets=[budget] if budget else SHARES,
+        disk_rate=parse_size(disk, "a rate") if disk else None,
+    )
+    if out.json:
+        output.print_json(data)
+        return
+    update = data.pop("update", {})
+    budgets = [(f"budget {each['budget']}", _designed(each)) for each in data.pop("budgets")]
+    rows = [(key.replace("_", " "), _sized(key, value)) for key, value in data.items() if value]
+    parts = [
+        (f"an update's {key}", output.size(value))
+        for key, value in update.items()
+        if key not in ("rows", "seq_len")
+    ]
+    output.table((path, ""), rows + parts + budgets, align="ll")
+
+
+def _designed(room: dict[str, Any]) -> str:
+    speed = room["tokens_per_s_at_most"]
+    read = f"{output.size(room['read_bytes_per_token'])} read a token if all are as likely"
+    return f"{_held(room)}; {read}" + (f", at most {speed:.1f} tokens/s" if speed else "")
+
+
+def _sized(key: str, value: int | float) -> str:
+    return output.size(value) if "bytes" in key else f"{value:,}"
+
+
+def _explain_trace(path: str, tokens: int, out: JsonOptions) -> None:
+    from chronos.cli.routing import describe, trace_json
+    from chronos.common.traces.overview import by_layer, first_ids
+    from chronos.common.traces.trace import RoutingTrace
+    from chronos.measure.evaluate import locality
+
+    trace = RoutingTrace.load(path)
+    layers = by_layer(trace)
+    if out.json:
+        data = trace_json(trace) | {"locality": locality(trace), "by_layer": layers}
+        output.print_json(data | {"first_ids": first_ids(trace, tokens)})
+        return
+    rows = [
+        (
+            str(each["layer"]),
+            f"{each['effective_experts']:.1f}",
+            output.percent(each["largest_share"]),
+            output.percent(each["repeat"]),
+            str(len(each["clusters"])),
+        )
+        for each in layers
+    ]
+    columns = ("layer", "effective experts", "largest share", "picked again", "clusters")
+    output.table(columns, rows, title=describe(trace))
 
 
 def _explain_rows(rows: str, model: str, out: JsonOptions) -> None:

@@ -83,6 +83,10 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web page's origin that may ask, https://...")
     ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append what experts did, a JSON line twice a second.")
+    ] = None,
 ) -> None:  # fmt: skip
     """Answer over HTTP, as OpenAI's and Anthropic's clients ask.
 
@@ -129,7 +133,11 @@ def serve(
         service = ask.Service(catalogue, engine, metrics.Metrics(engine))
         rules = guard.Rules(keys, guard.LOOPBACK if local else None, frozenset(cors or ()))
         server.run(
-            app.application(service, rules), engine, sock, functools.partial(print, flush=True)
+            app.application(service, rules),
+            engine,
+            sock,
+            functools.partial(print, flush=True),
+            stats,
         )
 
 

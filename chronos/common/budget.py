@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from chronos.common.errors import UsageError
 
@@ -40,6 +41,34 @@ def parse_budget(text: str | int, total_bytes: int, what: str = "a budget") -> i
 def parse_size(text: str, what: str) -> int:
     """Bytes meant by `2GiB`, `500MB` or a byte count. what: names it in the UsageError."""
     return _parse(text, what, f"use for example {_SIZES}", _UNITS)
+
+
+def held(
+    budget: str, *, record_bytes: int, total_bytes: int, layers: int, experts: int, least: int
+) -> dict[str, Any]:
+    """What a budget holds of `layers` with so many experts each, in whole records: an object of
+    `budget`, `bytes`, `experts`, `experts_per_layer`, `enough` and `least_bytes`. least: records
+    without which the model does not run. Raises UsageError for what is no budget."""
+    slots = min(parse_budget(budget, total_bytes) // record_bytes, experts * layers)
+    return {
+        "budget": budget,
+        "bytes": slots * record_bytes,
+        "experts": slots,
+        "experts_per_layer": slots / layers,
+        "enough": slots >= least,
+        "least_bytes": least * record_bytes,
+    }
+
+
+def shown_size(nbytes: float) -> str:
+    """Bytes for people, in decimal units as disks count them: 1.23 MB."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 1000 or unit == "TB":
+            break
+        value /= 1000
+    digits = 0 if unit == "B" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} {unit}"
 
 
 def _parse(text: str, what: str, examples: str, units: Mapping[str, int | Fraction]) -> int:

@@ -94,6 +94,7 @@ class Bench:
             "decode_tps_median": runs.median("decode_tps"),
             "spread": runs.spread(),
             "ratio_to_resident": self.ratio(runs),
+            "hit_rate": runs.hit_rate(),
             "tokens_identical": self.identical(runs),
             "stats": [r.stats for r in runs.results],
         }

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chronos.common.errors import ResourceError, UsageError
+from chronos.serve import statlog
 from chronos.serve.worker import Worker
 
 DRAIN_S = 30.0
@@ -105,10 +107,16 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: ASGIApp, worker: Worker, sock: socket.socket, say: Callable[[str], None]) -> None:
-    """Serve until a signal. say: is told where it listens. Raises what loading the first model
-    raises."""
-    asyncio.run(_serve(_Uvicorn(settings(app)), worker, sock, say))
+def run(
+    app: ASGIApp,
+    worker: Worker,
+    sock: socket.socket,
+    say: Callable[[str], None],
+    stats: Path | None = None,
+) -> None:
+    """Serve until a signal. say: is told where it listens. stats: a file that `statlog` appends to.
+    Raises what loading the first model raises, ResourceError where `stats` cannot be written."""
+    asyncio.run(_serve(_Uvicorn(settings(app)), worker, sock, say, stats))
 
 
 def settings(app: ASGIApp) -> uvicorn.Config:
@@ -128,7 +136,11 @@ def settings(app: ASGIApp) -> uvicorn.Config:
 
 
 async def _serve(
-    server: uvicorn.Server, worker: Worker, sock: socket.socket, say: Callable[[str], None]
+    server: uvicorn.Server,
+    worker: Worker,
+    sock: socket.socket,
+    say: Callable[[str], None],
+    stats: Path | None,
 ) -> None:
     loop, asked, again = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
@@ -140,12 +152,15 @@ async def _serve(
     worker.start()
     serving = asyncio.create_task(server.serve([sock]))
     stopping = asyncio.create_task(asked.wait())
+    following = None if stats is None else asyncio.create_task(statlog.follow(worker, stats))
     try:
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         say(f"listening on http://{_address(sock)}")
         loading = asyncio.wrap_future(worker.loaded)
         ends: set[asyncio.Future[Any]] = {stopping, serving}
+        if following is not None:
+            ends.add(following)
         await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
@@ -155,8 +170,12 @@ async def _serve(
             async with asyncio.timeout(DRAIN_S):
                 while (worker.running or worker.waiting) and not again.is_set():
                     await asyncio.sleep(0.05)
+        if following is not None and following.done():
+            following.result()
     finally:
         stopping.cancel()
+        if following is not None:
+            following.cancel()
         await asyncio.to_thread(worker.close)
         server.should_exit = True
         server.force_exit = again.is_set()

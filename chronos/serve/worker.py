@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,7 @@ class Worker:
         self._job_s, self._moved = _FIRST_GUESS_S, time.monotonic()
         self.loaded: Future[None] = Future()
         self.loads = 0  # models opened since the start
+        self.generated = 0  # tokens of all replies
         self.model = ""  # the one that is loaded
         self._engine: Engine | None = None
         self._batch: Batch | None = None
@@ -139,6 +140,11 @@ class Worker:
         """What the loaded model's experts did; None where none are streamed."""
         engine = self._engine
         return None if engine is None or engine.feed is None else engine.feed.stats()
+
+    def layer_stats(self) -> list[dict[str, Any]]:
+        """The same by layer, as `Feed.layer_stats`; empty where none are streamed."""
+        engine = self._engine
+        return [] if engine is None or engine.feed is None else engine.feed.layer_stats()
 
     def health(self) -> str:
         """ok, loading, failed, stalled (no pass has ended for STALL_S) or shutting_down."""
@@ -364,6 +370,7 @@ class Worker:
         for seq, step in steps:
             job = self._running[seq]
             job.first = job.first or self._moved
+            self.generated += step.token is not None
             job.send(step)
         for seq, job in list(self._running.items()):
             if (result := self._batch.results.pop(seq, None)) is not None:

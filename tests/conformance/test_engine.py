@@ -66,6 +66,20 @@ def test_the_same_again_is_the_same(engine: Engine) -> None:
     assert greedy(engine) == greedy(engine)
 
 
+def test_what_layers_met_sums_to_the_whole(backend: Any, folder: Path) -> None:
+    """Where some must be read again, and where all come to have room."""
+    for budget in ("50%", "all"):
+        with load(folder, backend=backend.name, budget=budget) as engine:
+            greedy(engine)
+            assert engine.feed is not None
+            layers, stats = engine.feed.layer_stats(), engine.feed.stats()
+            assert [each["layer"] for each in layers] == list(engine.feed.layout.moe_layers)
+            for name in ("hits", "late", "misses", "bytes_read", "stall_s"):
+                whole = getattr(stats, name)
+                assert sum(each[name] for each in layers) == pytest.approx(whole), name
+            assert stats.routed == sum(e["hits"] + e["late"] + e["misses"] for e in layers) > 0
+
+
 def test_a_stop_string_that_spans_tokens_ends_the_text_before_it(engine: Engine) -> None:
     tokens = greedy(engine)
     text = text_of(engine, tokens)

@@ -14,6 +14,7 @@ reading ahead (`prefetch`), what a record means (the backend).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from chronos.common.experts.known import ANNOUNCED, KnownAhead
 from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import LOOKAHEAD, Prefetcher
 from chronos.common.experts.residency import NOBODY, DecayedLFU, Policy
-from chronos.common.experts.stats import PRELOAD, StoreStats
+from chronos.common.experts.stats import PRELOAD, LayerStats, StoreStats
 from chronos.common.experts.tier import Tier
 from chronos.common.experts.tiers import CopyEngine, SlotTier, StagedTier
 from chronos.common.layout.folder import slots_within
@@ -328,6 +329,15 @@ class Feed:
         stats = self.tier.stats()
         stats.capacity_bytes, stats.warm_capacity_bytes = self._capacity_bytes, self._warm_bytes
         return stats
+
+    def layer_stats(self) -> list[dict[str, Any]]:
+        """`layer`, hits, late, misses, bytes_read and stall_s of each layer with experts, since the
+        feed was opened, as JSON. What no layer asked for yet is 0."""
+        found = self.tier.layer_stats()
+        return [
+            {"layer": layer, **dataclasses.asdict(found.get(layer, LayerStats()))}
+            for layer in self.layout.moe_layers
+        ]
 
     def prefetch_stats(self) -> dict[str, Any]:
         """What each source of forecasts came to since the feed was opened, as JSON."""

@@ -9,6 +9,7 @@ Not covered: time per token and the limits; the engine and `bench` derive those.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -81,6 +82,17 @@ class StoreStats:
 
 
 @dataclass
+class LayerStats:
+    """What the needs of one layer met since the feed was opened; sums to those of StoreStats."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+
+
+@dataclass
 class Asked:
     """What came of one source's reads ahead of need, in records.
 
@@ -132,13 +144,22 @@ class Ledger:
 
     def __init__(self, capacity_bytes: int) -> None:
         self.total, self.token = StoreStats(capacity_bytes=capacity_bytes), TokenReport()
+        self.layers: defaultdict[int, LayerStats] = defaultdict(LayerStats)
         self.asked_by: dict[int, str] = {}  # of slots read ahead and not needed yet
 
-    def needs(self, hits: int, late: int, misses: int = 0) -> None:
-        for counts in (self.total, self.token):
+    def needs(self, layer: int, hits: int, late: int, misses: int = 0) -> None:
+        for counts in (self.total, self.token, self.layers[layer]):
             counts.hits += hits
             counts.late += late
             counts.misses += misses
+
+    def read(self, layer: int, nbytes: int) -> None:
+        self.total.bytes_read += nbytes
+        self.layers[layer].bytes_read += nbytes
+
+    def stalled(self, layer: int, seconds: float) -> None:
+        self.total.stall_s += seconds
+        self.layers[layer].stall_s += seconds
 
     def ahead(self, slot: int, source: str, nbytes: int) -> None:
         """A slot is to be filled because a source of forecasts asked for it."""

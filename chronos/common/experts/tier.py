@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from chronos.common.errors import StoreError
 from chronos.common.experts.lease import HeldLease, Lease, Load, SlotLease
 from chronos.common.experts.residency import NOBODY, Policy, Residency
-from chronos.common.experts.stats import Ledger, StoreStats, TokenReport
+from chronos.common.experts.stats import LayerStats, Ledger, StoreStats, TokenReport
 from chronos.common.model.weights import Key
 
 if TYPE_CHECKING:
@@ -176,6 +176,12 @@ class Tier(ABC):
             live, peak = self.residency.live * nbytes, self.residency.peak * nbytes
             return dataclasses.replace(self.ledger.total, live_bytes=live, peak_expert_bytes=peak)
 
+    def layer_stats(self) -> dict[int, LayerStats]:
+        """A copy of what each layer's needs met, by its absolute index."""
+        with self.lock:
+            self.settle()
+            return {n: dataclasses.replace(each) for n, each in self.ledger.layers.items()}
+
     def close(self) -> None:
         """Cancel what is queued and wait for the reads that run: they write into our memory."""
         with self.lock:
@@ -214,7 +220,7 @@ class Tier(ABC):
                 )
             start = self.clock()
             self._wait()
-            self.ledger.total.stall_s += self.clock() - start
+            self.ledger.stalled(lease.layer, self.clock() - start)
 
     def taken(self, slot: int) -> Any:
         """What to yield for a slot of a lease (-1: nothing)."""
@@ -291,7 +297,7 @@ class Tier(ABC):
             experts = [(expert, views[layer, expert]) for expert in wanted]
         except KeyError as error:
             raise self._unknown(error.args[0]) from None
-        self.ledger.needs(len(experts), 0)
+        self.ledger.needs(layer, len(experts), 0)
         if self.ledger.asked_by:
             slots = [self.residency.ready[layer, expert] for expert in wanted]
             for slot in slots:
@@ -332,7 +338,7 @@ class Tier(ABC):
                 self.ledger.found(slot, moving)
             self.residency.pin(slot)
             lease.ready.append((expert, slot))
-        self.ledger.needs(len(wanted) - len(absent) - late, late)
+        self.ledger.needs(layer, len(wanted) - len(absent) - late, late)
         if absent:
             self._check_known(layer, absent, exact)
         self.policy.observe(layer, wanted, by)
@@ -359,7 +365,7 @@ class Tier(ABC):
         layer, loads = lease.layer, self._loads
         late = [expert for expert in absent if (layer, expert) in loads]
         missed = [expert for expert in absent if (layer, expert) not in loads]
-        self.ledger.needs(0, len(late), len(missed))
+        self.ledger.needs(layer, 0, len(late), len(missed))
         for expert in late:
             load = loads[layer, expert]
             self.ledger.awaited(load.slot, load.asked_by, load.record.nbytes, exact)

@@ -20,7 +20,7 @@ from chronos.common.disk.reader import RangedReader, Request
 from chronos.common.errors import StoreError
 from chronos.common.experts.lease import Load
 from chronos.common.experts.residency import Policy
-from chronos.common.experts.stats import StoreStats
+from chronos.common.experts.stats import LayerStats, StoreStats
 from chronos.common.experts.tier import CANCELLED, Tier, View
 from chronos.common.model.weights import Key
 
@@ -142,7 +142,7 @@ class SlotTier(Tier):
             load = landed.popleft()
             request = load.handle
             if request.error is None:
-                self.ledger.total.bytes_read += request.nbytes
+                self.ledger.read(load.key[0], request.nbytes)
             else:
                 self.ledger.total.read_errors += 1
             self._finish(load, request.error)
@@ -203,6 +203,13 @@ class StagedTier(Tier):
             stats, host = super().stats(), self._host.stats()
         stats.bytes_read, stats.read_errors = host.bytes_read, host.read_errors
         return stats
+
+    def layer_stats(self) -> dict[int, LayerStats]:
+        with self.lock:
+            found, host = super().layer_stats(), self._host.layer_stats()
+        for layer, read in host.items():
+            found.setdefault(layer, LayerStats()).bytes_read = read.bytes_read
+        return found
 
     def held(self) -> frozenset[Key]:
         with self.lock:

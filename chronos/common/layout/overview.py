@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from chronos.common.budget import parse_budget
+from chronos.common.budget import held
 from chronos.common.disk import foreign
 from chronos.common.disk.header import read_header
 from chronos.common.disk.io import FileIO, StrPath
@@ -120,15 +120,11 @@ def _model(folder: Path, source: ModelSource) -> dict[str, Any]:
 
 def _held(source: ModelSource, budget: str) -> dict[str, Any]:
     """Whole slots, each as large as the largest record."""
-    slot = max(template.nbytes for template in source.templates.values())
-    nbytes = parse_budget(budget, source.expert_nbytes)
-    slots = min(nbytes // slot, source.config.num_experts * len(source.templates))
-    least = source.config.least_slots
-    return {
-        "budget": budget,
-        "bytes": slots * slot,
-        "experts": slots,
-        "experts_per_layer": slots / len(source.templates),
-        "enough": slots >= least,
-        "least_bytes": least * slot,
-    }
+    return held(
+        budget,
+        record_bytes=max(template.nbytes for template in source.templates.values()),
+        total_bytes=source.expert_nbytes,
+        layers=len(source.templates),
+        experts=source.config.num_experts,
+        least=source.config.least_slots,
+    )

@@ -1,0 +1,224 @@
+"""What all pages are built with: components that know their words, handlers, live parts, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from chronos.common.errors import ChronosError, UsageError
+from chronos.ui.jobs import Job, Jobs
+from chronos.ui.recipes import Recipes
+from chronos.ui.root import Root
+from chronos.ui.talk import Talks
+from chronos.ui.words import Words
+
+EVERY_S = 0.5  # between two looks at what is live; only the page that is seen looks
+_ASKED_S = 120.0  # for a command that is waited for
+Handler = Callable[..., Any]
+
+
+@dataclass
+class Site:
+    """What pages show and change."""
+
+    root: Root
+    jobs: Jobs
+    recipes: Recipes
+    words: Words = field(default_factory=Words)
+    talks: Talks = field(default_factory=Talks)
+
+    def ask(self, *args: str) -> Any:
+        """The JSON of a quick command, waited for. Raises UsageError with what it says."""
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "chronos", *args, "--json"],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_ASKED_S,
+                cwd=self.root.folder,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"no answer within {_ASKED_S:g} seconds", args[0]) from None
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise UsageError("; ".join(said[-3:]) or f"exit code {done.returncode}")
+        return json.loads(done.stdout)
+
+
+class Face:
+    """The parts of the pages, while they are built. `language` is an input of every handler."""
+
+    def __init__(self, site: Site, language: gr.Dropdown) -> None:
+        self.site, self.language = site, language
+        self.timers: dict[str, gr.Timer] = {}
+        self.tabs: dict[str, gr.Tab] = {}
+        self._spoken: list[tuple[gr.blocks.Block, dict[str, str]]] = []
+        self._opened: list[tuple[Handler, list[Any], list[Any]]] = []
+
+    def make(self, kind: Callable[..., Any], **props: Any) -> Any:
+        """A component. A property that begins with @ is a key of the words, and follows the
+        language."""
+        keys = {n: v[1:] for n, v in props.items() if isinstance(v, str) and v.startswith("@")}
+        made = kind(**props | {n: self.site.words.say("en", key) for n, key in keys.items()})
+        if keys:
+            self._spoken.append((made, keys))
+        return made
+
+    def on(
+        self, events: Any, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any]
+    ) -> Any:
+        """Call `handler(language, *inputs)` at one or several events. What Chronos refuses is shown
+        as it says it, and changes nothing."""
+        return gr.on(
+            events if isinstance(events, list) else [events],
+            _guarded(handler),
+            [self.language, *inputs],
+            list(outputs),
+            show_progress="hidden",
+        )
+
+    def opened(self, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Call it when the page is opened, and when its language changes. No two fill one place."""
+        self._opened.append((handler, list(inputs), list(outputs)))
+
+    def live(
+        self, tab: str, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any]
+    ) -> None:
+        """Call `handler(language, seen, *inputs)` while the tab is looked at. It gives (what it is
+        drawn from, outputs), or None where that is what was `seen` last: then nothing is sent."""
+        timer = self.timers[tab] = gr.Timer(EVERY_S, active=False)
+        seen: Any = gr.State(None)
+
+        def look(language: str, before: Any, *values: Any) -> Any:
+            made = _guarded(handler)(language, before, *values)
+            if made is None:
+                return tuple(gr.skip() for _ in range(len(outputs) + 1))
+            return (made[0], *made[1])
+
+        timer.tick(
+            look, [self.language, seen, *inputs], [seen, *outputs], queue=False,
+            show_progress="hidden",
+        )  # fmt: skip
+
+    def finish(self, blocks: gr.Blocks, tabs: gr.Tabs, kept: gr.BrowserState) -> None:
+        """Wire what concerns all pages: the language, the tab that is seen. kept: of a browser."""
+        timers = list(self.timers.values())
+
+        def seen(name: str | None) -> list[Any]:
+            return [gr.Timer(active=each == name) for each in self.timers]
+
+        def open_page(found: Any, request: gr.Request) -> list[Any]:
+            language, tab = (found or {}).get("language"), (found or {}).get("tab")
+            if language not in self.site.words.texts:
+                language = self.site.words.preferred(request.headers.get("accept-language", ""))
+            tab = tab if tab in self.tabs else next(iter(self.tabs))
+            return [language, gr.Tabs(selected=tab), *seen(tab)]
+
+        def look_at(name: str, found: Any) -> list[Any]:
+            return [(found or {}) | {"tab": name}, *seen(name)]
+
+        loaded = blocks.load(
+            open_page, [kept], [self.language, tabs, *timers], show_progress="hidden"
+        )
+        for name, tab in self.tabs.items():
+            tab.select(
+                functools.partial(look_at, name), [kept], [kept, *timers], queue=False,
+                show_progress="hidden",
+            )  # fmt: skip
+        self.language.input(
+            lambda language, found: (found or {}) | {"language": language},
+            [self.language, kept], [kept], show_progress="hidden",
+        )  # fmt: skip
+        for event in (loaded.then, self.language.input):
+            self._speak(event)
+            self._fill(event)
+
+    def _speak(self, event: Any) -> None:
+        def speak(language: str) -> list[Any]:
+            say = self.site.words.say
+            return [
+                gr.update(**{name: say(language, key) for name, key in keys.items()})
+                for _, keys in self._spoken
+            ]
+
+        components = [component for component, _ in self._spoken]
+        event(speak, [self.language], components, show_progress="hidden")
+
+    def _fill(self, event: Any) -> None:
+        """All that is to be filled when the page is opened, in one go."""
+
+        def fill(language: str, *values: Any) -> list[Any]:
+            left = list(values)
+            made: list[Any] = []
+            for handler, inputs, outputs in self._opened:
+                given, left = left[: len(inputs)], left[len(inputs) :]
+                found = handler(language, *given)
+                made += found if len(outputs) > 1 else [found]
+            return made
+
+        inputs = [each for _, wanted, _ in self._opened for each in wanted]
+        outputs = [each for _, _, filled in self._opened for each in filled]
+        event(_guarded(fill), [self.language, *inputs], outputs, show_progress="hidden")
+
+    def say(self, language: str, key: str, **values: object) -> str:
+        return self.site.words.say(language, key, **values)
+
+    def told(self, language: str, job: Job | None) -> str:
+        """A job's state in a line of HTML."""
+        if job is None:
+            return f'<p class="quiet">{self.say(language, "job.none")}</p>'
+        text = self.say(language, f"job.{job.state}")
+        code = f" ({job.code})" if job.state == "failed" else ""
+        name = html.escape(job.name)
+        return f'<p class="state {job.state}"><b>{name}</b> {text}{code}</p>'
+
+
+def _guarded(handler: Handler) -> Handler:
+    def call(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except ChronosError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+    return call
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
+    """An HTML table; everything in it is escaped."""
+
+    def line(cells: Sequence[object], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{html.escape(str(c))}</{kind}>" for c in cells) + "</tr>"
+
+    top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    head_row = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
+    body = "".join(line(row, "td") for row in rows)
+    inside = f"{top}{head_row}<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="numbers">{inside}</table></div>'
+
+
+def chosen(choices: Sequence[Any], value: Any, first: bool = True) -> Any:
+    """An update of a dropdown: new choices, and the value kept where it is still one of them."""
+    values = [each[1] if isinstance(each, tuple) else each for each in choices]
+    if value not in values:
+        value = values[0] if values and first else None
+    return gr.update(choices=list(choices), value=value)
+
+
+def newest(jobs: Jobs, name: str | None, *kinds: str) -> Job | None:
+    """The job of a name where there is one of these kinds, else None."""
+    if not name:
+        return None
+    with contextlib.suppress(UsageError):
+        job = jobs.job(name)
+        return job if job.kind in kinds else None
+    return None

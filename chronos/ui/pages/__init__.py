@@ -1,0 +1,1 @@
+"""A module a page; each has `build(face)`, called inside its tab."""

@@ -1,0 +1,94 @@
+"""I/O monitor: what a server's experts do, layer by layer, while it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from chronos.common.budget import shown_size
+from chronos.ui import pictures
+from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.pages import chat
+from chronos.ui.rows import Row
+
+
+def build(face: Face) -> None:
+    site = face.site
+    with gr.Row():
+        server = face.make(gr.Dropdown, label="@experts.server", scale=3, elem_id="io-server")
+        since = face.make(
+            gr.Radio, label="@experts.since", choices=[("10 s", "lately"), ("all", "start")],
+            value="start", scale=2,
+        )  # fmt: skip
+    told = gr.HTML(elem_id="io-state")
+    with gr.Row():
+        needs = face.make(
+            gr.BarPlot, label="@experts.needs", x="layer", y="value", color="series", height=280,
+            color_map={"hits": "#009E73", "late": "#E69F00", "misses": "#D55E00"}, min_width=300,
+        )  # fmt: skip
+        stalls = face.make(
+            gr.BarPlot, label="@experts.stalls", x="layer", y="value", color="series", height=280,
+            min_width=300,
+        )  # fmt: skip
+    with gr.Row():
+        read = face.make(
+            gr.BarPlot, label="@experts.read", x="layer", y="value", color="series", height=280,
+            min_width=300,
+        )  # fmt: skip
+        flow = face.make(
+            gr.LinePlot, label="@experts.flow", x="seconds", y="value", color="series",
+            height=280, min_width=300,
+        )  # fmt: skip
+
+    def live(language: str, seen: Any, called: Any, window: str) -> Any:
+        running = chat._servers(face)
+        names = [name for _, name in running]
+        called = called if called in names else (names[0] if names else None)
+        job = newest(site.jobs, called, chat.KIND)
+        rows = site.talks.of(job).experts.read() if job else []
+        rows = [row for row in rows if "hits" in row and row["model"] == rows[-1]["model"]]
+        mark = (language, running, called, window, len(rows), rows[-1:])
+        if mark == seen:
+            return None
+        return mark, [
+            chosen(running, called),
+            face.told(language, job) + _totals(face, language, rows),
+            *_layers(rows, window),
+            pictures.flow(rows),
+        ]
+
+    face.live("experts", live, [server, since], [server, told, needs, stalls, read, flow])
+
+
+def _totals(face: Face, language: str, rows: list[Row]) -> str:
+    if not rows:
+        return f"<p>{face.say(language, 'experts.none')}</p>"
+    last = rows[-1]
+    needs = max(1, last["routed"])
+    cells = [
+        ("hits", f"{last['hits']:,} ({100 * last['hits'] / needs:.1f} %)"),
+        ("late", f"{last['late']:,}"),
+        ("misses", f"{last['misses']:,}"),
+        (face.say(language, "chat.read"), shown_size(last["bytes_read"] / max(1, last["tokens"]))),
+        (face.say(language, "experts.stalled"), f"{1e3 * last['stall_s']:,.0f} ms"),
+        (
+            face.say(language, "experts.memory"),
+            f"{shown_size(last['live_bytes'])} / {shown_size(last['capacity_bytes'])}",
+        ),
+    ]
+    return table([name for name, _ in cells], [[value for _, value in cells]])
+
+
+def _layers(rows: list[Row], window: str) -> list[pd.DataFrame | None]:
+    if not rows:
+        return [None, None, None]
+    layers = {str(each["layer"]): each for each in pictures.between(rows, window)}
+    needs = {
+        layer: {name: each[name] for name in ("hits", "late", "misses")}
+        for layer, each in layers.items()
+    }
+    stalls = {layer: {"ms": 1e3 * each["stall_s"]} for layer, each in layers.items()}
+    read = {layer: {"MB": each["bytes_read"] / 1e6} for layer, each in layers.items()}
+    return [pictures.bars(values, "layer") for values in (needs, stalls, read)]

@@ -1,0 +1,190 @@
+"""Auto-Tune: a study's trials as they come, what they trade, and the best one into Config.
+
+Trials are read from RUN/events.jsonl (docs/tune.md), the best and what may be applied from
+`chronos tune status`, which is asked when a trial has ended.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from chronos.common.errors import ChronosError, UsageError
+from chronos.ui import pictures
+from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.jobs import Job
+from chronos.ui.rows import Row, Rows
+
+KIND = "tune"
+EVENTS = "events.jsonl"  # of a study's folder
+_RUNNING, _WHOLE = "running", "whole"
+
+
+def build(face: Face) -> None:
+    site = face.site
+    logs: dict[Path, Rows] = {}
+    asked: dict[Path, tuple[int, Any]] = {}  # what `tune status` said, after so many ended trials
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            recipe = face.make(gr.Dropdown, label="@tune.recipe", elem_id="tune-recipe")
+            data = face.make(gr.Dropdown, label="@pipeline.data", allow_custom_value=True)
+            with gr.Row():
+                trials = face.make(
+                    gr.Number, label="@tune.trials", value=12, precision=0, minimum=1, min_width=120
+                )
+                name = face.make(
+                    gr.Textbox, label="@tune.name", value="search", max_lines=1, min_width=120
+                )
+            with gr.Row():
+                start = face.make(gr.Button, value="@tune.start", variant="primary", min_width=120)
+                stop = face.make(gr.Button, value="@job.stop", variant="stop", min_width=120)
+            told = gr.HTML(elem_id="tune-state")
+            to = face.make(gr.Textbox, label="@tune.to", value="tuned", max_lines=1)
+            use = face.make(gr.Button, value="@tune.apply", variant="primary")
+            changes = gr.HTML(elem_id="tune-changes")
+        with gr.Column(scale=3, min_width=320):
+            run = face.make(gr.Dropdown, label="@tune.run")
+            front = face.make(
+                gr.ScatterPlot, label="@tune.front", x="x", y="y", color="series", height=320
+            )
+            numbers = gr.HTML(elem_id="tune-trials")
+
+    def listed(language: str, mine: Any, rows: Any) -> list[Any]:
+        own = (face.say(language, "pipeline.own"), "")
+        files = [own, "stdlib", *site.root.data()]
+        return [chosen(site.recipes.names(), mine), gr.update(choices=files, value=rows or "")]
+
+    def begun(language: str, mine: str, rows: str, many: float, called: str) -> Any:
+        args = ["tune", "start", "-c", site.recipes.path(mine or "")]
+        args += ["-o", str(site.root.run(called)), "--trials", str(int(many or 1))]
+        if rows:
+            args += ["--data", rows if rows == "stdlib" else str(site.root.existing(rows))]
+        site.jobs.start(called, KIND, args)
+        return chosen(_runs(face), called)
+
+    def stopped(language: str, called: str | None) -> None:
+        if called:
+            site.jobs.stop(called)
+
+    def applied(language: str, called: str | None, name: str) -> str:
+        if not called:
+            raise UsageError(face.say(language, "tune.none"))
+        folder = site.root.run(called)
+        written = folder / "applied.toml"
+        found = site.ask("tune", "apply", str(folder), "-o", str(written))
+        text = written.read_text("utf-8")
+        path = site.recipes.save(name, text)
+        site.recipes.keep_draft(name, text)
+        rows = [
+            (key, _short(each["was"]), _short(each["is"])) for key, each in found["changes"].items()
+        ]
+        said = face.say(language, "tune.applied", trial=found["trial"], path=path)
+        return table(
+            ("", face.say(language, "tune.was"), face.say(language, "tune.is")), rows, said
+        )
+
+    def live(language: str, seen: Any, called: str | None) -> Any:
+        runs = _runs(face)
+        names = [name for _, name in runs]
+        called = called if called in names else (names[0] if names else None)
+        job = newest(site.jobs, called, KIND)
+        rows = logs.setdefault(job.folder, Rows(job.folder / EVENTS)).read() if job else []
+        mark = (language, runs, job and (job.name, job.state), len(rows))
+        if mark == seen:
+            return None
+        found = pictures.trials(rows)
+        best = _best(face, job, asked, found)
+        return mark, [
+            chosen(runs, called),
+            _told(face, language, job, found),
+            _front(found, rows, best),
+            _table(face, language, found, best),
+        ]
+
+    face.opened(listed, [recipe, data], [recipe, data])
+    face.on([recipe.focus, data.focus], listed, [recipe, data], [recipe, data])
+    face.on(start.click, begun, [recipe, data, trials, name], [run])
+    face.on(stop.click, stopped, [run], [])
+    face.on(use.click, applied, [run, to], [changes])
+    face.live("tune", live, [run], [run, told, front, numbers])
+
+
+def _best(face: Face, job: Job | None, asked: dict[Path, Any], found: list[dict[str, Any]]) -> Any:
+    """What `chronos tune status` says; None where it says nothing yet."""
+    ended = sum(trial["state"] != _RUNNING for trial in found)
+    if job is None or not ended:
+        return None
+    if asked.get(job.folder, (-1, None))[0] != ended:
+        try:
+            asked[job.folder] = ended, face.site.ask("tune", "status", str(job.folder))
+        except ChronosError:  # a worker is writing; asked again when the next trial has ended
+            asked[job.folder] = ended, None
+    return asked[job.folder][1]
+
+
+def _objectives(trials: list[dict[str, Any]], rows: list[Row]) -> list[str]:
+    starts = [row["objectives"] for row in rows if row.get("event") == "start"]
+    if starts:
+        return list(starts[-1])
+    return list(next((trial["values"] for trial in trials if trial.get("values")), {}))
+
+
+def _front(trials: list[dict[str, Any]], rows: list[Row], best: Any) -> pd.DataFrame | None:
+    """Whole trials by their two objectives; of one objective, by the trial's number."""
+    names = _objectives(trials, rows)
+    whole = [t for t in trials if t["state"] == _WHOLE and t.get("values")]
+    if not whole or not names:
+        return None
+    leading = {row["trial"] for row in (best or {}).get("best", ())}
+    found = []
+    for trial in whole:
+        values = [trial["values"][name] for name in names]
+        x, y = (values[1], values[0]) if values[1:] else (trial["trial"], values[0])
+        found.append((x, y, "Pareto" if trial["trial"] in leading else "trials"))
+    return pd.DataFrame(found, columns=["x", "y", "series"])
+
+
+def _told(face: Face, language: str, job: Job | None, trials: list[dict[str, Any]]) -> str:
+    told = face.told(language, job)
+    if not trials:
+        return told
+    ended = sum(trial["state"] != _RUNNING for trial in trials)
+    return told + f"<p>{face.say(language, 'tune.ended', ended=ended, trials=len(trials))}</p>"
+
+
+def _table(face: Face, language: str, trials: list[dict[str, Any]], best: Any) -> str:
+    leading = {row["trial"] for row in (best or {}).get("best", ())}
+    rows = []
+    for trial in trials:
+        step = (
+            f" {trial['step']}/{trial['steps']}"
+            if trial["state"] == _RUNNING and "step" in trial
+            else ""
+        )
+        values = trial.get("values") or {}
+        rows.append(
+            (
+                f"{trial['trial']}{' *' if trial['trial'] in leading else ''}",
+                trial["state"] + step,
+                ", ".join(f"{key} {_short(value)}" for key, value in values.items()),
+                ", ".join(
+                    f"{k.rpartition('.')[2]} {_short(v)}"
+                    for k, v in trial.get("params", {}).items()
+                ),
+            )
+        )
+    head = [
+        face.say(language, f"tune.{column}") for column in ("trial", "state", "found", "params")
+    ]
+    return table(head, rows, face.say(language, "tune.star") if leading else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _runs(face: Face) -> list[tuple[str, str]]:
+    return [(f"{job.name} ({job.state})", job.name) for job in face.site.jobs.of(KIND)]

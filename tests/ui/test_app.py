@@ -1,0 +1,69 @@
+"""The process without a browser: who may ask, and what browsers are told to leave alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from chronos.cli import main
+from tests.ui.conftest import showing
+
+pytest.importorskip("gradio", reason="pages need the extra [ui]")
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=address, timeout=60) as found:
+        yield found
+
+
+def test_the_pages_are_there_and_ask_nobody_else(client: httpx2.Client) -> None:
+    answer = client.get("/")
+    assert answer.status_code == 200 and "Chronos" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "http" not in policy
+    config = client.get("/config").json()
+    assert config["analytics_enabled"] is False and config["stylesheets"] == []
+    labels = [c["props"].get("label") for c in config["components"] if c["type"] == "tabitem"]
+    named = "Config Pipeline Chat Export Benchmark Auto-Tune Routing Runs".split()
+    assert set(named) <= set(labels) and "I/O monitor" in labels
+
+
+def test_other_names_and_other_pages_are_refused(client: httpx2.Client, address: str) -> None:
+    for path in ("/", "/config", "/gradio_api/info", "/gradio_api/startup-events"):
+        assert client.get(path, headers={"host": "evil.example"}).status_code == 421
+        assert client.get(path, headers={"origin": "https://evil.example"}).status_code == 403
+        assert client.get(path, headers={"origin": address}).status_code == 200
+
+
+def test_files_of_the_machine_are_not_served(client: httpx2.Client, root: Path) -> None:
+    for path in ("/etc/passwd", __file__, root / "recipes" / "tiny.toml"):
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+
+
+@pytest.mark.slow
+def test_those_who_may_use_it(tmp_path: Path) -> None:
+    with showing(tmp_path, "--auth", "me:secret") as address:
+        with httpx2.Client(base_url=address, timeout=60) as client:
+            assert client.get("/gradio_api/info").status_code == 401
+            assert "Benchmark" not in client.get("/config").text
+            wrong = client.post("/login", data={"username": "me", "password": "other"})
+            assert wrong.status_code == 400
+            right = client.post("/login", data={"username": "me", "password": "secret"})
+            assert right.status_code == 200 and "Benchmark" in client.get("/config").text
+
+
+def test_what_the_command_refuses(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    for name in [name for name in os.environ if name.startswith("CHRONOS_")]:
+        monkeypatch.delenv(name)
+    assert main.run(["ui", "--host", "0.0.0.0", "--root", str(tmp_path)]) == 2
+    assert "lets others in" in capsys.readouterr().err
+    assert main.run(["ui", "--auth", "me", "--root", str(tmp_path)]) == 2
+    assert "NAME:PASSWORD" in capsys.readouterr().err
+    assert main.run(["ui", "--root", str(tmp_path / "absent")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err

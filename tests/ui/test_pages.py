@@ -1,0 +1,157 @@
+"""A newcomer's way through the pages, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="pages need the extra [ui]")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.needs_backend,
+    pytest.mark.timeout(600),
+    # Of packages that are not ours, at their import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+PICTURES = os.environ.get("CHRONOS_TEST_PICTURES")  # a folder: docs/img/ui is made so
+
+
+class Reader:
+    """Someone in front of a page."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page, self.asked = page, []
+        page.set_default_timeout(180_000)
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("pageerror", lambda error: pytest.fail(f"the page failed: {error}"))
+        page.goto(address)
+        page.get_by_role("tab", selected=True).wait_for()
+
+    def until(self, done: Any, seconds: float = 180) -> None:
+        for _ in range(int(seconds * 10)):
+            if done():
+                return
+            self.page.wait_for_timeout(100)
+        pytest.fail("it did not happen")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def field(self, label: str) -> Any:
+        return self.page.get_by_label(label, exact=True).locator("visible=true").first
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").click()
+
+    def pick(self, label: str, option: str | re.Pattern[str]) -> None:
+        """An option of a dropdown, whose list is that of when it is opened."""
+        box = self.field(label)
+        box.click()
+        if isinstance(option, str):
+            option = re.compile(rf"^\s*✓?\s*{re.escape(option)}\s*$")
+        self.page.get_by_role("option").filter(has_text=option).first.click()
+
+    def sees(self, place: str, text: str | re.Pattern[str]) -> None:
+        self.page.locator(place).get_by_text(text).first.wait_for()
+
+    def picture(self, name: str) -> None:
+        if PICTURES:
+            self.page.wait_for_timeout(1500)
+            self.page.screenshot(path=Path(PICTURES) / f"{name}.png", timeout=120_000)
+
+
+@pytest.fixture
+def reader(browser: Any, address: str) -> Iterator[Reader]:
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, locale="en-US")
+    yield Reader(context.new_page(), address)
+    context.close()
+
+
+def metrics(root: Path) -> list[dict[str, Any]]:
+    lines = (root / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path, address: str):
+    page = reader.page
+    # Config: a recipe by its form; what it would be follows at once.
+    reader.until(lambda: reader.field("Name").input_value() == "mine")  # a draft of the demo's
+    reader.pick("Begin with recipe", "recipes/tiny.toml")
+    reader.press("Load")
+    reader.until(lambda: reader.field("hidden_size").input_value() == "32")
+    before = page.locator("#estimate").inner_text()
+    reader.field("num_experts").fill("16")
+    reader.until(lambda: page.locator("#estimate").inner_text() != before)
+    reader.field("num_experts").press("Tab")
+    reader.field("Name").fill("mine")
+    reader.press("Save")
+    reader.until((root / "recipes" / "mine.toml").exists)
+    saved = (root / "recipes" / "mine.toml").read_text()
+    assert "num_experts = 16" in saved and saved.startswith("# A model that trains")
+    reader.picture("config")
+
+    # Pipeline: what would be trained, then the run, across a reload and in a second tab.
+    reader.tab("Pipeline")
+    reader.pick("Recipe", "recipes/mine.toml")
+    reader.pick("Data", "rows.jsonl")
+    page.get_by_text("Preview of the data").click()
+    reader.press("Look")
+    reader.sees("body", re.compile("After 0 comes 1"))
+    reader.press("Start")
+    reader.sees("#run-state", "running")
+    reader.until(lambda: (root / "runs" / "one" / "metrics.jsonl").exists())
+    page.reload()
+    reader.sees("#run-state", re.compile("running|done"))  # the tab and the run are found again
+    reader.picture("pipeline")
+    second = page.context.new_page()
+    other = Reader(second, address)
+    other.tab("Pipeline")
+    other.sees("#run-state", "done")
+    reader.sees("#run-state", "done")
+    assert metrics(root)[-1]["step"] == 400
+    for each in (reader, other):
+        each.sees("#run-state", "400/400")
+    second.close()
+
+    # Export: packed, as the command line packs.
+    reader.tab("Export")
+    reader.pick("Model", "runs/one/model")
+    reader.field("Folder to write").fill("models/mine")
+    reader.press("Start")
+    reader.sees("#export-state", "done")
+    assert (root / "models" / "mine" / "experts" / "cluster_manifest.json").exists()
+
+    # Chat: two budgets side by side.
+    reader.tab("Chat")
+    reader.pick("Model", "models/mine")
+    reader.field("Memory for experts").fill("50%")
+    reader.field("And beside it (a second budget)").fill("all")
+    reader.press("Start server")
+    reader.until(lambda: "loaded" not in page.locator("#numbers-left").inner_text())
+    reader.sees("#numbers-right", "running")
+    reader.field("Message").fill("What follows 7?")
+    reader.field("Temperature").fill("0")
+    reader.field("Tokens at most").fill("40")
+    reader.press("Send")
+    reader.sees("#numbers-left", "Tokens/s of the reply")
+    reader.sees("#numbers-right", "Tokens/s of the reply")
+    left, right = (page.locator(f"#chat-{side}").inner_text() for side in ("left", "right"))
+    assert left.split() == right.split() and "What follows 7?" in left
+    reader.picture("chat")
+
+    # I/O: the numbers of the server's own log.
+    reader.tab("I/O monitor")
+    reader.sees("#io-state", "hits")
+    reader.picture("experts")
+    log = root / "runs" / "chat" / "experts.jsonl"
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["hits"] + last["late"] + last["misses"] == last["routed"] > 0
+
+    # Nothing is asked of anybody else.
+    assert [u for u in reader.asked if not u.startswith((address, "data:", "blob:"))] == []
