@@ -138,7 +138,7 @@ def trials(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(number, int):
             continue
         if row["event"] == "trial":
-            found[number] = found.get(number, {}) | row
+            found[number] = found.get(number, {}) | dict(row)
             if row["state"] == "running" and row.get("origin", number) != number:
                 found.pop(row["origin"], None)
         elif row["event"] == "rung" and number in found:
