@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
-
-import tomlkit
 
 from chronos.common.disk.atomic import atomic_write, make_folder
 from chronos.common.disk.io import FileIO, write_error
 from chronos.common.errors import ConfigError, UsageError
 from chronos.common.training.design import SHARES, design
-from chronos.common.training.recipe import Recipe, parse_recipe, shipped
+from chronos.common.training.recipe import Recipe, parse_recipe, shipped, toml_of
 from chronos.train import STAGES
+from chronos.tune.written import written
 from chronos.ui.root import RECIPES, Root
 
 _DRAFT = ".draft.json"
 _MOST = 1 << 20  # bytes of a recipe
+_HERE = Path("recipe.toml")  # what errors of a text call it
 
 
 class Recipes:
@@ -101,23 +100,18 @@ class Recipes:
         return "mine", self.text("demo")
 
 
-def tables(text: str) -> dict[str, Any]:
-    """Raises ConfigError where the text is no TOML."""
-    try:
-        return tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"not TOML: {error}") from None
-
-
 def stage_of(text: str) -> str:
     """The stage that a recipe has a section of; pretraining where it has none."""
-    found = tables(text)
+    found = toml_of(text, _HERE)
     return next((name for name in STAGES if name in found), "pretrain")
 
 
 def check(text: str) -> Recipe[Any]:
-    """Raises ConfigError."""
-    return parse_recipe(tables(text), STAGES[stage_of(text)].section)
+    """The recipe; what a study has beside it, [tune], is left to `chronos tune`. Raises
+    ConfigError."""
+    sections = toml_of(text, _HERE)
+    sections.pop("tune", None)
+    return parse_recipe(sections, STAGES[stage_of(text)].section, _HERE)
 
 
 def value_of(text: str, section: str, key: str) -> Any:
@@ -131,12 +125,8 @@ def value_of(text: str, section: str, key: str) -> Any:
 
 def with_value(text: str, section: str, key: str, value: Any) -> str:
     """The text with one key changed, and everything else as it was. Raises ConfigError."""
-    tables(text)
-    document = tomlkit.parse(text)
-    table = document.setdefault(section, tomlkit.table())
-    if key not in table or table[key] != value:
-        table[key] = value
-    return tomlkit.dumps(document)
+    toml_of(text, _HERE)
+    return written(text, {f"{section}.{key}": value})
 
 
 def designed(text: str, disk_rate: float | None) -> dict[str, Any] | None:

@@ -238,7 +238,7 @@ def toml_of(text: str, file: Path) -> dict[str, Any]:
 def parse_recipe(data: dict[str, Any], stage: type[S], file: Path) -> Recipe[S]:
     """The sections of a recipe, checked; `file` is where they stand. Raises ConfigError."""
     try:
-        return _beside(file.parent, parse_recipe(data, stage))
+        return _beside(file.parent, _recipe(data, stage))
     except ConfigError as error:
         raise ConfigError(error.what, error.where or str(file), error.fix) from None
 
@@ -284,8 +284,7 @@ def at_least_one(section: str, values: Any, *names: str) -> None:
             raise ConfigError(f"{section}.{name} must be at least 1")
 
 
-def parse_recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
-    """The recipe in the tables of a TOML document. Raises ConfigError."""
+def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     data = by_section(data, stage)
     names = {"model", "data", "tokenizer", "loss", "cadence", "optimizer", stage.SECTION}
     _known(data, names ^ {"tokenizer", "anchor", "lora"} if stage.STARTS else names, "section")

@@ -9,7 +9,8 @@ import gradio as gr
 from chronos.ui.face import Face, chosen, newest
 from chronos.ui.pages.common import finished_numbers
 
-ACTIONS = ("pack", "unpack", "merge", "verify")
+ACTIONS = ("pack", "unpack", "merge", "export", "verify")
+_FORMATS = ("hf",)  # of `chronos export --to`
 
 
 def build(face: Face) -> None:
@@ -30,6 +31,10 @@ def build(face: Face) -> None:
                 gr.Dropdown, label="@export.calibrate", allow_custom_value=True, value=""
             )
             plain = face.make(gr.Checkbox, label="@export.dequantize", value=False, visible=False)
+            form = face.make(
+                gr.Dropdown, label="@export.form", choices=list(_FORMATS), value="hf", visible=False
+            )
+            code = face.make(gr.Checkbox, label="@export.code", value=False, visible=False)
             to = face.make(
                 gr.Textbox,
                 label="@export.to",
@@ -51,12 +56,22 @@ def build(face: Face) -> None:
             chosen(site.root.models(), mine),
             gr.update(choices=site.root.adapters(), visible=does == "merge"),
             gr.update(choices=["", "stdlib", *site.root.data()], visible=does == "pack"),
-            gr.update(visible=does == "unpack"),
+            gr.update(visible=does in ("unpack", "export")),
+            gr.update(visible=does == "export"),
+            gr.update(visible=does == "export"),
             gr.update(visible=does != "verify"),
         ]
 
     def begun(
-        language: str, does: str, mine: str, beside: str, text: str, dequantize: bool, out: str
+        language: str,
+        does: str,
+        mine: str,
+        beside: str,
+        text: str,
+        dequantize: bool,
+        whose: str,
+        with_code: bool,
+        out: str,
     ) -> Any:
         args = [does, str(site.root.existing(mine or ""))]
         if does == "merge":
@@ -65,7 +80,9 @@ def build(face: Face) -> None:
             args += ["-o", str(site.root.path(out))]
         if does == "pack" and text:
             args += ["--calibrate", text if text == "stdlib" else str(site.root.existing(text))]
-        if does == "unpack" and dequantize:
+        if does == "export":
+            args += ["--to", whose, *(["--with-code"] if with_code else [])]
+        if does in ("unpack", "export") and dequantize:
             args.append("--dequantize")
         job = site.jobs.start(site.jobs.free_name(does), does, [*args, "--json"])
         return chosen(_runs(face), job.name)
@@ -85,11 +102,14 @@ def build(face: Face) -> None:
         lines = "\n".join(job.lines(60)) if job else ""
         return mark, [chosen(runs, called), face.told(language, job), finished_numbers(job), lines]
 
-    inputs, places = [action, model, adapter, calibrate], [model, adapter, calibrate, plain, to]
+    inputs, places = (
+        [action, model, adapter, calibrate],
+        [model, adapter, calibrate, plain, form, code, to],
+    )
     face.opened(listed, inputs, places)
     face.on(action.input, listed, inputs, places)
     face.on([model.focus, adapter.focus, calibrate.focus], listed, inputs, places)
-    face.on(start.click, begun, [*inputs, plain, to], [run])
+    face.on(start.click, begun, [*inputs, plain, form, code, to], [run])
     face.on(stop.click, stopped, [run], [])
     face.live("export", live, [run], [run, told, numbers, log])
 
