@@ -128,5 +128,5 @@ def _row(result: Bench, runs: Runs) -> tuple[str, ...]:
         output.percent(runs.hit_rate()),
         f"{runs.per_token('bytes_read') / 1e6:.3f}",
         f"{1e3 * runs.per_token('stall_s'):.2f}",
-        output.percent(runs.median_limit("eta_limit")),
+        footer.limit_cell(runs.median_limit("eta_limit")),
     )

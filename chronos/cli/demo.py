@@ -112,7 +112,7 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool)
         ("Hit rate: needs met from memory", "100.0 %", output.percent(footer.hit_rate(part))),
         ("Read from disk per token", "0 MB", f"{read:.3f} MB"),
         ("Most memory the experts took", *memory),
-        ("Share of the limit", "-", footer.limit_cell(part)),
+        ("Share of the limit", "-", footer.limit_cell(footer.limit_share(part))),
     ]
     if not quiet:
         output.heading("What this shows")

@@ -61,11 +61,10 @@ def limit_share(stats: dict[str, Any]) -> float | None:
     return share
 
 
-def limit_cell(stats: dict[str, Any]) -> str:
+def limit_cell(share: float | None) -> str:
     """The share of the limit as people see it. A run of few tokens can seem faster than the limit,
     where the disk gives more than it gave when its rate was measured: then it is at the limit, and
     JSON has the number."""
-    share = limit_share(stats)
     return output.percent(None if share is None else min(1.0, share))
 
 
@@ -115,8 +114,8 @@ def _experts(engine: Engine, stats: dict[str, Any]) -> str:
         f"read {per_token(stats, 'bytes_read') / 1e6:.3f} MB/token",
         f"stall {1e3 * per_token(stats, 'stall_s'):.2f} ms/token",
     ]
-    if limit_share(stats) is not None:
-        parts.append(f"{limit_cell(stats)} of the limit")
+    if (share := limit_share(stats)) is not None:
+        parts.append(f"{limit_cell(share)} of the limit")
     if stats["decode_fallbacks"]:
         missed = output.percent(stats["decode_fallbacks"] / stats["decode_routed"])
         parts.append(f"{missed} of expert uses replaced by the shared expert")

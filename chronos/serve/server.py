@@ -164,6 +164,7 @@ async def _serve(
         await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
+            say("ready: the model is loaded")
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         worker.drain()
         with contextlib.suppress(TimeoutError):

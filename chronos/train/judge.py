@@ -63,6 +63,8 @@ class Judge:
                 text=True,
                 # One thread: the run itself computes while a reward model does.
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
+                # Ctrl-C is the run's, which still needs the rewards of the step it finishes.
+                process_group=0,
             )
             self._exchange("")
 

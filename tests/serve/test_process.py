@@ -44,6 +44,8 @@ def test_it_listens_loads_answers_and_drains(folder: Path) -> None:
             assert http.get("/v1/models").json()["data"][0]["id"] == "it"
             while http.get("/health").json()["status"] == "loading":
                 pass
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready: the model is loaded\n"
             body: dict[str, Any] = {"messages": HELLO, "logit_bias": {"1": -100, "5": -100}}
             body |= {"max_tokens": 600, "model": "other"}
             whole = http.post(CHAT, json=body).json()["choices"][0]["message"]["content"]

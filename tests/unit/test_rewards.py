@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +108,11 @@ def test_advantages() -> None:
     assert plain[0] == pytest.approx([-1, 1])
     batch = advantages(np.array([[0.0, 2.0], [10.0, 10.0]]), scale="batch")
     assert batch[0] == pytest.approx([-1 / 5.2599, 1 / 5.2599], rel=1e-3)
+
+
+def test_an_interrupt_of_the_run_does_not_end_its_rewards(judges: dict[str, Judge]) -> None:
+    """Ctrl-C reaches the run's whole process group; the step it finishes still needs rewards."""
+    judge = judges["lengths"]
+    judge.start()
+    assert judge._process is not None
+    assert os.getpgid(judge._process.pid) != os.getpgid(0)
