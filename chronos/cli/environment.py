@@ -21,11 +21,13 @@ _PREFIX = "CHRONOS_"
 _OURS = (PLAIN, KERNEL, "CHRONOS_TEST_", "CHRONOS_TRACES", "CHRONOS_SMOLLM")
 # `--budget` of generate is memory, of simulate shares of a trace; `--out` is a file or a folder ...
 _OWN = frozenset("budget data epochs force max-tokens out seed to type warmup".split())
+_OWN_OF = frozenset({("pack", "config")})  # a folder there, a recipe everywhere else
 
 
 def twin(flag: str, command: str) -> str:
     """The variable of `--<flag>`, declared by `command` for itself, or shared where that is ""."""
-    name = f"{command} {flag}" if command and flag in _OWN else flag
+    own = bool(command) and (flag in _OWN or (command, flag) in _OWN_OF)
+    name = f"{command} {flag}" if own else flag
     return _PREFIX + name.upper().replace("-", "_").replace(" ", "_")
 
 

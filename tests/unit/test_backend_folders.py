@@ -76,6 +76,7 @@ PARAMETERS = {
     "codecs.Transformers.view": "see codecs.Codec.view",
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",
+    "moe.Next.__init__": "see losses.tensors_of",
     "moe.MoE.compute": "see lora.LoraExpert.of",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "arena.Arena.__init__": "torch takes a CopyEngine",
