@@ -11,6 +11,7 @@
 #   make ui-test         the pages of `chronos ui` in a Chromium (Debian: apt-get install chromium-headless-shell)
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
+#   make site            the documentation as a site in build/site, offline
 #
 # Variables: PY (the Python to start from, 3.11 or newer), VENV, BACKEND (auto, torch or mlx), JOBS (processes
 # that run tests; 0 for none beside pytest itself).
@@ -31,7 +32,7 @@ PARALLEL := OMP_NUM_THREADS=1
 COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle vllm clients ui-test gpu docs clean
+.PHONY: demo test check absent oracle vllm clients ui-test gpu docs site clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -45,6 +46,7 @@ check: $(DEV_STAMP)
 	$(RUN) mypy
 	$(BIN)/lint-imports
 	$(RUN) chronos.cli.docs --check docs
+	$(RUN) chronos.cli.docs --links docs
 
 # Each environment hides packages that are installed (tests/absent).
 absent: $(DEV_STAMP)
@@ -85,6 +87,13 @@ gpu: $(DEV_STAMP)
 
 docs: $(USE_STAMP)
 	$(RUN) chronos.cli.docs docs
+
+# Pages link to logs of measurements, so these lie beside them.
+site: $(DEV_STAMP)
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	rm -rf build/pages && mkdir -p build/pages/bench
+	cp -r docs build/pages/docs && cp -r bench/log bench/results build/pages/bench
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 clean:
 	rm -rf $(VENV)-clients tests/serve/js/node_modules $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,13 +1,15 @@
-"""Writes the generated documents: `python -m chronos.cli.docs [--check] [DOCS]`.
+"""Writes the generated documents: `python -m chronos.cli.docs [--check | --links] [DOCS]`.
 
 docs/cli.md is made from the commands, docs/modules.md from the modules' docstrings,
 docs/recipes.md from what checks recipes, docs/api.md from the public names' docstrings.
-With `--check` nothing is written, and a file that is not up to date is a failure.
+With `--check` nothing is written, and a file that is not up to date is a failure. With `--links`
+nothing is made, and a link between pages that leads nowhere is one.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from chronos.cli import api_page, recipe_page
 from chronos.cli.app import paragraphs
 from chronos.cli.main import app
 
+_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MODULES_HEAD = """# Modules
 
@@ -139,10 +142,34 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
+def broken_links(folder: Path) -> list[str]:
+    """Links between pages below a folder that lead to no file, or to no heading of one."""
+    broken = []
+    for page in sorted(folder.rglob("*.md")):
+        for target, anchor in _LINK.findall(page.read_text("utf-8")):
+            there = (page.parent / target) if target else page
+            if not there.exists():
+                broken.append(f"{page}: {target} is not there")
+            elif anchor and there.suffix == ".md" and anchor not in _anchors(there):
+                broken.append(f"{page}: {target}#{anchor} is no heading")
+    return broken
+
+
+def _anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    plain = (re.sub(r"[^\w\s-]", "", head).strip().lower() for head in heads)
+    return {re.sub(r"[-\s]+", "-", head) for head in plain}
+
+
 def main(args: Sequence[str]) -> int:
     check = "--check" in args
-    folders = [Path(arg) for arg in args if arg != "--check"]
+    folders = [Path(arg) for arg in args if not arg.startswith("--")]
     folder = folders[0] if folders else Path("docs")
+    if "--links" in args:
+        broken = broken_links(folder)
+        print("".join(f"{line}\n" for line in broken), end="", file=sys.stderr)
+        return int(bool(broken))
     wanted = {folder / name: make() for name, make in PAGES.items()}
     stale = [path for path, text in wanted.items() if _read(path) != text]
     for path in stale:

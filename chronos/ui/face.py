@@ -214,6 +214,13 @@ def chosen(choices: Sequence[Any], value: Any, first: bool = True) -> Any:
     return gr.update(choices=list(choices), value=value)
 
 
+def offered(choices: Sequence[Any], value: Any, shown: Any) -> Any:
+    """The same while a page is live: `value` is what the page said when it asked, which somebody
+    may have changed since, so it is left alone where it is what is `shown`."""
+    same = {} if value == shown else {"value": shown}
+    return gr.update(choices=list(choices), **same)
+
+
 def newest(jobs: Jobs, name: str | None, *kinds: str) -> Job | None:
     """The job of a name where there is one of these kinds, else None."""
     if not name:

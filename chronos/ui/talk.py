@@ -104,6 +104,7 @@ class Talk:
     def _run(self, where: str, body: dict[str, Any], turn: Turn) -> None:
         self._connection = http.client.HTTPConnection(where, timeout=_TIMEOUT_S)
         try:
+            self._await(turn)
             head = {"content-type": "application/json"}
             self._connection.request("POST", "/v1/chat/completions", json.dumps(body), head)
             response = self._connection.getresponse()
@@ -111,7 +112,7 @@ class Talk:
                 turn.error = _problem(response.read())
             else:
                 self._follow(response, turn)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             turn.error = "" if turn.text else f"{type(error).__name__}: {error}"
         finally:
             self._connection.close()
@@ -119,6 +120,18 @@ class Talk:
             if turn.text:
                 self._keep("assistant", turn.text)
             turn.over = True
+
+    def _await(self, turn: Turn) -> None:
+        """Wait until the server's model is loaded, for the first message of a conversation."""
+        connection = self._connection
+        while connection is not None and not turn.over:
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            found = json.loads(response.read())
+            if response.status == 200 or found["status"] != "loading":
+                return
+            turn.state = str(found["status"])
+            time.sleep(0.2)
 
     def _follow(self, response: http.client.HTTPResponse, turn: Turn) -> None:
         for line in response:

@@ -113,6 +113,16 @@ def test_generated_docs_are_up_to_date(name: str) -> None:
     assert (folder / name).read_text("utf-8") == docs.PAGES[name](), "run `make docs`"
 
 
+def test_links_that_lead_nowhere_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.md").write_text("# One: a `head`\n[b](deep/b.md#two) [x](https://x.example/y)\n")
+    (tmp_path / "deep" / "b.md").write_text("## Two\n[a](../a.md#one-a-head) [self](#two)\n")
+    assert docs.main(["--links", str(tmp_path)]) == 0
+    (tmp_path / "deep" / "b.md").write_text("[a](../a.md#three) [gone](gone.md)\n")
+    assert len(docs.broken_links(tmp_path)) == 3  # and #two is no heading any more
+    assert docs.main(["--links", str(tmp_path)]) == 1
+
+
 def test_docs_check_notices_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "modules.md"
     page.write_text("former row\n", "utf-8")

@@ -31,7 +31,8 @@ from chronos.train import STAGES
 from chronos.train.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
 # Words of commands, and what they are here; the first are hours of work, or the network's.
 SHORTER = {"60000": "3000", "stdlib": "D", "organisation/name": "MODEL"}
 TALK = ("text", "json")  # languages of blocks that show, and say nothing to run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -37,9 +38,11 @@ def process(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
-def test_it_listens_loads_answers_and_drains(folder: Path) -> None:
+def test_it_listens_loads_answers_and_drains(folder: Path, tmp_path: Path) -> None:
     """/v1/models answers while the model is loaded; SIGTERM lets a stream end whole."""
-    with process(folder, "--name", "it", "--alias", "other", "--budget", "50%") as (server, url):
+    stats = tmp_path / "stats.jsonl"
+    flags = ("--name", "it", "--alias", "other", "--budget", "50%", "--stats", stats)
+    with process(folder, *flags) as (server, url):
         with httpx2.Client(base_url=url, timeout=60) as http:
             assert http.get("/v1/models").json()["data"][0]["id"] == "it"
             while http.get("/health").json()["status"] == "loading":
@@ -63,6 +66,8 @@ def test_it_listens_loads_answers_and_drains(folder: Path) -> None:
             assert sum(len(line) for line in rest) > len(whole)
         assert server.wait(timeout=30) == 0
         assert server.stderr is not None and server.stderr.read() == ""
+    lines = [json.loads(line) for line in stats.read_text("utf-8").splitlines()]
+    assert lines[0]["generated"] == 0 < lines[-1]["generated"]
 
 
 Refused = Callable[..., tuple[int, str]]

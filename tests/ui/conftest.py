@@ -67,6 +67,13 @@ learning_rate = 3e-3
 warmup_steps = 10
 threads = 1
 """
+TUNE = """
+[tune]
+search = ["optimizer.learning_rate", "loss.balance"]
+repeats = 0
+min_effective = 0.05
+max_use = 1.0
+"""
 
 
 def rows() -> Iterator[str]:
@@ -83,6 +90,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root")
     (folder / "recipes").mkdir()
     (folder / "recipes" / "tiny.toml").write_text(RECIPE)
+    quick = RECIPE.replace("steps = 400", "steps = 30").replace('"stdlib"', '"rows.jsonl"')
+    (folder / "recipes" / "quick.toml").write_text(quick.replace('"rows', '"../rows') + TUNE)
     (folder / "rows.jsonl").write_text("".join(rows()))
     return folder
 

@@ -133,8 +133,10 @@ def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path,
     reader.field("Memory for experts").fill("50%")
     reader.field("And beside it (a second budget)").fill("all")
     reader.press("Start server")
-    reader.until(lambda: "loaded" not in page.locator("#numbers-left").inner_text())
-    reader.sees("#numbers-right", "running")
+    for side in ("left", "right"):
+        numbers = page.locator(f"#numbers-{side}")
+        numbers.get_by_text("running").wait_for()
+        numbers.get_by_text("The model is being loaded").wait_for(state="hidden")
     reader.field("Message").fill("What follows 7?")
     reader.field("Temperature").fill("0")
     reader.field("Tokens at most").fill("40")
@@ -153,5 +155,62 @@ def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path,
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["hits"] + last["late"] + last["misses"] == last["routed"] > 0
 
+    # Auto-Tune: trials as they come; the best one becomes a recipe in Config, and is undone there.
+    reader.tab("Auto-Tune")
+    reader.pick("Recipe to improve", "recipes/quick.toml")
+    reader.field("Trials").fill("3")
+    reader.press("Start or go on")
+    reader.sees("#tune-state", "done")
+    reader.sees("#tune-trials", "whole")
+    reader.field("Name of the recipe to write").fill("mine")
+    reader.press("Apply best")
+    reader.sees("#tune-changes", re.compile("recipes/mine.toml"))
+    reader.picture("tune")
+    tuned = (root / "recipes" / "mine.toml").read_text()
+    assert tuned == (root / "runs" / "search" / "applied.toml").read_text() != saved
+    reader.tab("Config")
+    page.reload()
+    reader.until(lambda: reader.field("Name").input_value() == "mine")
+    reader.press("Undo last save")
+    reader.until(lambda: (root / "recipes" / "mine.toml").read_text() == saved)
+
     # Nothing is asked of anybody else.
     assert [u for u in reader.asked if not u.startswith((address, "data:", "blob:"))] == []
+
+
+def test_by_keyboard_in_a_narrow_window_in_another_language(browser: Any, address: str):
+    context = browser.new_context(viewport={"width": 390, "height": 800}, locale="ja-JP")
+    reader = Reader(context.new_page(), address)
+    page = reader.page
+    assert page.get_by_role("tab", selected=True).inner_text().strip() == "設定"
+    for name in ("設定", "パイプライン"):
+        page.get_by_role("tab", name=name, exact=True).click()
+        wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert wide <= 1, name  # nothing is pushed out at the side
+    reader.picture("narrow")
+    # The keyboard alone reaches the tabs, the stages and the button that starts.
+    reached = set()
+    page.get_by_role("tab", selected=True).focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.tagName + document.activeElement.type"))
+        text = page.evaluate("document.activeElement.innerText || ''").strip()
+        if text == "開始":
+            break
+    else:
+        pytest.fail(f"the keyboard never reached the button that starts: {reached}")
+    assert "INPUTradio" in reached
+    context.close()
+
+
+def test_a_path_that_leads_out_is_refused(reader: Reader, root: Path):
+    reader.tab("Pipeline")
+    reader.pick("Recipe", "recipes/tiny.toml")
+    before = sorted((root / "runs").iterdir()) if (root / "runs").exists() else []
+    for path in ("/etc/passwd", "../rows.jsonl"):
+        reader.field("Data").fill(path)
+        reader.field("Data").press("Enter")
+        reader.field("Name of the run").fill("out")
+        reader.press("Start")
+        reader.sees("body", re.compile("not a path below the root|leads out of the root"))
+        assert (sorted((root / "runs").iterdir()) if before else []) == before

@@ -9,7 +9,7 @@ import pandas as pd
 
 from chronos.common.budget import parse_budget, shown_size
 from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, table
+from chronos.ui.face import Face, chosen, offered, table
 from chronos.ui.jobs import Job
 
 KIND = "bench"
@@ -67,7 +67,7 @@ def build(face: Face) -> None:
         if mark == seen:
             return None
         picked = [job for job in done if job.name in wanted]
-        shown = gr.update(choices=names, value=wanted)
+        shown = offered(names, called or [], wanted)
         return mark, [shown, face.told(language, jobs[0] if jobs else None), *_drawn(picked)]
 
     face.opened(listed, [model], [model])

@@ -8,7 +8,7 @@ import gradio as gr
 
 from chronos.common.budget import shown_size
 from chronos.common.errors import UsageError
-from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.face import Face, chosen, newest, offered, table
 from chronos.ui.jobs import Job
 from chronos.ui.talk import EXPERTS, Talk, address
 
@@ -43,13 +43,13 @@ def build(face: Face) -> None:
     def begun(language: str, mine: str, first: str, second: str) -> list[Any]:
         where = mine if mine == "demo" else str(site.root.existing(mine))
         names = []
-        for budget in filter(None, (first.strip(), second.strip())):
+        for budget in filter(None, (second.strip(), first.strip())):  # the newest is shown left
             name = site.jobs.free_name("chat")
             stats = str(site.root.run(name) / EXPERTS)
             args = ["serve", where, "--budget", budget, "--port", "0", "--stats", stats]
             names.append(site.jobs.start(name, KIND, args).name)
         running = _servers(face)
-        return [chosen(running, names[0]), chosen(running, names[1] if names[1:] else None, False)]
+        return [chosen(running, names[-1]), chosen(running, names[0] if names[1:] else None, False)]
 
     def said(language: str, words: str, tokens: float, temperature: float, *called: Any) -> str:
         if not words.strip():
@@ -75,16 +75,16 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, first: Any, second: Any) -> Any:
         running = _servers(face)
         names = [name for _, name in running]
-        if first not in names:
-            first = names[0] if names else None
-        second = second if second in names else None
-        shown = [_shown(face, language, name) for name in (first, second)]
-        mark = (language, running, first, second, [part[0] for part in shown])
+        asked = (first, second)
+        left = first if first in names else names[0] if names else None
+        pair = (left, second if second in names else None)
+        shown = [_shown(face, language, name) for name in pair]
+        mark = (language, running, pair, [part[0] for part in shown])
         if mark == seen:
             return None
         outputs: list[Any] = []
-        for name, (_, chat, told) in zip((first, second), shown, strict=True):
-            outputs += [chosen(running, name, False), chat, told]
+        for said, side, (_, chat, told) in zip(asked, pair, shown, strict=True):
+            outputs += [offered(running, said, side), chat, told]
         return mark, outputs
 
     face.opened(listed, [model], [model])

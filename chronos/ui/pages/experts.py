@@ -9,7 +9,7 @@ import pandas as pd
 
 from chronos.common.budget import shown_size
 from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.face import Face, newest, offered, table
 from chronos.ui.pages import chat
 from chronos.ui.rows import Row
 
@@ -45,7 +45,7 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: Any, window: str) -> Any:
         running = chat._servers(face)
         names = [name for _, name in running]
-        called = called if called in names else (names[0] if names else None)
+        asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, chat.KIND)
         rows = site.talks.of(job).experts.read() if job else []
         rows = [row for row in rows if "hits" in row and row["model"] == rows[-1]["model"]]
@@ -53,7 +53,7 @@ def build(face: Face) -> None:
         if mark == seen:
             return None
         return mark, [
-            chosen(running, called),
+            offered(running, asked, called),
             face.told(language, job) + _totals(face, language, rows),
             *_layers(rows, window),
             pictures.flow(rows),

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from chronos.ui.face import Face, chosen, newest
+from chronos.ui.face import Face, chosen, newest, offered
 from chronos.ui.pages.common import finished_numbers
 
 ACTIONS = ("pack", "unpack", "merge", "export", "verify")
@@ -94,13 +94,18 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: str | None) -> Any:
         runs = _runs(face)
         names = [name for _, name in runs]
-        called = called if called in names else (names[0] if names else None)
+        asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, *ACTIONS)
         mark = (language, runs, job and (job.name, job.state, len(job.rows)))
         if mark == seen:
             return None
         lines = "\n".join(job.lines(60)) if job else ""
-        return mark, [chosen(runs, called), face.told(language, job), finished_numbers(job), lines]
+        return mark, [
+            offered(runs, asked, called),
+            face.told(language, job),
+            finished_numbers(job),
+            lines,
+        ]
 
     inputs, places = (
         [action, model, adapter, calibrate],

@@ -10,7 +10,7 @@ import gradio as gr
 from chronos.common.training.recipe import BUILT_IN
 from chronos.train import STAGES
 from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.face import Face, chosen, newest, offered, table
 from chronos.ui.jobs import Job
 from chronos.ui.rows import Rows
 
@@ -117,7 +117,7 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: str | None) -> Any:
         runs = _runs(face)
         names = [value for _, value in runs]
-        called = called if called in names else (names[0] if names else None)
+        asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, *KINDS)
         rows = _metrics(logs, job)
         mark = (language, runs, job and (job.name, job.began, job.state, len(job.rows)), len(rows))
@@ -126,7 +126,7 @@ def build(face: Face) -> None:
         drawn = [pictures.lines(rows, "step", keys) for keys in (_LOSSES, _HEALTH, _SHARES)]
         lines = "\n".join(job.lines(60)) if job else ""
         return mark, [
-            chosen(runs, called),
+            offered(runs, asked, called),
             _state(face, language, job, rows),
             *(frame if len(frame) else None for frame in drawn),
             lines,

@@ -9,7 +9,7 @@ import gradio as gr
 import pandas as pd
 
 from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, table
+from chronos.ui.face import Face, chosen, offered, table
 
 KIND = "trace"
 _TOKENS = 240  # columns of the picture
@@ -61,14 +61,18 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: Any, row: float) -> Any:
         files = site.root.traces()
         jobs = site.jobs.of(KIND)
-        called = called if called in files else (files[-1] if files else None)
+        asked, called = called, called if called in files else (files[-1] if files else None)
         states = [(job.name, job.state) for job in jobs]
         mark = (language, files, states, called, row)
         if mark == seen:
             return None
         found = _found(face, kept, called) if called else None
         state = face.told(language, jobs[0] if jobs else None)
-        return mark, [chosen(files, called), state, *_drawn(face, language, found, int(row or 0))]
+        return mark, [
+            offered(files, asked, called),
+            state,
+            *_drawn(face, language, found, int(row or 0)),
+        ]
 
     face.opened(listed, [model, data], [model, data])
     face.on([model.focus, data.focus], listed, [model, data], [model, data])

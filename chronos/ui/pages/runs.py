@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from chronos.common.errors import UsageError
-from chronos.ui.face import Face, chosen, table
+from chronos.ui.face import Face, offered, table
 
 
 def build(face: Face) -> None:
@@ -29,7 +29,7 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: str | None) -> Any:
         jobs = site.jobs.jobs()
         names = [job.name for job in jobs]
-        called = called if called in names else (names[0] if names else None)
+        asked, called = called, called if called in names else (names[0] if names else None)
         mark = (language, called, [(job.name, job.state, len(job.rows)) for job in jobs])
         if mark == seen:
             return None
@@ -49,7 +49,7 @@ def build(face: Face) -> None:
             for each in jobs
         ]
         return mark, [
-            chosen(names, called),
+            offered(names, asked, called),
             face.told(language, job),
             words,
             "\n".join(job.lines()) if job else "",

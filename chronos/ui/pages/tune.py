@@ -14,7 +14,7 @@ import pandas as pd
 
 from chronos.common.errors import ChronosError, UsageError
 from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, newest, table
+from chronos.ui.face import Face, chosen, newest, offered, table
 from chronos.ui.jobs import Job
 from chronos.ui.rows import Row, Rows
 
@@ -89,7 +89,7 @@ def build(face: Face) -> None:
     def live(language: str, seen: Any, called: str | None) -> Any:
         runs = _runs(face)
         names = [name for _, name in runs]
-        called = called if called in names else (names[0] if names else None)
+        said, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, KIND)
         rows = logs.setdefault(job.folder, Rows(job.folder / EVENTS)).read() if job else []
         mark = (language, runs, job and (job.name, job.state), len(rows))
@@ -98,7 +98,7 @@ def build(face: Face) -> None:
         found = pictures.trials(rows)
         best = _best(face, job, asked, found)
         return mark, [
-            chosen(runs, called),
+            offered(runs, said, called),
             _told(face, language, job, found),
             _front(found, rows, best),
             _table(face, language, found, best),
