@@ -78,6 +78,12 @@ def metrics(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def said(folder: Path) -> list[str]:
+    """What was said in a conversation, in turns."""
+    lines = (folder / "chat.jsonl").read_text().splitlines()
+    return [json.loads(line)["content"] for line in lines]
+
+
 def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path, address: str):
     page = reader.page
     # Config: a recipe by its form; what it would be follows at once.
@@ -143,8 +149,10 @@ def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path,
     reader.press("Send")
     reader.sees("#numbers-left", "Tokens/s of the reply")
     reader.sees("#numbers-right", "Tokens/s of the reply")
-    left, right = (page.locator(f"#chat-{side}").inner_text() for side in ("left", "right"))
-    assert left.split() == right.split() and "What follows 7?" in left
+    asked, reply = said(root / "runs" / "chat")
+    assert asked == "What follows 7?" and said(root / "runs" / "chat-2") == [asked, reply]
+    for side in ("left", "right"):
+        reader.sees(f"#chat-{side}", reply.strip())
     reader.picture("chat")
 
     # I/O: the numbers of the server's own log.
@@ -182,7 +190,7 @@ def test_by_keyboard_in_a_narrow_window_in_another_language(browser: Any, addres
     context = browser.new_context(viewport={"width": 390, "height": 800}, locale="ja-JP")
     reader = Reader(context.new_page(), address)
     page = reader.page
-    assert page.get_by_role("tab", selected=True).inner_text().strip() == "設定"
+    page.get_by_role("tab", name="設定", exact=True).wait_for()
     for name in ("設定", "パイプライン"):
         page.get_by_role("tab", name=name, exact=True).click()
         wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
