@@ -6,6 +6,7 @@ seconds, so all files are judged in one.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import subprocess
@@ -17,12 +18,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from chronos.backends.torch.checkpoint import load_model
-from chronos.common.errors import ConfigError, UsageError
+from chronos.common.disk.io import FileIO
+from chronos.common.errors import ConfigError, DiskFullError, UsageError
 from chronos.common.layout import pack
+from chronos.common.text.tokenizer import Tokenizer
 from chronos.interop.gguf import export_gguf
 from chronos.testing.tiny import TEXTS, tiny_model, tiny_tokenizer
 from tests.support.guests import ARCHITECTURES, BASE, tiny_guest
@@ -54,6 +59,74 @@ def split(rule: str) -> dict[str, Any]:
     first = {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
     parts = [first, byte | {"use_regex": False}]
     return {"type": "Sequence", "pretokenizers": parts}
+
+
+GPT4O = (  # that of gpt-oss
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ODD = "def  I'LL don't x=1234567\n\n   return \u00c0\u00e9\u65e5 HelloWORLDs's//\r\n\t.. a\u0301 "
+
+
+def cutters() -> dict[str, dict[str, Any]]:
+    """Tokenizers by llama.cpp's name for how they cut text, each with words of its own."""
+    digits = {"type": "Digits", "individual_digits": True}
+    byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    found = {
+        "smollm": trained({"type": "Sequence", "pretokenizers": [digits, byte]}),
+        "llama-bpe": trained(split(LLAMA3)),
+        "qwen2": trained(split(LLAMA3.replace("{1,3}", ""))),
+        "gpt-4o": trained(split(GPT4O)),
+    }
+    found["llama-bpe"]["model"]["ignore_merges"] = True
+    return found | {"spaced": spaced()}
+
+
+def trained(cut: dict[str, Any]) -> dict[str, Any]:
+    """Tokens are learnt of texts in one piece, so that every cut shows."""
+    data = json.loads(tiny_tokenizer(300)._core.to_str())
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=[token["content"] for token in data["added_tokens"]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([ODD, *TEXTS], trainer)
+    model = json.loads(core.to_str())["model"]
+    return {"added_tokens": data["added_tokens"], "pre_tokenizer": cut, "model": model}
+
+
+def spaced() -> dict[str, Any]:
+    """A tokenizer as SentencePiece's converters write it: every way to a token is a merge."""
+    core = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    core.train_from_iterator([f"{text} don't return" for text in TEXTS], trainer)
+    data = json.loads(core.to_str())
+    vocabulary = data["model"]["vocab"]
+    merges = [
+        (token[:at], token[at:])
+        for token in sorted(vocabulary, key=vocabulary.__getitem__)
+        for at in range(1, len(token))
+        if token not in special and {token[:at], token[at:]} <= vocabulary.keys()
+    ]
+    core.model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+    core.add_special_tokens(special[:3])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)]
+    )
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    data = json.loads(core.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < 3]
+    return data
 
 
 OURS: dict[str, dict[str, Any]] = {
@@ -126,9 +199,25 @@ def both(home: Path) -> dict[str, list[tuple[Any, Any]]]:
         pack(home / f"{name}-src", home / f"{name}-packed")
         export_gguf(home / f"{name}-packed", home / name)
         asked[name], known[name] = [PROMPT], [wanted(forward, PROMPT)]
+    for name, core in cutters().items():
+        folder = tiny_model(home / f"{name}-src", **OURS["normed"], vocab_size=480)
+        own = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(own | core))
+        if name == "spaced":
+            named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(named))
+        forward = load_model(folder, torch.device("cpu"), True)
+        # llama.cpp's "gpt-4o" cuts at combining marks and last spaces as the rule does not.
+        text = ODD.replace("\u0301", "").strip() if name == "gpt-4o" else ODD
+        ids = Tokenizer.load(folder).encode_prompt(text)
+        plain = Tokenizer.load(folder)
+        plain._core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        assert name == "spaced" or plain.encode_prompt(text) != ids  # the rule matters here
+        export_gguf(folder, home / name)
+        asked[name], known[name] = [text], [wanted(forward, ids)]
     files = {str(home / name / "model.gguf"): name for name in asked}
     task = {
-        file: {"ids": 300, "banned": BANNED, "prompts": asked[name]} for file, name in files.items()
+        file: {"ids": 480, "banned": BANNED, "prompts": asked[name]} for file, name in files.items()
     }
     judge = ROOT / "tests/support/llama_judge.py"
     done = subprocess.run(
@@ -140,8 +229,8 @@ def both(home: Path) -> dict[str, list[tuple[Any, Any]]]:
 
 
 def first(said: dict[str, Any]) -> np.ndarray:
-    assert len(said["first"]) == 300
-    return np.array([said["first"][str(token)] for token in range(300)])
+    assert len(said["first"]) in (300, 480)
+    return np.array([said["first"][str(token)] for token in range(len(said["first"]))])
 
 
 @pytest.mark.slow
@@ -155,6 +244,18 @@ def test_llama_cpp_computes_the_same(name: str, both: Any) -> None:
         assert theirs["tokens"] == ours["tokens"]
         assert float(ours["first"].std()) > 0.5
     assert len({token for ours, _ in both[name] for token in ours["tokens"]}) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_llama
+@pytest.mark.parametrize("name", ["smollm", "llama-bpe", "qwen2", "gpt-4o", "spaced"])
+def test_llama_cpp_cuts_text_into_our_ids(name: str, both: Any, home: Path) -> None:
+    ((ours, theirs),) = both[name]
+    assert theirs["prompt"] == ours["prompt"]
+    np.testing.assert_allclose(first(theirs), ours["first"], rtol=0, atol=2e-4)
+    said = fields(home / name)
+    assert said.get("tokenizer.ggml.pre", "spaced") == name
 
 
 @pytest.mark.slow
@@ -205,7 +306,6 @@ def test_tokens_and_template_travel(tmp_path: Path) -> None:
         ({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}, None),
         ({"type": "Whitespace"}, None),
         (split(r"\p{L}+|\s+"), None),
-        (split(LLAMA3), "llama-bpe"),
         (split(LLAMA3.replace("{1,3}", "")), "qwen2"),
         (
             {
@@ -263,6 +363,22 @@ def test_an_interrupted_one_leaves_nothing(tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "src", **OURS["normed"])
     with pytest.raises(KeyboardInterrupt):
         export_gguf(source, tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_disk_that_fills_is_an_error_with_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = tiny_model(tmp_path / "src", **OURS["normed"])
+    with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="10 bytes free"):
+        patch.setattr(FileIO, "free_bytes", lambda self, folder: 10)
+        export_gguf(source, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(DiskFullError, match=r"model\.gguf"):
+        patch.setattr(gguf.quants, "quantize", full)
+        export_gguf(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
