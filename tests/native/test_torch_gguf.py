@@ -18,7 +18,7 @@ import chronos
 from chronos.cli import main
 from chronos.common.errors import ConfigError
 from chronos.common.layout import inspect, open_layout, pack, read_records, verify
-from tests.native.test_torch_quantised import PROMPT, build, by_pieces
+from tests.native.test_torch_quantised import PROMPT, build, by_pieces, contents
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import gguf
 
@@ -142,6 +142,17 @@ def test_from_the_command_line_in_parts(
     capsys.readouterr()
     assert main.run(["pack", str(parts[0]), *flags]) == 3
     assert f"parts are missing: {parts[1].name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixtral-q8_0", "qwen3_moe-q4_k", "deepseek_v3-q8_0"])
+def test_dequantised_it_is_the_plain_checkpoint(
+    name: str, guest: Callable[..., Guest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, out = guest(name), tmp_path / "plain"
+    assert main.run(["unpack", str(tiny.packed), "-o", str(out)]) == 2
+    assert "--dequantize writes the plain checkpoint" in capsys.readouterr().err
+    assert main.run(["unpack", str(tiny.packed), "-o", str(out), "--dequantize"]) == 0
+    assert contents(out) == contents(tiny.file.with_name("plain"))
 
 
 def test_mlx_says_that_it_does_not_compute_with_it(guest: Callable[..., Guest]) -> None:

@@ -180,9 +180,8 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 def _gguf_mxfp4(blocks: Tensor) -> Tensor:
     """A power of two and 32 values of E2M1: the lower halves of all bytes, then the upper ones."""
-    table = torch.tensor(_FP4, device=blocks.device)
-    codes = torch.cat([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], 1)
-    return _powers(blocks[:, :1], torch.float32) * table[codes.int()]
+    values = _four_bits(blocks[:, 1:], _FP4, torch.float32).unflatten(1, (16, 2))
+    return _powers(blocks[:, :1], torch.float32) * values.transpose(1, 2).flatten(1)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:

@@ -41,6 +41,7 @@ from chronos.common.layout.gguf_names import (
     expert_stack,
     layer_of,
 )
+from chronos.common.layout.names import Names, Pattern
 from chronos.common.layout.quantised import GGUF_BLOCKS
 from chronos.common.layout.source import Experts, ModelSource, widened
 from chronos.common.model.guest import GuestConfig, read_config
@@ -136,6 +137,7 @@ def open_gguf(path: Path, settings: Path, io: FileIO) -> ModelSource:
         templates,
         partial(_experts, stacks, templates, io),
         partial(sample_digest, {n: tensors[n].raw for n in tensors.keys() - left_out}, io),
+        names=_names(templates, architecture),
         left_out=tuple(sorted(left_out)),
         dense_pieces=partial(_dense_pieces, dense, config.dtype),
     )
@@ -205,6 +207,22 @@ def _template(layer: int, stacks: Mapping[str, _At], config: GuestConfig) -> Tem
         )
     laid = lay_out((name, *_stored(stacks[name])) for name in shapes)
     return laid._replace(encoding=GGUF)
+
+
+def _names(templates: Mapping[int, Template], architecture: Architecture) -> Names:
+    """What an expert's tensors are called in a checkpoint, for `unpack --dequantize`; none where
+    that has stacks."""
+    if architecture.experts is None:
+        return {}
+    block, projections = architecture.experts
+    found: dict[int, dict[str, tuple[Pattern, ...]]] = {}
+    for layer, template in templates.items():
+        found[layer] = {}
+        for tensor in template.tensors:
+            projection, kind = tensor.name.split(".")
+            start, end = f"model.layers.{layer}.{block}.", f".{projections[projection]}.{kind}"
+            found[layer][tensor.name] = ((start, end),)
+    return found
 
 
 def _stored(at: _At) -> tuple[str, tuple[int, ...]]:

@@ -48,20 +48,31 @@ _LATENT = {
 _NORM_BEHIND = {"post_attention_norm": "post_attention_layernorm"}
 
 
+_ONE_BY_ONE = ("mlp.experts", {p: p for p in ("gate_proj", "up_proj", "down_proj")})
+_BY_NUMBER = (
+    "block_sparse_moe.experts", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Architecture:
     """model_types: Transformers' names of it. names: of the tensors of a layer, without ".weight"
     and ".bias", or whole where a checkpoint's name has no such end. permuted: whether rows of
-    queries and keys lie in pairs."""
+    queries and keys lie in pairs. experts: what a checkpoint calls a layer's experts and each of
+    their projections, where it has them one by one."""
 
     model_types: tuple[str, ...]
     names: Mapping[str, str]
     permuted: bool = False
+    experts: tuple[str, Mapping[str, str]] | None = _ONE_BY_ONE
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
-        ("mixtral",), _COMMON | {"ffn_gate_inp": "block_sparse_moe.gate"}, permuted=True
+        ("mixtral",),
+        _COMMON | {"ffn_gate_inp": "block_sparse_moe.gate"},
+        permuted=True,
+        experts=_BY_NUMBER,
     ),
     "qwen2moe": Architecture(
         ("qwen2_moe",),
@@ -75,16 +86,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3moe": Architecture(("qwen3_moe",), _COMMON),
     "olmoe": Architecture(("olmoe",), _COMMON),
-    "phimoe": Architecture(("phimoe",), _COMMON | {"ffn_gate_inp": "block_sparse_moe.gate"}),
+    "phimoe": Architecture(
+        ("phimoe",), _COMMON | {"ffn_gate_inp": "block_sparse_moe.gate"}, experts=_BY_NUMBER
+    ),
     "deepseek2": Architecture(("deepseek_v2", "deepseek_v3"), _COMMON | _SHARED | _LATENT),
     "gpt-oss": Architecture(
         ("gpt_oss",),
         _COMMON
         | _NORM_BEHIND
         | {"ffn_gate_inp": "mlp.router", "attn_sinks.weight": "self_attn.sinks"},
+        experts=None,
     ),
     "granitemoe": Architecture(
-        ("granitemoe",), _COMMON | {"ffn_gate_inp": "block_sparse_moe.router.layer"}, permuted=True
+        ("granitemoe",),
+        _COMMON | {"ffn_gate_inp": "block_sparse_moe.router.layer"},
+        permuted=True,
+        experts=None,
     ),
     "glm4moe": Architecture(("glm4_moe",), _COMMON | _SHARED | _NORM_BEHIND),
     "dots1": Architecture(("dots1",), _COMMON | _SHARED),

@@ -21,7 +21,7 @@ from chronos.common.disk.header import Located, TensorEntry, build_header, tenso
 from chronos.common.disk.io import FileIO, StrPath, check_free_space
 from chronos.common.disk.tensors import locate_tensors, next_pieces, read_pieces
 from chronos.common.errors import CorruptFileError, UsageError
-from chronos.common.layout.codecs import dense_encoding, encodings_of
+from chronos.common.layout.codecs import GGUF, dense_encoding, encodings_of
 from chronos.common.layout.folder import Layout, is_packed, open_layout
 from chronos.common.layout.names import Names, Pattern, read_names
 from chronos.common.layout.pack import copy_side_files, side_files
@@ -84,7 +84,14 @@ def unpack(
     config, names = read_config(src), read_names(src, io)
     _check_folders(src, dst, bool(names))
     layout = open_layout(src, config=config, io=io)
-    plain = _Plain(src, config) if dequantise else None
+    coded = GGUF in layout.encodings.values()
+    if coded and not dequantise:
+        raise UsageError(
+            "no library reads blocks of GGUF in another file",
+            str(src),
+            "keep the GGUF file; --dequantize writes the plain checkpoint it stands for",
+        )
+    plain = _Plain(src, config, coded) if dequantise else None
     shards = [_dense(locate_tensors(src, io), plain)]
     shards += [_experts(layout, layer, names, plain) for layer in layout.moe_layers]
     total = sum(tensor_nbytes(t.dtype, t.shape) for shard in shards for t in shard)
@@ -125,8 +132,9 @@ def _check_folders(src: Path, dst: Path, named: bool) -> None:
 class _Plain:
     """How a model's quantised matrices are to be written plain."""
 
-    def __init__(self, folder: Path, config: Any) -> None:
-        if not isinstance(config, GuestConfig) or not config.quantization:
+    def __init__(self, folder: Path, config: Any, coded: bool) -> None:
+        """coded: whether experts are quantised whatever config.json says."""
+        if not isinstance(config, GuestConfig) or not (coded or config.quantization):
             raise UsageError("the model is not quantised", str(folder), "leave out --dequantize")
         self._raw, self._coding = load_config(folder)[0], config.coding
         self.dtype = SAFETENSORS_DTYPE[config.dtype]
