@@ -134,7 +134,16 @@ def _mxfp4(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix:
 
 def _fp8(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix:
     down, across = block_of(setting)
-    return _scaled(_FP8, 8, kinds["weight"], kinds["weight_scale_inv"], across, down)
+    return _scaled(_FP8, 8, kinds["weight"], _scale(kinds), across, down)
+
+
+def _fp4(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix:
+    return _scaled(_FP4, 4, kinds["weight"], _scale(kinds), 32)
+
+
+def _scale(kinds: Mapping[str, Array]) -> Array:
+    """Under Transformers' name or DeepSeek-V4's."""
+    return kinds["scale"] if "scale" in kinds else kinds["weight_scale_inv"]
 
 
 def _compressed(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
@@ -163,7 +172,7 @@ def _compressed(setting: str, kinds: Mapping[str, Array], columns: int) -> Matri
 def _mlx(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
     weight, scales = kinds["weight"], kinds["scales"]
     across = columns // scales.shape[1]
-    if setting in ("affine4", "affine8"):
+    if setting.startswith("affine") and bits_of(setting) in (4, 8):
         found = _scaled(_AFFINE, bits_of(setting), weight, scales, across)
         found.zeros = kinds["biases"].address
         return found
@@ -175,7 +184,14 @@ def _mlx(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | Non
     return None  # codes that lie across words
 
 
-_METHODS = {"mxfp4": _mxfp4, "fp8": _fp8, "compressed": _compressed, "mlx": _mlx}
+_METHODS = {
+    "mxfp4": _mxfp4,
+    "fp8": _fp8,
+    "fp4": _fp4,
+    "compressed": _compressed,
+    "mlx": _mlx,
+    "transformers": _mlx,  # Chronos' own quantisation
+}
 
 
 def multiply(

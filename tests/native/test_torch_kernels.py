@@ -28,7 +28,9 @@ FORMATS = {
     "int8": "compressed-int8", "channel": "compressed-fp8", "ct-mxfp8": "compressed-mxfp8",
     "ct-nvfp4": "compressed-nvfp4", "affine4": "mlx-affine4", "affine8": "mlx-affine8",
     "affine4-f16": "mlx-affine4", "mlx-mxfp4": "mlx-mxfp4", "mlx-nvfp4": "mlx-nvfp4",
-    "mlx-mxfp8": "mlx-mxfp8",
+    "mlx-mxfp8": "mlx-mxfp8", "affine4-own": "transformers-affine4-g32",
+    "affine8-own": "transformers-affine8-g32", "v4": "fp4", "fp8-v4": "fp8-128x128",
+    "fp8-mx": "fp8-1x32",
 }  # fmt: skip
 FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -44,10 +46,14 @@ def empty(name: str, N: int, K: int) -> dict[str, Any]:
     if name == "mxfp4":
         return {"blocks": of(torch.uint8, N, K // 32, 16), "scales": of(torch.uint8, N, K // 32)}
     if word == "fp8":
-        down, across = (32, 64) if variant == "e8m0" else (128, 128)
-        dtype = {"e8m0": torch.uint8, "bf16": torch.bfloat16}.get(variant, torch.float32)
+        down, across = {"e8m0": (32, 64), "mx": (1, 32)}.get(variant, (128, 128))
+        exponents = dict.fromkeys(("e8m0", "mx", "v4"), torch.uint8)
+        dtype = (exponents | {"bf16": torch.bfloat16}).get(variant, torch.float32)
         scale = of(dtype, -(-N // down), -(-K // across))
-        return {"weight": of(torch.float8_e4m3fn, N, K), "weight_scale_inv": scale}
+        called = "scale" if variant == "v4" else "weight_scale_inv"
+        return {"weight": of(torch.float8_e4m3fn, N, K), called: scale}
+    if name == "v4":
+        return {"weight": of(torch.int8, N, K // 2), "scale": of(torch.uint8, N, K // 32)}
     if word in ("int4", "int8"):
         bits = int(word[-1])
         kinds = {
@@ -71,7 +77,7 @@ def empty(name: str, N: int, K: int) -> dict[str, Any]:
             "weight_scale": of(torch.float8_e4m3fn, N, K // 16),
             "weight_global_scale": of(torch.float32, 1),
         }
-    bits, group = (8 if name.endswith("8") else 4), (16 if variant == "nvfp4" else 32)
+    bits, group = (8 if "8" in name else 4), (16 if variant == "nvfp4" else 32)
     kinds = {"weight": of(torch.int32, N, K * bits // 32)}
     if word == "affine4" or word == "affine8":
         return kinds | {k: of(real, N, K // group) for k in ("scales", "biases")}

@@ -27,6 +27,7 @@ _NAMES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
 }
@@ -52,9 +53,9 @@ def describe(encoding: str, kinds: Kinds) -> Matrix | None:
         name = _NAMES.get(tensor.dtype)
         if name is None or not tensor.is_contiguous():
             return None
-        if encoding.startswith("mlx") and name == "I32":
+        if encoding.startswith(("mlx", "transformers")) and name == "I32":
             name = "U32"  # which torch does not compute with: see `codecs.DTYPES`
-        if kind == "weight_scale_inv" and name == "U8":
+        if kind in ("weight_scale_inv", "scale") and name == "U8":
             name = "F8_E8M0"
         arrays[kind] = Array(tensor.data_ptr(), name, tuple(tensor.shape))
     return kernels.describe(encoding, arrays)
