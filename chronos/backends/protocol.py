@@ -75,8 +75,9 @@ class Session(Protocol):
         route_override: RouteOverride | None = ...,
     ) -> list[int | None | Exception]:
         """One pass: of each work the token drawn, -1 where the logits hold a NaN or an infinity or
-        rules and mask allow no token, None where its prompt goes on, or the error that ended the
-        sequence, which can only be dropped then. A seed's draws start at the end of a prompt.
+        rules and mask allow no token, None where its prompt goes on, AGAIN where some of its
+        layers are left for the next pass, or the error that ended the sequence, which can only be
+        dropped then. A seed's draws start at the end of a prompt.
 
         What raises instead leaves each sequence of the pass such that it can only be dropped.
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
-from chronos.common.text.sampling import PIECE, Work
+from chronos.common.experts.together import Lane, together
+from chronos.common.text.sampling import AGAIN, PIECE, Work
 
 # Recorded routing is compacted after this many calls: a tensor per layer and token costs 300 bytes,
 # which over a long generation would outgrow the experts' budget.
@@ -101,6 +102,7 @@ class Sequences:
         self.feed = feed
         self._new_cache, self._new_row = new_cache, new_row
         self._sequences: dict[int, Row] = {}
+        self._resting: dict[int, Lane] = {}  # forwards that are not over, by sequence
 
     def position(self, seq: int) -> int:
         """Tokens the sequence has, 0 for one that is not there."""
@@ -125,6 +127,7 @@ class Sequences:
         if row.halfway or not (all_there or (kept and row.cache.cut(kept))):
             kept, fresh.cache = 0, self._new_cache()
         fresh.ids, fresh.whole = row.ids[:kept], kept
+        self._give_up(seq)
         if self.feed is not None:
             self.feed.drop(seq)
         self._sequences[seq] = fresh
@@ -169,6 +172,7 @@ class Sequences:
 
     def drop(self, seq: int) -> None:
         """Forget a sequence, if it is there; the experts stay where they are."""
+        self._give_up(seq)
         if self._sequences.pop(seq, None) is not None and self.feed is not None:
             self.feed.drop(seq)
 
@@ -176,6 +180,31 @@ class Sequences:
         if seq not in self._sequences:
             raise UsageError(f"there is no sequence {seq}")
         return self._sequences[seq]
+
+    def _give_up(self, seq: int) -> None:
+        """What is not over of a sequence's pass."""
+        if (lane := self._resting.pop(seq, None)) is not None:
+            lane.close()
+
+    def _together(
+        self,
+        source: FeedStep,
+        parts: Sequence[Part],
+        forwards: Sequence[Callable[[Any], Any]],
+        room: int | None = None,
+    ) -> list[Any]:
+        """The outcomes of forwards in one pass, those that rested since the last one with their
+        first halves; AGAIN of those that rest now."""
+        lanes = []
+        for part, forward in zip(parts, forwards, strict=True):
+            lane = self._resting.pop(part.work.seq, None) or Lane(forward)
+            lane.layers = part.work.layers
+            lanes.append(lane)
+        outs = together(source, lanes, room)
+        for at, out in enumerate(outs):
+            if isinstance(out, Lane):
+                self._resting[parts[at].work.seq], outs[at] = out, AGAIN
+        return outs
 
     def _part(self, work: Work) -> Part:
         row = self._sequences.get(work.seq)
@@ -210,17 +239,17 @@ def tell(
     outs: Sequence[Any],
     ids_TLK: Callable[[list[Any]], np.ndarray],
 ) -> None:
-    """Tell a step what went through, and what a prompt was routed to. outs: a model's output or an
-    error of each part; ids_TLK: the ids of its layers' routing in host memory."""
+    """Tell a step what went through, and what a prompt was routed to. outs: a model's output, AGAIN
+    or an error of each part; ids_TLK: the ids of its layers' routing in host memory."""
     for part, out in zip(parts, outs, strict=True):
-        if step is not None and not isinstance(out, Exception):
+        if step is not None and not isinstance(out, int | Exception):
             step.done(part.work, ids_TLK(out.routing) if part.prompt else None)
 
 
 def ended(parts: Sequence[Part], outs: Sequence[Any]) -> None:
     """The pass has ended for all: nothing can be raised any more that would repeat its tokens."""
     for part, out in zip(parts, outs, strict=True):
-        part.row.halfway = isinstance(out, Exception)
+        part.row.halfway = isinstance(out, int | Exception)
 
 
 def outcome(forward: Callable[[Source | None], Any], source: Source | None) -> Any:

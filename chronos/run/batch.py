@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.text.sampling import SamplingParams, Work
+from chronos.common.text.sampling import AGAIN, SamplingParams, Work
 from chronos.run.generation import GenerationResult, Likely, Step, Text
 from chronos.run.meter import Meter
 from chronos.run.scheduler import Scheduler
@@ -70,14 +70,15 @@ class Batch:
         tokenizer: Tokenizer | None = None,
         stop_ids: frozenset[int] = frozenset(),
         slots: int = 1,
+        layers: int = 0,
         facts: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """context: tokens of a prompt and its reply. slots: sequences under way at a time; others
-        wait. facts: what else to write into the stats of a result."""
+        wait. layers: with streamed experts. facts: what else to write into a result's stats."""
         self.results: dict[int, GenerationResult | Exception] = {}
         self._session, self._feed, self._context = session, feed, context
         self._tokenizer, self._stop_ids, self._facts = tokenizer, stop_ids, facts
-        self._scheduler = Scheduler(slots)
+        self._scheduler = Scheduler(slots, layers=layers)
         self._replies: dict[int, _Reply] = {}
 
     def add(
@@ -118,11 +119,13 @@ class Batch:
         seconds = time.perf_counter() - begin
         steps = []
         for each, out in zip(work, outs, strict=True):
-            self._replies[each.seq].meter.note(each, seconds)
+            self._replies[each.seq].meter.note(each, seconds, whole=out != AGAIN)
             if isinstance(out, Exception):
                 self._leave(each.seq, out)
                 continue
             self._scheduler.took(each, out)
+            if out == AGAIN:
+                continue
             self._score(each)
             if out is not None:
                 steps += [(each.seq, step) for step in self._take(each.seq, out)]

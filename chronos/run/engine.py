@@ -288,6 +288,7 @@ class Engine:
             tokenizer=self.tokenizer,
             stop_ids=self.stop_ids,
             slots=slots,
+            layers=0 if self.layout is None else len(self.layout.moe_layers),
             facts=self.prefetch_stats,
         )
 

@@ -113,13 +113,15 @@ class Meter:
             raise out
         return out
 
-    def note(self, work: Work, seconds: float) -> None:
-        """A pass did this work of the sequence."""
+    def note(self, work: Work, seconds: float, whole: bool = True) -> None:
+        """A pass did this work of the sequence, or with `whole` false some layers of it."""
         if not work.prompt:
             self.decode_s += seconds
             self.decoded += 1
             return
         self.prefill_s += seconds
+        if not whole:
+            return
         self.prompt_tokens += len(work.tokens)
         if work.last:
             self._middle = self._count()

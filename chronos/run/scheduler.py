@@ -1,21 +1,23 @@
 """Which sequences take part in the next pass of a model, and with what: values in, values out.
 
 Every sequence that is decoding has its token in every pass; prompts join in pieces, as many as a
-pass may have tokens, the earliest first; beside tokens one piece's worth, which they wait for. A
-sequence waits while all slots are taken. Sequences come and go between two passes. Knows no model,
-no text and no clock: `batch` runs what it plans.
+pass may have tokens, the earliest first. Tokens do not wait for a piece: beside them it goes on for
+a few layers a pass. A sequence waits while all slots are taken. Sequences come and go between two
+passes. Knows no model, no text and no clock: `batch` runs what it plans.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chronos.common.errors import UsageError
-from chronos.common.text.sampling import PIECE, SamplingParams, Work, pieces
+from chronos.common.text.sampling import AGAIN, PIECE, SamplingParams, Work, pieces
 
 PASS_TOKENS = 4 * PIECE  # prompts that go through a layer together read its experts once
+# Of prompts, through all layers, beside a token: what takes about as long as the token itself.
+BESIDE_TOKENS = 16
 
 
 @dataclass
@@ -31,10 +33,11 @@ class _Row:
 class Scheduler:
     """Sequences by number, in the order they were added."""
 
-    def __init__(self, slots: int = 1, pass_tokens: int = PASS_TOKENS) -> None:
-        """slots: sequences that are under way at a time. pass_tokens: of prompts, in a pass; PIECE
-        at most beside tokens."""
-        self.slots, self.pass_tokens = slots, pass_tokens
+    def __init__(self, slots: int = 1, pass_tokens: int = PASS_TOKENS, layers: int = 0) -> None:
+        """slots: sequences that are under way at a time. pass_tokens: of prompts, in one pass that
+        reads no more than prompts. layers: with experts, of which a few may be in one pass; 0 where
+        a pass is not parted: pass_tokens holds beside tokens then too."""
+        self.slots, self.pass_tokens, self._layers = slots, pass_tokens, layers
         self._waiting: deque[_Row] = deque()
         self._running: dict[int, _Row] = {}
 
@@ -64,15 +67,24 @@ class Scheduler:
             self._running[row.seq] = row
         rows = list(self._running.values())
         work = [Work(r.seq, [r.token], r.sampling) for r in rows if r.token is not None]
-        room = min(self.pass_tokens, PIECE) if work else self.pass_tokens
+        beside = bool(work) and self._layers > 0
+        room = self.pass_tokens
         for row in rows:
-            if row.left and (room >= len(row.left[0].tokens) or not work):
-                work.append(row.left[0])
-                room -= len(row.left[0].tokens)
+            if not row.left:
+                continue
+            piece = row.left[0]
+            if beside:
+                layers = self._layers * BESIDE_TOKENS // len(piece.tokens)
+                work.append(replace(piece, layers=max(1, layers)))
+            elif room >= len(piece.tokens) or not work:
+                work.append(piece)
+                room -= len(piece.tokens)
         return work
 
     def took(self, work: Work, token: int | None) -> None:
-        """A pass did this work, and drew `token` (None: the prompt goes on)."""
+        """A pass did this work, and drew `token` (None: the prompt goes on; AGAIN: the work)."""
+        if token == AGAIN:
+            return
         row = self._running[work.seq]
         if row.left:
             row.left.popleft()

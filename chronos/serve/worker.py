@@ -55,7 +55,7 @@ class Job:
     """One reply to make. send: is given steps, how far the prompt is, and at last a result or an
     error; on the worker's thread. cached: tokens of the prompt that were there already.
     begun, first: when it joined, when its first token came (time.monotonic), 0 before. gone:
-    nobody wants it any more. places: where its prompt is worth keeping."""
+    nobody wants it any more. read: of the prompt. places: where its prompt is worth keeping."""
 
     model: str
     prompt: Sequence[int]
@@ -72,6 +72,7 @@ class Job:
     begun: float = 0.0
     first: float = 0.0
     gone: bool = False
+    read: int = 0
     places: set[int] = field(default_factory=set)
 
 
@@ -382,6 +383,9 @@ class Worker:
         """Of a prompt on its way."""
         assert self._engine is not None and self._prefixes is not None
         position = self._engine.session.position(seq)
+        if position == job.read:  # some layers further on only
+            return
+        job.read = position
         job.send(Read(position))
         if position in job.places:
             self._prefixes.keep(seq, job.prompt, position)

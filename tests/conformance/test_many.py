@@ -295,6 +295,46 @@ def test_a_bias_is_added_to_the_logits_of_its_sequence_alone(backend: Any, folde
                 session.run([Work(3, [5], GREEDY, bias=wrong)])
 
 
+@pytest.mark.parametrize("budget", ["all", "25%", TOP_K])
+def test_prompts_read_layer_by_layer_beside_tokens_have_the_bits_of_each_alone(
+    backend: Any, folder: Path, alone: list[list[int]], budget: str | int
+) -> None:
+    """A few layers of a piece in each pass, so that tokens do not wait for it."""
+    with opened(backend, folder, budget) as engine:
+        batch, run, passes = engine.batch(5), engine.session.run, list[Sequence[Work]]()
+
+        def watched(work: Sequence[Work], **options: Any) -> Any:
+            passes.append(work)
+            return run(work, **options)
+
+        engine.session.run = watched  # type: ignore[method-assign]
+        batch.add(0, PROMPTS[0], SAMPLED[0], max_tokens=12)
+        batch.step()
+        for seq in (1, 2, 3):
+            batch.add(seq, PROMPTS[seq], SAMPLED[seq], max_tokens=12)
+        batch.add(9, LONG, GREEDY, max_tokens=1)
+        batch.step()
+        resting = engine.session._resting  # type: ignore[attr-defined]
+        assert resting.keys() == {2, 3, 9}
+        with pytest.raises(UsageError, match="in the middle"):
+            engine.session.fork(3, 20)
+        batch.cancel(2)
+        assert resting.keys() == {3, 9} and engine.session.position(2) == 0
+        batch.add(12, PROMPTS[2], SAMPLED[2], max_tokens=12)
+        while len(batch.results) < 6:
+            batch.step()
+        tokens = {seq: result.tokens for seq, result in batch.results.items()}  # type: ignore[union-attr]
+        assert [tokens[seq] for seq in (0, 1, 12, 3)] == alone
+        assert not resting
+        first = [
+            work.layers
+            for each in passes
+            for work in each
+            if (work.seq, len(work.tokens)) == (3, PIECE)
+        ]
+        assert first == [1] * LAYERS
+
+
 def test_work_that_makes_no_sense_is_refused(backend: Any, folder: Path) -> None:
     with opened(backend, folder, "50%") as engine:
         twice = [Work(0, [5], GREEDY), Work(0, [6], GREEDY)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from chronos.common.disk.header import TensorEntry
-from chronos.common.text.sampling import SamplingParams, Work, pieces
+from chronos.common.text.sampling import AGAIN, SamplingParams, Work, pieces
 from chronos.run.sequence import OneSequence
 
 GREEDY = SamplingParams()
@@ -30,18 +32,26 @@ def together(
     session: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
 ) -> list[np.ndarray]:
     """The same of several sequences, each of which begins a pass after the one before, so that
-    pieces of prompts and single tokens meet; then all are dropped."""
+    pieces of prompts and single tokens meet; then all are dropped. Every second prompt goes on for
+    a layer in each pass."""
     work = [
-        [*pieces(seq, prompt, GREEDY), *(Work(seq, [token], GREEDY) for token in tokens)]
+        [
+            *(replace(piece, layers=seq % 2) for piece in pieces(seq, prompt, GREEDY)),
+            *(Work(seq, [token], GREEDY) for token in tokens),
+        ]
         for seq, prompt in enumerate(prompts)
     ]
     found: list[list[np.ndarray]] = [[] for _ in prompts]
-    for turn in range(max(seq + len(todo) for seq, todo in enumerate(work))):
+    for turn in itertools.count():
         now = [todo.pop(0) for seq, todo in enumerate(work) if todo and turn >= seq]
+        if not now:
+            break
         for each, out in zip(now, session.run(now), strict=True):
             if isinstance(out, Exception):
                 raise out
-            if each.last:
+            if out == AGAIN:
+                work[each.seq].insert(0, each)
+            elif each.last:
                 found[each.seq].append(session.logits(each.seq))
     for seq in range(len(prompts)):
         session.drop(seq)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from chronos.common.errors import UsageError
-from chronos.common.text.sampling import PIECE, SamplingParams, Work
-from chronos.run.scheduler import Scheduler
+from chronos.common.text.sampling import AGAIN, PIECE, SamplingParams, Work
+from chronos.run.scheduler import BESIDE_TOKENS, Scheduler
 
 GREEDY = SamplingParams()
 
@@ -72,22 +72,27 @@ def test_a_pass_has_so_many_tokens_of_prompts_the_earliest_first() -> None:
     ]  # fmt: skip
 
 
-def test_tokens_wait_for_one_piece_at_most() -> None:
-    """Pieces of several prompts go together only where nobody waits for a token."""
-    scheduler = Scheduler(slots=4)
-    for seq, length in enumerate([1, 2 * PIECE, PIECE, 7]):
-        scheduler.add(seq, range(length), GREEDY)
-    assert passes(scheduler, {0: 5, 1: 1, 2: 1, 3: 1}) == [
-        [(0, 1, True), (1, PIECE, False), (2, PIECE, True), (3, 7, True)],
-        [(0, 1, True), (1, PIECE, True)], [(0, 1, True)], [(0, 1, True)], [(0, 1, True)],
-    ]  # fmt: skip
-    scheduler = Scheduler(slots=4)
+def test_a_piece_goes_on_for_a_few_layers_beside_tokens() -> None:
+    """As many as make a few tokens through all of them; where nobody waits, to its end."""
+    scheduler = Scheduler(slots=3, layers=24)
     scheduler.add(0, [1], GREEDY)
-    [work] = scheduler.next()
-    scheduler.took(work, 100)
-    for seq, length in enumerate([PIECE, PIECE, 7], start=1):
-        scheduler.add(seq, range(length), GREEDY)
-    assert [shape(scheduler.next()) for _ in range(1)] == [[(0, 1, True), (1, PIECE, True)]]
+    scheduler.took(scheduler.next()[0], 100)
+    scheduler.add(1, range(PIECE + 40), GREEDY)
+    scheduler.add(2, range(3), GREEDY)
+    token, long, short = scheduler.next()
+    assert (token.layers, long.layers, len(long.tokens)) == (0, 1, PIECE)
+    assert short.layers >= 24  # which is all of them
+    scheduler.took(short, 7)
+    scheduler.took(long, AGAIN)
+    assert scheduler.next()[2] == long  # in every pass until it is over
+    scheduler.took(long, None)
+    long = scheduler.next()[2]
+    assert (len(long.tokens), long.layers) == (40, 24 * BESIDE_TOKENS // 40)
+    scheduler.took(long, AGAIN)
+    scheduler.drop(0)
+    scheduler.drop(2)
+    [alone] = scheduler.next()
+    assert (alone.tokens, alone.layers) == (long.tokens, 0)
 
 
 def test_a_piece_above_the_limit_goes_alone() -> None:

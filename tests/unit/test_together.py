@@ -10,7 +10,7 @@ import pytest
 
 from chronos.common.errors import StoreError
 from chronos.common.experts.residency import NOBODY
-from chronos.common.experts.together import together
+from chronos.common.experts.together import Lane, together
 
 Forward = Callable[[Any], Any]
 By = Mapping[int, Collection[int]]
@@ -100,6 +100,36 @@ PLANS = [
 def alone(plan: dict[int, list[int]]) -> list[str]:
     seen: list[str] = forward(plan)(Disk())
     return seen
+
+
+@pytest.mark.parametrize("room", [None, 1, 2, 4, 100])
+def test_one_that_rests_sees_what_it_sees_alone(room: int | None) -> None:
+    """It takes so many layers in a pass, with whatever others are in it, from another source each
+    time; those that do not rest see what they see alone too."""
+    slow: Any = Lane(forward(PLANS[0]), layers=1)
+    for turn, other in enumerate(PLANS):
+        slow, found = together(Disk(), [slow, forward(other)], room)
+        assert found == alone(other)
+        assert isinstance(slow, Lane) == (turn < len(PLANS) - 1)
+    assert slow == alone(PLANS[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_that_rests_can_be_given_up_or_hurried(layers: int) -> None:
+    left = []
+
+    def leaving(source: Any) -> Any:
+        try:
+            return forward(PLANS[0])(source)
+        finally:
+            left.append(True)
+
+    lanes = [Lane(leaving, layers=layers) for _ in range(2)]
+    assert together(Disk(), lanes) == lanes and not left
+    lanes[0].close()
+    assert left == [True]
+    lanes[1].layers = 0
+    assert together(Disk(), [lanes[1]]) == [alone(PLANS[0])]
 
 
 @pytest.mark.parametrize("room", [None, 1, 2, 4, 100])

@@ -40,7 +40,6 @@ from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Feed, FeedStep, Source
 from chronos.common.experts.prefetch import LOOKAHEAD
-from chronos.common.experts.together import together
 from chronos.common.text.sampling import Work, check_work
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class Session(Sequences):
             outs = self._pass(parts, step, route_override)
             tell(step, parts, outs, _ids_TLK)
         answers = [
-            out if isinstance(out, Exception) else self._answer(part, out, record)
+            out if isinstance(out, int | Exception) else self._answer(part, out, record)
             for part, out in zip(parts, outs, strict=True)
         ]
         ended(parts, outs)
@@ -128,11 +127,12 @@ class Session(Sequences):
 
     def _pass(
         self, parts: Sequence[Part], step: FeedStep | None, override: RouteOverride | None
-    ) -> list[Output | Exception]:
-        """What the model makes of each part."""
+    ) -> list[Output | Exception | int]:
+        """What the model makes of each part; AGAIN where that is not over."""
         forwards = [partial(self._forward, part, override, len(parts) == 1) for part in parts]
-        if len(parts) > 1 and step is not None and self.feed is not None:
-            return together(step, forwards)
+        several = len(parts) > 1 or any(part.work.seq in self._resting for part in parts)
+        if several and step is not None and self.feed is not None:
+            return self._together(step, parts, forwards)
         return [outcome(forward, step) for forward in forwards]
 
     def _forward(

@@ -4,7 +4,9 @@ Each forward runs unchanged, as a greenlet with a source of its own. When all ha
 experts of a layer, their union is acquired once, and each expert goes to every forward that needs
 it before the next is asked for. So what a forward computes is what it computes alone, bit for bit,
 and an expert is read once however many sequences need it, with fewer slots than the union too.
-All forwards take turns in the caller's thread. Knows no framework, no cache and no sampling.
+All forwards take turns in the caller's thread. One that would take long goes on for some layers of
+a pass and rests, where it asks for experts and holds none, until the next. Knows no framework, no
+cache and no sampling.
 """
 
 from __future__ import annotations
@@ -40,8 +42,11 @@ class Source(Protocol):
 Forward = Callable[[Any], Any]
 
 
-def together(source: Source, forwards: Sequence[Forward], room: int | None = None) -> list[Any]:
+def together(
+    source: Source, forwards: Sequence[Forward | Lane], room: int | None = None
+) -> list[Any]:
     """Call each of `forwards` with a source to acquire experts from; what they return, in order.
+    A `Lane` that is not over at the end of its layers is its own outcome, for a later call.
 
     A forward that raises an Exception has that as its outcome, and so has one whose experts could
     not be had; the others go on. Anything else that is raised (KeyboardInterrupt) ends all.
@@ -49,25 +54,30 @@ def together(source: Source, forwards: Sequence[Forward], room: int | None = Non
     room: experts that can be held at once, where forwards take all of a lease before they compute.
     Those that need more than that between them then take turns.
     """
-    lanes = [_Lane(source, place, forward) for place, forward in enumerate(forwards)]
+    lanes = [each if isinstance(each, Lane) else Lane(each) for each in forwards]
     try:
-        for lane in lanes:
-            lane.switch()
-        while asking := [lane for lane in lanes if lane.asked is not None]:
+        for place, lane in enumerate(lanes):
+            lane.enter(source, place)
+        while asking := [lane for lane in lanes if lane.asked is not None and not lane.rests]:
             layer = min(lane.layer for lane in asking)  # the others wait to be caught up with
             for group in _groups([lane for lane in asking if lane.layer == layer], room):
                 _serve(source, layer, group)
-    finally:
+    except BaseException:
         for lane in lanes:
             lane.close()
-    return [lane.outcome for lane in lanes]
+        raise
+    return [lane if lane.asked is not None else lane.outcome for lane in lanes]
 
 
-class _Lane:
+class Lane:
     """One forward: it runs until it asks for experts or waits for the next one of them."""
 
-    def __init__(self, source: Source, place: int, forward: Forward) -> None:
-        self.source, self.place, self._forward = source, place, forward
+    def __init__(self, forward: Forward, layers: int = 0) -> None:
+        """layers: with experts, for which it goes on in one pass; 0 for all."""
+        self._forward, self.layers = forward, layers
+        self.source: Source | None = None
+        self.place = -1
+        self._left = 0
         self.layer = -1
         self.asked: list[int] | None = None  # `acquire` was called and has not returned
         self.pending: set[int] = set()  # asked for, not taken yet
@@ -76,6 +86,17 @@ class _Lane:
         self.outcome: Any = None
         self._greenlet = greenlet(self._run)
         self._greenlet.gr_context = copy_context()
+
+    def enter(self, source: Source, place: int) -> None:
+        """A pass begins, in which it is at a place: run to where it asks, if it is not there."""
+        self.source, self.place, self._left = source, place, self.layers
+        if self.asked is None:
+            self.switch()
+
+    @property
+    def rests(self) -> bool:
+        """Whether it waits for the next pass."""
+        return self.layers > 0 and self._left == 0
 
     def _run(self) -> None:
         try:
@@ -104,6 +125,7 @@ class _Lane:
         """`acquire` returns: reads have begun, and there may be something else to compute."""
         self.lease = lease
         if self.asked is not None:
+            self._left -= 1
             self.pending, self.asked = set(self.asked), None
             self.switch()
 
@@ -136,25 +158,30 @@ class _Seen:
     """The source as a forward sees it. What a model forecasts of itself is of one sequence, so it
     is not asked for; what it announces is kept by sequence."""
 
-    def __init__(self, lane: _Lane) -> None:
+    def __init__(self, lane: Lane) -> None:
         self._lane = lane
 
     @property
+    def _source(self) -> Source:
+        assert self._lane.source is not None
+        return self._lane.source
+
+    @property
     def exact(self) -> bool:
-        return self._lane.source.exact
+        return self._source.exact
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
         self._lane.ask(layer, experts)
         return _Portion(self._lane)
 
     def record_fallback(self, weight: float) -> None:
-        self._lane.source.record_fallback(weight)
+        self._source.record_fallback(weight)
 
     def wants(self, source: str) -> bool:
-        return source == ANNOUNCED and self._lane.source.wants(source)
+        return source == ANNOUNCED and self._source.wants(source)
 
     def announce(self, layer: int, experts: Sequence[int]) -> None:
-        self._lane.source.announce(layer, experts, self._lane.place)
+        self._source.announce(layer, experts, self._lane.place)
 
     def foresee(self, source: str, scores: Any, layer: int = -1) -> None:
         pass
@@ -163,7 +190,7 @@ class _Seen:
 class _Portion:
     """What one forward gets of a lease on the union."""
 
-    def __init__(self, lane: _Lane) -> None:
+    def __init__(self, lane: Lane) -> None:
         self._lane = lane
 
     @property
@@ -196,7 +223,7 @@ class _Portion:
         self._lane.pending.clear()
 
 
-def _serve(source: Source, layer: int, lanes: Sequence[_Lane]) -> None:
+def _serve(source: Source, layer: int, lanes: Sequence[Lane]) -> None:
     """Give lanes that wait at a layer what they asked for."""
     begun = False
     try:
@@ -216,7 +243,7 @@ def _serve(source: Source, layer: int, lanes: Sequence[_Lane]) -> None:
         lane.end()
 
 
-def _part(source: Source, layer: int, lanes: Sequence[_Lane], error: Exception) -> None:
+def _part(source: Source, layer: int, lanes: Sequence[Lane], error: Exception) -> None:
     """An expert cannot be had: serve each alone, so that only those that need it fail. What one
     holds is its own until the next acquire only, so one that holds some fails too."""
     for lane in lanes:
@@ -227,12 +254,12 @@ def _part(source: Source, layer: int, lanes: Sequence[_Lane], error: Exception) 
             _serve(source, layer, [lane])
 
 
-def _groups(lanes: Sequence[_Lane], room: int | None) -> list[list[_Lane]]:
+def _groups(lanes: Sequence[Lane], room: int | None) -> list[list[Lane]]:
     """Lanes that are served at once: all, or as many as there is room for what they need. Those
     that have no room for all they need, even alone, take it one by one."""
     if room is None:
         return [list(lanes)]
-    groups: list[list[_Lane]] = []
+    groups: list[list[Lane]] = []
     union: set[int] = set()
     wide = [lane for lane in lanes if len(set(lane.wanted)) > room]
     for lane in [lane for lane in lanes if lane not in wide]:

@@ -111,7 +111,8 @@ class Work:
     its whole prompt is in (a model may rotate positions by that); 0 for a token after one. bias:
     float32 [V], added to the logits after penalties; None for none. every: keep the logits of all
     its tokens for `Session.every_logits`; those of the last are computed among others then, which
-    may change their last bits.
+    may change their last bits. layers: with streamed experts, for which a piece of a prompt goes on
+    in a pass beside others; 0 for all. Where more are left the outcome is AGAIN.
     """
 
     seq: int
@@ -122,7 +123,10 @@ class Work:
     prompt: int = 0
     bias: npt.NDArray[np.float32] | None = None
     every: bool = False
+    layers: int = 0
 
+
+AGAIN = -2  # in place of a token: the next pass is to have this work again
 
 PIECE = 512  # tokens of a prompt that go through a model at once: another cut is other bits
 
