@@ -178,6 +178,11 @@ def load_tuning(
     recipe = parse_recipe(sections, stage.section, file)
     if data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data))
+    if recipe.lora is not None:
+        raise ConfigError(
+            "the tuner trains models whole, and the recipe has adapters", str(file),
+            "leave [lora] out",
+        )  # fmt: skip
     if not recipe.data.validation_share:
         raise ConfigError(
             "trials are compared on what is held out, and validation_share holds out nothing",

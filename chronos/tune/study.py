@@ -1,10 +1,11 @@
 """The study of a tuning, in Optuna's storage: a journal in a folder, or a database.
 
-The only module that talks to Optuna. A trial here has what `Study` keeps of it as attributes: who
-works on it and since when, the rungs it was judged at, the folder it trains in. A trial whose
-worker is gone is told as failed, and its choice queued again, to go on in the same folder. Optuna
-prunes trials of one objective only, so what ended early is told as pruned with a constraint
-"compute" for what it lacks: to the sampler it ranks behind every whole trial (c-TPE, 2211.14411).
+With `report`, the only module that talks to Optuna. A trial here has what `Study` keeps of it as
+attributes: who works on it and since when, the rungs it was judged at, the folder it trains in. A
+trial whose worker is gone is told as failed, and its choice queued again, to go on in the same
+folder. Optuna prunes trials of one objective only, so what ended early is told as pruned with a
+constraint "compute" for what it lacks: to the sampler it ranks behind every whole trial (c-TPE,
+2211.14411).
 """
 
 from __future__ import annotations

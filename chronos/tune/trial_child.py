@@ -13,12 +13,14 @@ import queue
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from chronos import backends
 from chronos.backends.protocol import Backend
-from chronos.common.errors import ChronosError
+from chronos.common.disk.atomic import RunLock
+from chronos.common.errors import ChronosError, ResourceError
 from chronos.common.training.recipe import load_recipe
 from chronos.train import STAGES
 from chronos.train.loop import Event, Report, Task, start
@@ -26,6 +28,7 @@ from chronos.tune.measured import measure
 from chronos.tune.settings import TuneSettings
 
 _OUT = sys.stdout
+_LEAVING_S = 10.0
 
 
 def main() -> None:
@@ -49,6 +52,16 @@ def _listen(answers: queue.SimpleQueue[str]) -> None:
     os._exit(1)
 
 
+def _wait_for(folder: Path) -> None:
+    """Until the folder is free: a worker that was killed may have a trial that ends just now."""
+    for _ in range(round(_LEAVING_S / 0.1)):
+        try:
+            with RunLock(folder):
+                return
+        except ResourceError:
+            time.sleep(0.1)
+
+
 def _say(line: dict[str, Any]) -> None:
     _OUT.write(json.dumps(line) + "\n")
     _OUT.flush()
@@ -67,6 +80,7 @@ class _Trial:
 
     def run(self) -> Report:
         folder = Path(self._job["folder"])
+        _wait_for(folder)
         return start(
             self._stage.section,
             self._prepare,

@@ -22,6 +22,7 @@ from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.recipe import Recipe
 from chronos.train.data import read_split
 from chronos.train.loop import signals
+from chronos.train.start import start_config
 from chronos.tune.events import Log, event_log
 from chronos.tune.measured import Measured, before
 from chronos.tune.pareto import goes_on
@@ -94,11 +95,15 @@ def stop(study: Study) -> int:
 
 
 def _prepared(tuning: Tuning, out: Path, on_event: Show) -> Tuning:
-    """With the study's tokenizer, which all trials share: trained once. The recipe is put into the
-    study's folder."""
+    """With the study's tokenizer, which all trials share: trained once; or with the geometry of the
+    model that they go on with. The recipe is put into the study's folder."""
     atomic_write(out / RECIPE, [tuning.text.encode()])
     recipe, text = tuning.recipe, tuning.text
-    if not recipe.stage.STARTS:
+    if recipe.stage.STARTS:
+        _, config = start_config(recipe)
+        model = dataclasses.replace(config, loss_weights=recipe.model.loss_weights)
+        recipe = dataclasses.replace(recipe, model=model)
+    else:
         path = recipe.tokenizer.path or str(_tokenizer(recipe, out, on_event))
         text = written(text, {"tokenizer.path": path})
         known = dataclasses.replace(recipe.tokenizer, path=path)

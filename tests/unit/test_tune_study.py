@@ -26,7 +26,8 @@ import pytest
 from chronos.common.errors import BudgetError, ConfigError, UsageError
 from chronos.common.model.config import ModelConfig
 from chronos.common.traces.trace import TraceRecorder
-from chronos.testing.tiny import tiny_tokenizer
+from chronos.common.training import flops
+from chronos.testing.tiny import CONFIG, tiny_model, tiny_tokenizer
 from chronos.tune import worker
 from chronos.tune.apply import apply
 from chronos.tune.measured import Measured, expert_bytes_per_token
@@ -75,12 +76,12 @@ class Planted:
 
     def __call__(self, job: Job, judge: Any, progress: Any, tick: Any) -> bool:
         recipe = tomllib.loads((job.folder / "recipe.toml").read_text("utf-8"))
-        rate = recipe["optimizer"]["learning_rate"]
+        rate = recipe.get("optimizer", {}).get("learning_rate", 1e-4)
         balance = recipe.get("loss", {}).get("balance", 0.01)
         off = math.log(rate / RATE) ** 2 + 0.1 * math.log(balance / BALANCE) ** 2
         collapsed = self.collapse and rate < 1e-3
         loss = 3.0 + off if not collapsed else 1.0
-        seed = recipe["optimizer"].get("seed", 0)
+        seed = recipe.get("optimizer", {}).get("seed", 0)
         for step in job.rungs:
             if step <= job.judged:
                 continue
@@ -247,6 +248,39 @@ def test_a_killed_worker_s_trial_goes_on(study: Any, tmp_path: Path) -> None:
     ]
 
 
+def test_workers_of_other_machines_are_given_time(study: Any, tmp_path: Path) -> None:
+    """Their processes cannot be looked at: how long they gave no sign decides."""
+    tuning, run = study(5), tmp_path / "run"
+    opened = Study.open(tuning, run, None)
+    for seconds in (10, 1000):
+        asked = opened.ask(tuning)
+        asked.trial.set_user_attr("worker", {"host": "elsewhere", "pid": 1, "began": 0.0})
+        asked.trial.set_user_attr("alive", time.time() - seconds)
+    assert opened.recover() == [1] and opened.recover() == []
+    assert [trial.state for trial in opened.trials()] == ["running", "interrupted"]
+    assert opened.waiting() == 1
+
+
+def test_a_choice_that_kills_its_workers_is_given_up(study: Any, tmp_path: Path) -> None:
+    tuning, run = study(5), tmp_path / "run"
+    opened = Study.open(tuning, run, None)
+    for _ in range(3):
+        asked = opened.ask(tuning)
+        asked.trial.set_user_attr("worker", {"host": "elsewhere", "pid": 1, "began": 0.0})
+        asked.trial.set_user_attr("alive", 0.0)
+        assert opened.recover() == [asked.number]
+    assert opened.waiting() == 0
+    assert [trial.state for trial in opened.trials()] == ["interrupted", "interrupted", "failed"]
+
+
+def test_what_is_too_large_is_never_built(study: Any, tmp_path: Path) -> None:
+    planted = Planted()
+    worker.start(study(3, "max_parameters = 0.5"), tmp_path / "run", run=planted)
+    rows = status(Study.of(tmp_path / "run", None))["trials"]
+    assert planted.steps == [] and {row["state"] for row in rows} == {"infeasible"}
+    assert all(row["constraints"]["parameters"] > 0 for row in rows if row["own"])
+
+
 def test_a_study_that_is_stopped_goes_on(study: Any, tmp_path: Path) -> None:
     run, tuning = tmp_path / "run", study(4)
 
@@ -305,6 +339,25 @@ def test_what_fails_always_ends_it(study: Any, tmp_path: Path) -> None:
 
     with pytest.raises(TrialError, match="5 trials in a row"):
         worker.start(study(20), tmp_path / "run", run=Planted(at=later))
+
+
+def test_a_model_that_is_gone_on_with_gives_the_geometry(tmp_path: Path) -> None:
+    model, file = tiny_model(tmp_path / "model"), tmp_path / "study.toml"
+    text = '[model]\npath = "model"\n[sft]\nbatch_size = 2\nseq_len = 32\n[cadence]\nsteps = 5\n'
+    file.write_text(text + "[tune]\ntrials = 2\nrepeats = 0\n", "utf-8")
+    run = tmp_path / "run"
+    worker.start(load_tuning(file), run, run=Planted())
+    [begun] = events(run, "start")
+    assert begun["operations"] == 3 * 5 * 2 * 32 * flops.forward(CONFIG, 32)
+    assert begun["parameters"] == ["optimizer.learning_rate", *_WEIGHTS]
+    own = tomllib.loads((run / "trials" / "0000" / "recipe.toml").read_text("utf-8"))
+    assert own["model"] == {"path": str(model)} and "tokenizer" not in own
+    file.write_text(text + "[lora]\nrank = 4\n", "utf-8")
+    with pytest.raises(ConfigError, match="has adapters"):
+        load_tuning(file)
+
+
+_WEIGHTS = ["loss.balance", "loss.temporal", "loss.locality"]
 
 
 def test_another_recipe_is_another_study(study: Any, tmp_path: Path) -> None:
