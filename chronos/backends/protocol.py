@@ -8,6 +8,7 @@ Not covered: how bytes move and when to wait, which is each backend's own busine
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -158,6 +159,9 @@ class Processes(Protocol):
 class Adapter(Protocol):
     """The parameters beside a model's frozen weights, by their names in peft's files."""
 
+    def off(self) -> AbstractContextManager[None]:
+        """The model without them, as long as the context lasts."""
+
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
         """(name, dtype, shape, bytes) of every parameter, in float32."""
 
@@ -216,6 +220,10 @@ class Backend(Protocol):
     def session(self, model: Any, feed: Feed | None) -> Session: ...
     def train_step(self, model: Any, recipe: OptimizerRecipe, adapter: Any = ...) -> TrainStep:
         """adapter: what is trained beside a frozen model, where it has one."""
+
+    def check_recipe(self, recipe: OptimizerRecipe) -> None:
+        """Raises UsageError or MissingBackendError for what cannot be trained with here, as
+        `train_step` does, before there is a model."""
 
     def processes(self) -> Processes: ...
     def streamed(self, model: Any, feed: Feed) -> Any:

@@ -29,7 +29,7 @@ Generated from the sections' dataclasses by `make docs`; do not edit.
 A recipe is a TOML file that says what `chronos train` does. Every key has a default, so a recipe
 names what it wants otherwise; a name that is not here is refused, with the nearest that is.
 `-c demo` is the recipe of the shipped model, `chronos/assets/recipes/demo.toml`; beside it lie one
-for each other stage, by its name ([training.md](training.md)).
+for each other stage, by its name, and `longer` ([training.md](training.md)).
 
 ```toml
 [model]
@@ -54,8 +54,10 @@ where you stand. On `--resume` `[cadence]`, `optimizer.threads` and paths may be
 itself is compared), all else must be as it was, or `--force` is given. Recipes of old keep
 `[cadence]`, `[optimizer]` and the stage's keys in one section, `[train]`.
 
-A stage that goes on with a model has `path` in `[model]` and nothing else there, no `[tokenizer]`,
-`[anchor]`, and `[lora]` where it trains adapters:
+A stage that goes on with a model has `path` in `[model]`, no `[tokenizer]`, `[anchor]`, and `[lora]`
+where it trains adapters; `pretrain` takes such a `path` too. Beside it there may be
+`max_position_embeddings`, a longer context, and `original_max_position_embeddings`, what the model
+was trained for where its config names more ([training.md](training.md#a-longer-context)):
 
 ```toml
 [model]

@@ -134,9 +134,10 @@ def pretrain(
     *,
     folder: FolderOptions,
 ) -> None:
-    """Train a model from scratch on text.
+    """Train a model on text, from scratch, or go on with one whose context may grow.
 
-    Ctrl-C finishes the step, saves and leaves; --resume goes on, on a CPU bit for bit.
+    `-c longer` is the recipe that ships for that. Ctrl-C finishes the step, saves and leaves;
+    --resume goes on, on a CPU bit for bit.
     """
     _run("pretrain", config, options, device, out, StartOptions(data=data), folder)
 
@@ -284,15 +285,19 @@ def _print_plan(plan: Plan, steps: int, out: JsonOptions) -> None:
         return
     update, took = plan.update, plan.time
     why = {
-        "parameters": f"{plan.parameters:,}, and the LookaheadRouter's; float32",
+        "dense": "what is not trained, as stored; large matrices of 16 bits stay so on a CPU too",
+        "experts": "routed ones that are in memory at once",
+        "parameters": f"{plan.parameters:,} are trained; float32",
         "gradients": "as many",
         "optimizer": "what it keeps of them",
-        "activations": f"{update['rows']} rows of {update['seq_len']} tokens, by ACTIVATIONS in "
-        "chronos/common/training/memory.py",
+        "activations": f"{'at most, ' if 'dense' in plan.memory else ''}of {update['rows']} rows of"
+        f" {update['seq_len']} tokens, by ACTIVATIONS in chronos/common/training/memory.py",
         "logits": f"of {update['labels']} labels, a tile at a time",
-        "total": f"{output.size(plan.free_bytes)} of the machine's memory are free",
+        "total": ("" if "activations" in plan.memory else "activations not counted; ")
+        + f"{output.size(plan.free_bytes)} of the machine's memory are free",
     }
-    sizes = [[name, output.size(plan.memory[name]), text] for name, text in why.items()]
+    known = plan.memory
+    sizes = [[name, output.size(known[name]), text] for name, text in why.items() if name in known]
     peak = "peak of this process so far: with frameworks, a reference, a teacher"
     sizes.append(["measured", output.size(plan.peak_bytes), peak])
     where = f"{plan.stage} on {plan.backend}, {plan.device}"

@@ -79,13 +79,16 @@ class ChronosConfig(PreTrainedConfig):
     auto_map: ClassVar[dict[str, str]] = {}  # no code beside the weights; TRL asks
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {key: kwargs.pop(key) for key in (*_FIELDS, "torch_dtype") if key in kwargs}
+        names = (*_FIELDS, "torch_dtype", "rope_scaling")
+        own = {key: kwargs.pop(key) for key in names if key in kwargs}
         for key in ("dtype", "torch_dtype"):
             if key in own:
                 own[key] = _dtype_name(own[key])
         values = ModelConfig.from_json(own | {"model_type": self.model_type}).to_json()
-        for key in ("model_type", "num_local_experts", "rope_parameters"):
+        for key in ("model_type", "num_local_experts"):
             del values[key]  # constant, or a second spelling of a value that stays
+        values.pop("rope_scaling", None)  # of one that is a property
+        self._rope: dict[str, Any] = values.pop("rope_parameters")
         values["architectures"] = own.get("architectures", values["architectures"])
         dtype = values.pop("dtype")
         self.rope_theta: float = values.pop("rope_theta")
@@ -95,12 +98,14 @@ class ChronosConfig(PreTrainedConfig):
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """The newer spelling of `rope_theta`."""
-        return {"rope_type": "default", "rope_theta": self.rope_theta}
+        """The newer spelling of `rope_theta`, and how positions are scaled."""
+        return self._rope | {"rope_theta": self.rope_theta}
 
     @rope_parameters.setter
     def rope_parameters(self, value: dict[str, Any]) -> None:
         self.rope_theta = value.get("rope_theta", self.rope_theta)
+        if "rope_type" in value:
+            self._rope = dict(value)
 
     def native(self) -> ModelConfig:
         """The geometry as the backends know it. Raises ConfigError."""

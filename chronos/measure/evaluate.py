@@ -19,6 +19,7 @@ from chronos.common.data import (
     Batch,
     Document,
     PackedDataset,
+    counted,
     encode_documents,
     pack_documents,
     read_documents,
@@ -54,7 +55,8 @@ def documents_of(data: str, held_out: float | None = None, skip_bad: int = 0) ->
     kept = split_documents(documents, held_out)[1]
     if not kept:
         raise DataError(
-            f"a share of {held_out} keeps none of the {len(documents)} documents from training",
+            f"a share of {held_out} keeps no part of {counted(len(documents), 'document')} from"
+            " training",
             data,
             "a text file is one document: give more files or rows, or --held-out 0 for all",
         )

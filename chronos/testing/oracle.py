@@ -3,7 +3,7 @@
 It follows the papers, not a backend: MLA in expanded form, masks spelled out, no cache, experts
 one after another. Rotations are half-split (NeoX order). Where two experts are equally probable
 the one with the lower index comes first. Slow on purpose; for models of a few thousand weights.
-Not covered: dropout, caches, RoPE scaling.
+Not covered: dropout, caches.
 
 Shape legend: B batch, T tokens, S keys, D hidden, F expert hidden, V vocabulary, L layers,
 E experts, K top-k, J lookahead steps + 1, H heads, G key-value heads, d head_dim, r rope_dim,
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from chronos.common.model.config import ModelConfig
+from chronos.common.model.config import ModelConfig, RopeScaling
 from chronos.common.model.weights import (
     TensorSpec,
     dense_tensors,
@@ -103,14 +103,46 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return y
 
 
-def rope(x: Array, position: Ints, theta: float) -> Array:
+def rope(x: Array, position: Ints, theta: float, scaling: RopeScaling | None = None) -> Array:
     """Rotate pairs (i, i + n/2) of the last axis, of width n, by position * theta^(-2i/n)
-    (2104.09864, eq. 15). `position` broadcasts to the shape of x without its last axis."""
+    (2104.09864, eq. 15), or as YaRN has it. `position` broadcasts to the shape of x without its
+    last axis."""
     half = x.shape[-1] // 2
-    angle = np.asarray(position)[..., None] * theta ** (-np.arange(half) / half)
+    frequencies = [yarn(i, 2 * half, theta, scaling) for i in range(half)]
+    angle = np.asarray(position)[..., None] * np.array(frequencies)
     first, second = x[..., :half], x[..., half:]
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def yarn(pair: int, width: int, theta: float, s: RopeScaling | None) -> float:
+    """The frequency of a pair of dimensions (2309.00071, definition 3): a mixture of theta^(-2i/n)
+    and of that divided by the factor. Its share falls evenly over the pairs between two bounds:
+    those that make beta_fast and beta_slow turns within the context of training."""
+    own = theta ** (-2 * pair / width)
+    if s is None:
+        return float(own)
+    # A pair i turns L theta^(-2i/n) / 2 pi times within L tokens; solved for i.
+    L = s.original_max_position_embeddings
+    fast, slow = (
+        width * np.log(L / (turns * 2 * np.pi)) / (2 * np.log(theta))
+        for turns in (s.beta_fast, s.beta_slow)
+    )
+    first, last = max(np.floor(fast), 0), min(np.ceil(slow), width - 1)
+    if pair <= first:
+        return float(own)
+    if pair >= last:
+        return float(own / s.factor)
+    slowed = (pair - first) / (last - first)
+    return float((1 - slowed) * own + slowed * own / s.factor)
+
+
+def sharpened(scores: Array, s: RopeScaling | None) -> Array:
+    """Logits of attention by YaRN's temperature t: sqrt(1/t) = 0.1 ln(factor) + 1 (eq. 22)."""
+    if s is None:
+        return scores
+    root = s.attention_factor or 0.1 * np.log(s.factor) + 1
+    return scores * root**2
 
 
 def softmax(x: Array) -> Array:
@@ -255,14 +287,15 @@ def _latent(w: _Scope, c: ModelConfig, x_BTD: Array, position_BT: Ints, segments
     at_BHT = position_BT[:, None]
     q_BHTX = _heads(x_BTD @ w["q_proj.weight"].T, c.num_attention_heads)
     qN_BHTd, qR_BHTr = q_BHTX[..., : c.head_dim], q_BHTX[..., c.head_dim :]
-    qR_BHTr = rope(qR_BHTr, at_BHT, c.rope_theta)
+    yarn = c.rope_scaling
+    qR_BHTr = rope(qR_BHTr, at_BHT, c.rope_theta, yarn)
     z_BSz = rms_norm(x_BTD @ w["kv_down_proj.weight"].T, w["kv_norm.weight"], c.rms_norm_eps)
-    kR_BSr = rope(x_BTD @ w["k_rope_proj.weight"].T, position_BT, c.rope_theta)
+    kR_BSr = rope(x_BTD @ w["k_rope_proj.weight"].T, position_BT, c.rope_theta, yarn)
     kN_BHSd = _heads(z_BSz @ w["k_up_proj.weight"].T, c.num_attention_heads)
     v_BHSd = _heads(z_BSz @ w["v_up_proj.weight"].T, c.num_attention_heads)
     content = np.einsum("bhtd,bhsd->bhts", qN_BHTd, kN_BHSd)
     place = np.einsum("bhtr,bsr->bhts", qR_BHTr, kR_BSr)
-    scores = (content + place) / np.sqrt(c.head_dim + c.rope_dim)
+    scores = sharpened((content + place) / np.sqrt(c.head_dim + c.rope_dim), yarn)
     return _softmax_attention(scores, v_BHSd, visible(segments_BT, None)) @ w["o_proj.weight"].T
 
 
@@ -272,10 +305,15 @@ def _window(w: _Scope, c: ModelConfig, x_BTD: Array, position_BT: Ints, segments
     q_BHTd = _heads(x_BTD @ w["q_proj.weight"].T, c.num_attention_heads)
     k_BGSd = _heads(x_BTD @ w["k_proj.weight"].T, c.num_key_value_heads)
     v_BGSd = _heads(x_BTD @ w["v_proj.weight"].T, c.num_key_value_heads)
-    q_BHTd = rope(rms_norm(q_BHTd, w["q_norm.weight"], c.rms_norm_eps), at_BHT, c.rope_theta)
-    k_BGSd = rope(rms_norm(k_BGSd, w["k_norm.weight"], c.rms_norm_eps), at_BHT, c.rope_theta)
+    yarn = c.rope_scaling  # within a window that training knew, distances stay as they are
+    if yarn is not None and c.sliding_window <= yarn.original_max_position_embeddings:
+        yarn = None
+    q_BHTd, k_BGSd = (
+        rope(rms_norm(x, w[f"{name}_norm.weight"], c.rms_norm_eps), at_BHT, c.rope_theta, yarn)
+        for name, x in (("q", q_BHTd), ("k", k_BGSd))
+    )
     k_BHSd, v_BHSd = np.repeat(k_BGSd, per_group, 1), np.repeat(v_BGSd, per_group, 1)
-    scores = np.einsum("bhtd,bhsd->bhts", q_BHTd, k_BHSd) / np.sqrt(c.head_dim)
+    scores = sharpened(np.einsum("bhtd,bhsd->bhts", q_BHTd, k_BHSd) / np.sqrt(c.head_dim), yarn)
     mask_BTS = visible(segments_BT, c.sliding_window)
     return _softmax_attention(scores, v_BHSd, mask_BTS) @ w["o_proj.weight"].T
 

@@ -7,15 +7,20 @@ format (`common.training.lora`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from chronos.backends.protocol import Adapter, Backend
+from chronos.backends.protocol import Adapter, Backend, Scores
 from chronos.common.budget import parse_budget
+from chronos.common.data import Batch
 from chronos.common.disk.header import read_header
 from chronos.common.disk.io import FileIO
+from chronos.common.disk.tensors import locate_tensors
 from chronos.common.errors import ConfigError
 from chronos.common.experts.feed import Feed, FeedOptions, open_feed
 from chronos.common.experts.passes import UpAndDown
@@ -27,21 +32,27 @@ from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import Key
 from chronos.common.training.lora import EXPERTS, LoraRecipe
 from chronos.common.training.objectives import Batches
+from chronos.run.opening import experts_of
 
 RESIDENT = "resident"
 MERGED = "chronos.merged"  # of a packed model's dense part: digests of the adapters it has taken in
 _COUNTED = 8  # updates whose routing says which experts are frequent
 
 
-class Frozen(NamedTuple):
+@dataclass
+class Frozen:
     """A model whose weights stay as they are. model: to be called. bare, feed: what a session
-    takes; no feed where the model holds its experts. layers: those with experts."""
+    takes; no feed where the model holds its experts. layers: those with experts. nbytes: of what
+    stays as it is, as stored: the `dense` part, and the `experts` that are in memory at once.
+    adapter: what it was given."""
 
     model: Any
     bare: Any
     feed: Feed | None
     fingerprint: str
     layers: tuple[int, ...]
+    nbytes: Mapping[str, int]
+    adapter: Adapter | None = None
 
     def session(self, backend: Backend) -> Any:
         """Sequences on it, with the adapters that it has by then."""
@@ -56,7 +67,13 @@ class Frozen(NamedTuple):
         experts: list[Key] = []
         if EXPERTS in recipe.targets:
             experts = self._frequent(backend, batches, recipe.min_picks)
-        return backend.attach(self.model, recipe, seed=seed, experts=experts)
+        self.adapter = backend.attach(self.model, recipe, seed=seed, experts=experts)
+        return self.adapter
+
+    def score(self, backend: Backend, batch: Batch, temperature: float = 1.0) -> Scores:
+        """What the model says of a batch without the adapter that it has by then."""
+        with nullcontext() if self.adapter is None else self.adapter.off():
+            return backend.score(self.model, batch, temperature)
 
     def _frequent(self, backend: Backend, batches: Batches, least: int) -> list[Key]:
         picks: dict[Key, int] = {}
@@ -101,7 +118,9 @@ def open_frozen(
                 "pack the model and give it a budget: --budget all, or less",
             )
         model = backend.load(folder, device=device, resident=True)
-        return Frozen(model, model, None, fingerprint, tuple(range(config.num_hidden_layers)))
+        every = experts_of(folder, config)["expert_bytes"]
+        nbytes, layers = _held(folder, every), tuple(range(config.num_hidden_layers))
+        return Frozen(model, model, None, fingerprint, layers, nbytes)
     if not is_packed(folder):
         raise ConfigError(
             "experts are streamed from a packed model only",
@@ -115,7 +134,13 @@ def open_frozen(
     bare = backend.load(folder, device=device, resident=False, layout=layout)
     options = FeedOptions(config.num_experts_per_tok, device=bare.device)
     feed = open_feed(backend.open_arena, layout, capacity, options, policy=order)
-    return Frozen(backend.streamed(bare, feed), bare, feed, fingerprint, layout.moe_layers)
+    nbytes = _held(folder, min(capacity, layout.total_bytes))
+    return Frozen(backend.streamed(bare, feed), bare, feed, fingerprint, layout.moe_layers, nbytes)
+
+
+def _held(folder: Path, experts: int) -> dict[str, int]:
+    whole = sum(entry.nbytes for _, entry in locate_tensors(folder).values())
+    return {"dense": whole if is_packed(folder) else whole - experts, "experts": experts}
 
 
 def loss_weights(config: ModelConfig | GuestConfig, wanted: LossWeights) -> LossWeights:

@@ -9,6 +9,7 @@ from chronos.common.data import (
     BadRows,
     Document,
     ReadReport,
+    counted,
     read_documents,
     split_documents,
     stdlib_documents,
@@ -19,7 +20,7 @@ from chronos.common.training.recipe import BUILT_IN, STDLIB, Recipe
 from chronos.train.loop import Event
 
 _NONE_HELD_OUT = (
-    "no evaluation: of {} documents a validation_share of {} holds out none; a text file is one"
+    "no evaluation: of {} a validation_share of {} holds out none; a text file is one"
     " document, so give more files or rows"
 )
 
@@ -40,10 +41,11 @@ def read_split(
     training, validation = split_documents(documents, data.validation_share)
     if not training:
         raise DataError(
-            f"nothing to train on: all {len(documents)} documents are held out",
+            f"nothing to train on: {counted(len(documents), 'document')}, all held out",
             str(data.path),
             "a text file is one document: give more files or rows, or validation_share = 0",
         )
     if data.validation_share and not validation:
-        on_event({"warning": _NONE_HELD_OUT.format(len(documents), data.validation_share)})
+        of_all = counted(len(documents), "document")
+        on_event({"warning": _NONE_HELD_OUT.format(of_all, data.validation_share)})
     return training, validation, bad

@@ -80,8 +80,7 @@ def prepare(
     # Before the first update the start model is its own reference; a run that goes on builds it
     # anew and scores the same batches, to the same bits.
     live = not stage.precompute_reference
-    model = open_reference(stage.reference, found, backend, device, own=live)
-    scored = partial(backend.score, model)
+    scored = open_reference(stage.reference, found, backend, device, own=live)
     states = bool(recipe.anchor.weight) and recipe.anchor.form == "states"
     refers = partial(refer, scored, anchor=states)
     if live:

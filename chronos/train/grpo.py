@@ -287,8 +287,9 @@ def prepare(
     judge.start()
     refers = None
     if stage.beta or states or stage.reference:
-        model = open_reference(stage.reference, found, backend, device, own=True)
-        scored = partial(backend.score, model, temperature=stage.temperature)
+        scored = open_reference(
+            stage.reference, found, backend, device, own=True, temperature=stage.temperature
+        )
         refers = partial(refer, scored, anchor=states)
     log = out / "completions.jsonl"
     batches = Generations(recipe, found, backend, prompts, judge, log, refers)

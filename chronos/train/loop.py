@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +79,9 @@ class Task:
     digest of the model it goes on with. period: updates that belong together, so that a run is
     saved, and ends, after all of them alone. logs: files of lines with a `step`, which a run that
     goes on cuts back to where it is. alone: why several processes cannot share its updates, or
-    nothing. adapt: gives what is trained beside the model in its place, once the batches are there.
-    close: called when the run is over, whatever ended it.
+    nothing. frozen: bytes of the parts that stay as they are. adapt: gives what is trained beside
+    the model in its place, once the batches are there. close: called when the run is over, whatever
+    ended it.
     """
 
     recipe: Recipe[Any]
@@ -93,6 +94,7 @@ class Task:
     period: int = 1
     logs: tuple[Path, ...] = ()
     alone: str = ""
+    frozen: Mapping[str, int] = field(default_factory=dict)
     adapt: Callable[[Batches], Adapter] | None = None
     close: Callable[[], None] = lambda: None
 
@@ -126,6 +128,7 @@ def start(
     if model is not None:
         recipe = dataclasses.replace(recipe, start=str(model))
     loaded, folder = backends.load(backend), Path(out)
+    loaded.check_recipe(recipe.optimizer)
     if loaded.processes().rank:
         on_event = _silent
     return run(
@@ -175,9 +178,8 @@ def run(
             on_event({"message": f"no checkpoint in {out}: starting at step 0"})
         task = prepare()
         try:
-            alone = task.alone or ("adapters are trained in one process" if task.adapt else "")
-            if alone and processes.count > 1:
-                raise UsageError(alone, "", "start one process")
+            if task.alone and processes.count > 1:
+                raise UsageError(task.alone, "", "start one process")
             with signals() as stop:
                 begun = _Run(backend, processes, task, out, on_event)
                 return begun.start(stop, resume=bool(saved), force=force, report_to=report_to)
@@ -210,6 +212,7 @@ class _Run:
         self._data_digest = task.batches.fingerprint
         self._adapter: Adapter | None = None
         self._since, self._tokens = (0.0, 0), 0  # of the last line of the log, and what came since
+        self._seen = 0  # tokens of the run's batches, padding left out; those used again once
         self._reporter: reporting.Reporter | None = None
 
     def start(self, stop: list[int], *, resume: bool, force: bool, report_to: str | None) -> Report:
@@ -273,6 +276,8 @@ class _Run:
             )
             batches = self._batches(step, number, first)
             self._tokens += sum(batch.ids_BT.size for batch in batches)
+            if number % task.period == 0:
+                self._seen += sum(int((batch.segments_BT >= 0).sum()) for batch in batches)
             terms = step.step(batches, task.objective, rate, number) | dict(task.batches.notes())
             report.step = number + 1
             skipped = int(terms["skipped"])
@@ -318,6 +323,7 @@ class _Run:
         now, steps = time.perf_counter(), self.cadence.steps
         seconds = now - self._since[0]
         event = {"step": report.step, "steps": steps, "learning_rate": rate} | terms
+        event["num_tokens"] = self._seen
         event["tokens_per_s"] = self._tokens / seconds
         done = max(1, report.step - self._since[1])
         event["eta_s"] = (steps - report.step) * seconds / done
@@ -349,6 +355,7 @@ class _Run:
             "recipe": json.dumps(self.task.recipe.to_json()),
             "data": self._data_digest,
             "start": self.task.start,
+            "num_tokens": str(self._seen),
         }
         write_tensors(folder / f"step-{number:08d}.safetensors", step.state(), metadata)
         for _, old in checkpoints(self.out)[: -self.cadence.keep_checkpoints]:
@@ -364,6 +371,7 @@ class _Run:
                 self._same_data(metadata.get("data", ""), path, force)
                 self._same_start(metadata.get("start", ""), path, force)
                 step.load_state(read_tensors(path))
+                self._seen = int(metadata.get("num_tokens", 0))
             except CorruptFileError as error:
                 self.on_event({"warning": f"{path.name} is passed over: {error.what}"})
                 continue

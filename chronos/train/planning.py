@@ -20,7 +20,6 @@ from chronos import backends
 from chronos.backends.probe import memory_limits, peak_memory
 from chronos.backends.protocol import Backend
 from chronos.common.errors import UsageError
-from chronos.common.model.weights import count_parameters
 from chronos.common.training import memory
 from chronos.common.training.recipe import Recipe
 from chronos.train.loop import Event, Task, set_threads
@@ -32,10 +31,11 @@ _MEASURED = 2  # micro-batches of the update that is timed, at most
 class Plan:
     """What a run would take. Bytes, seconds, tokens.
 
-    update: micro-batches of the first update, and rows, tokens a row and labels of its largest.
-    memory: parts of an update, and their total. time: what was measured, and what follows for the
-    run; `measured_micro_batches` of the update's `micro_batches` were computed. peak_bytes: of this
-    process, with what it imported, a reference and a teacher; on a GPU its memory is not in it.
+    parameters: those that are trained. update: micro-batches of the first update, and rows, tokens
+    a row and labels of its largest. memory: parts of an update, and their total. time: what was
+    measured, and what follows for the run; `measured_micro_batches` of the update's
+    `micro_batches` were computed. peak_bytes: of this process, with what it imported, a reference
+    and a teacher; on a GPU its memory is not in it.
     """
 
     stage: str
@@ -64,12 +64,7 @@ def plan(
     loaded = backends.load(backend)
     if loaded.processes().count > 1:
         raise UsageError("a plan is made in one process", "--dry-run", "leave the launcher out")
-    if recipe.lora is not None:
-        raise UsageError(
-            "a plan is of a model that is trained whole",
-            "--dry-run",
-            "python -m bench.runs.finetune measures updates of adapters",
-        )
+    loaded.check_recipe(recipe.optimizer)
     # What depends on the length is done for two updates and one batch of the evaluation.
     cadence = dataclasses.replace(recipe.cadence, steps=2, eval_batches=1)
     short = dataclasses.replace(recipe, cadence=cadence)
@@ -97,7 +92,8 @@ def _measure(
     largest = max(batches, key=lambda batch: batch.ids_BT.size)
     rows, seq_len = largest.ids_BT.shape
     labels = max(batch.tokens for batch in batches)
-    step, taken = backend.train_step(task.model, optimizer), batches[:_MEASURED]
+    adapters = [] if task.adapt is None else [task.adapt(task.batches)]
+    step, taken = backend.train_step(task.model, optimizer, *adapters), batches[:_MEASURED]
     for number in range(2):  # the first one allocates, and compiles
         on_event({"message": f"{len(taken)} of {len(batches)} micro-batches, {number + 1} of 2"})
         began = time.perf_counter()
@@ -110,12 +106,16 @@ def _measure(
         each_s = (time.perf_counter() - began) * cadence.eval_batches
         evaluate_s = each_s * -(-cadence.steps // cadence.eval_every)
     tokens = sum(batch.ids_BT.size for batch in batches)
-    lookahead = task.model.lookahead is not None
+    if adapters:
+        shapes = {name: shape for name, _, shape, _ in adapters[0].tensors()}
+        held = dict(task.frozen) | memory.trained(shapes, optimizer)
+    else:
+        held = memory.weights(config, optimizer, lookahead=task.model.lookahead is not None)
     return Plan(
         recipe.stage.SECTION,
         backend.name,
         str(task.model.device),
-        count_parameters(config),
+        held["parameters"] // memory.FLOAT,
         {
             "micro_batches": len(batches),
             "rows": rows,
@@ -123,7 +123,7 @@ def _measure(
             "labels": labels,
             "tokens": tokens,
         },
-        memory.of_update(config, optimizer, rows, seq_len, labels, lookahead=lookahead),
+        memory.of_update(config, optimizer, held, rows, seq_len, labels),
         memory_limits().free,
         peak_memory(),
         {

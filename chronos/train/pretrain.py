@@ -1,4 +1,6 @@
-"""Pretraining: a model from scratch on text, chats or completions, packed into rows.
+"""Pretraining on text, packed into rows: a model from scratch, or one that goes on.
+
+Chats and completions are text too. A model that goes on may get a longer context.
 
 The first stage, and the pattern of a stage: a section of the recipe, `prepare`, which gives the
 loop a model, its batches and an objective, and a function that runs them.
@@ -21,11 +23,13 @@ from chronos.common.data import (
     pack_documents,
 )
 from chronos.common.errors import ConfigError
+from chronos.common.model.config import ModelConfig
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.objectives import NextToken
 from chronos.common.training.recipe import Recipe, at_least_one
 from chronos.train.data import read_split
 from chronos.train.loop import Event, Report, Task, checkpoints, start
+from chronos.train.start import open_start
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,47 @@ def prepare(
     device: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Task:
-    """Read the recipe's data, load or train its tokenizer, pack both splits, build the model.
+    """Read the recipe's data, load or train its tokenizer, pack both splits, build the model, or
+    open that which goes on.
 
     The tokenizer of a run that has a checkpoint is used again. The model's vocabulary size is set
     to the tokenizer's. Raises DataError, ConfigError.
     """
-    _check_rows(recipe)
+    if recipe.start:
+        return _go_on(recipe, backend, device, on_event)
+    _check_rows(recipe.stage, recipe.model)
     training, validation, _ = read_split(recipe, on_event)
     tokenizer = _tokenizer(recipe, out, training, on_event)
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size)
+    model = backend.build(config, seed=recipe.optimizer.seed, device=device)
     recipe = dataclasses.replace(recipe, model=config)
+    return _task(recipe, model, tokenizer, training, validation, on_event)
+
+
+def _go_on(
+    recipe: Recipe[PretrainRecipe],
+    backend: Backend,
+    device: str | None,
+    on_event: Callable[[Event], None],
+) -> Task:
+    """With another model and its tokenizer."""
+    found = open_start(recipe, backend, device, noise=True)
+    assert isinstance(found.config, ModelConfig)
+    _check_rows(recipe.stage, found.config)
+    training, validation, _ = read_split(recipe, on_event)
+    recipe = dataclasses.replace(recipe, model=found.config)
+    task = _task(recipe, found.model, found.tokenizer, training, validation, on_event)
+    return dataclasses.replace(task, start=found.digest)
+
+
+def _task(
+    recipe: Recipe[PretrainRecipe],
+    model: Any,
+    tokenizer: Tokenizer,
+    training: list[Document],
+    validation: list[Document],
+    on_event: Callable[[Event], None],
+) -> Task:
     rows = _pack(tokenizer, training, recipe)
     held_out = _pack(tokenizer, validation, recipe) if validation else None
     tokens = held_out.tokens if held_out else 0
@@ -109,16 +144,16 @@ def prepare(
     valid = held_out.first(stage.batch_size, most) if held_out else []
     return Task(
         recipe,
-        backend.build(config, seed=recipe.optimizer.seed, device=device),
+        model,
         tokenizer,
         batches,
-        NextToken(config.loss_weights, lookahead_into_trunk=stage.lookahead_into_trunk),
+        NextToken(recipe.model.loss_weights, lookahead_into_trunk=stage.lookahead_into_trunk),
         valid,
     )
 
 
-def _check_rows(recipe: Recipe[PretrainRecipe]) -> None:
-    rows, context = recipe.stage.seq_len, recipe.model.max_position_embeddings
+def _check_rows(stage: PretrainRecipe, config: ModelConfig) -> None:
+    rows, context = stage.seq_len, config.max_position_embeddings
     if rows > context:
         raise ConfigError(
             f"rows of pretrain.seq_len {rows} tokens do not fit the model's context of {context}",

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chronos.backends.protocol import Backend
+from chronos.backends.protocol import Backend, Scores
 from chronos.common.data import BadRows, Batch, Document, FittedRows, encode_examples
 from chronos.common.disk.linked import sample_digest
 from chronos.common.disk.tensors import locate_tensors
@@ -17,6 +17,7 @@ from chronos.common.errors import ConfigError, UsageError
 from chronos.common.layout import read_weights
 from chronos.common.model.config import LossWeights, ModelConfig
 from chronos.common.model.guest import GuestConfig, read_config
+from chronos.common.model.rope import lengthened
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.common.training.lora import LoraRecipe
 from chronos.common.training.objectives import Batches, Objective
@@ -24,6 +25,8 @@ from chronos.common.training.recipe import Recipe
 from chronos.run.models import resolve_model
 from chronos.train.adapters import Frozen, loss_weights, open_frozen
 from chronos.train.loop import Task
+
+Scored = Callable[[Batch], Scores]  # what a frozen model says of a batch
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Start:
                 self.frozen.close()
 
         if self.frozen is not None and recipe.lora is not None:
+            options["frozen"] = self.frozen.nbytes
             options["adapt"] = partial(
                 self.frozen.attach, backend, recipe.lora, recipe.optimizer.seed
             )
@@ -94,6 +98,8 @@ def open_start(recipe: Recipe[Any], backend: Backend, device: str | None, *, noi
     changes: dict[str, Any] = {"loss_weights": recipe.model.loss_weights}
     if not noise:
         changes |= {"dropout": 0.0, "fallback_mask_prob": 0.0}
+    if recipe.context:
+        config = lengthened(config, recipe.context, recipe.trained)
     config = dataclasses.replace(config, **changes)
     tokenizer = Tokenizer.load(folder, config.vocab_size)
     model = build(backend, folder, config, device)
@@ -107,6 +113,18 @@ def _open_frozen(
 ) -> Start:
     """The recipe's start model as it is run, to train adapters of."""
     folder, config = _found(recipe)
+    if recipe.context:
+        raise ConfigError(
+            "an adapter cannot give a model another context",
+            "model.max_position_embeddings",
+            "train the model whole, or leave it out",
+        )
+    if recipe.optimizer.compute_dtype != "float32" and not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"a model of another library multiplies in its own dtype, {config.dtype}",
+            "optimizer.compute_dtype",
+            "leave it out",
+        )
     tokenizer = Tokenizer.load(folder, config.vocab_size)
     frozen = open_frozen(folder, config, backend, device, lora, recipe.budget)
     try:
@@ -170,32 +188,36 @@ def build(backend: Backend, folder: Path, config: ModelConfig, device: str | Non
 
 
 def open_reference(
-    folder: str, found: Start, backend: Backend, device: str | None, *, own: bool
-) -> Any:
-    """The model that a policy is held to: another folder's, or what the stage began with.
+    folder: str,
+    found: Start,
+    backend: Backend,
+    device: str | None,
+    *,
+    own: bool,
+    temperature: float = 1.0,
+) -> Scored:
+    """What the model that a policy is held to says of a batch: another folder's, or that which the
+    stage began with.
 
-    own: whether it must be another object than the policy, which is about to move. Raises
-    UsageError for one of another vocabulary.
+    own: whether it must be another object than the policy, which is about to move; a model with
+    adapters is its own reference, without them. Raises UsageError for one of another vocabulary.
     """
-    if found.frozen is not None and own and not folder:
-        raise ConfigError(
-            "the model that gets adapters cannot be its own reference while they are trained",
-            "",
-            "score the reference before (dpo.precompute_reference = true), use beta = 0 (grpo), or"
-            " name a reference",
-        )
+    if not folder and found.frozen is not None:
+        return partial(found.frozen.score, backend, temperature=temperature)
     if not folder and own:
         assert isinstance(found.config, ModelConfig)
-        return build(backend, found.folder, found.config, device)
+        model = build(backend, found.folder, found.config, device)
+        return partial(backend.score, model, temperature=temperature)
     if not folder:
-        return found.model
+        return partial(backend.score, found.model, temperature=temperature)
     path = resolve_model(folder)
     config = read_config(path)
     if not isinstance(config, ModelConfig):
         raise UsageError("a reference must be a native model", str(path))
     check_vocabulary(found.tokenizer, path, "reference")
     config = dataclasses.replace(config, dropout=0.0, fallback_mask_prob=0.0)
-    return build(backend, path, config, device)
+    model = build(backend, path, config, device)
+    return partial(backend.score, model, temperature=temperature)
 
 
 def check_vocabulary(tokenizer: Tokenizer, folder: Path, what: str) -> None:
@@ -235,7 +257,7 @@ def check_length(name: str, tokens: int, config: ModelConfig | GuestConfig) -> N
         )
 
 
-def refer(scored: Callable[[Batch], Any], batch: Batch, anchor: bool) -> dict[str, Any]:
+def refer(scored: Scored, batch: Batch, anchor: bool) -> dict[str, Any]:
     """What a reference says of a batch, as the arrays that objectives take. anchor: with its
     routers' probabilities."""
     found = scored(batch)

@@ -66,10 +66,10 @@ def test_a_split_that_holds_nothing_out_is_told(chronos: Any, tmp_path: Path) ->
         recipe.write_text(RECIPE.format(data=(tmp_path / name).as_posix(), steps=1))
         runs[name] = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / name[:3])
     assert runs["three.txt"].code == 0
-    told = "no evaluation: of 1 documents a validation_share of 0.3 holds out none"
+    told = "no evaluation: of 1 document a validation_share of 0.3 holds out none"
     assert told in runs["three.txt"].err
     assert runs["one.txt"].code == 3
-    assert "nothing to train on: all 1 documents are held out" in runs["one.txt"].err
+    assert "nothing to train on: 1 document, all held out" in runs["one.txt"].err
 
 
 def test_a_share_that_keeps_nothing_from_training_cannot_be_measured(
@@ -77,7 +77,7 @@ def test_a_share_that_keeps_nothing_from_training_cannot_be_measured(
 ) -> None:
     (tmp_path / "one.txt").write_text("one word after another\n")
     done = chronos("eval", packed, "--data", tmp_path / "one.txt", "--held-out", 0.01)
-    assert done.code == 3 and "keeps none of the 1 documents" in done.error[0]
+    assert done.code == 3 and "keeps no part of 1 document from training" in done.error[0]
     assert "--held-out 0" in done.error[2]
 
 

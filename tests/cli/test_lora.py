@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chronos.common.disk.header import read_header
 from chronos.common.layout import open_layout
 from chronos.testing.tiny import tiny_packed
 from tests.cli.test_stages import SECTIONS, Runs
@@ -71,6 +72,45 @@ def test_other_stages_train_adapters_too(runs: Runs, stage: str) -> None:
         assert runs.lines(stage)[0]["loss"] == pytest.approx(0.693147, abs=2e-5)
 
 
+def test_a_live_reference_is_the_model_without_its_adapter(runs: Runs) -> None:
+    """DPO scores by it while the adapter is trained, to the bits of scores made before; GRPO's
+    divergence begins at 0."""
+    model = packed("native", runs.folder)
+    for out, live in (("before", "true"), ("live", "false")):
+        section = SECTIONS["dpo"] + f"precompute_reference = {live}\n" + LORA
+        at = runs.recipe("dpo", model, 3, section=section)
+        done = runs.train("dpo", at, out, "--budget", "50%")
+        assert done.code == 0, done.err
+    assert bytes_of(runs, "live") == bytes_of(runs, "before")
+    assert runs.lines("live")[-1]["rewards/margins"] != 0
+    at = runs.recipe("grpo", model, 3, section=SECTIONS["grpo"] + "beta = 0.1\n" + LORA)
+    done = runs.train("grpo", at, "grpo", "--budget", "50%")
+    assert done.code == 0, done.err
+    kl = [line["kl"] for line in runs.lines("grpo")]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
+
+
+@pytest.mark.parametrize("kind", ["native", "guest"])
+def test_a_dry_run_counts_what_an_adapter_takes(runs: Runs, kind: str) -> None:
+    """What is frozen as stored, what is trained as it is in the adapter that a run writes."""
+    model = packed(kind, runs.folder)
+    layout, at = open_layout(model), recipe(runs, model, steps=1)
+    flags = ("--budget", "50%", "--dry-run", "--json")
+    plan = runs.train("sft", at, "plan", *flags).json
+    assert not (runs.folder / "plan").exists()
+    parts, trained = plan["memory"], plan["parameters"]
+    assert parts["experts"] == layout.total_bytes // 2
+    assert parts["dense"] < (model / "model.safetensors").stat().st_size < 2 * parts["dense"]
+    assert parts["parameters"] == parts["gradients"] == 4 * trained == parts["optimizer"] // 2
+    assert ("activations" in parts) == (kind == "native")
+    assert parts["total"] == sum(parts.values()) - parts["total"]
+    assert runs.train("sft", at, "run", "--budget", "50%").code == 0
+    tensors = read_header(runs.folder / "run" / "adapter" / "adapter_model.safetensors").entries
+    assert sum(entry.nbytes for entry in tensors.values()) == 4 * trained
+    shown = runs.train("sft", at, "plan", *flags[:-1])
+    assert ("activations not counted" in shown.out) == (kind == "guest")
+
+
 @pytest.mark.parametrize("kind", ["native", "guest"])
 def test_merge_makes_the_model_of_both(runs: Runs, chronos: Any, kind: str) -> None:
     model = packed(kind, runs.folder)
@@ -116,6 +156,16 @@ def test_what_cannot_be_done_is_refused_first(runs: Runs) -> None:
         done = runs.train("sft", at, f"bad{number}", "--budget", budget)
         assert done.code and words in done.err, done.err
         assert not list((runs.folder / f"bad{number}").glob("*/step-*"))
+
+
+def test_another_librarys_model_has_its_own_dtype(runs: Runs) -> None:
+    at = recipe(runs, packed("guest", runs.folder))
+    text = at.read_text("utf-8").replace("[optimizer]", '[optimizer]\ncompute_dtype = "bfloat16"')
+    at.write_text(text, "utf-8")
+    done = runs.train("sft", at, "half", "--budget", "50%")
+    words = "own dtype" if runs.backend == "torch" else "trains in float32"
+    assert done.code == 2 and words in done.err
+    assert not (runs.folder / "half" / "tokenizer.json").exists()
 
 
 def test_experts_are_merged_before_packing(runs: Runs, chronos: Any) -> None:

@@ -89,7 +89,45 @@ def test_a_run_goes_on_with_resume_only(chronos: Any, recipe: Path, tmp_path: Pa
     longer = recipe.read_text("utf-8").replace("steps = 8", "steps = 12")
     recipe.write_text(longer, "utf-8")
     data = chronos(*flags, "--resume", "--json").json
+    assert data["last"]["num_tokens"] == 12 * 2 * 16  # those before the resume with it
     assert data["step"] == 12 and data["model"] == str(tmp_path / "run" / "model")
+
+
+@pytest.mark.needs_backend
+def test_a_model_goes_on_with_a_longer_context(chronos: Any, recipe: Path, tmp_path: Path) -> None:
+    assert chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "base", "-q").code == 0
+    text = recipe.read_text("utf-8")
+    before = json.loads((tmp_path / "base" / "model" / "config.json").read_text())
+    context = before["max_position_embeddings"]
+    head = f'[model]\npath = "base/model"\nmax_position_embeddings = {2 * context}\n'
+    longer = tmp_path / "longer.toml"
+    longer.write_text(head + text[text.index("[data]") :], "utf-8")
+    flags = ("train", "pretrain", "-c", longer, "-o", tmp_path / "run")
+    done = chronos(*flags)
+    assert done.code == 0, done.err
+    after = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert after["max_position_embeddings"] == 2 * context
+    assert after["rope_scaling"]["factor"] == 2 and before["vocab_size"] == after["vocab_size"]
+    first = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["ce"]
+        for run in ("base", "run")
+    ]
+    assert first[1] < first[0] - 0.1  # with the weights of before
+    longer.write_text(longer.read_text("utf-8").replace("steps = 8", "steps = 9"), "utf-8")
+    assert chronos(*flags, "--resume", "--json").json["step"] == 9
+    model = tmp_path / "run" / "model"
+    data = chronos("generate", model, "-p", "def " * (context // 2 - 8), "-n", 2, "--json").json
+    assert len(data["tokens"]) == 2
+    refused = {
+        "is not longer": head.replace(str(2 * context), str(context)),
+        "number of tokens": head.replace(str(2 * context), '"long"'),
+        "'hidden_size'": head + "hidden_size = 16\n",
+        "context that grows": head.replace("max_", "original_max_", 1),
+    }
+    for words, start in refused.items():
+        longer.write_text(start + text[text.index("[data]") :], "utf-8")
+        done = chronos(*flags[:-1], tmp_path / "no")
+        assert done.code == 2 and words in done.err, done.err
 
 
 @pytest.mark.needs_backend
@@ -132,12 +170,6 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert took["run_s"] == pytest.approx(run_s)
     refused = chronos(*flags, "--resume")
     assert refused.code == 2 and "--dry-run" in refused.err
-
-
-@pytest.mark.needs_backend
-def test_a_plan_is_of_a_model_that_is_trained_whole(chronos: Any) -> None:
-    done = chronos("train", "sft", "-c", "sft", "--lora", 4, "--dry-run")
-    assert done.code == 2 and "trained whole" in done.err
 
 
 def reported(folder: Path) -> dict[tuple[str, int], float]:

@@ -75,12 +75,16 @@ def opened(backend: Any, folder: Path, share: float) -> Iterator[tuple[Any, Feed
 
 
 def trained(
-    backend: Any, model: Any, recipe: LoraRecipe = ALL, updates: int = 3
+    backend: Any,
+    model: Any,
+    recipe: LoraRecipe = ALL,
+    updates: int = 3,
+    optimizer: OptimizerRecipe = OPTIMIZER,
 ) -> tuple[Any, dict[str, bytes], list[dict[str, float]]]:
     if not model.config.num_shared_experts:
         recipe = dataclasses.replace(recipe, targets=tuple({*recipe.targets} - {"shared"}))
     adapter = backend.attach(model, recipe, experts=EXPERTS)
-    step = backend.train_step(model, OPTIMIZER, adapter)
+    step = backend.train_step(model, optimizer, adapter)
     terms = [step.step(batches(0), OBJECTIVE, 1e-2, number) for number in range(updates)]
     return adapter, values(adapter), terms
 
@@ -103,6 +107,55 @@ def test_an_adapters_bytes_are_the_same_at_every_budget(
     assert terms[-1]["loss"] < terms[0]["loss"]
     for each in found:
         assert each == found[0]
+
+
+@pytest.mark.parametrize("kind", ["native", "guest"])
+def test_layers_that_are_computed_again_give_the_same_bits(
+    backend: Any, kind: str, folder: Callable[[str], Path]
+) -> None:
+    """And read nothing more: what a layer's experts gave is kept."""
+    found = []
+    for share, again in ((0.0, False), (0.0, True), (1.0, True)):
+        with opened(backend, folder(kind), share) as (model, feed):
+            optimizer = dataclasses.replace(OPTIMIZER, gradient_checkpointing=again)
+            _, adapter, terms = trained(backend, model, ALL, optimizer=optimizer)
+            assert model.bare.gradient_checkpointing == again
+            found.append((adapter, terms))
+            if not again:
+                reads = feed.stats().bytes_read
+            elif not share:
+                assert feed.stats().bytes_read == reads
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_model_that_holds_its_experts_computes_layers_again_too(
+    backend: Any, folder: Callable[[str], Path]
+) -> None:
+    found = []
+    for again in (False, True):
+        model = backend.load(folder("native"), resident=True)
+        optimizer = dataclasses.replace(OPTIMIZER, gradient_checkpointing=again)
+        found.append(trained(backend, model, optimizer=optimizer)[1:])
+    assert found[0] == found[1]
+
+
+def test_products_in_bfloat16_give_the_same_bits_at_every_budget(
+    backend: Any, folder: Callable[[str], Path]
+) -> None:
+    """The backward pass makes those of the forward one: adapters are near the resident model's,
+    whose products autograd has kept, and not float32's."""
+    if backend.name != "torch":
+        pytest.skip("MLX trains in float32; tests/conformance/test_train.py")
+    half, found = dataclasses.replace(OPTIMIZER, compute_dtype="bfloat16"), []
+    for share, optimizer in ((1.0, half), (0.0, half), (0.0, OPTIMIZER)):
+        with opened(backend, folder("native"), share) as (model, _):
+            found.append(trained(backend, model, optimizer=optimizer)[1:])
+    assert found[0] == found[1] and found[1][0] != found[2][0]
+    model = backend.load(folder("native"), resident=True)
+    _, _, terms = trained(backend, model, optimizer=half)
+    apart = [[abs(a["loss"] - b["loss"]) for a, b in zip(one, terms, strict=True)]
+             for one in (found[0][1], found[2][1])]  # fmt: skip
+    assert apart[0][-1] < 0.5 * apart[1][-1]
 
 
 def test_it_is_the_adapter_of_the_model_that_holds_its_experts(
@@ -152,6 +205,24 @@ def test_a_new_adapter_changes_no_answer(
         )
         after = backend.forward(model.bare, ids, source=feed.step()).logits_BTV
     np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["native", "guest"])
+def test_a_trained_model_is_its_own_reference(
+    backend: Any, kind: str, folder: Callable[[str], Path]
+) -> None:
+    """With the adapter off it says what it said before it had one."""
+    recipe = dataclasses.replace(ALL, dora=True)
+    batch = batches(1)[0]
+    with opened(backend, folder(kind), 0.5) as (model, _):
+        before = backend.score(model, batch)
+        adapter, _, _ = trained(backend, model, recipe, updates=2)
+        with adapter.off():
+            off = backend.score(model, batch)
+        on = backend.score(model, batch)
+    np.testing.assert_array_equal(off.log_probs_BT, before.log_probs_BT)
+    np.testing.assert_array_equal(off.ids_BTLK, before.ids_BTLK)
+    assert np.abs(on.log_probs_BT - before.log_probs_BT).max() > 1e-3
 
 
 def test_a_target_that_names_nothing_is_refused(

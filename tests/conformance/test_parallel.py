@@ -16,6 +16,7 @@ import pytest
 from chronos.common.disk.tensors import read_tensors
 from chronos.common.errors import UsageError
 from chronos.common.training.objectives import own_share
+from chronos.testing.tiny import tiny_packed
 from chronos.testing.train_tests import batch, difference
 
 # Dropout and masks, an uneven number of micro-batches, an expert that one process never uses.
@@ -33,6 +34,25 @@ data = [batch(1), batch(2, pads=5), batch(3)]
 terms = [step.step(data, objective(step), 1e-3, i) for i in range(2)]
 step.evaluate(data, objective(step))
 write_tensors(out, step.state(), {"terms": json.dumps(terms)})
+"""
+
+# The same of an adapter beside experts that each process reads by itself.
+_ADAPTER = """
+import importlib, json, sys
+from pathlib import Path
+from chronos.common.disk.tensors import write_tensors
+from chronos.common.training.objectives import NextToken
+from chronos.testing.train_tests import RECIPE, batch
+from tests.conformance.test_lora import ALL, EXPERTS, opened
+name, out, model = sys.argv[1:]
+backend = importlib.import_module(f"chronos.backends.{name}")
+with opened(backend, Path(model), 0.25) as (streamed, feed):
+    adapter = backend.attach(streamed, ALL, experts=EXPERTS)
+    step = backend.train_step(streamed, RECIPE, adapter)
+    data = [batch(1), batch(2, pads=5), batch(3)]
+    terms = [step.step(data, NextToken(), 1e-3, i) for i in range(2)]
+    assert feed.stats().bytes_read
+    write_tensors(out, step.state(), {"terms": json.dumps(terms)})
 """
 
 
@@ -80,10 +100,12 @@ def together(commands: list[list[str]], environments: list[dict[str, str]]) -> l
     return printed
 
 
-def run(backend: str, environments: list[dict[str, str]], folder: Path) -> list[Any]:
+def run(
+    backend: str, environments: list[dict[str, str]], folder: Path, code: str, *more: str
+) -> list[Any]:
     """(terms, state) of each process."""
     outs = [folder / f"{len(environments)}-{i}" for i in range(len(environments))]
-    together([["-c", _CHILD, backend, str(out)] for out in outs], environments)
+    together([["-c", code, backend, str(out), *more] for out in outs], environments)
     return [found(out) for out in outs]
 
 
@@ -98,10 +120,16 @@ def found(path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one(backend: Any, tmp_path: Path) -> None:
-    name = backend.name
-    [(terms, alone)] = run(name, [{}], tmp_path)
-    both = run(name, launched(name, 2, tmp_path), tmp_path)
+@pytest.mark.parametrize("trained", ["model", "adapter"])
+def test_two_processes_give_the_gradients_of_one(
+    backend: Any, tmp_path: Path, trained: str
+) -> None:
+    name, code, more = backend.name, _CHILD, list[str]()
+    if trained == "adapter":
+        model = tiny_packed(tmp_path / "packed", num_shared_experts=1)
+        code, more = _ADAPTER, [str(model)]
+    [(terms, alone)] = run(name, [{}], tmp_path, code, *more)
+    both = run(name, launched(name, 2, tmp_path), tmp_path, code, *more)
     for own_terms, state in both:
         for one, other in zip(terms, own_terms, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-6)

@@ -111,7 +111,7 @@ def test_empty_file_is_named(tmp_path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
     with pytest.raises(DataError, match=f"{name}: the file is empty"):
         list(read_documents(tmp_path))
-    with pytest.raises(DataError, match="no documents: 0 documents from 1 files, 1 bad"):
+    with pytest.raises(DataError, match="no documents: 0 documents from 1 file, 1 bad row skipped"):
         list(read_documents(tmp_path, skip_bad=5))
 
 

@@ -23,6 +23,7 @@ from chronos.cli import main
 from chronos.common.errors import ConfigError, ShapeMismatch, UsageError
 from chronos.common.layout import pack
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.rope import lengthened
 from chronos.common.text import sampling
 from chronos.common.text.sampling import SamplingParams
 from chronos.interop.transformers import ChronosConfig, ChronosForCausalLM
@@ -122,6 +123,22 @@ def test_the_config_keeps_both_spellings(packed: Path, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).native() == config.native()
     with pytest.raises(ConfigError, match="num_experts_per_tok"):
         ChronosConfig(num_experts=2, num_experts_per_tok=3)
+
+
+def test_a_context_that_grew(packed: Path, tmp_path: Path) -> None:
+    """Config, both spellings of it, and logits beyond what the model was trained for."""
+    native = lengthened(CONFIG, 4 * CONFIG.max_position_embeddings, 8)
+    made = backend.build(native, seed=3, device="cpu")
+    backend.save(made, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.native() == native
+    assert model.config.rope_parameters == native.to_json()["rope_parameters"]
+    found = model(torch.from_numpy(IDS)).logits.detach().numpy()
+    np.testing.assert_allclose(found, backend.forward(made, IDS).logits_BTV, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    assert ModelConfig.from_json(tmp_path / "again") == native
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": native.rope_theta}
+    assert model.config.native().rope_scaling is None
 
 
 def test_greedy_tokens_are_those_of_the_engine(packed: Path, model: Any) -> None:

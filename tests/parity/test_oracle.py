@@ -13,7 +13,7 @@ import pytest
 
 from chronos.common.experts.lease import HeldLease
 from chronos.common.layout import open_layout, pack
-from chronos.common.model.config import ModelConfig
+from chronos.common.model.config import ModelConfig, RopeScaling
 from chronos.common.text.sampling import SamplingParams
 from chronos.common.text.sampling import draw as reference_draw
 from chronos.testing import oracle
@@ -26,6 +26,7 @@ HISTORY: dict[str, Any] = {
     "num_resident_experts": 3,
     "num_resident_experts_per_tok": 1,
 }
+YARN = RopeScaling(4.0, 16)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "latent attention only": {"hybrid_pattern": ("mla",)},
@@ -39,6 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "informed gates": {"routing_source": "informed"},
     "history": HISTORY,
     "two decays": HISTORY | {"history_decay": (0.5, 0.95), "num_experts_per_tok": 5},
+    "a context that grew": {"rope_scaling": YARN, "max_position_embeddings": 64},
+    "windows beyond it": {"rope_scaling": YARN, "max_position_embeddings": 64, "sliding_window": 20}
+    | HISTORY,
     "each layer its own": HISTORY
     | {"routing_source": ("gate", "history", "lookahead", "informed")},
 }
@@ -89,10 +93,12 @@ def test_whole_model(backend: Any, tmp_path: Path, variant: str, packed: bool) -
     assert_same(found, expected, segments.reshape(-1) >= 0)
 
 
-def test_one_token_at_a_time(backend: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["as it is", "windows beyond it"])
+def test_one_token_at_a_time(backend: Any, tmp_path: Path, variant: str) -> None:
     """Decode: absorbed attention, the ring, and experts gathered for one token."""
-    model, weights = model_of(backend, CONFIG, tmp_path)
-    expected = oracle.forward(weights, CONFIG, IDS[:1]).logits_BTV
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+    model, weights = model_of(backend, config, tmp_path)
+    expected = oracle.forward(weights, config, IDS[:1]).logits_BTV
     cache = model.new_cache()
     for t in range(IDS.shape[1]):
         found = backend.forward(model, IDS[:1, t : t + 1], cache=cache).logits_BTV

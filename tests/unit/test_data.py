@@ -188,7 +188,7 @@ def test_a_folder_is_read_in_order(tmp_path) -> None:
         ("sub/c.jsonl.gz:1", "three"),
         ("sub/c.jsonl.gz:3", "four"),
     ]
-    text = "5 documents from 3 files, 1 blank lines, 1 files of another kind"
+    text = "5 documents from 3 files, 1 blank line, 1 file of another kind"
     assert str(report) == text
 
 

@@ -160,6 +160,13 @@ def train_step(model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = No
     return TrainStep(model, recipe, adapter)
 
 
+def check_recipe(recipe: OptimizerRecipe) -> None:
+    """Raises UsageError or MissingBackendError for what cannot be trained with here."""
+    from chronos.backends.mlx import optimizers
+
+    optimizers.check(recipe)
+
+
 def processes() -> Processes:
     """This process among those that share its updates."""
     from chronos.backends.mlx.parallel import Processes

@@ -4,7 +4,7 @@ Both take whole sequences (training, prefill) or chunks behind a cache (decode).
 caches the latent and one shared rotary key per token and decodes in absorbed form; the window layer
 keeps the last W keys and values in a ring. Rotations are half-split (NeoX order) and done by
 `mx.fast.rope`, whose float32 angles are off by 2e-5 at position 1,000 and 6e-4 at 30,000.
-Not covered: attention sinks, RoPE scaling.
+Not covered: attention sinks.
 
 Shape legend: B batch, T new tokens, S all keys, D hidden, H heads, G key-value heads, d head_dim,
 r rope_dim, z latent, W window.
@@ -16,19 +16,29 @@ import math
 from copy import copy
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx import nn
 
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.rope import temperature
 from chronos.common.text.sampling import PIECE
 
 Mask = mx.array | str | None  # what scaled_dot_product_attention takes
 
 
 class Rotary:
-    """RoPE (2104.09864, eq. 34) for one rotated width. The kernel makes the angles: no tables."""
+    """RoPE (2104.09864, eq. 34) for one rotated width. The kernel makes the angles: no tables.
+    stretch: factors of the frequencies [dim / 2], of which there are none by default."""
 
-    def __init__(self, dim: int, theta: float) -> None:
+    def __init__(
+        self, dim: int, theta: float, stretch: npt.NDArray[np.float64] | None = None
+    ) -> None:
         self.dim, self.theta = dim, theta
+        self.periods: mx.array | None = None  # as the kernel takes them: tokens of a radian
+        if stretch is not None:
+            half = theta ** (np.arange(0, dim, 2) / dim) / stretch
+            self.periods = mx.array(half.astype(np.float32))
 
 
 Rope = tuple[Rotary, int | mx.array]  # with the position of the first token, or positions [B, T]
@@ -160,7 +170,7 @@ class LatentAttention(nn.Module):
         D, H, d = config.hidden_size, config.num_attention_heads, config.head_dim
         z, r = config.kv_latent_dim, config.rope_dim
         self.heads, self.head_dim, self.latent, self.rope_dim = H, d, z, r
-        self.scale = 1.0 / math.sqrt(d + r)
+        self.scale = temperature(config, "mla") / math.sqrt(d + r)
         self.q_proj = nn.Linear(D, H * (d + r), bias=False)
         self.kv_down_proj = nn.Linear(D, z, bias=False)
         self.kv_norm = nn.RMSNorm(z, eps=config.rms_norm_eps)
@@ -224,6 +234,7 @@ class WindowAttention(nn.Module):
         D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         d, eps = config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = H, G, d
+        self.scale = temperature(config, "sliding") / math.sqrt(d)
         self.window = config.sliding_window
         self.q_proj = nn.Linear(D, H * d, bias=False)
         self.k_proj = nn.Linear(D, G * d, bias=False)
@@ -247,13 +258,14 @@ class WindowAttention(nn.Module):
         if cache is not None:
             k_BGTd, v_BGTd = cache.append(mx.stack([k_BGTd, v_BGTd]))
         y_BHTd = mx.fast.scaled_dot_product_attention(
-            q_BHTd, k_BGTd, v_BGTd, scale=1.0 / math.sqrt(self.head_dim), mask=mask
+            q_BHTd, k_BGTd, v_BGTd, scale=self.scale, mask=mask
         )
         out_BTD: mx.array = self.o_proj(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, -1))
         return out_BTD
 
 
 def _rope(x_BHTR: mx.array, rotary: Rotary, offset: int | mx.array) -> mx.array:
+    base, periods = (rotary.theta, None) if rotary.periods is None else (None, rotary.periods)
     return mx.fast.rope(
-        x_BHTR, rotary.dim, traditional=False, base=rotary.theta, scale=1.0, offset=offset
+        x_BHTR, rotary.dim, traditional=False, base=base, scale=1.0, offset=offset, freqs=periods
     )

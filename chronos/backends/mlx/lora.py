@@ -12,6 +12,7 @@ Shape legend: T tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -40,11 +41,14 @@ class LowRank(nn.Module):
         """shape: outputs and inputs. path: the adapted matrix'."""
         super().__init__()
         self.path, self.scale, self.dropout = path, recipe.scale, nn.Dropout(recipe.dropout)
+        self.off = False
         outputs, inputs = shape
         self.lora_A = mx.array(initial(seed, path, rank, inputs))
         self.lora_B = mx.zeros((outputs, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.off:
+            return mx.zeros((*x.shape[:-1], len(self.lora_B)))
         x = self.dropout(x.astype(mx.float32))
         return _product(x, self.lora_A, self.lora_B, self.scale)
 
@@ -63,6 +67,9 @@ class LoraLinear(nn.Module):
             self.magnitude = mx.linalg.norm(_matrix(base), axis=1)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.low_rank.off:
+            out: mx.array = self.base(x)
+            return out
         y, added = self.base(x), self.low_rank(x)
         if "magnitude" not in self:
             return y + added.astype(y.dtype)
@@ -70,17 +77,23 @@ class LoraLinear(nn.Module):
         plain = y.astype(mx.float32) if bias is None else (y - bias).astype(mx.float32)
         # The length counts as a constant in the backward pass (2402.09353, 4.3).
         length_O = mx.stop_gradient(_length(_matrix(self.base) + self.low_rank.delta()))
-        out = (plain + added) * (self.magnitude / length_O)
-        return (out if bias is None else out + bias).astype(y.dtype)
+        scaled = (plain + added) * (self.magnitude / length_O)
+        return (scaled if bias is None else scaled + bias).astype(y.dtype)
 
     @property
     def weight(self) -> mx.array:
         """The merged matrix [O, I], for who multiplies with it by himself, in the layer's dtype."""
-        whole = _matrix(self.base) + self.low_rank.delta()
-        if "magnitude" in self:
-            whole = whole * (self.magnitude / mx.stop_gradient(_length(whole)))[:, None]
+        whole = _matrix(self.base)
+        if not self.low_rank.off:
+            whole = self._adapted(whole)
         quantised = isinstance(self.base, nn.QuantizedLinear)
         return whole.astype(self.base.scales.dtype if quantised else self.base.weight.dtype)
+
+    def _adapted(self, own_OI: mx.array) -> mx.array:
+        whole = own_OI + self.low_rank.delta()
+        if "magnitude" in self:
+            whole = whole * (self.magnitude / mx.stop_gradient(_length(whole)))[:, None]
+        return whole
 
 
 class LoraExpert(nn.Module):
@@ -114,7 +127,7 @@ class Adapter:
     def __init__(self, recipe: LoraRecipe, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """modules: adapters with their paths in the model."""
         self.recipe = recipe
-        self._parts: list[nn.Module] = []
+        self._parts: list[LowRank] = []
         self.names: dict[str, str] = {}  # by path in the model
         self._at: dict[str, tuple[nn.Module, str]] = {}
         for path, module in modules:
@@ -138,6 +151,17 @@ class Adapter:
         """Whether adapters drop a share of their input."""
         for part in self._parts:
             part.train(mode)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model as it is without them."""
+        for part in self._parts:
+            part.off = True
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.off = False
 
     def tensors(self) -> Iterator[Named]:
         """(name, dtype, shape, bytes) of every parameter, in float32."""

@@ -229,7 +229,11 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
         "clip_ratio/high_mean": above * mask_BT,
         "clip_ratio/region_mean": (below | above) * mask_BT,
     }
-    return terms | {k: mx.stop_gradient(x).sum() / counts.own["labels"] for k, x in logged.items()}
+    terms |= {k: mx.stop_gradient(x).sum() / counts.own["labels"] for k, x in logged.items()}
+    own = mx.maximum(mask_BT.sum(), 1)  # least and most of the micro-batches'
+    terms["clip_ratio/low_min"] = (below * mask_BT).sum() / own
+    terms["clip_ratio/high_max"] = (above * mask_BT).sum() / own
+    return terms
 
 
 def distill(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Terms:

@@ -18,7 +18,7 @@ from mlx import optimizers
 
 from chronos.backends.mlx.checkpoint import Place, named, overwrite, tensor_at
 from chronos.backends.mlx.codecs import memory
-from chronos.common.errors import MissingBackendError
+from chronos.common.errors import MissingBackendError, UsageError
 from chronos.common.training.optimizers import MUON_MOMENTUM, MUON_SCALE, Choice, choose
 from chronos.common.training.recipe import OptimizerRecipe
 
@@ -40,6 +40,7 @@ class Optimizer:
     """What a recipe names, over what it trains. Raises MissingBackendError where MLX lacks it."""
 
     def __init__(self, parameters: Mapping[str, mx.array], recipe: OptimizerRecipe) -> None:
+        check(recipe)
         self.updates = 0
         choices = {path: choose(recipe, path, p.ndim) for path, p in parameters.items()}
         self._parts, self._states = list[tuple[str, Any, list[str]]](), list[_State]()
@@ -114,20 +115,31 @@ class Optimizer:
         return weights, new
 
 
+def check(recipe: OptimizerRecipe) -> None:
+    """Raises MissingBackendError for an optimizer that this MLX lacks, UsageError for products in
+    another dtype than float32."""
+    if recipe.compute_dtype != "float32":
+        raise UsageError(
+            "the MLX backend trains in float32",
+            "optimizer.compute_dtype",
+            'use compute_dtype = "float32", or --backend torch',
+        )
+    name = recipe.name
+    if name != "adamw" and not hasattr(optimizers, name.capitalize()):
+        raise MissingBackendError(
+            f"MLX {version('mlx')} has no {name.capitalize()}",
+            "optimizer.name",
+            'pip install -U mlx, or use name = "adamw"',
+        )
+
+
 def _made(choice: Choice, recipe: OptimizerRecipe) -> Any:
     """The rate is set at each update."""
     if choice.name == "adamw":
         return optimizers.AdamW(
             1.0, [recipe.beta1, recipe.beta2], 1e-8, choice.weight_decay, bias_correction=True
         )
-    kind = _optional().get(choice.name)
-    if kind is None:
-        raise MissingBackendError(
-            f"MLX {version('mlx')} has no {choice.name.capitalize()}",
-            "optimizer.name",
-            'pip install -U mlx, or use name = "adamw"',
-        )
-    return kind(choice.weight_decay)
+    return _optional()[choice.name](choice.weight_decay)
 
 
 def _optional() -> dict[str, Callable[[float], Any]]:

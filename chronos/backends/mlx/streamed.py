@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from chronos.common.experts.feed import Feed, Source
-from chronos.common.experts.passes import Pass, require_all
+from chronos.common.experts.passes import Pass, given, require_all
 
 # (expert, its rows, its weights, its adapter's arrays) to their outputs
 Compute = Callable[[int, mx.array, Any, Sequence[mx.array]], mx.array]
@@ -31,7 +31,8 @@ class Streamed:
         self.bare, self.feed = model, feed
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.bare(*args, source=Pass(self.feed), **options)
+        source = Pass(self.feed, again=self.bare.gradient_checkpointing)
+        return self.bare(*args, source=source, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bare, name)
@@ -90,18 +91,23 @@ def routed_outputs(
     @mx.custom_function
     def run(x_TD: mx.array, *tensors: mx.array) -> mx.array:
         mx.eval(x_TD)  # the layer before has computed with its slots
-        given, outputs = shared_out(tensors), {}
-        for expert, weights in source.acquire(layer, experts):
-            rows_nD = x_TD[mx.array(pairs[expert] // K)]
-            outputs[expert] = compute(expert, rows_nD, weights, given[expert])
-            mx.eval(outputs[expert])  # the slot may be overwritten once the next is asked for
-        return _leaf(in_order(outputs))
+        own = shared_out(tensors)
+
+        def acquired() -> mx.array:
+            outputs = {}
+            for expert, weights in source.acquire(layer, experts):
+                rows_nD = x_TD[mx.array(pairs[expert] // K)]
+                outputs[expert] = compute(expert, rows_nD, weights, own[expert])
+                mx.eval(outputs[expert])  # the slot may be overwritten once the next is asked for
+            return _leaf(in_order(outputs))
+
+        return given(source, layer, acquired)
 
     @run.vjp
     def back(primals: Any, dy_TKD: mx.array, _: Any) -> Any:
         x_TD, *tensors = primals if isinstance(primals, (tuple, list)) else (primals,)
         mx.eval(x_TD, tensors, dy_TKD)
-        given, dy_ND = shared_out(tensors), dy_TKD.reshape(T * K, -1)
+        adapted, dy_ND = shared_out(tensors), dy_TKD.reshape(T * K, -1)
         dx: dict[int, mx.array] = {}
         by: dict[int, Sequence[mx.array]] = {}
         for expert, weights in source.acquire(layer, experts):
@@ -115,7 +121,7 @@ def routed_outputs(
             ) -> mx.array:
                 return compute(expert, rows_nD, weights, own)
 
-            inputs = [x_TD[mx.array(at_n // K)], *given[expert]]
+            inputs = [x_TD[mx.array(at_n // K)], *adapted[expert]]
             grads: Any = mx.vjp(forward, inputs, [dy_ND[mx.array(at_n)]])[1]
             mx.eval(grads)
             dx[expert], by[expert] = grads[0], grads[1:]

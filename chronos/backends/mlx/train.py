@@ -71,24 +71,9 @@ class TrainStep:
         """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
         of the model's own parameters, where it has one."""
         self.model, self.recipe, self.adapter = model, recipe, adapter
-        if recipe.compute_dtype != "float32":
-            raise UsageError(
-                "the MLX backend trains in float32",
-                "optimizer.compute_dtype",
-                'use compute_dtype = "float32", or --backend torch',
-            )
-        if adapter is not None and (
-            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
-        ):
-            raise UsageError(
-                "gradient_checkpointing and compute_dtype are for models that are trained whole",
-                "optimizer",
-                "leave them out, or --lora",
-            )
         self._module: Model = model.bare if isinstance(model, Streamed) else model
         _check(self._module, adapter)
-        if adapter is None:
-            self._module.gradient_checkpointing = recipe.gradient_checkpointing
+        self._module.gradient_checkpointing = recipe.gradient_checkpointing
         self._processes = Processes()
         self.optimizer = Optimizer(dict(tree_flatten(self._tree())), recipe)
         self._gradients = nn.value_and_grad(self._module, partial(losses, model))

@@ -177,6 +177,13 @@ def train_step(model: Any, recipe: OptimizerRecipe, adapter: Adapter | None = No
     return TrainStep(model, recipe, adapter)
 
 
+def check_recipe(recipe: OptimizerRecipe) -> None:
+    """Raises UsageError or MissingBackendError for what cannot be trained with here."""
+    from chronos.backends.torch import optimizers
+
+    optimizers.check(recipe)
+
+
 def processes() -> Processes:
     """This process among those that share its updates."""
     from chronos.backends.torch.parallel import Processes

@@ -3,7 +3,7 @@
 Both take whole sequences (training, prefill) or chunks behind a cache (decode). The latent layer
 caches the latent and one shared rotary key per token and decodes in absorbed form; the window layer
 keeps the last W keys and values in a ring. Rotations are half-split (NeoX order).
-Not covered: attention sinks, RoPE scaling.
+Not covered: attention sinks.
 
 Shape legend: B batch, T new tokens, S all keys, D hidden, H heads, G key-value heads, d head_dim,
 r rope_dim, z latent, W window.
@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from copy import copy
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chronos.backends.torch.products import Linear
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.rope import temperature
 from chronos.common.text.sampling import PIECE
 
 
@@ -40,10 +43,13 @@ class RMSNorm(nn.Module):
 
 
 class Rotary:
-    """RoPE tables (2104.09864, eq. 34) of one width, grown on demand, angles in float64."""
+    """RoPE tables (2104.09864, eq. 34) of one width, grown on demand, angles in float64. stretch:
+    factors of the frequencies [dim / 2], of which there are none by default."""
 
-    def __init__(self, dim: int, theta: float) -> None:
-        self.dim, self.theta = dim, theta
+    def __init__(
+        self, dim: int, theta: float, stretch: npt.NDArray[np.float64] | None = None
+    ) -> None:
+        self.dim, self.theta, self.stretch = dim, theta, stretch
         self.cos_PR = self.sin_PR = torch.empty(0, dim)
 
     def tables(self, positions: range | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +64,8 @@ class Rotary:
 
     def _grow(self, length: int, like: Tensor) -> None:
         half = self.theta ** -(torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        if self.stretch is not None:
+            half = half * torch.from_numpy(self.stretch)
         angle_PR = torch.arange(length, dtype=torch.float64)[:, None] * torch.cat((half, half))
         self.cos_PR = angle_PR.cos().to(like.device, like.dtype)
         self.sin_PR = angle_PR.sin().to(like.device, like.dtype)
@@ -188,7 +196,7 @@ class LatentAttention(nn.Module):
         D, H, d = config.hidden_size, config.num_attention_heads, config.head_dim
         z, r = config.kv_latent_dim, config.rope_dim
         self.heads, self.head_dim, self.latent, self.rope_dim = H, d, z, r
-        self.scale = 1.0 / math.sqrt(d + r)
+        self.scale = temperature(config, "mla") / math.sqrt(d + r)
         self.q_proj = Linear(D, H * (d + r))
         self.kv_down_proj = Linear(D, z)
         self.kv_norm = RMSNorm(z, eps=config.rms_norm_eps)
@@ -270,6 +278,7 @@ class WindowAttention(nn.Module):
         D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         d, eps = config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads, self.head_dim = H, G, d
+        self.scale = temperature(config, "sliding") / math.sqrt(d)
         self.window = config.sliding_window
         self.q_proj = Linear(D, H * d)
         self.k_proj = Linear(D, G * d)
@@ -322,4 +331,6 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         group = self.heads // self.kv_heads
         k_BHTd, v_BHTd = (x.repeat_interleave(group, dim=1) for x in (k_BGTd, v_BGTd))
-        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            q_BHTd, k_BHTd, v_BHTd, attn_mask=mask, scale=self.scale
+        )

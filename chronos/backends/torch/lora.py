@@ -12,6 +12,7 @@ Shape legend: T tokens, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -51,11 +52,14 @@ class LowRank(nn.Module):
         """shape: outputs and inputs. path: the adapted matrix'."""
         super().__init__()
         self.path, self.scale, self.dropout = path, recipe.scale, recipe.dropout
+        self.off = False
         outputs, inputs = shape
         self.lora_A = nn.Parameter(torch.from_numpy(initial(seed, path, rank, inputs)))
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.lora_B.new_zeros(*x.shape[:-1], len(self.lora_B))
         x = F.dropout(x.float(), self.dropout, self.training)
         return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
@@ -76,6 +80,9 @@ class LoraLinear(nn.Module):
             self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.low_rank.off:
+            out: Tensor = self.base(x)
+            return out
         y, added = self.base(x), self.low_rank(x)
         if self.magnitude is None:
             return y + added.to(y.dtype)
@@ -84,13 +91,15 @@ class LoraLinear(nn.Module):
         # The length counts as a constant in the backward pass (2402.09353, 4.3).
         with torch.no_grad():
             length_O = (self.base.weight.float() + self.low_rank.delta()).norm(dim=1)
-        out = (plain + added) * (self.magnitude / length_O)
-        return (out if bias is None else out + bias.float()).to(y.dtype)
+        scaled = (plain + added) * (self.magnitude / length_O)
+        return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:
         """The merged matrix [O, I], for who multiplies with it by himself, in the layer's dtype."""
         own = self.base.weight
+        if self.low_rank.off:
+            return own
         whole = own.float() + self.low_rank.delta()
         if self.magnitude is not None:
             whole = whole * (self.magnitude / whole.detach().norm(dim=1))[:, None]
@@ -109,6 +118,8 @@ class LoraWeight(nn.Module):
         self.low_rank = low_rank
 
     def forward(self, weight_OI: Tensor) -> Tensor:
+        if self.low_rank.off:
+            return weight_OI
         return (weight_OI.float() + self.low_rank.delta()).to(weight_OI.dtype)
 
 
@@ -150,6 +161,17 @@ class Adapter:
         """Whether adapters drop a share of their input."""
         for part in self._parts:
             part.train(mode)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model as it is without them."""
+        for part in self._parts:
+            part.off = True
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.off = False
 
     def tensors(self) -> Iterator[Named]:
         """(name, dtype, shape, bytes) of every parameter, in float32."""

@@ -37,6 +37,7 @@ from chronos.common.experts.known import ANNOUNCED
 from chronos.common.layout.codecs import SWIGLU
 from chronos.common.model import history
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.rope import stretch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -161,8 +162,8 @@ class Model(nn.Module):
             if source in ("informed", "history")
         ]
         self._rotary = {
-            "mla": Rotary(config.rope_dim, config.rope_theta),
-            "sliding": Rotary(config.head_dim, config.rope_theta),
+            kind: Rotary(width, config.rope_theta, stretch(config, kind))
+            for kind, width in (("mla", config.rope_dim), ("sliding", config.head_dim))
         }
 
     @property

@@ -28,6 +28,7 @@ class Optimizer:
     """What a recipe names, over what it trains. Raises MissingBackendError where torch lacks it."""
 
     def __init__(self, parameters: Mapping[str, Tensor], recipe: OptimizerRecipe) -> None:
+        check(recipe)
         self._parameters, self.updates = dict(parameters), 0
         self._choices = {n: choose(recipe, n, p.dim()) for n, p in self._parameters.items()}
         groups: dict[str, dict[Choice, list[Tensor]]] = {}
@@ -91,22 +92,28 @@ class Optimizer:
         return state
 
 
-def _made(
-    name: str, groups: list[dict[str, Any]], recipe: OptimizerRecipe
-) -> torch.optim.Optimizer:
-    """The rate is set at each update."""
-    if name == "muon" and hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-        return torch.optim.Muon(
-            groups, lr=1.0, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"
-        )
-    if name == "adafactor" and hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
-        return torch.optim.Adafactor(groups, lr=1.0)
-    if name != "adamw":
+def check(recipe: OptimizerRecipe) -> None:
+    """Raises MissingBackendError for an optimizer that this torch lacks: Adafactor came with 2.5,
+    Muon with 2.9."""
+    name = recipe.name
+    if name != "adamw" and not hasattr(torch.optim, name.capitalize()):
         raise MissingBackendError(
             f"torch {torch.__version__} has no {name.capitalize()}",
             "optimizer.name",
             'pip install "torch>=2.9", or use name = "adamw"',
         )
+
+
+def _made(
+    name: str, groups: list[dict[str, Any]], recipe: OptimizerRecipe
+) -> torch.optim.Optimizer:
+    """The rate is set at each update."""
+    if name == "muon":
+        return torch.optim.Muon(
+            groups, lr=1.0, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"
+        )
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=1.0)
     fused = torch.__version__ >= "2.4"  # a TorchVersion; on a CPU from there on only
     betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=1e-8, fused=fused)

@@ -12,14 +12,17 @@ Shape legend: T tokens, D hidden, K top-k, N = T * K routed pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from chronos.common.experts.feed import Feed, Source
-from chronos.common.experts.passes import Pass, require_all
+from chronos.common.experts.passes import Pass, given, require_all
 
 Compute = Callable[[int, Tensor, Any], Tensor]  # (expert, its rows, its weights) to their outputs
 # (weights [T, K], outputs [T, K, D]) to sum_k weights * outputs [T, D], as a library rounds it.
@@ -33,7 +36,8 @@ class Streamed:
         self.bare, self.feed = model, feed
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.bare(*args, source=Pass(self.feed), **options)
+        source = Pass(self.feed, again=self.bare.gradient_checkpointing)
+        return self.bare(*args, source=source, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bare, name)
@@ -93,17 +97,9 @@ class _RoutedSum(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, x_TD: Tensor, weights_TK: Tensor, *adapters: Tensor
     ) -> Tensor:
-        ctx.call = call
+        ctx.call, ctx.precision = call, _precision(x_TD.device.type)
         ctx.save_for_backward(x_TD, weights_TK)
-        outputs = {}
-        for expert, weights in call.source.acquire(call.layer, list(call.pairs)):
-            rows_nD = _rows(call, expert, x_TD, weights_TK)
-            with torch.enable_grad():  # the products of a backward pass: they may round otherwise
-                outputs[expert] = call.compute(expert, rows_nD, weights).detach()
-        y_ND = torch.cat([outputs[expert] for expert in call.pairs])
-        order_N = torch.cat(list(call.pairs.values()))
-        y_TKD = y_ND[order_N.argsort()].view(*weights_TK.shape, -1)
-        return call.mix(weights_TK, y_TKD)
+        return given(call.source, call.layer, partial(_summed, call, x_TD, weights_TK))
 
     @staticmethod
     @once_differentiable
@@ -118,7 +114,7 @@ class _RoutedSum(torch.autograd.Function):
         for expert, weights in call.source.acquire(call.layer, list(call.pairs)):
             at_n, leaves = call.pairs[expert], call.adapters[expert]
             rows_nD = _rows(call, expert, x_TD, weights_TK)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.precision():
                 y_nD = call.compute(expert, rows_nD, weights)
             dy_nD = dy_TD[at_n // K]
             dweights_N[at_n] = (y_nD.detach() * dy_nD).sum(-1).to(dweights_N.dtype)
@@ -135,6 +131,32 @@ class _RoutedSum(torch.autograd.Function):
             dweights_N.view(T, K) if needs_weights else None,
             *(d for expert in call.pairs for d in found[expert]),
         )
+
+
+def _summed(call: _Call, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+    outputs = {}
+    for expert, weights in call.source.acquire(call.layer, list(call.pairs)):
+        rows_nD = _rows(call, expert, x_TD, weights_TK)
+        # The products of a backward pass, which may round otherwise; what they leave for it is
+        # nobody's, a checkpoint's around this least of all.
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+            outputs[expert] = call.compute(expert, rows_nD, weights).detach()
+    y_ND = torch.cat([outputs[expert] for expert in call.pairs])
+    order_N = torch.cat(list(call.pairs.values()))
+    y_TKD = y_ND[order_N.argsort()].view(*weights_TK.shape, -1)
+    return call.mix(weights_TK, y_TKD)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _precision(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What products are made in now: a backward pass, which runs outside, has to make the same."""
+    if not hasattr(torch, "get_autocast_dtype"):
+        return nullcontext  # Intel Macs end at torch 2.2, and have no fast products in bfloat16
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
 def _rows(call: _Call, expert: int, x_TD: Tensor, weights_TK: Tensor) -> Tensor:

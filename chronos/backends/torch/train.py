@@ -32,6 +32,7 @@ from chronos.backends.torch.losses import (
 from chronos.backends.torch.model import Model
 from chronos.backends.torch.optimizers import Optimizer
 from chronos.backends.torch.parallel import Processes
+from chronos.backends.torch.streamed import Streamed
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
@@ -57,17 +58,9 @@ class TrainStep:
         """model: one that holds its experts, or a `Streamed` one. adapter: what is trained in place
         of the model's own parameters, where it has one."""
         self.model, self.recipe, self.adapter = model, recipe, adapter
-        if adapter is not None and (
-            recipe.gradient_checkpointing or recipe.compute_dtype != "float32"
-        ):
-            raise UsageError(
-                "gradient_checkpointing and compute_dtype are for models that are trained whole",
-                "optimizer",
-                "leave them out, or --lora",
-            )
         self._trained: dict[str, Tensor] = dict(_trained(model, adapter))
-        if adapter is None:
-            model.gradient_checkpointing = recipe.gradient_checkpointing
+        bare = model.bare if isinstance(model, Streamed) else model
+        bare.gradient_checkpointing = recipe.gradient_checkpointing
         # Weights, sums and losses stay in float32; products are in bfloat16 where that is wanted.
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         if recipe.compute_dtype == "bfloat16":

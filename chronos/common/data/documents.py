@@ -41,14 +41,19 @@ class ReadReport:
     bad: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        text = f"{self.documents} documents from {self.files} files"
-        for count, what in (
-            (len(self.bad), "bad rows skipped"),
-            (self.blank, "blank lines"),
-            (self.ignored, "files of another kind"),
+        text = f"{counted(self.documents, 'document')} from {counted(self.files, 'file')}"
+        for count, one, what in (
+            (len(self.bad), "bad row", " skipped"),
+            (self.blank, "blank line", ""),
+            (self.ignored, "file", " of another kind"),
         ):
-            text += f", {count} {what}" if count else ""
+            text += f", {counted(count, one)}{what}" if count else ""
         return text
+
+
+def counted(number: int, one: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{number} {one}" if number == 1 else f"{number} {one}s"
 
 
 def read_documents(

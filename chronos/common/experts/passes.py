@@ -8,7 +8,8 @@ used; a `Pass` reads the next layers ahead. Not covered: how a gradient is compu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from chronos.common.experts.lease import Lease
 from chronos.common.experts.residency import NOBODY, Counts
 from chronos.common.model.weights import Key
 
+_T = TypeVar("_T")
 AHEAD = "pass"  # asks for experts that a pass will come to
 _DEPTH = 2  # layers read ahead
 
@@ -76,8 +78,11 @@ class UpAndDown(Counts):
 class Pass:
     """The source of experts of one forward pass, and of the backward pass that may follow it."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, *, again: bool = False) -> None:
+        """again: whether the backward pass computes layers a second time."""
         self._tier, self._step = feed.tier, feed.step()
+        # By layer, what its experts gave: a second time nothing of them is read or computed.
+        self.given: dict[int, Any] | None = {} if again else None
         policy = feed.tier.policy
         self._order = policy if isinstance(policy, UpAndDown) else None
         if self._order is not None:
@@ -100,6 +105,17 @@ class Pass:
         return False
 
     def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None: ...
+
+
+def given(source: Source, layer: int, compute: Callable[[], _T]) -> _T:
+    """What a layer's experts give: what they gave before, where the layer is computed again."""
+    kept = source.given if isinstance(source, Pass) else None
+    if kept is None:
+        return compute()
+    if layer in kept:
+        return kept.pop(layer)  # type: ignore[no-any-return]
+    kept[layer] = found = compute()
+    return found
 
 
 def require_all(source: Source) -> None:

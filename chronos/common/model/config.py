@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ ROUTING_SOURCES = ("gate", "informed", "lookahead", "history")
 _IGNORED_KEYS = frozenset(
     "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id"
     " pad_token_id tie_word_embeddings hidden_act num_local_experts rope_parameters"
-    " rope_scaling layer_types"
+    " layer_types"
     " chronos_version is_encoder_decoder return_dict output_hidden_states".split()
 )
 LISTS = ("hybrid_pattern", "routing_source", "history_decay")  # tuples here, lists in JSON
@@ -76,6 +77,39 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (2309.00071), which carries rotations of positions beyond those of training, by
+    Transformers' names of its numbers. What they do: `chronos/common/model/rope.py`."""
+
+    factor: float
+    """Tokens of the context by those of the one before."""
+    original_max_position_embeddings: int
+    """The context of before: tokens the model was trained for."""
+    beta_fast: float = 32.0
+    """Turns within that context from which on a rotation stays as it is."""
+    beta_slow: float = 1.0
+    """Turns up to which a rotation is slowed by the whole factor."""
+    attention_factor: float = 0.0
+    """What logits of attention are multiplied with, twice; 0: 0.1 ln(factor) + 1."""
+    rope_type: str = "yarn"
+    """The only one there is."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.factor, self.beta_fast, self.beta_slow, self.attention_factor)
+        tokens = self.original_max_position_embeddings
+        if not all(map(_is_number, numbers)) or type(tokens) is not int:
+            raise ConfigError("rope_scaling takes numbers, and whole tokens")
+        limit = _LIMITS["max_position_embeddings"]
+        if not (1 <= self.factor <= limit and 1 <= tokens <= limit):
+            raise ConfigError("rope_scaling: factor and tokens must be at least 1")
+        if not (0 < self.beta_slow < self.beta_fast and self.attention_factor >= 0):
+            raise ConfigError(
+                "rope_scaling: beta_slow must be above 0, beta_fast above it, attention_factor at"
+                " least 0"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Geometry and numerics of a Chronos model. All sizes are counts of elements."""
 
@@ -95,6 +129,8 @@ class ModelConfig:
     """The context: tokens of prompt and reply."""
     rope_theta: float = 1e6
     """Base of the rotation of positions."""
+    rope_scaling: RopeScaling | None = None
+    """How positions beyond those of training are reached, where they are; a table."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square in norms."""
     num_experts: int = 32
@@ -194,6 +230,11 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The config.json object, in both spellings."""
         data = dataclasses.asdict(self)
+        scaling = data.pop("rope_scaling") or {}
+        if scaling:
+            if not scaling["attention_factor"]:
+                del scaling["attention_factor"]
+            data["rope_scaling"] = scaling
         for name in LISTS:
             if isinstance(data[name], tuple):
                 data[name] = list(data[name])
@@ -201,7 +242,7 @@ class ModelConfig:
             "model_type": MODEL_TYPE,
             "architectures": ["ChronosForCausalLM"],
             "num_local_experts": self.num_experts,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta} | scaling,
             "tie_word_embeddings": True,
             "hidden_act": "silu",
         }
@@ -274,15 +315,14 @@ def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
             f"unknown key {key!r}", where, f"did you mean {near[0]!r}?" if near else ""
         )
     fields = {key: value for key, value in data.items() if key in known}
+    fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling") or {}, where)
     rope = data.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ConfigError("rope_parameters is not an object", where)
     _merge(fields, "rope_theta", rope.get("rope_theta"), where)
     _merge(fields, "num_experts", data.get("num_local_experts"), where)
     _merge(fields, "dtype", data.get("torch_dtype"), where)
-    scaling = data.get("rope_scaling") or rope.get("rope_type", "default")
-    if scaling not in ("default", None):
-        raise ConfigError(f"RoPE scaling {scaling!r} is not supported", where, "use default")
+    _merge(fields, "rope_scaling", _rope_scaling(rope, where), where)
     if data.get("tie_word_embeddings", True) is not True:
         raise ConfigError("tie_word_embeddings must be true", where)
     for name in LISTS:
@@ -297,10 +337,30 @@ def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
 def _merge(fields: dict[str, Any], name: str, other: Any, where: str) -> None:
     if other is None:
         return
-    if fields.setdefault(name, other) != other:
+    if fields.get(name) is None:
+        fields[name] = other
+    if fields[name] != other:
         raise ConfigError(
             f"{name} is {fields[name]!r} in one spelling, {other!r} in the other", where
         )
+
+
+def _rope_scaling(value: Any, where: str) -> RopeScaling | None:
+    """What one of the two spellings says of it, beside what is not about it."""
+    given = value if isinstance(value, dict) else {"rope_type": value}
+    kind = given.get("rope_type", given.get("type", "default"))
+    rest = {k: v for k, v in given.items() if k not in ("rope_type", "type", "rope_theta")}
+    if kind in ("default", None):
+        return None
+    if kind != "yarn":
+        raise ConfigError(f"RoPE scaling {kind!r} is not supported", where, "use yarn or default")
+    names = {field.name for field in dataclasses.fields(RopeScaling)}
+    odd = sorted(k for k, v in rest.items() if k not in names and v not in (None, True))
+    needed = {"factor", "original_max_position_embeddings"}
+    if odd or needed - rest.keys():
+        what = f"has {odd[0]}" if odd else f"lacks {min(needed - rest.keys())}"
+        raise ConfigError(f"RoPE scaling {what}", where, f"yarn takes {', '.join(sorted(names))}")
+    return RopeScaling(**{k: v for k, v in rest.items() if k in names and v is not None})
 
 
 def _loss_weights(value: Any, where: str) -> LossWeights:
@@ -332,6 +392,13 @@ def _check(c: ModelConfig) -> None:
         "head_dim must be even": bool(c.head_dim % 2),
         "lookahead_steps must be 0 to 16": not 0 <= c.lookahead_steps <= 16,
         "rope_theta and rms_norm_eps must be above 0": c.rope_theta <= 0 or c.rms_norm_eps <= 0,
+        "rope_scaling needs rope_theta above 1, and reaches factor times"
+        " original_max_position_embeddings": c.rope_scaling is not None
+        and (
+            c.rope_theta <= 1
+            or c.max_position_embeddings
+            > math.ceil(c.rope_scaling.factor * c.rope_scaling.original_max_position_embeddings)
+        ),
         "dropout and fallback_mask_prob must be in [0, 1)": not (
             0 <= c.dropout < 1 and 0 <= c.fallback_mask_prob < 1
         ),

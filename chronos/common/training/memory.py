@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
 from chronos.common.model.weights import dense_tensors, lookahead_tensors, routed_tensors
 from chronos.common.training.optimizers import choose, kept_shapes
 from chronos.common.training.recipe import OptimizerRecipe
@@ -35,25 +35,31 @@ ACTIVATIONS = {
 
 def weights(
     config: ModelConfig, recipe: OptimizerRecipe, *, lookahead: bool = True
-) -> Mapping[str, int]:
+) -> dict[str, int]:
     """Bytes of parameters, their gradients, and what the recipe's optimizer keeps of them."""
     tensors = dense_tensors(config) + routed_tensors(config)
     if lookahead:
         tensors += lookahead_tensors(config)
-    parameters = FLOAT * sum(math.prod(tensor.shape) for tensor in tensors)
+    return trained({tensor.name: tensor.shape for tensor in tensors}, recipe)
+
+
+def trained(shapes: Mapping[str, tuple[int, ...]], recipe: OptimizerRecipe) -> dict[str, int]:
+    """The same of parameters by name."""
+    parameters = FLOAT * sum(map(math.prod, shapes.values()))
     kept = sum(
-        math.prod(shape)
-        for tensor in tensors
-        for shape in kept_shapes(
-            choose(recipe, tensor.name, len(tensor.shape)).name, tensor.shape
-        ).values()
+        math.prod(part)
+        for name, shape in shapes.items()
+        for part in kept_shapes(choose(recipe, name, len(shape)).name, shape).values()
     )
     return {"parameters": parameters, "gradients": parameters, "optimizer": FLOAT * kept}
 
 
-def activations(config: ModelConfig, rows: int, seq_len: int, *, again: bool = False) -> int:
+def activations(
+    config: ModelConfig, rows: int, seq_len: int, *, again: bool = False, given: bool = False
+) -> int:
     """Bytes the backward pass of a micro-batch needs, logits left out: `ACTIVATIONS`. again: layers
-    are computed again, so each leaves its input and its routing, and one has all of it."""
+    are computed again, so each leaves its input and its routing, and one has all of it. given: each
+    leaves what its experts gave too."""
     c, L = config, config.num_hidden_layers
     D, H, G, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     r, z, E, K = c.rope_dim, c.kv_latent_dim, c.num_experts, c.num_experts_per_tok
@@ -65,11 +71,12 @@ def activations(config: ModelConfig, rows: int, seq_len: int, *, again: bool = F
     layer = 6 * D + 2 * K * D + 4 * (K + S) * F + 5 * E + (5 + 4 * J) * K + seq_len
     beside = 5 * D + 2 * c.lookahead_hidden_size + 3 * J * L * E
     layers = [layer + attention[c.attention_kind(i)] for i in range(L)]
-    numbers = (L * (D + 3 * E + (5 + 4 * J) * K) + max(layers) if again else sum(layers)) + beside
+    left = D + 3 * E + (5 + 4 * J) * K + (K * D if given else 0)
+    numbers = (L * left + max(layers) if again else sum(layers)) + beside
     return FLOAT * rows * seq_len * numbers
 
 
-def logits(config: ModelConfig, labels: int) -> int:
+def logits(config: ModelConfig | GuestConfig, labels: int) -> int:
     """Bytes of the logits of so many labels, and of their softmax beside them: of one tile where
     they are more."""
     row = FLOAT * config.vocab_size
@@ -77,17 +84,18 @@ def logits(config: ModelConfig, labels: int) -> int:
 
 
 def of_update(
-    config: ModelConfig,
+    config: ModelConfig | GuestConfig,
     recipe: OptimizerRecipe,
+    held: Mapping[str, int],
     rows: int,
     seq_len: int,
     labels: int,
-    *,
-    lookahead: bool = True,
-) -> dict[str, Any]:
-    """A plan in bytes: each part, and their `total`."""
-    parts = dict(weights(config, recipe, lookahead=lookahead))
-    again = recipe.gradient_checkpointing
-    parts["activations"] = activations(config, rows, seq_len, again=again)
+) -> dict[str, int]:
+    """A plan in bytes: each part, and their `total`. held: parts that are there before an update.
+    Of a model of another library activations are not counted."""
+    parts = dict(held)
+    if isinstance(config, ModelConfig):
+        again, given = recipe.gradient_checkpointing, "experts" in held
+        parts["activations"] = activations(config, rows, seq_len, again=again, given=given)
     parts["logits"] = logits(config, labels)
     return parts | {"total": sum(parts.values())}

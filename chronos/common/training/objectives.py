@@ -11,7 +11,7 @@ Shape legend: L layers, E experts, B batch, T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -257,6 +257,9 @@ def count(batches: Sequence[Batch], objective: Objective, steps: int) -> Counts:
     return Counts({name: max(number, 1) for name, number in own.items()}, tuple(pairs))
 
 
+_OF_PARTS: Mapping[str, Callable[[list[float]], float]] = {"_min": min, "_max": max}
+
+
 class Part(NamedTuple):
     """What one micro-batch adds to its update: its terms, and the picks and the probabilities of
     its tokens, summed."""
@@ -299,11 +302,12 @@ def restored(vector: Floats, like: Part) -> Part:
 
 def report(parts: Sequence[Part], counts: Counts, objective: Objective) -> Terms:
     """The terms of a whole update: the sums over its micro-batches, the balance of all its picks,
-    the loss, and how evenly experts are used."""
+    the loss, and how evenly experts are used. Of a term called `..._min` or `..._max` the least or
+    the most of the micro-batches, which share no update with other processes then."""
     terms: Terms = {}
-    for part in parts:
-        for name, value in part.terms.items():
-            terms[name] = terms.get(name, 0.0) + value
+    for name in parts[0].terms:
+        values = [part.terms[name] for part in parts]
+        terms[name] = _OF_PARTS.get(name[-4:], sum)(values)
     share_LE = losses.shares(np.stack([part.picks_LE for part in parts]).sum(0))
     probs_LE = np.stack([part.probs_LE for part in parts]).sum(0, np.float64)
     effective_L = losses.effective_experts(share_LE)

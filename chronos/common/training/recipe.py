@@ -2,9 +2,9 @@
 
 Every stage has [loss], [data], [cadence], [optimizer] and one section of its own. One that begins
 from nothing has [model] (ModelConfig fields) and [tokenizer]; one that goes on with a model has
-`path` in [model], and [anchor]. Unknown names are refused with the nearest valid one. Knows no
-stage: a stage hands in the dataclass of its section. docs/recipes.md is made from the text below
-each field. Units: tokens, steps.
+`path` in [model], with a longer context if so wished, and [anchor]. Unknown names are refused with
+the nearest valid one. Knows no stage: a stage hands in the dataclass of its section.
+docs/recipes.md is made from the text below each field. Units: tokens, steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from chronos.common.errors import ConfigError
-from chronos.common.model.config import LISTS, LossWeights, ModelConfig
+from chronos.common.model.config import LISTS, LossWeights, ModelConfig, RopeScaling
 from chronos.common.training.lora import LoraRecipe
 
 _T = TypeVar("_T")
@@ -29,6 +29,8 @@ CHATS, PAIRS, PROMPTS = "stdlib-chats", "stdlib-pairs", "stdlib-prompts"
 BUILT_IN = (STDLIB, CHATS, PAIRS, PROMPTS)
 DEMO = "demo"
 OPTIMIZERS = ("adamw", "muon", "adafactor")
+# Of a model that a stage goes on with: its new context, and what it was trained for.
+_LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 _SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "recipes"
 _ACCEPTED = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
@@ -180,6 +182,10 @@ class Recipe(Generic[S]):
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     start: str = ""
     """The model a stage goes on with: a folder, or `demo`."""
+    context: int = 0
+    """Tokens of the context that it is given, longer than its own; 0: its own."""
+    trained: int = 0
+    """Tokens it was trained for, where its config names more; 0: what that names."""
     anchor: AnchorRecipe = field(default_factory=AnchorRecipe)
     lora: LoraRecipe | None = None
     """Adapters to train in place of the model's weights; None: these."""
@@ -194,6 +200,8 @@ class Recipe(Generic[S]):
         others = ("tokenizer",) if self.stage.STARTS else ("start", "anchor", "lora")
         for name in ("folder", "budget", *others):
             del sections[name]
+        if not self.context:  # a run of before the key was there had none
+            del sections["context"], sections["trained"]
         return sections | {self.stage.SECTION: sections.pop("stage")}
 
 
@@ -287,14 +295,20 @@ def at_least_one(section: str, values: Any, *names: str) -> None:
 def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
     data = by_section(data, stage)
     names = {"model", "data", "tokenizer", "loss", "cadence", "optimizer", stage.SECTION}
-    _known(data, names ^ {"tokenizer", "anchor", "lora"} if stage.STARTS else names, "section")
+    goes_on = stage.STARTS or "path" in _table(data, "model")
+    if goes_on:
+        names -= {"tokenizer"}
+    _known(data, names | {"anchor", "lora"} if stage.STARTS else names, "section")
     for section, values in stage.DEFAULTS.items():
         data[section] = values | _table(data, section)
     tokenizer = section_of(TokenizerRecipe, data, "tokenizer")
-    model, start = dict(_table(data, "model")), ""
-    if stage.STARTS:
-        _known(model, {"path"}, "key in [model]")
+    model, start, lengths = dict(_table(data, "model")), "", (0, 0)
+    if goes_on:
+        _known(model, {"path", *_LENGTHS}, "key in [model]")
         start = str(model.pop("path", ""))
+        lengths = _lengths([model.pop(name, 0) for name in _LENGTHS])
+    elif "rope_scaling" in model:
+        model["rope_scaling"] = section_of(RopeScaling, model, "rope_scaling")
     for name in LISTS:
         if isinstance(model.get(name), list):
             model[name] = tuple(model[name])
@@ -308,9 +322,22 @@ def _recipe(data: dict[str, Any], stage: type[S]) -> Recipe[S]:
         cadence=section_of(CadenceRecipe, data, "cadence"),
         optimizer=section_of(OptimizerRecipe, data, "optimizer"),
         start=start,
+        context=lengths[0],
+        trained=lengths[1],
         anchor=section_of(AnchorRecipe, data, "anchor"),
         lora=section_of(LoraRecipe, data, "lora") if "lora" in data else None,
     )
+
+
+def _lengths(values: list[Any]) -> tuple[int, int]:
+    for name, value in zip(_LENGTHS, values, strict=True):
+        if type(value) is not int or value < 0:
+            raise ConfigError(f"model.{name} must be a number of tokens, not {value!r}")
+    context, trained = values
+    if trained and not context:
+        what = f"model.{_LENGTHS[1]} is of a context that grows"
+        raise ConfigError(what, "", f"give {_LENGTHS[0]}")
+    return context, trained
 
 
 def _table(data: dict[str, Any], name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Model(nn.Module):
     """A guest, called as the native model is. It has no forecasts of its own."""
 
     lookahead = None
+    gradient_checkpointing = False  # whether training computes each layer again for its gradients
 
     def __init__(self, config: GuestConfig, core: nn.Module, resident: bool) -> None:
         super().__init__()
@@ -97,8 +99,12 @@ class Model(nn.Module):
         call = ExpertsCall(source, replay, last_only)
         before = CALL.set(call)
         states: list[mx.array] = []
+        again = self.gradient_checkpointing and not want_logits
         try:
-            with nullcontext() if want_logits else self._decoder(states.append):
+            with (
+                nullcontext() if want_logits else self._decoder(states.append),
+                self._computed_again(call) if again else nullcontext(),
+            ):
                 logits = self.core(ids_BT, cache=cache.layers if cache else None)
         finally:
             CALL.reset(before)
@@ -137,6 +143,24 @@ class Model(nn.Module):
         finally:
             del vars(self._owner)["model"]
 
+    @contextmanager
+    def _computed_again(self, call: ExpertsCall) -> Iterator[None]:
+        """Have each layer of the library leave its input alone; `call` is there again when it is
+        computed a second time."""
+        blocks = [(block, type(block)) for block in self.core.layers]
+        for block, kind in blocks:
+            # A call is looked up in the class: one that computes as `_recomputed` says.
+            block.__class__ = type(
+                kind.__name__,
+                (kind,),
+                {"__call__": partialmethod(_recomputed, call, kind.__call__)},
+            )
+        try:
+            yield
+        finally:
+            for block, kind in blocks:
+                block.__class__ = kind
+
     @property
     def _owner(self) -> nn.Module:
         """The module of the library that has a decoder and makes its logits."""
@@ -168,6 +192,28 @@ class Model(nn.Module):
                 self.config.model_type,
                 "use miss=exact",
             )
+
+
+def _recomputed(
+    block: nn.Module,
+    call: ExpertsCall,
+    forward: Callable[..., mx.array],
+    x_BTD: mx.array,
+    *args: Any,
+    **options: Any,
+) -> mx.array:
+    """A layer's output, of which the backward pass is left the input alone."""
+
+    def run(parameters: Any, x_BTD: mx.array) -> mx.array:
+        before = CALL.set(call)
+        try:
+            block.update(parameters)
+            return forward(block, x_BTD, *args, **options)
+        finally:
+            CALL.reset(before)
+
+    out: mx.array = mx.checkpoint(run)(block.trainable_parameters(), x_BTD)
+    return out
 
 
 def _over_all(routing: Routing, experts: int) -> Routing:

@@ -12,7 +12,8 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -77,6 +79,7 @@ class Model:
     """A guest, called as the native model is. It has no forecasts of its own."""
 
     lookahead = None
+    gradient_checkpointing = False  # whether training computes each layer again for its gradients
 
     def __init__(self, config: GuestConfig, core: Any, resident: bool) -> None:
         self.config, self.core, self.resident = config, core, resident
@@ -140,14 +143,30 @@ class Model:
     def _states(self, ids_BT: Tensor, call: ExpertsCall) -> Output:
         """The states [B, T, D] that `head` makes logits of, by the library's own forward."""
         self._rope.enter(0, 0)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         before = CALL.set(call)
         try:
-            found = self.core.base_model(input_ids=ids_BT, use_cache=False)
+            with self._computed_again(call) if again else nullcontext():
+                found = self.core.base_model(input_ids=ids_BT, use_cache=False)
         finally:
             CALL.reset(before)
         routing = [_over_all(each, self.config.num_experts) for each in call.routing]
         self._said, hidden = type(found), found.last_hidden_state
         return Output(hidden[:, :0], routing, hidden=hidden)
+
+    @contextmanager
+    def _computed_again(self, call: ExpertsCall) -> Iterator[None]:
+        """Have each layer of the library leave its input alone; `call` is there again when it is
+        computed a second time."""
+        blocks = self.core.base_model.layers
+        for block in blocks:
+            run = partial(_within, call, block.forward)
+            block.forward = partial(checkpoint, run, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]: the library's own forward behind its decoder, since
@@ -213,6 +232,15 @@ class Model:
             cache.layers[0] = out.past_key_values
         logits: Tensor = out.logits
         return logits
+
+
+def _within(call: ExpertsCall, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A forward of the library, its layers told of a pass."""
+    before = CALL.set(call)
+    try:
+        return forward(*args, **options)
+    finally:
+        CALL.reset(before)
 
 
 def _over_all(routing: Routing, experts: int) -> Routing:
