@@ -54,8 +54,8 @@ where you stand. On `--resume` `[cadence]`, `optimizer.threads` and paths may be
 itself is compared), all else must be as it was, or `--force` is given. Recipes of old keep
 `[cadence]`, `[optimizer]` and the stage's keys in one section, `[train]`.
 
-A stage that goes on with a model has `path` in `[model]`, no `[tokenizer]`, `[anchor]`, and `[lora]`
-where it trains adapters; `pretrain` takes such a `path` too. Beside it there may be
+A stage that goes on with a model has `path` in `[model]`, no `[tokenizer]`, `[anchor]`, and
+`[lora]` where it trains adapters; `pretrain` takes such a `path` too. Beside it there may be
 `max_position_embeddings`, a longer context, and `original_max_position_embeddings`, what the model
 was trained for where its config names more ([training.md](training.md#a-longer-context)):
 

@@ -284,13 +284,14 @@ def _print_plan(plan: Plan, steps: int, out: JsonOptions) -> None:
         output.print_json(plan.to_json())
         return
     update, took = plan.update, plan.time
+    rows = update["rows"] * update["together"]
     why = {
         "dense": "what is not trained, as stored; large matrices of 16 bits stay so on a CPU too",
         "experts": "routed ones that are in memory at once",
         "parameters": f"{plan.parameters:,} are trained; float32",
         "gradients": "as many",
         "optimizer": "what it keeps of them",
-        "activations": f"{'at most, ' if 'dense' in plan.memory else ''}of {update['rows']} rows of"
+        "activations": f"{'at most, ' if 'dense' in plan.memory else ''}of {rows} rows of"
         f" {update['seq_len']} tokens, by ACTIVATIONS in chronos/common/training/memory.py",
         "logits": f"of {update['labels']} labels, a tile at a time",
         "total": ("" if "activations" in plan.memory else "activations not counted; ")

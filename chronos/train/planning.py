@@ -22,6 +22,7 @@ from chronos.backends.protocol import Backend
 from chronos.common.errors import UsageError
 from chronos.common.training import memory
 from chronos.common.training.recipe import Recipe
+from chronos.train.adapters import RESIDENT
 from chronos.train.loop import Event, Task, set_threads
 
 _MEASURED = 2  # micro-batches of the update that is timed, at most
@@ -32,10 +33,10 @@ class Plan:
     """What a run would take. Bytes, seconds, tokens.
 
     parameters: those that are trained. update: micro-batches of the first update, and rows, tokens
-    a row and labels of its largest. memory: parts of an update, and their total. time: what was
-    measured, and what follows for the run; `measured_micro_batches` of the update's
-    `micro_batches` were computed. peak_bytes: of this process, with what it imported, a reference
-    and a teacher; on a GPU its memory is not in it.
+    a row and labels of its largest; `together` of them go through the model layer by layer. memory:
+    parts of an update, and their total. time: what was measured, and what follows for the run;
+    `measured_micro_batches` of the update's `micro_batches` were computed. peak_bytes: of this
+    process, with what it imported, a reference and a teacher; on a GPU its memory is not in it.
     """
 
     stage: str
@@ -93,7 +94,10 @@ def _measure(
     rows, seq_len = largest.ids_BT.shape
     labels = max(batch.tokens for batch in batches)
     adapters = [] if task.adapt is None else [task.adapt(task.batches)]
-    step, taken = backend.train_step(task.model, optimizer, *adapters), batches[:_MEASURED]
+    step, together = backend.train_step(task.model, optimizer, *adapters), 1
+    if recipe.lora is not None and not recipe.lora.dropout and recipe.budget not in ("", RESIDENT):
+        together = len(batches)  # layer by layer, so that none can be left out
+    taken = batches[: max(together, _MEASURED)]
     for number in range(2):  # the first one allocates, and compiles
         on_event({"message": f"{len(taken)} of {len(batches)} micro-batches, {number + 1} of 2"})
         began = time.perf_counter()
@@ -122,8 +126,9 @@ def _measure(
             "seq_len": seq_len,
             "labels": labels,
             "tokens": tokens,
+            "together": together,
         },
-        memory.of_update(config, optimizer, held, rows, seq_len, labels),
+        memory.of_update(config, optimizer, held, rows, seq_len, labels, together=together),
         memory_limits().free,
         peak_memory(),
         {

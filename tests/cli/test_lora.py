@@ -164,7 +164,7 @@ def test_another_librarys_model_has_its_own_dtype(runs: Runs) -> None:
     at.write_text(text, "utf-8")
     done = runs.train("sft", at, "half", "--budget", "50%")
     words = "own dtype" if runs.backend == "torch" else "trains in float32"
-    assert done.code == 2 and words in done.err
+    assert done.code in (2, 3) and words in done.err
     assert not (runs.folder / "half" / "tokenizer.json").exists()
 
 

@@ -159,7 +159,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     assert plan["stage"] == "pretrain" and "6 D" in plan["activations_are"]["layer"]
     assert plan["update"] | {"labels": 0} == {
-        "micro_batches": 3, "rows": 2, "seq_len": 16, "labels": 0, "tokens": 96
+        "micro_batches": 3, "rows": 2, "seq_len": 16, "labels": 0, "tokens": 96, "together": 1
     }  # fmt: skip
     parts = plan["memory"]
     assert parts["total"] == sum(parts.values()) - parts["total"]

@@ -7,6 +7,7 @@ after some updates must not depend on it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from chronos.common.experts.feed import Feed, FeedOptions, open_feed
 from chronos.common.experts.passes import UpAndDown
 from chronos.common.layout import open_layout
 from chronos.common.training.lora import LoraRecipe, read_adapter, write_adapter
-from chronos.common.training.objectives import NextToken
+from chronos.common.training.objectives import NO_ROUTING, NextToken
 from chronos.common.training.recipe import OptimizerRecipe
 from chronos.testing.tiny import tiny_packed
 from tests.support.guests import tiny_guest
@@ -126,6 +127,53 @@ def test_layers_that_are_computed_again_give_the_same_bits(
             elif not share:
                 assert feed.stats().bytes_read == reads
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("kind", ["native", "guest"])
+def test_micro_batches_go_through_the_model_layer_by_layer(
+    backend: Any, kind: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each expert is read once up and once down an update, less what the budget holds at each turn,
+    whatever the number of micro-batches; and the adapter is that of one after the other."""
+    data, updates = [*batches(0), *batches(1)], 2
+    objective = OBJECTIVE if kind == "native" else NextToken(NO_ROUTING)
+    recipe = dataclasses.replace(ALL, dora=True)
+    if kind == "guest":
+        recipe = dataclasses.replace(recipe, targets=("attention", "experts", "gate"))
+
+    def run(share: float) -> tuple[dict[str, bytes], list[Any], list[int], int]:
+        with opened(backend, folder(kind), share) as (model, feed):
+            adapter = backend.attach(model, recipe, experts=EXPERTS)
+            step, terms, reads = backend.train_step(model, OPTIMIZER, adapter), [], []
+            for number in range(updates):
+                before = feed.stats()
+                terms.append(step.step(data, objective, 1e-2, number))
+                spent = feed.stats().minus(before).bytes_read
+                reads.append(spent // feed.layout.record_nbytes)
+            assert feed.stats().peak_expert_bytes <= feed.stats().capacity_bytes
+            return values(adapter), terms, reads, feed.slots
+
+    every = len(open_layout(folder(kind)).records)
+    found = [run(share) for share in BUDGETS]
+    for adapter, terms, reads, slots in found:
+        assert (adapter, terms) == found[0][:2]
+        assert reads == [2 * every - slots, 2 * every - 2 * slots]
+    room = importlib.import_module(f"{backend.__name__}.train")
+    monkeypatch.setattr(room.TrainStep, "_climbs", lambda *_: False)
+    adapter, terms, reads, _ = run(0.0)
+    assert (adapter, terms) == found[0][:2]
+    assert reads[0] > 4 * every  # the control
+
+
+def test_adapters_that_drop_inputs_go_one_after_the_other(
+    backend: Any, folder: Callable[[str], Path]
+) -> None:
+    """Masks follow from the micro-batch's number, whatever is computed before it."""
+    recipe, found = dataclasses.replace(ALL, dropout=0.1), []
+    for share in (1.0, 0.0):
+        with opened(backend, folder("native"), share) as (model, _):
+            found.append(trained(backend, model, recipe, updates=2)[1:])
+    assert found[0] == found[1]
 
 
 def test_a_model_that_holds_its_experts_computes_layers_again_too(

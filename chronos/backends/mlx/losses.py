@@ -41,27 +41,41 @@ class Losses(NamedTuple):
     probs_LE: mx.array
 
 
+def states(model: Model, batch: Batch, objective: Objective, **options: Any) -> Output:
+    """What an objective is computed from. options: of the model's call."""
+    arrays = tensors_of(batch)
+    out: Output = model(
+        arrays["ids"],
+        segments_BT=arrays["segments"],
+        want_lookahead=model.lookahead is not None,
+        lookahead_into_trunk=objective.lookahead_into_trunk,
+        replay=partial(_replayed, arrays["picks"]) if "picks" in arrays else None,
+        want_logits=False,
+        **options,
+    )
+    return out
+
+
 def losses(
-    model: Model, batch: Batch, objective: Objective, counts: Counts, picks_LE: mx.array | None
+    model: Model,
+    batch: Batch,
+    objective: Objective,
+    counts: Counts,
+    picks_LE: mx.array | None,
+    **options: Any,
 ) -> Losses:
     """One batch's part of an update's loss.
 
     picks_LE: those of the whole update, whose fractions f the balance term (2101.03961, eq. 4) is
-    made of; None where this batch is all of it. Raises UsageError for an unknown objective.
+    made of; None where this batch is all of it. options: of the model's call. Raises UsageError for
+    an unknown objective.
     """
     formula = OBJECTIVES.get(objective.name)
     if formula is None:
         raise UsageError(f"the MLX backend has no loss for {objective.name!r}")
     arrays = tensors_of(batch)
     segments_BT = arrays["segments"]
-    out = model(
-        arrays["ids"],
-        segments_BT=segments_BT,
-        want_lookahead=model.lookahead is not None,
-        lookahead_into_trunk=objective.lookahead_into_trunk,
-        replay=partial(_replayed, arrays["picks"]) if "picks" in arrays else None,
-        want_logits=False,
-    )
+    out = states(model, batch, objective, **options)
     weights, (probs_LBTE, ids_LBTK) = objective.weights, _routed(out, segments_BT)
     terms = formula(partial(at_labels, model, out.hidden, arrays), arrays, objective, counts)
     terms |= routing_terms(probs_LBTE, ids_LBTK, segments_BT, objective, counts)
@@ -94,8 +108,13 @@ def count_picks(model: Model, batch: Batch) -> mx.array:
     """How often a batch's tokens choose each expert, [L, E], by a pass without logits."""
     arrays = tensors_of(batch)
     out = model(arrays["ids"], segments_BT=arrays["segments"], want_logits=False)
-    probs_LBTE, ids_LBTK = _routed(out, arrays["segments"])
-    return _picks(ids_LBTK, arrays["segments"], probs_LBTE.shape[-1])
+    return picks_of(out, arrays["segments"])
+
+
+def picks_of(out: Output, segments_BT: mx.array) -> mx.array:
+    """How often the tokens that are no padding chose each expert, [L, E]."""
+    probs_LBTE, ids_LBTK = _routed(out, segments_BT)
+    return _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
 
 
 def at_labels(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -183,13 +184,15 @@ class Model(nn.Module):
         replay: Callable[[int], tuple[mx.array, mx.array | None]] | None = None,
         last_only: bool = False,
         want_logits: bool = True,
+        through: Callable[..., Any] | None = None,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch).
 
         segments_BT: document number of each token, -1 for padding; tokens see their own document
         only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E], not yet
         evaluated, right after block 0. replay(layer) gives (ids, weights) [T, K] in place of the
-        gates' choice; weights None: those the gates give these experts.
+        gates' choice; weights None: those the gates give these experts. through(function) gives
+        what is called in place of a block's function of its weights and inputs.
         """
         x_BTD = self.model.embed_tokens(ids_BT)
         geometry = self._geometry(ids_BT, cache, segments_BT)
@@ -205,13 +208,15 @@ class Model(nn.Module):
         sources = self.config.routing_sources
         committed = "lookahead" in sources
         out, seed = Output(x_BTD), self._mask_seed()
+        if through is None and self.gradient_checkpointing and self.training:
+            through = mx.checkpoint
         for layer, block in enumerate(self.model.layers):
             rope, mask = geometry[block.kind]
             probs_TE = None
             if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = _softmax(out.lookahead[:, :, 0, layer].flatten(0, 1))
-            run = _recomputed if self.gradient_checkpointing and self.training else _run
+            run: Callable[..., Any] = partial(_called, through) if through else _run
             x_BTD, decision = run(
                 block,
                 None if seed is None else seed + layer,
@@ -353,7 +358,8 @@ def _run(
     return block(x_BTD, *rest, probs_TE=probs_TE, **own)
 
 
-def _recomputed(
+def _called(
+    through: Callable[..., Any],
     block: Block,
     seed: int | None,
     x_BTD: mx.array,
@@ -361,7 +367,7 @@ def _recomputed(
     *rest: Any,
     **own: Any,
 ) -> tuple[mx.array, Routing]:
-    """The same; of what it computes the backward pass is left x alone, and computes it again."""
+    """The same, through what may leave x alone to the backward pass, and compute it again."""
 
     def run(parameters: Any, *inputs: mx.array) -> tuple[mx.array, Any]:
         block.update(parameters)
@@ -371,7 +377,7 @@ def _recomputed(
 
     # What has a gradient is an argument; MLX takes no None among them, and returns none.
     inputs = (x_BTD,) if probs_TE is None else (x_BTD, probs_TE)
-    y_BTD, decision = mx.checkpoint(run)(block.trainable_parameters(), *inputs)
+    y_BTD, decision = through(run)(block.trainable_parameters(), *inputs)
     return y_BTD, Routing(*decision)
 
 

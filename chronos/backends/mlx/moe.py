@@ -23,7 +23,7 @@ import numpy as np
 from mlx import nn
 
 from chronos.backends.mlx.codecs import Expert, codec_of, silu
-from chronos.backends.mlx.streamed import recording, routed_outputs
+from chronos.backends.mlx.streamed import climbs, recording, routed_outputs
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.experts.lease import HeldLease, Lease
@@ -231,7 +231,7 @@ class MoE(nn.Module):
         if source is None and not self.lora and (self.training or len(x_TD) == 1):
             return self._gathered(x_TD, routing), routing
         inputs = (x_TD, routing.ids_TK, routing.weights_TK)
-        if source is not None and recording(*inputs, *_arrays(self.lora)):
+        if source is not None and (climbs(source) or recording(*inputs, *_arrays(self.lora))):
             return self._recorded(x_TD, routing, source), routing
         # The one wait of this layer: the host must know the ids to find the experts. The input is
         # in it lest ids that do not depend on it (replay, committed lookahead) overtake the layer

@@ -37,17 +37,20 @@ from chronos.backends.mlx.losses import (
     count_picks,
     label_log_probs,
     losses,
+    picks_of,
+    states,
     tensors_of,
 )
 from chronos.backends.mlx.model import Model
 from chronos.backends.mlx.optimizers import Optimizer
 from chronos.backends.mlx.parallel import Processes
-from chronos.backends.mlx.streamed import Streamed
+from chronos.backends.mlx.streamed import Climb, Streamed
 from chronos.backends.protocol import Scores
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import (
+    Counts,
     Objective,
     Part,
     Terms,
@@ -86,18 +89,22 @@ class TrainStep:
         model, processes = self._mode(True), self._processes
         own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
-        picks_LE = None
-        if len(batches) > 1 and objective.weights.get("balance"):
-            (picks_LE,) = processes.total([self._picks(own, number)])
-        gradients: Any = None  # by module, as MLX nests them
-        parts = []
-        for part, batch in own:
-            self._seed(number, part)
-            found, new = self._gradients(batch, objective, counts, picks_LE)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(found, gradients)
-            parts.append(_part(Losses(*found)))
-        flat = dict(tree_flatten(gradients))
+        balanced = len(batches) > 1 and bool(objective.weights.get("balance"))
+        if len(own) > 1 and self._climbs():
+            flat, parts = self._climb([batch for _, batch in own], objective, counts, balanced)
+        else:
+            picks_LE = None
+            if balanced:
+                (picks_LE,) = processes.total([self._picks(own, number)])
+            gradients: Any = None  # by module, as MLX nests them
+            parts = []
+            for part, batch in own:
+                self._seed(number, part)
+                found, new = self._gradients(batch, objective, counts, picks_LE)
+                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                mx.eval(found, gradients)
+                parts.append(_part(Losses(*found)))
+            flat = dict(tree_flatten(gradients))
         if processes.count > 1:
             flat = dict(zip(flat, processes.total(list(flat.values())), strict=True))
             (vector,) = processes.total([mx.array(flattened(parts).astype(np.float32))])
@@ -108,6 +115,32 @@ class TrainStep:
         if finite:
             self._apply(flat, norm, rate)
         return terms | {"grad_norm": norm, "skipped": float(not finite)}
+
+    def _climbs(self) -> bool:
+        """Whether micro-batches go through the model layer by layer. Masks are drawn in another
+        order then, and committed lookahead gives layers more than the one below; so adapters with
+        either go through it with one after the other."""
+        streamed = isinstance(self.model, Streamed) and self.adapter is not None
+        committed = "lookahead" in getattr(self.model.config, "routing_sources", ())
+        return streamed and not committed and not self.adapter.recipe.dropout
+
+    def _climb(
+        self, batches: Sequence[Batch], objective: Objective, counts: Counts, balanced: bool
+    ) -> tuple[_Flat, list[Part]]:
+        """The gradients of an update whose experts are read once up and once down. balanced:
+        whether the picks of all its micro-batches are asked for."""
+        model, climb = self.model, Climb(self.model, len(batches))
+        outs = climb.up([partial(states, model, batch, objective) for batch in batches])
+        picks_LE = None
+        if balanced:
+            segments = [mx.array(batch.segments_BT) for batch in batches]
+            own_LE = sum(map(picks_of, outs, segments), mx.array(0.0))
+            (picks_LE,) = self._processes.total([own_LE])
+        parts = []
+        for place, batch in enumerate(batches):
+            found = climb.top(place, partial(losses, model, batch, objective, counts, picks_LE))
+            parts.append(_part(Losses(*found)))
+        return climb.down(), parts
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:
         """Terms of all batches together, without dropout, masks or gradients."""

@@ -188,13 +188,15 @@ class Model(nn.Module):
         replay: Callable[[int], tuple[Tensor, Tensor | None]] | None = None,
         last_only: bool = False,
         want_logits: bool = True,
+        through: Callable[..., Any] | None = None,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch).
 
         segments_BT: document number of each token, -1 for padding; tokens see their own document
         only and positions restart with it. on_lookahead gets probabilities [B*T, J, L, E] right
         after block 0. replay(layer) gives (ids, weights) [T, K] in place of the gates' choice;
-        weights None: those the gates give these experts.
+        weights None: those the gates give these experts. through(block, ...) calls each block in
+        place of a plain call.
         """
         x_BTD = self.model.embed_tokens(ids_BT).to(self.model.norm.weight.dtype)
         geometry = self._geometry(ids_BT, cache, segments_BT, x_BTD)
@@ -210,15 +212,15 @@ class Model(nn.Module):
         sources = self.config.routing_sources
         committed = "lookahead" in sources
         out = Output(x_BTD)
+        if through is None and self.gradient_checkpointing and self.training:
+            through = partial(checkpoint, use_reentrant=False)  # draws the same masks again
         for layer, block in enumerate(self.model.layers):
             rope, mask = geometry[block.kind]
             probs_TE = None
             if sources[layer] == "lookahead" and layer > 0:
                 assert out.lookahead is not None
                 probs_TE = out.lookahead[:, :, 0, layer].flatten(0, 1).float().softmax(-1)
-            run: Callable[..., tuple[Tensor, Routing]] = block
-            if self.gradient_checkpointing and self.training:
-                run = partial(checkpoint, block, use_reentrant=False)  # draws the same masks again
+            run: Callable[..., Any] = partial(through, block) if through else block
             x_BTD, decision = run(
                 x_BTD,
                 rope,

@@ -27,16 +27,19 @@ from chronos.backends.torch.losses import (
     count_picks,
     label_log_probs,
     losses,
+    picks_of,
+    states,
     tensors_of,
 )
 from chronos.backends.torch.model import Model
 from chronos.backends.torch.optimizers import Optimizer
 from chronos.backends.torch.parallel import Processes
-from chronos.backends.torch.streamed import Streamed
+from chronos.backends.torch.streamed import Climb, Streamed
 from chronos.common.data import Batch
 from chronos.common.disk.header import TensorEntry
 from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.training.objectives import (
+    Counts,
     Objective,
     Part,
     Terms,
@@ -49,6 +52,8 @@ from chronos.common.training.objectives import (
 from chronos.common.training.optimizers import STATES
 from chronos.common.training.recipe import OptimizerRecipe
 from chronos.common.training.schedule import mask_seed
+
+_ROUTING = ("balance", "temporal", "locality", "anchor")  # terms of the layers' own probabilities
 
 
 class TrainStep:
@@ -76,18 +81,22 @@ class TrainStep:
         model, processes = self._mode(True), self._processes
         own = own_share(batches, processes.rank, processes.count)
         counts = count(batches, objective, model.config.lookahead_steps)
-        picks_LE = None
-        if len(batches) > 1 and objective.weights.get("balance"):
-            (picks_LE,) = processes.total([self._picks(own, number)])
         for parameter in self._trained.values():
             parameter.grad = None
-        parts = []
-        for part, batch in own:
-            self._seed(number, part)
-            with self._precision():
-                found = losses(model, batch, objective, counts, picks_LE)
-            found.loss.backward()
-            parts.append(_part(found))
+        balanced = len(batches) > 1 and bool(objective.weights.get("balance"))
+        if len(own) > 1 and self._climbs(objective):
+            parts = self._climb([batch for _, batch in own], objective, counts, balanced)
+        else:
+            picks_LE = None
+            if balanced:
+                (picks_LE,) = processes.total([self._picks(own, number)])
+            parts = []
+            for part, batch in own:
+                self._seed(number, part)
+                with self._precision():
+                    found = losses(model, batch, objective, counts, picks_LE)
+                found.loss.backward()
+                parts.append(_part(found))
         if processes.count > 1:
             parts = [self._join(parts)]
         terms = report(parts, counts, objective)
@@ -96,6 +105,38 @@ class TrainStep:
         if finite:
             self.optimizer.update(rate)
         return terms | {"grad_norm": norm, "skipped": float(not finite)}
+
+    def _climbs(self, objective: Objective) -> bool:
+        """Whether micro-batches go through the model layer by layer. Masks are drawn in another
+        order then, and a guest's layers give no routing to be trained; what has either goes through
+        it with one after the other."""
+        if not isinstance(self.model, Streamed) or self.adapter is None:
+            return False
+        shown = isinstance(self.model.bare, Model)
+        trains = any(objective.weights.get(name) for name in _ROUTING)
+        return not self.adapter.recipe.dropout and (shown or not trains)
+
+    def _climb(
+        self, batches: Sequence[Batch], objective: Objective, counts: Counts, balanced: bool
+    ) -> list[Part]:
+        """The gradients of an update whose experts are read once up and once down. balanced:
+        whether the picks of all its micro-batches are asked for."""
+        model, climb = self.model, Climb(self.model, len(batches))
+        with self._precision():
+            outs = climb.up([partial(states, model, batch, objective) for batch in batches])
+        picks_LE = None
+        if balanced:
+            segments = [torch.from_numpy(batch.segments_BT).to(model.device) for batch in batches]
+            own_LE = sum(map(picks_of, outs, segments), torch.zeros((), device=model.device))
+            (picks_LE,) = self._processes.total([own_LE])
+        parts = []
+        for batch, out in zip(batches, outs, strict=True):
+            with self._precision():
+                found = losses(model, batch, objective, counts, picks_LE, out)
+            found.loss.backward()
+            parts.append(_part(found))
+        climb.down(self._precision)
+        return parts
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> Terms:

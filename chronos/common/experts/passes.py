@@ -78,17 +78,17 @@ class UpAndDown(Counts):
 class Pass:
     """The source of experts of one forward pass, and of the backward pass that may follow it."""
 
-    def __init__(self, feed: Feed, *, again: bool = False) -> None:
-        """again: whether the backward pass computes layers a second time."""
+    def __init__(self, feed: Feed) -> None:
         self._tier, self._step = feed.tier, feed.step()
-        # By layer, what its experts gave: a second time nothing of them is read or computed.
-        self.given: dict[int, Any] | None = {} if again else None
         policy = feed.tier.policy
         self._order = policy if isinstance(policy, UpAndDown) else None
         if self._order is not None:
             self._order.begin()
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+    def acquire(
+        self, layer: int, experts: Sequence[int], by: Mapping[int, Collection[int]] = NOBODY
+    ) -> Lease:
+        """by: of several passes side by side, which are one here."""
         lease = self._step.acquire(layer, experts)
         if self._order is not None:
             self._tier.prefetch(self._order.upcoming(), AHEAD)
@@ -106,16 +106,47 @@ class Pass:
 
     def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None: ...
 
+    def announce(self, layer: int, experts: Sequence[int], place: int = 0) -> None: ...
 
-def given(source: Source, layer: int, compute: Callable[[], _T]) -> _T:
-    """What a layer's experts give: what they gave before, where the layer is computed again."""
-    kept = source.given if isinstance(source, Pass) else None
-    if kept is None:
-        return compute()
-    if layer in kept:
-        return kept.pop(layer)  # type: ignore[no-any-return]
-    kept[layer] = found = compute()
-    return found
+
+class Kept:
+    """A source of one pass whose layers are computed again for their gradients: what a layer's
+    experts gave is kept, so that a second time none of them is read or computed.
+
+    climbs: whether the pass is one of several that go up and down together. goes_down: whether it
+    is on its way down. noted: what the backend knows of the experts of the layer it is at then, to
+    take their gradients for all of them at once.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._given: dict[int, Any] = {}
+        self.climbs = self.goes_down = False
+        self.noted: dict[int, Any] = {}
+
+    def given(self, layer: int, compute: Callable[[], _T]) -> _T:
+        """What a layer's experts give, or gave before."""
+        if layer not in self._given:
+            self._given[layer] = compute()
+        return self._given[layer]  # type: ignore[no-any-return]
+
+    @property
+    def exact(self) -> bool:
+        return bool(self._source.exact)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        lease: Lease = self._source.acquire(layer, experts)
+        return lease
+
+    def record_fallback(self, weight: float) -> None:
+        self._source.record_fallback(weight)
+
+    def wants(self, source: str) -> bool:
+        return False
+
+    def foresee(self, source: str, scores: Foreseen, layer: int = -1) -> None: ...
+
+    def announce(self, layer: int, experts: Sequence[int]) -> None: ...
 
 
 def require_all(source: Source) -> None:

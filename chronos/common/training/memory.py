@@ -90,12 +90,17 @@ def of_update(
     rows: int,
     seq_len: int,
     labels: int,
+    *,
+    together: int = 1,
 ) -> dict[str, int]:
     """A plan in bytes: each part, and their `total`. held: parts that are there before an update.
-    Of a model of another library activations are not counted."""
+    together: micro-batches that go through the model layer by layer. Of a model of another library
+    activations are not counted."""
     parts = dict(held)
     if isinstance(config, ModelConfig):
-        again, given = recipe.gradient_checkpointing, "experts" in held
-        parts["activations"] = activations(config, rows, seq_len, again=again, given=given)
+        again, given = recipe.gradient_checkpointing or together > 1, "experts" in held
+        parts["activations"] = activations(
+            config, rows * together, seq_len, again=again, given=given
+        )
     parts["logits"] = logits(config, labels)
     return parts | {"total": sum(parts.values())}

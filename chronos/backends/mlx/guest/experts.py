@@ -22,7 +22,7 @@ from mlx import nn
 
 from chronos.backends.mlx.codecs import Switch, codec_of
 from chronos.backends.mlx.moe import Routing
-from chronos.backends.mlx.streamed import recording, routed_outputs
+from chronos.backends.mlx.streamed import climbs, recording, routed_outputs
 from chronos.common.experts.feed import Source
 from chronos.common.experts.lease import Lease
 from chronos.common.experts.prefetch import NEXT_GATE
@@ -42,6 +42,7 @@ class ExpertsCall:
     replay: Callable[[int], tuple[mx.array, mx.array]] | None = None
     last_only: bool = False
     routing: list[Routing] = field(default_factory=list)
+    through: Callable[..., Any] | None = None  # what layers are called through, in training
     held: mx.array | None = None  # computed, not evaluated, with slots that the next layer frees
 
 
@@ -52,6 +53,12 @@ CALL: ContextVar[ExpertsCall] = ContextVar("CALL")
 def current() -> ExpertsCall:
     """What the pass under way tells; nothing in particular outside of one."""
     return CALL.get(None) or ExpertsCall()
+
+
+def unweighted(ids_TK: mx.array) -> Routing:
+    """A layer's routing as far as it is known here."""
+    unknown_T0 = mx.zeros((len(ids_TK), 0))
+    return Routing(ids_TK, unknown_T0, unknown_T0)
 
 
 class Layer(nn.Module):
@@ -72,8 +79,7 @@ class Layer(nn.Module):
         if call.replay is not None:
             ids = call.replay(self.layer)[0].reshape(ids.shape)
         ids_TK = ids.reshape(-1, K)
-        unknown_T0 = mx.zeros((len(ids_TK), 0))
-        call.routing.append(Routing(ids_TK, unknown_T0, unknown_T0))
+        call.routing.append(unweighted(ids_TK))
         return ids
 
 
@@ -107,7 +113,7 @@ class StreamedLayer(Layer):
         # The one wait of this layer, with the input in it as in the native MoE; and the last
         # layer's output, which the input need not depend on in every architecture.
         own = [array for lora in self.lora.values() for array in lora.arrays()]
-        if recording(x, ids, next_ids, call.held, *own):
+        if climbs(source) or recording(x, ids, next_ids, call.held, *own):
             return self._recorded(x, ids, source)
         mx.eval(x, ids, next_ids, call.held)
         x_TD, ids_TK = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from chronos.backends.mlx.guest.experts import (
     Shared,
     StreamedLayer,
     current,
+    unweighted,
 )
 from chronos.backends.mlx.guest.skeleton import Skeleton, find_blocks, mlx_lm_utils
 from chronos.backends.mlx.guest.spelling import switch_of
@@ -80,6 +82,7 @@ class Model(nn.Module):
         replay: Callable[[int], tuple[mx.array, mx.array]] | None = None,
         last_only: bool = False,
         want_logits: bool = True,
+        through: Callable[..., Any] | None = None,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
@@ -96,15 +99,15 @@ class Model(nn.Module):
             self._check_fallback()
         if cache is not None:
             self._check_prompt(cache, ids_BT.shape[1])
-        call = ExpertsCall(source, replay, last_only)
+        if through is None and self.gradient_checkpointing and not want_logits:
+            through = mx.checkpoint
+        if through is not None:
+            self._hook_layers()
+        call = ExpertsCall(source, replay, last_only, through=through)
         before = CALL.set(call)
         states: list[mx.array] = []
-        again = self.gradient_checkpointing and not want_logits
         try:
-            with (
-                nullcontext() if want_logits else self._decoder(states.append),
-                self._computed_again(call) if again else nullcontext(),
-            ):
+            with nullcontext() if want_logits else self._decoder(states.append):
                 logits = self.core(ids_BT, cache=cache.layers if cache else None)
         finally:
             CALL.reset(before)
@@ -140,26 +143,17 @@ class Model(nn.Module):
         vars(self._owner)["model"] = stand_in  # found before what a module holds
         try:
             yield
-        finally:
-            del vars(self._owner)["model"]
+        finally:  # passes that take turns end in any order
+            vars(self._owner).pop("model", None)
 
-    @contextmanager
-    def _computed_again(self, call: ExpertsCall) -> Iterator[None]:
-        """Have each layer of the library leave its input alone; `call` is there again when it is
-        computed a second time."""
-        blocks = [(block, type(block)) for block in self.core.layers]
-        for block, kind in blocks:
-            # A call is looked up in the class: one that computes as `_recomputed` says.
-            block.__class__ = type(
-                kind.__name__,
-                (kind,),
-                {"__call__": partialmethod(_recomputed, call, kind.__call__)},
-            )
-        try:
-            yield
-        finally:
-            for block, kind in blocks:
-                block.__class__ = kind
+    def _hook_layers(self) -> None:
+        """Have each layer of the library called as the pass under way wants it, from now on."""
+        for block in self.core.layers:
+            kind = type(block)
+            if not hasattr(kind, "chronos_hooked"):
+                # A call is looked up in the class.
+                own = {"__call__": partialmethod(_layer, kind.__call__), "chronos_hooked": True}
+                block.__class__ = type(kind.__name__, (kind,), own)
 
     @property
     def _owner(self) -> nn.Module:
@@ -194,25 +188,31 @@ class Model(nn.Module):
             )
 
 
-def _recomputed(
+def _layer(
     block: nn.Module,
-    call: ExpertsCall,
     forward: Callable[..., mx.array],
     x_BTD: mx.array,
     *args: Any,
     **options: Any,
 ) -> mx.array:
-    """A layer's output, of which the backward pass is left the input alone."""
+    """One layer of the library. What it is called through may do so again when the pass is over."""
+    call = current()
+    if call.through is None:
+        return forward(block, x_BTD, *args, **options)
 
-    def run(parameters: Any, x_BTD: mx.array) -> mx.array:
-        before = CALL.set(call)
+    def run(parameters: Any, x_BTD: mx.array) -> tuple[mx.array, list[mx.array]]:
+        own = replace(call, routing=[])
+        before = CALL.set(own)
         try:
             block.update(parameters)
-            return forward(block, x_BTD, *args, **options)
+            y_BTD = forward(block, x_BTD, *args, **options)
         finally:
             CALL.reset(before)
+        return y_BTD, [routing.ids_TK for routing in own.routing]
 
-    out: mx.array = mx.checkpoint(run)(block.trainable_parameters(), x_BTD)
+    out: mx.array
+    out, chosen = call.through(run)(block.trainable_parameters(), x_BTD)
+    call.routing += map(unweighted, chosen)
     return out
 
 

@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from chronos.backends.torch.codecs import PARAMETERS, codec_of
 from chronos.backends.torch.fast.capture import opaque
 from chronos.backends.torch.moe import Routing
-from chronos.backends.torch.streamed import recording, routed_sum
+from chronos.backends.torch.streamed import climbs, recording, routed_sum
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
 from chronos.common.experts.prefetch import NEXT_GATE
@@ -43,6 +43,7 @@ class ExpertsCall:
     replay: Replay | None = None
     routing: list[Routing] = field(default_factory=list)
     caches: Sequence[Any] = ()  # of the library's layers, which recorded steps find by their index
+    through: Callable[..., Any] | None = None  # what layers are called through, in training
 
 
 # Passes of several sequences take turns inside the library's code, so it is no attribute.
@@ -75,7 +76,9 @@ class Layer:
         if call.replay is not None:
             ids_TK, weights_TK = call.replay(self.layer)
             weights_TK = weights_TK.to(x_TD.dtype)
-        call.routing.append(Routing(ids_TK, weights_TK, weights_TK))
+        # A layer of a climb is cut off from what is made of it, but for its own output.
+        shown_TK = weights_TK.detach() if climbs(call.source) else weights_TK
+        call.routing.append(Routing(ids_TK, shown_TK, shown_TK))
         if call.source is None:
             return self._kernel(module, x_TD, ids_TK, weights_TK)
         lora = module._modules.get("lora") or {}

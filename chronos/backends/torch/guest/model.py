@@ -12,8 +12,7 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from chronos.backends.torch.guest.experts import (
     ExpertsCall,
     Layer,
     chooser_of,
+    current,
     is_experts,
     shared_of,
 )
@@ -113,6 +113,7 @@ class Model:
         last_only: bool = False,
         recorded: bool = False,
         want_logits: bool = True,
+        through: Callable[..., Any] | None = None,
         **forecasts: Any,
     ) -> Output:
         """Run T tokens behind `cache` (or from scratch); logits [B, T, V], T = 1 with `last_only`.
@@ -122,10 +123,13 @@ class Model:
         `want_logits` all experts have a probability in the routing, 0 where they were not chosen.
         replay(layer) gives (ids, weights) [T, K] in place of the gates' choice. recorded: a single
         token may run as a recorded step, which needs that no other pass is under way.
+        through(layer, ...), of training, calls each layer in place of a plain call.
         """
         if segments_BT is not None:
             check_single(segments_BT.cpu().numpy())
-        call = ExpertsCall(source, replay)
+        if through is None and self.gradient_checkpointing and torch.is_grad_enabled():
+            through = partial(checkpoint, use_reentrant=False)
+        call = ExpertsCall(source, replay, through=through)
         if not want_logits:
             return self._states(ids_BT, call)
         pieces = [ids_BT] if cache is None else self._pieces(ids_BT, cache)
@@ -143,30 +147,22 @@ class Model:
     def _states(self, ids_BT: Tensor, call: ExpertsCall) -> Output:
         """The states [B, T, D] that `head` makes logits of, by the library's own forward."""
         self._rope.enter(0, 0)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        if call.through is not None:
+            self._hook_layers()
         before = CALL.set(call)
         try:
-            with self._computed_again(call) if again else nullcontext():
-                found = self.core.base_model(input_ids=ids_BT, use_cache=False)
+            found = self.core.base_model(input_ids=ids_BT, use_cache=False)
         finally:
             CALL.reset(before)
         routing = [_over_all(each, self.config.num_experts) for each in call.routing]
         self._said, hidden = type(found), found.last_hidden_state
         return Output(hidden[:, :0], routing, hidden=hidden)
 
-    @contextmanager
-    def _computed_again(self, call: ExpertsCall) -> Iterator[None]:
-        """Have each layer of the library leave its input alone; `call` is there again when it is
-        computed a second time."""
-        blocks = self.core.base_model.layers
-        for block in blocks:
-            run = partial(_within, call, block.forward)
-            block.forward = partial(checkpoint, run, use_reentrant=False)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
+    def _hook_layers(self) -> None:
+        """Have each layer of the library called as the pass under way wants it, from now on."""
+        for block in self.core.base_model.layers:
+            if "forward" not in vars(block):
+                block.forward = partial(_layer, block.forward)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]: the library's own forward behind its decoder, since
@@ -232,6 +228,14 @@ class Model:
             cache.layers[0] = out.past_key_values
         logits: Tensor = out.logits
         return logits
+
+
+def _layer(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """One layer of the library. What it is called through may do so again when the pass is over."""
+    call = current()
+    if call.through is None:
+        return forward(*args, **options)
+    return call.through(partial(_within, call, forward), *args, **options)
 
 
 def _within(call: ExpertsCall, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
