@@ -165,13 +165,21 @@ def new_folder(dst: Path) -> Iterator[Path]:
 
 
 def plain_config(src: Path, model: ModelSource) -> ModelConfig:
-    """The config of a native model whose experts are as they were trained. Raises UsageError."""
+    """The config of a native model whose experts are as they were trained. Raises UsageError for
+    others, ConfigError for a context that was lengthened."""
     assert isinstance(model.config, ModelConfig)
     if odd := set(model.encodings.values()) - {SWIGLU}:
         raise UsageError(
             f"the experts are encoded as {min(odd)}, which other libraries do not read",
             str(src),
             "export the folder that the model was packed from",
+        )
+    if model.config.rope_scaling is not None:
+        raise ConfigError(
+            "the model's context was lengthened (YaRN), and what scales it is not exported",
+            str(src),
+            "run it with Chronos, or with Transformers once chronos.interop.transformers is"
+            " imported",
         )
     return model.config
 

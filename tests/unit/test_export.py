@@ -8,8 +8,9 @@ import pytest
 
 from chronos.common.disk import io as disk
 from chronos.common.disk.tensors import read_checkpoint
-from chronos.common.errors import CorruptFileError, DiskFullError, UsageError
+from chronos.common.errors import ConfigError, CorruptFileError, DiskFullError, UsageError
 from chronos.common.layout import open_layout, pack
+from chronos.common.model.config import RopeScaling
 from chronos.interop.export import export
 from chronos.testing.tiny import tiny_packed
 from tests.support.tiny_guest import tiny_guest
@@ -28,6 +29,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("packed"))
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_a_lengthened_context_is_refused(tmp_path: Path, with_code: bool) -> None:
+    scaled = RopeScaling(4.0, 16)
+    model = tiny_packed(
+        tmp_path / "packed", hybrid_pattern=MLA, rope_scaling=scaled, max_position_embeddings=64
+    )
+    with pytest.raises(ConfigError, match="was lengthened"):
+        export(model, tmp_path / "out", with_code=with_code)
+    assert left(tmp_path) == []
 
 
 def test_an_interrupted_one_leaves_nothing(packed: Path, tmp_path: Path) -> None:
