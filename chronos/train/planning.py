@@ -110,16 +110,25 @@ def _measure(
         each_s = (time.perf_counter() - began) * cadence.eval_batches
         evaluate_s = each_s * -(-cadence.steps // cadence.eval_every)
     tokens = sum(batch.ids_BT.size for batch in batches)
+    lookahead, held = task.model.lookahead is not None, None
     if adapters:
         shapes = {name: shape for name, _, shape, _ in adapters[0].tensors()}
         held = dict(task.frozen) | memory.trained(shapes, optimizer)
-    else:
-        held = memory.weights(config, optimizer, lookahead=task.model.lookahead is not None)
+    takes = memory.of_update(
+        config,
+        optimizer,
+        rows,
+        seq_len,
+        labels,
+        lookahead=lookahead,
+        held=held,
+        together=together,
+    )
     return Plan(
         recipe.stage.SECTION,
         backend.name,
         str(task.model.device),
-        held["parameters"] // memory.FLOAT,
+        takes["parameters"] // memory.FLOAT,
         {
             "micro_batches": len(batches),
             "rows": rows,
@@ -128,7 +137,7 @@ def _measure(
             "tokens": tokens,
             "together": together,
         },
-        memory.of_update(config, optimizer, held, rows, seq_len, labels, together=together),
+        takes,
         memory_limits().free,
         peak_memory(),
         {

@@ -120,9 +120,10 @@ class TrainStep:
         """Whether micro-batches go through the model layer by layer. Masks are drawn in another
         order then, and committed lookahead gives layers more than the one below; so adapters with
         either go through it with one after the other."""
-        streamed = isinstance(self.model, Streamed) and self.adapter is not None
+        if not isinstance(self.model, Streamed) or self.adapter is None:
+            return False
         committed = "lookahead" in getattr(self.model.config, "routing_sources", ())
-        return streamed and not committed and not self.adapter.recipe.dropout
+        return not committed and not self.adapter.recipe.dropout
 
     def _climb(
         self, batches: Sequence[Batch], objective: Objective, counts: Counts, balanced: bool

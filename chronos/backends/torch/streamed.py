@@ -135,7 +135,8 @@ class _RoutedSum(torch.autograd.Function):
         call: _Call = ctx.call
         found = call.found
         if found is None:
-            found = _differentiated(call, call.source, *ctx.saved_tensors, dy_TD)
+            x_TD, weights_TK = ctx.saved_tensors
+            found = _differentiated(call, call.source, x_TD, weights_TK, dy_TD)
         needs_x, needs_weights = ctx.needs_input_grad[1:3]
         return (
             None,

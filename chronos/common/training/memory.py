@@ -86,21 +86,29 @@ def logits(config: ModelConfig | GuestConfig, labels: int) -> int:
 def of_update(
     config: ModelConfig | GuestConfig,
     recipe: OptimizerRecipe,
-    held: Mapping[str, int],
     rows: int,
     seq_len: int,
     labels: int,
     *,
+    lookahead: bool = True,
+    held: Mapping[str, int] | None = None,
     together: int = 1,
 ) -> dict[str, int]:
-    """A plan in bytes: each part, and their `total`. held: parts that are there before an update.
-    together: micro-batches that go through the model layer by layer. Of a model of another library
-    activations are not counted."""
+    """A plan in bytes: each part, and their `total`.
+
+    held: parts of a model with adapters that are there before an update; None: the model is trained
+    whole. together: micro-batches that go through the model layer by layer. Of a model of another
+    library activations are not counted.
+    """
+    whole = held is None
+    if held is None:
+        assert isinstance(config, ModelConfig)
+        held = weights(config, recipe, lookahead=lookahead)
     parts = dict(held)
     if isinstance(config, ModelConfig):
-        again, given = recipe.gradient_checkpointing or together > 1, "experts" in held
+        again = recipe.gradient_checkpointing or together > 1
         parts["activations"] = activations(
-            config, rows * together, seq_len, again=again, given=given
+            config, rows * together, seq_len, again=again, given=not whole
         )
     parts["logits"] = logits(config, labels)
     return parts | {"total": sum(parts.values())}
