@@ -12,7 +12,7 @@ Shape legend: B batch, T new tokens, V vocabulary, K top-k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Model:
 
     def _hook_layers(self) -> None:
         """Have each layer of the library called as the pass under way wants it, from now on."""
-        for block in self.core.base_model.layers:
+        for block in _blocks(self.core):
             if "forward" not in vars(block):
                 block.forward = partial(_layer, block.forward)
 
@@ -228,6 +228,13 @@ class Model:
             cache.layers[0] = out.past_key_values
         logits: Tensor = out.logits
         return logits
+
+
+def _blocks(core: Any) -> Iterator[Any]:
+    """The library's layers: those of the stacks that hold experts."""
+    owners = ((n, m.chronos.layer) for n, m in core.named_modules() if hasattr(m, "chronos"))
+    for stack in sorted({name.partition(f".{layer}.")[0] for name, layer in owners}):
+        yield from core.get_submodule(stack)
 
 
 def _layer(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
