@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ import chronos
 from chronos.cli import main
 from chronos.common.errors import ConfigError
 from chronos.common.layout import inspect, open_layout, pack, read_records, verify
+from chronos.common.model.guest import read_config
+from chronos.run.models import resolve_model
 from tests.native.test_torch_quantised import PROMPT, build, by_pieces, contents
 from tests.native.test_transformers_guests import by_engine, by_library
 from tests.support import gguf
@@ -142,6 +145,23 @@ def test_from_the_command_line_in_parts(
     capsys.readouterr()
     assert main.run(["pack", str(parts[0]), *flags]) == 3
     assert f"parts are missing: {parts[1].name}" in capsys.readouterr().err
+
+
+def test_what_export_writes_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtral: rows of queries and keys are paired on the way out and unpaired on the way in."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    demo = resolve_model("demo")
+    model = build("mixtral", torch.float32, True, vocab_size=read_config(demo).vocab_size)
+    model.save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo / name, tmp_path / "source")
+    pack(tmp_path / "source", tmp_path / "first")
+    flags = ["--to", "gguf", "--type", "f32", "-o", str(tmp_path / "out")]
+    assert main.run(["export", str(tmp_path / "first"), *flags]) == 0
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    pack(file, tmp_path / "second", config=tmp_path / "source")
+    with chronos.load(tmp_path / "second", backend="torch", budget="50%") as engine:
+        np.testing.assert_array_equal(by_engine(engine, PROMPT), by_library(model, PROMPT))
 
 
 @pytest.mark.parametrize("name", ["mixtral-q8_0", "qwen3_moe-q4_k", "deepseek_v3-q8_0"])
