@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,31 @@ def export_gguf(
     check_new(dst)
     if kind not in ("", *TYPES):
         raise UsageError(f"{kind!r} is no type of a GGUF", "--type", f"use {', '.join(TYPES)}")
+    with _misfits_named(src):
+        return _written(src, dst, model, kind or _STORED[model.config.dtype], progress, io)
+
+
+@contextmanager
+def _misfits_named(src: Path) -> Iterator[None]:
+    """A config.json that lacks a number, or has one that the tensors do not fit, is a ConfigError:
+    Chronos reads few of a guest's keys, and a GGUF needs many."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"config.json does not fit the model's tensors: {error!r:.120}",
+            str(src / "config.json"),
+            "compare it with the one that the checkpoint was published with",
+        ) from error
+
+
+def _written(
+    src: Path, dst: Path, model: ModelSource, kind: str, progress: Progress | None, io: FileIO
+) -> Exported:
     config, dense = _as_guest(src, model)
     arch, table = _architecture(src, model, config)
     dense = [made for tensor in dense for made in _renamed(src, tensor, table, config)]
-    layout = _Layout(src, kind or _STORED[model.config.dtype], _STORED[model.config.dtype])
+    layout = _Layout(src, kind, _STORED[model.config.dtype])
     for tensor in dense:
         layout.add(tensor.name, tensor.shape)
     biased = _add_experts(layout, model, config)

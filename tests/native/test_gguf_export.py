@@ -25,7 +25,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from chronos.backends.torch.checkpoint import load_model
 from chronos.common.disk.io import FileIO
-from chronos.common.errors import ConfigError, DiskFullError, UsageError
+from chronos.common.errors import ConfigError, DiskFullError, ShapeMismatch, UsageError
 from chronos.common.layout import pack
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.interop.gguf import export_gguf
@@ -353,6 +353,25 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"positions are scaled \(linear\)"):
         export_gguf(scaled, tmp_path / "out")
     assert not any(path.name.endswith("chronos-new") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "many"},
+        {"num_key_value_heads": 5},
+        {"hidden_size": 31},
+        {"rms_norm_eps": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "far"}},
+    ],
+)
+def test_a_config_that_the_tensors_do_not_fit_is_named(changes: Any, tmp_path: Path) -> None:
+    packed = tiny_guest(tmp_path / "guest", **changes)
+    with pytest.raises((ConfigError, ShapeMismatch), match=r"config"):
+        export_gguf(packed, tmp_path / "out")
+    assert not any("out" in path.name for path in tmp_path.iterdir())
 
 
 def test_an_interrupted_one_leaves_nothing(tmp_path: Path) -> None:
