@@ -101,6 +101,8 @@ def test_an_architecture_of_transformers_computes_the_same(
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a process that imports both libraries, beside others
 def test_with_code_every_model_runs_where_chronos_is_not(tmp_path: Path) -> None:
     wanted, tokens = {}, {}
     for name, changes in {"hybrid": {"num_shared_experts": 2}, "history": HISTORY}.items():
