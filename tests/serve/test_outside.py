@@ -30,7 +30,7 @@ def tool(name: str) -> str:
     return found
 
 
-def run(*command: object, seconds: float = 60, **variables: str) -> str:
+def run(*command: object, seconds: float = 60, cwd: Path | None = None, **variables: str) -> str:
     """What a command prints; its own words where it fails."""
     done = subprocess.run(
         [str(part) for part in command],
@@ -38,6 +38,7 @@ def run(*command: object, seconds: float = 60, **variables: str) -> str:
         text=True,
         timeout=seconds,
         env=os.environ | variables,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -93,6 +94,7 @@ def test_schemathesis_finds_no_server_error(server: Running, tmp_path: Path) -> 
         *("--max-time", os.environ.get("CHRONOS_TEST_SCHEMATHESIS_S", "120")),
         *("--generation-deterministic", "--request-timeout", "60"),
         seconds=390,
+        cwd=tmp_path,  # it leaves a folder there
     )
     assert server.worker.running == server.worker.waiting == 0
     assert server.chat()["usage"]["completion_tokens"] == 8

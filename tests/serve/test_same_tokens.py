@@ -16,11 +16,12 @@ from chronos.run.engine import load
 from chronos.testing.tiny import CONFIG
 from tests.support.serving import Running, serving
 
-VOCAB, TOKENS = CONFIG.vocab_size, 8
+VOCAB, TOKENS = CONFIG.vocab_size, 6
 SEEDED = {"temperature": 1.3, "top_k": 60, "top_p": 0.95, "seed": 11}
-# From one token to more than two pieces; three begin alike for a piece and more.
+# Fifty, from one token to more than two pieces; three begin alike for a piece and more.
 SHARED = [11 * i % VOCAB for i in range(PIECE + 40)]
 PROMPTS: list[list[int]] = [
+    *([(11 * i + 5 * j) % VOCAB for j in range(1 + i % 12)] for i in range(35)),
     *([7 + i, 3 * i % VOCAB, 41][: 1 + i % 3] for i in range(8)),
     *([(7 * i + j) % VOCAB for i in range(20 + 9 * j)] for j in range(4)),
     *([*SHARED, *range(at, at + 20)] for at in (30, 60)),
@@ -69,6 +70,7 @@ def test_many_at_a_time_at_every_budget(
                 tokenizer.decode(alone[which][at]) for at, which in enumerate(seeded)
             ]
             assert {answer["usage"]["completion_tokens"] for answer in found} == {TOKENS}
+            assert len(found) == 50
         cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in found]
         assert cached[-3:] == [PIECE, PIECE, 2 * PIECE] and set(cached[:-3]) == {0}
 
