@@ -136,6 +136,8 @@ def status(run: _RunArg, place: StudyOptions, out: JsonOptions) -> None:
         output.print_json(found)
         return
     counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
+    if found["waiting"]:
+        output.note(f"{output.count(found['waiting'], 'trial')} to go on with or to repeat")
     output.table(
         ["trial", *found["objectives"], "params", "seeds"],
         [_best_row(row) for row in found["best"]],
@@ -247,14 +249,14 @@ def machine(
 
     found = tune_machine(
         model, budget=budget, backend=backend, device=device, prompt=prompt, tokens=tokens,
-        rounds=rounds, on_trial=lambda trial: output.note(_tried(vars(trial))),
+        rounds=rounds, on_candidate=lambda candidate: output.note(_tried(vars(candidate))),
     )  # fmt: skip
     if out.json:
         output.print_json({"model": model} | found.to_json())
         return
     rows = [
         [t.knob, str(t.value), "-" if t.ratio != t.ratio else f"{t.ratio:.2f}", t.verdict]
-        for t in found.trials
+        for t in found.tried
     ]
     output.table(["knob", "value", "speed", ""], rows, title=found.verdict, align="llrl")
     if found.saved is not None:
@@ -265,8 +267,8 @@ def machine(
         output.note(line)
 
 
-def _tried(trial: dict[str, Any]) -> str:
-    return f"{trial['knob']} {trial['value']}: {trial['verdict']}"
+def _tried(candidate: dict[str, Any]) -> str:
+    return f"{candidate['knob']} {candidate['value']}: {candidate['verdict']}"
 
 
 def _applied(done: Applied) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """A value of a knob that was tried. verdict: `taken`, or why it was not."""
 
     knob: str
@@ -101,7 +101,7 @@ class Found:
     came to that. verdict: in words."""
 
     options: dict[str, Any]
-    trials: list[Trial]
+    tried: list[Candidate]
     verdict: str
     before: Runs | None = None
     after: Runs | None = None
@@ -114,7 +114,7 @@ class Found:
             "verdict": self.verdict,
             "before": None if self.before is None else self.before.to_json(),
             "after": None if self.after is None else self.after.to_json(),
-            "trials": [vars(trial) for trial in self.trials],
+            "tried": [vars(candidate) for candidate in self.tried],
             "profile": None if self.saved is None else str(self.saved),
         }
 
@@ -124,31 +124,31 @@ def search(
     knobs: Knobs,
     *,
     rounds: int = 3,
-    on_trial: Callable[[Trial], None] = lambda trial: None,
+    on_candidate: Callable[[Candidate], None] = lambda candidate: None,
 ) -> Found:
     """Coordinate descent over the knobs, and the confirmation."""
     best: dict[str, Any] = {}
-    bits, trials = measure(best).bits, list[Trial]()
+    bits, tried = measure(best).bits, list[Candidate]()
     for knob, values in knobs:
         for value in values:
             wanted = best | {knob: value}
-            trial = _try(measure, best, wanted, rounds, bits, knob)
-            trials.append(trial)
-            on_trial(trial)
-            if trial.verdict == "taken":
+            candidate = _try(measure, best, wanted, rounds, bits, knob)
+            tried.append(candidate)
+            on_candidate(candidate)
+            if candidate.verdict == "taken":
                 best = wanted
     if not best:
-        return Found({}, trials, "nothing is at least 3 % faster")
+        return Found({}, tried, "nothing is at least 3 % faster")
     after, before = _in_turns(measure, best, {}, rounds)
     verdict = _verdict(before, after, bits)
     if verdict != "taken":
-        return Found({}, trials, f"not confirmed in reverse order: {verdict}", before, after)
-    return Found(best, trials, f"{_ratio(before, after):.2f} times as fast", before, after)
+        return Found({}, tried, f"not confirmed in reverse order: {verdict}", before, after)
+    return Found(best, tried, f"{_ratio(before, after):.2f} times as fast", before, after)
 
 
 def _try(
     measure: Measure, best: Options, wanted: Options, rounds: int, bits: str, knob: str
-) -> Trial:
+) -> Candidate:
     value = wanted[knob]
     try:
         # Most do not help: one round tells, and only what may be taken has the others.
@@ -161,8 +161,8 @@ def _try(
             )
             verdict = _verdict(old, new, bits)
     except ChronosError as error:
-        return Trial(knob, value, f"refused: {error.what}")
-    return Trial(knob, value, verdict, _ratio(old, new))
+        return Candidate(knob, value, f"refused: {error.what}")
+    return Candidate(knob, value, verdict, _ratio(old, new))
 
 
 def _in_turns(measure: Measure, first: Options, second: Options, rounds: int) -> tuple[Runs, Runs]:
@@ -194,7 +194,7 @@ def tune_machine(
     prompt: str,
     tokens: int = 96,
     rounds: int = 3,
-    on_trial: Callable[[Trial], None] = lambda trial: None,
+    on_candidate: Callable[[Candidate], None] = lambda candidate: None,
 ) -> Found:
     """Find, confirm and keep settings for a model at a budget, as `chronos tune machine` does.
 
@@ -202,7 +202,7 @@ def tune_machine(
     cache can be dropped nor files be read past it, and what `engine.load` raises.
     """
     runs = _Continuation(model, budget, backend, device, prompt, tokens)
-    found = search(runs, runs.knobs(), rounds=rounds, on_trial=on_trial)
+    found = search(runs, runs.knobs(), rounds=rounds, on_candidate=on_candidate)
     measured = {}
     if found.before is not None and found.after is not None:
         measured = {"before_tps": found.before.tps, "after_tps": found.after.tps}

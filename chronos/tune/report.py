@@ -75,6 +75,7 @@ def status(study: Study) -> dict[str, Any]:
         "objectives": list(study.objectives),
         "stopping": study.stopping,
         "counts": counts,
+        "waiting": study.waiting(),
         "best": [_row(trial, study, trials) for trial in best(trials)],
         "apply": None if apply is None else apply.number,
         "importances": importances(study, trials),

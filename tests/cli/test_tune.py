@@ -152,7 +152,7 @@ def test_a_machine_s_settings_change_no_token(
     monkeypatch.setattr(machine, "_ratio", lambda old, new: 1.0)
     nothing = chronos(*tune).json
     assert nothing["options"] == {} and nothing["profile"] is None
-    assert [trial["verdict"] for trial in nothing["trials"]] == ["not 3 % faster"] * 2
+    assert [trial["verdict"] for trial in nothing["tried"]] == ["not 3 % faster"] * 2
 
     monkeypatch.setattr(machine, "_SLOWEST", 1e9)
     monkeypatch.setattr(machine, "_HITS", 1.0)

@@ -49,7 +49,7 @@ def test_what_helps_is_kept_together() -> None:
     assert found.options == {"threads": 4, "predictor": "lru"}
     assert found.after is not None and found.before is not None
     assert found.after.tps / found.before.tps == pytest.approx(1.32)
-    verdicts = {(t.knob, t.value): t.verdict for t in found.trials}
+    verdicts = {(t.knob, t.value): t.verdict for t in found.tried}
     assert verdicts[("threads", 4)] == "taken" and verdicts[("predictor", "lfu")].startswith(
         "not 3"
     )
@@ -74,7 +74,7 @@ def test_nothing_is_kept_where_nothing_helps() -> None:
 def test_faster_is_not_enough(changes: dict[str, Any], verdict: str) -> None:
     found = search(Machine({("threads", 4): 2.0}, **changes), KNOBS)
     assert found.options == {}
-    assert next(t.verdict for t in found.trials if t.value == 4) == verdict
+    assert next(t.verdict for t in found.tried if t.value == 4) == verdict
 
 
 def test_what_the_order_made_faster_is_not_confirmed() -> None:
@@ -89,7 +89,7 @@ def test_what_the_order_made_faster_is_not_confirmed() -> None:
     flipped = Warming({})
     flipped.runs.append({})
     found = search(flipped, [("prefetch", ["off"])])
-    assert found.trials[0].verdict == "taken"
+    assert found.tried[0].verdict == "taken"
     assert found.options == {} and "not confirmed" in found.verdict
 
 

@@ -292,6 +292,7 @@ def test_a_study_that_is_stopped_goes_on(study: Any, tmp_path: Path) -> None:
     done = worker.start(tuning, run, run=Planted(at=stop))
     assert done.stopped and done.signal == 0 and done.trials == 2
     assert worker.stop(Study.of(run, None)) == 1
+    assert status(Study.of(run, None))["waiting"] == 1
     assert not worker.start(tuning, run, run=Planted()).stopped
     found = status(Study.of(run, None))
     assert sum(found["counts"].values()) == 4 and found["stopping"] is False
