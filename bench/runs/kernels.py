@@ -2,8 +2,9 @@
 
 Ceilings: the memory (a copy, bytes read and written), and oneDNN's product of bfloat16 that lies as
 it likes best, for twice to four times the bytes. "else" is what happens without a kernel: the
-matrix is dequantised, then multiplied. Matrices take turns in 192 MB, so they come from memory. One
-thread is timed by its own clock, which a busy neighbour moves little; several by the wall's.
+matrix is dequantised by torch, then multiplied; "plain" is dequantising by a kernel, alone.
+Matrices take turns in 192 MB, so they come from memory. One thread is timed by its own clock, which
+a busy neighbour moves little; several by the wall's.
 
     python -m bench.runs.kernels [--shapes 768x2048,2880x2880] [--threads 1,2] [--calls 60]
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from chronos import kernels as native
 from chronos.backends.torch import kernels, products
-from chronos.backends.torch.quantised import dequantised
+from chronos.backends.torch.quantised import by_torch
 
 _CYCLED = 192 << 20
 
@@ -80,7 +81,7 @@ def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dic
         encoding, like = empty(name, rows, columns)
         drawn = kernels.random_like({f"m.{kind}": tensor for kind, tensor in like.items()})
         kinds = {kind.removeprefix("m."): tensor for kind, tensor in drawn.items()}
-        weight = dequantised(encoding, kinds, torch.bfloat16)
+        weight = by_torch(encoding, kinds, torch.bfloat16)
     nbytes = sum(tensor.nbytes for tensor in kinds.values())
     held = [
         {k: tensor.clone() for k, tensor in kinds.items()} for _ in range(_CYCLED // nbytes + 1)
@@ -100,6 +101,9 @@ def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dic
 
     same = kernels.same_bits(weight, lambda row: F.linear(row, weight), ours)
     seconds = {n: fastest(lambda i, n=n: multiply(i, n), calls, threads) for n in (1, 2, 4, 8)}
+    plain_s = 0.0
+    if name != "bf16":
+        plain_s = fastest(lambda i: kernels.dequantised(encoding, held[i % len(held)]), 5, threads)
     del held[1:], matrices[1:]
     plain = [weight.clone() for _ in range(_CYCLED // weight.nbytes + 1)]
     linear = fastest(lambda i: F.linear(x[:1], plain[i % len(plain)]), calls, threads)
@@ -108,7 +112,7 @@ def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dic
     otherwise = linear
     if name != "bf16":
         otherwise = fastest(
-            lambda _: F.linear(x[:1], dequantised(encoding, kinds, torch.bfloat16)), 3, threads
+            lambda _: F.linear(x[:1], by_torch(encoding, kinds, torch.bfloat16)), 3, threads
         )
     return {
         "format": name, "rows": rows, "columns": columns, "threads": threads, "same_bits": same,
@@ -116,6 +120,7 @@ def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dic
         "gbytes_per_s": nbytes / seconds[1] / 1e9,
         "rate_of_rows": {n: n * seconds[1] / s for n, s in seconds.items()},
         "linear_us": 1e6 * linear, "packed_us": 1e6 * best, "else_us": 1e6 * otherwise,
+        "plain_us": 1e6 * plain_s,
     }  # fmt: skip
 
 
@@ -131,7 +136,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         rates[threads] = memory_rate(threads) / 1e9
         print(f"{threads} threads; a copy moves {rates[threads]:.1f} GB/s")
-        print("format      shape      bits    us  Gw/s  GB/s  4 rows | F.linear  packed  else (us)")
+        print(
+            "format      shape      bits    us  Gw/s  GB/s  4 rows | linear  packed   else  plain"
+        )
         for shape in args.shapes.split(","):
             rows, columns = map(int, shape.split("x"))
             for name in args.formats.split(","):
@@ -141,8 +148,8 @@ def main() -> None:
                 print(
                     f"{name:8} {shape:>12} {'same' if each['same_bits'] else 'other':>6} "
                     f"{each['us']:6.0f} {each['gweights_per_s']:5.1f} {each['gbytes_per_s']:5.1f} "
-                    f"{each['rate_of_rows'][4]:6.2f}  | {each['linear_us']:7.0f} "
-                    f"{each['packed_us']:7.0f} {each['else_us']:7.0f}",
+                    f"{each['rate_of_rows'][4]:6.2f}  | {each['linear_us']:6.0f} "
+                    f"{each['packed_us']:7.0f} {each['else_us']:7.0f} {each['plain_us']:6.0f}",
                     flush=True,
                 )
     print(json.dumps({"bench": "kernels", "copy_gbytes_per_s": rates, "rows": found}))

@@ -1,8 +1,9 @@
 """Compiled products of a few rows with packed matrices, called with addresses: no framework here.
 
-`describe` says what lies where, `multiply` computes. The library is optional: where it was not
-compiled, or the CPU has not the instructions, `available` is false and callers do without. Whether
-a product has the bits of a framework's own is for the caller to try: see `backends.torch.kernels`.
+`describe` says what lies where, `multiply` computes, `dequantise` makes it plain. The library is
+optional: where it was not compiled `loaded` is false, where the CPU has not the instructions
+`available` is, and callers do without. Whether a product has the bits of a framework's own is for
+the caller to try: see `backends.torch.kernels`.
 """
 
 from chronos.kernels.library import (
@@ -10,8 +11,19 @@ from chronos.kernels.library import (
     Array,
     Matrix,
     available,
+    dequantise,
     describe,
+    loaded,
     multiply,
 )
 
-__all__ = ["MOST_ROWS", "Array", "Matrix", "available", "describe", "multiply"]
+__all__ = [
+    "MOST_ROWS",
+    "Array",
+    "Matrix",
+    "available",
+    "dequantise",
+    "describe",
+    "loaded",
+    "multiply",
+]

@@ -69,24 +69,29 @@ class _Product(ctypes.Structure):
 
 @cache
 def _library() -> Any:
-    """None where there is none, or the CPU has no use for it."""
+    """None where there is none."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
-                library = ctypes.CDLL(str(path))
+                library: Any = ctypes.CDLL(str(path))
             except OSError:  # made for another system
                 return None
             library.chronos_multiply.argtypes = [c_void_p, c_int, c_int]
-            if library.chronos_open() == 0:
-                return None
+            library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
+            library.multiplies = library.chronos_open() != 0
             atexit.register(_wait, library)
             return library
     return None
 
 
 def available() -> bool:
-    """Whether there are kernels for this CPU, and the environment has not turned them off."""
+    """Whether there are products for this CPU, and the environment has not turned them off."""
+    return loaded() and _library().multiplies
+
+
+def loaded() -> bool:
+    """Whether `dequantise` is there, which every CPU has where it was compiled."""
     return kernels_on() and _library() is not None
 
 
@@ -190,7 +195,8 @@ _METHODS = {
     "fp4": _fp4,
     "compressed": _compressed,
     "mlx": _mlx,
-    "transformers": _mlx,  # Chronos' own quantisation
+    "transformers": _mlx,  # Chronos' own quantisation, of guests
+    "swiglu": _mlx,  # and of its own models
 }
 
 
@@ -203,7 +209,7 @@ def multiply(
     threads: how many may take part. owners: what keeps all of that memory. Raises UsageError.
     """
     library = _library()
-    if library is None:
+    if library is None or not library.multiplies:
         raise UsageError("there are no kernels on this machine", "", "ask `available` first")
     if not 1 <= count <= MOST_ROWS or not 1 <= len(products) <= MOST_PRODUCTS:
         raise UsageError(
@@ -216,6 +222,11 @@ def multiply(
         _behind.clear()
     else:
         _behind.append(owners)
+
+
+def dequantise(matrix: Matrix, out: int) -> None:
+    """Write a matrix as bfloat16 [N, K] to an address. Ask `loaded` first."""
+    _library().chronos_dequantise(ctypes.byref(matrix), out)
 
 
 # What threads that were left behind may still read.

@@ -14,7 +14,7 @@ F = torch.nn.functional
 
 from chronos import kernels as native  # noqa: E402
 from chronos.backends.torch import codecs, kernels  # noqa: E402
-from chronos.backends.torch.quantised import dequantised  # noqa: E402
+from chronos.backends.torch.quantised import by_torch, dequantised  # noqa: E402
 from chronos.common.layout.quantised import split  # noqa: E402
 from chronos.kernels import library  # noqa: E402
 
@@ -108,7 +108,7 @@ def test_one_row_has_the_bits_of_the_dequantised_product(name: str, N: int, K: i
     encoding, kinds = matrix_of(name, N, K)
     matrix = kernels.describe(encoding, kinds)
     assert matrix is not None
-    weight = dequantised(encoding, kinds, torch.bfloat16)
+    weight = by_torch(encoding, kinds, torch.bfloat16)
     rows = kernels.cancelling(weight)
     expected = torch.cat([F.linear(x, weight) for x in rows.split(1)])
     if not ordered(N, K):
@@ -130,13 +130,29 @@ def ordered(N: int, K: int) -> bool:
     )
 
 
+@pytest.mark.skipif(not native.loaded(), reason="kernels were not compiled")
+@pytest.mark.parametrize("N,K", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> None:
+    encoding, kinds = matrix_of(name, N, K)
+    for scale in (kind for kind in kinds if kind in ("scales", "weight_scale", "biases")):
+        if kinds[scale].dtype == torch.uint8:  # powers of two from the least to the largest
+            kinds[scale].view(-1)[:7] = torch.tensor([0, 1, 2, 7, 120, 250, 253])
+        elif kinds[scale].itemsize > 1:  # down to denormal numbers, where rounding is another
+            kinds[scale].view(-1)[:4] = torch.tensor([1e-39, -3e-38, 6e-8, 0.0])
+    expected = by_torch(encoding, kinds, torch.bfloat16)
+    found = kernels.dequantised(encoding, kinds)
+    assert found is not None and alike(found, expected)
+    assert alike(dequantised(encoding, kinds, torch.bfloat16), expected)
+
+
 @compiled
 @pytest.mark.parametrize("special", ["denormal", "inf", "nan", "huge", "zero"])
 @pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4", "affine4", "affine8"])
 def test_numbers_that_are_none_and_tiny_ones(name: str, special: str) -> None:
     encoding, kinds = matrix_of(name, 64, 1024)
     matrix = kernels.describe(encoding, kinds)
-    weight = dequantised(encoding, kinds, torch.bfloat16)
+    weight = by_torch(encoding, kinds, torch.bfloat16)
     x = torch.randn((1, 1024), generator=torch.Generator().manual_seed(5)).bfloat16()
     value = {"denormal": 1e-39, "inf": torch.inf, "nan": torch.nan, "huge": 3e38, "zero": -0.0}
     x[0, 7::31] = value[special]
@@ -148,7 +164,7 @@ def test_numbers_that_are_none_and_tiny_ones(name: str, special: str) -> None:
 def test_scales_at_the_ends_of_their_range(scale: int) -> None:
     encoding, kinds = matrix_of("mxfp4", 48, 512)
     kinds["scales"][::2, 3:7] = scale
-    weight = dequantised(encoding, kinds, torch.bfloat16)
+    weight = by_torch(encoding, kinds, torch.bfloat16)
     matrix = kernels.describe(encoding, kinds)
     x = torch.randn((1, 512), generator=torch.Generator().manual_seed(5)).bfloat16()
     assert alike(product(x, matrix, kinds), F.linear(x, weight))
@@ -160,7 +176,7 @@ def test_every_code_of_eight_bits() -> None:
     codes = torch.where(codes & 127 == 127, 0, codes).to(torch.uint8).repeat(16, 2)
     scale = torch.tensor([[0.37, 2.0**-9, 11.0, 1.0]])
     kinds = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale_inv": scale}
-    weight = dequantised("fp8-128x128", kinds, torch.bfloat16)
+    weight = by_torch("fp8-128x128", kinds, torch.bfloat16)
     matrix = kernels.describe("fp8-128x128", kinds)
     columns = torch.eye(512, dtype=torch.bfloat16)
     found = torch.cat([product(column, matrix, kinds) for column in columns.split(8)])

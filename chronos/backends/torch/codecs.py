@@ -133,7 +133,7 @@ class Affine(Swiglu):
 
         def plain(weight: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
             kinds = {"weight": weight, "scales": scales, "biases": biases}
-            return dequantised(f"{SWIGLU}-affine{bits}", kinds, x_TD.dtype)
+            return dequantised(f"{SWIGLU}-affine{bits}", kinds, scales.dtype)  # what values have
 
         whole = Expert(plain(*expert[:3]), plain(*expert[3:]))
         return super().forward(x_TD, whole, block, adapter)

@@ -53,7 +53,7 @@ def describe(encoding: str, kinds: Kinds) -> Matrix | None:
         name = _NAMES.get(tensor.dtype)
         if name is None or not tensor.is_contiguous():
             return None
-        if encoding.startswith(("mlx", "transformers")) and name == "I32":
+        if encoding.startswith(("mlx", "transformers", "swiglu")) and name == "I32":
             name = "U32"  # which torch does not compute with: see `codecs.DTYPES`
         if kind in ("weight_scale_inv", "scale") and name == "U8":
             name = "F8_E8M0"
@@ -72,6 +72,18 @@ def multiply(x_1K: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
         at += 2 * matrix.rows
     kernels.multiply(products, 1, torch.get_num_threads(), (owners, x_1K))
     return y_1N
+
+
+def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:
+    """A quantised matrix in bfloat16 [N, K]; None where no kernel is for it."""
+    if not kernels.loaded() or any(tensor.device.type != "cpu" for tensor in kinds.values()):
+        return None
+    matrix = describe(encoding, kinds)
+    if matrix is None:
+        return None
+    out_NK = torch.empty((matrix.rows, matrix.columns), dtype=torch.bfloat16)
+    kernels.dequantise(matrix, out_NK.data_ptr())
+    return out_NK
 
 
 def same_bits(

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from chronos.backends.torch import kernels
 from chronos.common.layout.quantised import GGUF_BLOCKS, bits_of, block_of
 
 # E2M1 of OCP MX 1.0, by its code: eight magnitudes, and the same with the sign.
@@ -27,7 +29,26 @@ Kinds = Mapping[str, Tensor]
 
 
 def dequantised(encoding: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] that its tensors, by kind, stand for. encoding: of this one matrix."""
+    """The matrix [N, K] that its tensors, by kind, stand for. encoding: of this one matrix.
+
+    In bfloat16 by a compiled kernel, in a tenth of the time and less, if the first matrix of a kind
+    comes out as it does here.
+    """
+    if dtype == torch.bfloat16 and (found := kernels.dequantised(encoding, kinds)) is not None:
+        alike = (encoding, *((kind, t.dtype, t.shape) for kind, t in kinds.items()))
+        if alike not in _compared:
+            expected = by_torch(encoding, kinds, dtype)
+            _compared[alike] = torch.equal(found.view(torch.int16), expected.view(torch.int16))
+        if _compared[alike]:
+            return found
+    return by_torch(encoding, kinds, dtype)
+
+
+_compared: dict[Any, bool] = {}
+
+
+def by_torch(encoding: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
+    """The same, by operations of torch: the formulas."""
     method, _, setting = encoding.partition("-")
     # Rows lie one behind the other, as in the plain checkpoint: products of others have other bits.
     return _METHODS[method](setting, kinds, dtype).contiguous()

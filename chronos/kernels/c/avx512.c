@@ -28,6 +28,11 @@ static uint16_t fp4_values[32];               /* twice */
 static uint64_t fp4_places[4][8];             /* where a byte's codes lie, for each byte of a word */
 static uint16_t woven[32];                    /* 0, 16, 1, 17, ...: two halves, by turns */
 
+INLINE __m512 widened(__m256i values)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
 /* Rounded to bfloat16, denormal numbers too, which conversions of the CPU make zero. */
 INLINE __m512 round_bf16(__m512 values)
 {
@@ -58,82 +63,165 @@ INLINE __m512 of_integers(const Matrix *m, int format, __m512 codes, __m512 scal
     return m->scale_type == SCALE_F16 ? round_scale(SCALE_F16, codes) : codes;
 }
 
-/* Columns k to k + count of a row whose codes have four bits: the sixteen values of each group of
- * columns, and a look into them for each code. */
-INLINE void decode_four(const Matrix *m, int format, int64_t row, int64_t k, int64_t count, uint16_t *out)
+/* Scales and zeros, in float32, of the groups of a row from group g on; up to sixteen. */
+INLINE void load_groups(const Matrix *m, int format, int64_t row, int64_t g, int64_t count,
+                        float scale[16], float zero[16])
 {
-    const uint8_t *codes = m->values + (row * m->columns + k) / 2;
-    __m512 numbers = format == FP4 ? _mm512_loadu_ps(E2M1)
-                                      : _mm512_cvtepi32_ps(_mm512_set_epi32(15, 14, 13, 12, 11, 10,
-                                            9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-    int64_t g = k / m->across, left = 0;
-    __m512i table = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; i += 32, left -= 32) {
-        if (left <= 0) {
-            Group group = group_of(m, format, row, g);
-            __m512 scale = _mm512_set1_ps(group.scale), zero = _mm512_set1_ps(group.zero);
-            __m512 values = format == FP4 ? _mm512_mul_ps(numbers, scale)
-                                             : of_integers(m, format, numbers, scale, zero);
-            __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
-            table = _mm512_broadcast_i64x4(rounded);
-            left = ++g * m->across - k - i;
-        }
-        /* The lookup minds five bits of each word, of which the fifth makes no difference. */
-        __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
-        __m512i index = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+    const __mmask16 there = (__mmask16)((1u << count) - 1);
+    const int64_t at = (m->down == 1 ? row : row / m->down) * m->groups + g;
+    const uint16_t *halves = (const uint16_t *)m->scales + at;
+    __m512 scales;
+    switch (m->scale_type) {
+    case SCALE_F32: scales = _mm512_maskz_loadu_ps(there, (const float *)m->scales + at); break;
+    case SCALE_BF16: scales = widened(_mm256_maskz_loadu_epi16(there, halves)); break;
+    case SCALE_F16: scales = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, halves)); break;
+    case SCALE_E8M0: {
+        const uint8_t *from = (const uint8_t *)m->scales + at;
+        __m512i exponents = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, from));
+        __mmask16 least = _mm512_cmpeq_epi32_mask(exponents, _mm512_setzero_si512());
+        exponents = _mm512_slli_epi32(exponents, 23);
+        exponents = _mm512_mask_mov_epi32(exponents, least, _mm512_set1_epi32(1 << 22));
+        scales = _mm512_castsi512_ps(exponents);
+        break;
+    }
+    default:
+        for (int64_t i = 0; i < count; i++)
+            scale[i] = from_e4m3(((const uint8_t *)m->scales)[at + i]);
+        scales = _mm512_maskz_loadu_ps(there, scale);
+    }
+    if (m->divisor)
+        scales = _mm512_div_ps(scales, _mm512_set1_ps(*m->divisor));
+    _mm512_storeu_ps(scale, scales);
+    if (format == AFFINE) {
+        const uint16_t *biases = (const uint16_t *)m->zeros + at;
+        if (m->scale_type == SCALE_F32)
+            _mm512_storeu_ps(zero, _mm512_maskz_loadu_ps(there, (const float *)m->zeros + at));
+        else if (m->scale_type == SCALE_BF16)
+            _mm512_storeu_ps(zero, widened(_mm256_maskz_loadu_epi16(there, biases)));
+        else
+            _mm512_storeu_ps(zero, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, biases)));
+    } else if (format == INTEGER && m->zeros) {
+        const int each = 32 / m->bits;
+        const uint32_t *words = (const uint32_t *)m->zeros + row / each * m->groups + g;
+        __m512i codes = _mm512_srlv_epi32(_mm512_maskz_loadu_epi32(there, words),
+                                          _mm512_set1_epi32((int)(row % each) * m->bits));
+        codes = _mm512_and_si512(codes, _mm512_set1_epi32((1 << m->bits) - 1));
+        _mm512_storeu_ps(zero, _mm512_cvtepi32_ps(codes));
+    } else {
+        _mm512_storeu_ps(zero, _mm512_set1_ps((float)(1 << (m->bits - 1))));
     }
 }
 
-INLINE void decode_integers(const Matrix *m, int format, int64_t row, int64_t k, int64_t count, uint16_t *out)
+/* Two vectors to bfloat16, low half first. kept: denormal numbers stay, which VDPBF16PS takes for
+ * zeros anyway. */
+INLINE __m512i to_bf16s(__m512 low, __m512 high, int kept)
 {
-    const uint8_t *codes = m->values + row * m->columns + k;
-    __m512 scale = _mm512_setzero_ps(), zero = scale;
-    int64_t g = k / m->across, left = 0;
-    for (int64_t i = 0; i < count; i += 32, left -= 32) {
-        if (left <= 0) {
-            Group group = group_of(m, format, row, g);
-            scale = _mm512_set1_ps(group.scale), zero = _mm512_set1_ps(group.zero);
-            left = ++g * m->across - k - i;
-        }
-        __m512 half[2];
-        for (int h = 0; h < 2; h++) {
-            __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + i + 16 * h));
-            __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-            half[h] = of_integers(m, format, numbers, scale, zero);
-        }
-        _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
-    }
+    if (!kept)
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    __m512i a = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(low)), 16);
+    __m512i b = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(high)), 16);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)),
+                              _mm512_cvtepi32_epi16(b), 1);
 }
 
-/* E4M3 has few magnitudes: their bfloat16 is looked up in two halves, then multiplied. */
-INLINE void decode_e4m3(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out)
+/* The 32 columns of four bits at `codes`: each code is looked up in its row's sixteen values. The
+ * lookup minds five bits of each word, of which the fifth makes no difference. */
+INLINE __m512i look_up(const uint8_t *codes, __m512i table)
 {
-    const uint8_t *codes = m->values + row * m->columns + k;
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(both, _mm512_slli_epi32(both, 12)), table);
+}
+
+INLINE __m512i sixteen_values(const Matrix *m, int format, float scale, float zero)
+{
+    const __m512 counted = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512 scales = _mm512_set1_ps(scale), values;
+    if (format == FP4)
+        values = _mm512_mul_ps(_mm512_loadu_ps(E2M1), scales);
+    else
+        values = of_integers(m, format, counted, scales, _mm512_set1_ps(zero));
+    return to_bf16s(values, values, 1);
+}
+
+INLINE __m512i integers(const Matrix *m, int format, const uint8_t *codes, float scale, float zero,
+                        int kept)
+{
+    __m512 half[2];
+    for (int h = 0; h < 2; h++) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + 16 * h));
+        __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+        half[h] = of_integers(m, format, numbers, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
+    }
+    return to_bf16s(half[0], half[1], kept);
+}
+
+/* E4M3 has few magnitudes: their bfloat16 is looked up by halves, then multiplied. */
+INLINE __m512i e4m3(const uint8_t *codes, float scale, int kept)
+{
     const __m512i low0 = _mm512_loadu_si512(e4m3_low), low1 = _mm512_loadu_si512(e4m3_low + 64);
     const __m512i high0 = _mm512_loadu_si512(e4m3_high), high1 = _mm512_loadu_si512(e4m3_high + 64);
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-    const __m512i weave = _mm512_loadu_si512(woven);
-    __m512 scale = _mm512_setzero_ps();
-    int64_t g = k / m->across, left = 0;
-    for (int64_t i = 0; i < count; i += 32, left -= 32) {
-        if (left <= 0) {
-            scale = _mm512_set1_ps(group_of(m, FP8, row, g).scale);
-            left = ++g * m->across - k - i;
+    /* Each code twice: as the low and as the high byte of its value. */
+    __m512i twice = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    twice = _mm512_or_si512(twice, _mm512_slli_epi16(twice, 8));
+    __m512i low = _mm512_permutex2var_epi8(low0, twice, low1);
+    __m512i high = _mm512_permutex2var_epi8(high0, twice, high1);
+    __m512i value = _mm512_mask_mov_epi8(low, 0xaaaaaaaaaaaaaaaa, high);
+    value = _mm512_ternarylogic_epi32(value, twice, _mm512_set1_epi16((short)0x8000), 0xf8);
+    __m512 scales = _mm512_set1_ps(scale);
+    __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(value, 16));
+    __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(value, _mm512_set1_epi32((int)0xffff0000)));
+    value = to_bf16s(_mm512_mul_ps(even, scales), _mm512_mul_ps(odd, scales), kept);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(woven), value);
+}
+
+/* Columns k to k + count of a row, both multiples of 32, as are groups. format and bits are
+ * constants wherever this is used. */
+INLINE void decode_as(const Matrix *m, int format, int bits, int64_t row, int64_t k, int64_t count,
+                      uint16_t *out, int kept)
+{
+    const uint8_t *codes = m->values + (row * m->columns + k) * bits / 8;
+    float scale[16], zero[16];
+    int64_t g = k / m->across, end = k + count, loaded = 0, i = 0;
+    __m512i table = _mm512_setzero_si512();
+    for (; k < end; g++, i++) {
+        int64_t stop = (g + 1) * m->across < end ? (g + 1) * m->across : end;
+        if (i == loaded) {
+            loaded = (end - 1) / m->across + 1 - g, loaded = loaded < 16 ? loaded : 16, i = 0;
+            load_groups(m, format, row, g, loaded, scale, zero);
         }
-        /* Each code twice: as the low and as the high byte of its value. */
-        __m512i twice = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + i)));
-        twice = _mm512_or_si512(twice, _mm512_slli_epi16(twice, 8));
-        __m512i low = _mm512_permutex2var_epi8(low0, twice, low1);
-        __m512i high = _mm512_permutex2var_epi8(high0, twice, high1);
-        __m512i value = _mm512_mask_mov_epi8(low, 0xaaaaaaaaaaaaaaaa, high);
-        value = _mm512_ternarylogic_epi32(value, twice, _mm512_set1_epi16((short)0x8000), 0xf8);
-        __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(value, 16));
-        __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(value, upper));
-        even = _mm512_mul_ps(even, scale), odd = _mm512_mul_ps(odd, scale);
-        __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(weave, apart));
+        if (bits == 4)
+            table = sixteen_values(m, format, scale[i], zero[i]);
+        for (; k < stop; k += 32, codes += 4 * bits, out += 32) {
+            __m512i values;
+            if (bits == 4)
+                values = look_up(codes, table);
+            else if (format == FP8)
+                values = e4m3(codes, scale[i], kept);
+            else
+                values = integers(m, format, codes, scale[i], zero[i], kept);
+            _mm512_storeu_si512(out, values);
+        }
     }
+}
+
+INLINE void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out,
+                       int kept)
+{
+    switch (m->across % 32 && m->across < m->columns ? -1 : m->format << 4 | m->bits) {
+    case FP4 << 4 | 4: decode_as(m, FP4, 4, row, k, count, out, kept); break;
+    case FP8 << 4 | 8: decode_as(m, FP8, 8, row, k, count, out, kept); break;
+    case AFFINE << 4 | 4: decode_as(m, AFFINE, 4, row, k, count, out, kept); break;
+    case AFFINE << 4 | 8: decode_as(m, AFFINE, 8, row, k, count, out, kept); break;
+    case INTEGER << 4 | 4: decode_as(m, INTEGER, 4, row, k, count, out, kept); break;
+    case INTEGER << 4 | 8: decode_as(m, INTEGER, 8, row, k, count, out, kept); break;
+    default: chronos_decode(m, row, 1, k, count, out, 0);
+    }
+}
+
+static AVX512 void decode(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        decode_row(m, row + r, 0, m->columns, out + r * m->columns, 1);
 }
 
 /* Sixteen rows of up to 64 bytes to sixteen columns of 32 bits: out[d] has bytes 4 d to 4 d + 3 of
@@ -216,19 +304,8 @@ INLINE void fill(const Matrix *m, int64_t row, int64_t rows, int64_t k, int64_t 
     if (m->format == FP4 && m->scale_type == SCALE_E8M0 && m->across == 32 &&
         fill_mx(m, row, rows, k, count, panel))
         return;
-    rows = rows < LANES ? rows : LANES;
-    for (int64_t r = 0; r < rows; r++, row++) {
-        uint16_t *out = decoded[r];
-        switch (m->across % 32 && m->across < m->columns ? -1 : m->format << 4 | m->bits) {
-        case FP4 << 4 | 4: decode_four(m, FP4, row, k, count, out); break;
-        case FP8 << 4 | 8: decode_e4m3(m, row, k, count, out); break;
-        case AFFINE << 4 | 4: decode_four(m, AFFINE, row, k, count, out); break;
-        case AFFINE << 4 | 8: decode_integers(m, AFFINE, row, k, count, out); break;
-        case INTEGER << 4 | 4: decode_four(m, INTEGER, row, k, count, out); break;
-        case INTEGER << 4 | 8: decode_integers(m, INTEGER, row, k, count, out); break;
-        default: chronos_decode(m, row, 1, k, count, out, 0);
-        }
-    }
+    for (int64_t r = 0; r < rows && r < LANES; r++)
+        decode_row(m, row + r, k, count, decoded[r], 0);
     for (int64_t i = 0; i < count; i += 32)
         transpose((const uint8_t *)&decoded[0][i], sizeof decoded[0], rows, 64, panel + i / 2);
 }
@@ -300,19 +377,19 @@ static AVX512 void block(const Product *p, int64_t row, uint16_t out[MOST_ROWS][
             if (p->bias && s * LANES < rows) {
                 __mmask16 there = (__mmask16)((1u << (rows - s * LANES < LANES ? rows - s * LANES : LANES)) - 1);
                 __m256i bias = _mm256_maskz_loadu_epi16(there, p->bias + row + s * LANES);
-                y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16)));
+                y = _mm512_add_ps(y, widened(bias));
             }
             _mm256_storeu_si256((__m256i *)(out[i] + s * LANES), (__m256i)_mm512_cvtneps_pbh(y));
         }
 }
 
-Block *chronos_avx512(void)
+int chronos_avx512(Kernels *kernels)
 {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")))
-        return NULL;
+        return 0;
     for (uint32_t code = 0; code < 128; code++) {
         uint16_t value = to_bf16(from_e4m3(code));
         e4m3_low[code] = (uint8_t)value, e4m3_high[code] = (uint8_t)(value >> 8);
@@ -323,9 +400,14 @@ Block *chronos_avx512(void)
                                0x0101010101010101ull * (uint64_t)(8 * b);
     for (uint16_t i = 0; i < 32; i++)
         fp4_values[i] = to_bf16(E2M1[i & 15]), woven[i] = (uint16_t)(i / 2 + 16 * (i & 1));
-    return block;
+    *kernels = (Kernels){block, decode};
+    return 1;
 }
 
 #else
-Block *chronos_avx512(void) { return NULL; }
+int chronos_avx512(Kernels *kernels)
+{
+    (void)kernels;
+    return 0;
+}
 #endif

@@ -47,10 +47,16 @@ enum { BLOCK = 32, MOST_ROWS = 8 }; /* rows of a matrix that are computed at onc
 void chronos_decode(const Matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     uint16_t *out, int64_t stride);
 
-/* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows. */
-typedef void Block(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+/* What a CPU has. */
+typedef struct {
+    /* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows;
+     * NULL where no order of sums is known that a library has. */
+    void (*block)(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+    /* Whole rows as bfloat16, one behind the other. */
+    void (*decode)(const Matrix *m, int64_t row, int64_t rows, uint16_t *out);
+} Kernels;
 
-/* NULL where this CPU has not what it takes. */
-Block *chronos_avx512(void);
+/* Returns whether this CPU has what it takes, and sets them. */
+int chronos_avx512(Kernels *kernels);
 
 #endif

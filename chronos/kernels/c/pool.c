@@ -19,7 +19,7 @@
 enum { MOST_THREADS = 64, MOST_PRODUCTS = 64, MOST_BLOCKS = 1 << 16, NONE_LEFT = 1 << 30 };
 enum { SPIN_NS = 50000 };
 
-static Block *compute; /* of this CPU; NULL: none */
+static Kernels cpu;
 
 static struct {
     /* Job number in the upper half, next block in the lower. */
@@ -74,7 +74,7 @@ static void compute_block(uint64_t number, int b)
     atomic_thread_fence(memory_order_seq_cst);
     if (current() != number || before >> 1 == number)
         return; /* what was read may be of two jobs */
-    compute(&p, row, out);
+    cpu.block(&p, row, out);
     if (atomic_compare_exchange_strong(&job.state[b], &before, 2 * number)) {
         write_out(&p, row, out);
         atomic_store(&job.state[b], 2 * number + 1);
@@ -145,7 +145,7 @@ static void run_alone(const Product *products, int count)
     uint16_t out[MOST_ROWS][BLOCK];
     for (int i = 0; i < count; i++)
         for (int64_t row = 0; row < products[i].matrix.rows; row += BLOCK) {
-            compute(&products[i], row, out);
+            cpu.block(&products[i], row, out);
             write_out(&products[i], row, out);
         }
 }
@@ -192,7 +192,7 @@ int chronos_multiply(const Product *products, int count, int threads)
     int64_t blocks = 0;
     for (int i = 0; i < count; i++)
         blocks += (products[i].matrix.rows + BLOCK - 1) / BLOCK;
-    if (!compute || count < 1 || count > MOST_PRODUCTS)
+    if (!cpu.block || count < 1 || count > MOST_PRODUCTS)
         return -1;
     /* Of two callers one computes alone, as do small products. */
     if (threads < 2 || blocks < 4 || blocks > MOST_BLOCKS || pthread_mutex_trylock(&one_caller)) {
@@ -209,12 +209,21 @@ int chronos_multiply(const Product *products, int count, int threads)
 /* How many threads may still read the memory of products that are computed. */
 int chronos_behind(void) { return atomic_load(&job.inside); }
 
-/* Returns the instructions that products are computed with: 0 for none, 1 for AVX-512 BF16. */
+/* The whole matrix as bfloat16 [N, K]. */
+void chronos_dequantise(const Matrix *m, uint16_t *out) { cpu.decode(m, 0, m->rows, out); }
+
+static void decode_plainly(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
+{
+    chronos_decode(m, row, rows, 0, m->columns, out, m->columns);
+}
+
+/* Returns whether there are products; matrices are dequantised on every CPU. */
 int chronos_open(void)
 {
     static int opened;
     if (!opened++)
         pthread_atfork(NULL, NULL, forget);
-    compute = chronos_avx512();
-    return compute ? 1 : 0;
+    if (!chronos_avx512(&cpu))
+        cpu = (Kernels){NULL, decode_plainly};
+    return cpu.block != NULL;
 }
