@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref, c_int64, c_void_p
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,12 @@ def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> Non
     expected = by_torch(encoding, kinds, torch.bfloat16)
     found = kernels.dequantised(encoding, kinds)
     assert found is not None and alike(found, expected)
+    matrix, plainly = kernels.describe(encoding, kinds), torch.empty_like(found)
+    sizes = [c_int64(n) for n in (0, N, 0, K)]  # what CPUs without kernels of their own run
+    library._library().chronos_decode(
+        byref(matrix), *sizes, c_void_p(plainly.data_ptr()), c_int64(K)
+    )
+    assert alike(plainly, expected)
     assert alike(dequantised(encoding, kinds, torch.bfloat16), expected)
 
 
