@@ -51,7 +51,7 @@ def describe(encoding: str, kinds: Kinds) -> Matrix | None:
     arrays = {}
     for kind, tensor in kinds.items():
         name = _NAMES.get(tensor.dtype)
-        if name is None or not tensor.is_contiguous():
+        if name is None or not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:
             return None
         if encoding.startswith(("mlx", "transformers", "swiglu")) and name == "I32":
             name = "U32"  # which torch does not compute with: see `codecs.DTYPES`
