@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from chronos.common.text.sampling import PIECE
+from chronos.run.batch import Batch
 from chronos.testing.tiny import CONFIG
 from tests.support.serving import CHAT, HELLO, TEXT, Running
 
@@ -104,6 +106,27 @@ def test_a_silent_stream_says_that_it_lives(
     pings = [line for line in lines if line.startswith(": ping ")]
     assert any(line.startswith(": ping prefill") for line in pings), lines
     assert lines[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/messages", "/v1/responses"])
+def test_the_first_byte_comes_before_the_model_does_anything(
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Clients that hear nothing send again, and the copies queue behind each other."""
+    may, step = threading.Event(), Batch.step
+
+    def waits(self: Batch) -> Any:
+        assert may.wait(30)
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", waits)
+    asked = {TEXT: {"prompt": [1]}, "/v1/responses": {"input": "x", "max_output_tokens": 2}}
+    body = {"messages": HELLO, "max_tokens": 2, "stream": True} | asked.get(path, {})
+    with server.http.stream("POST", path, json=body) as response:
+        lines = response.iter_lines()
+        assert response.status_code == 200 and next(lines) and not may.is_set()
+        may.set()
+        assert len(list(lines)) > 2
 
 
 def test_an_error_in_a_stream_is_its_last_event(
