@@ -48,7 +48,7 @@ def build(face: Face) -> None:
             stats = str(site.root.run(name) / EXPERTS)
             args = ["serve", where, "--budget", budget, "--port", "0", "--stats", stats]
             names.append(site.jobs.start(name, KIND, args).name)
-        running = _servers(face)
+        running = servers_of(face)
         return [chosen(running, names[-1]), chosen(running, names[0] if names[1:] else None, False)]
 
     def said(language: str, words: str, tokens: float, temperature: float, *called: Any) -> str:
@@ -73,7 +73,7 @@ def build(face: Face) -> None:
         return call
 
     def live(language: str, seen: Any, first: Any, second: Any) -> Any:
-        running = _servers(face)
+        running = servers_of(face)
         names = [name for _, name in running]
         asked = (first, second)
         left = first if first in names else names[0] if names else None
@@ -113,8 +113,8 @@ def _side(face: Face, name: str) -> tuple[Any, Any, Any, Any]:
     return server, stop, chat, told
 
 
-def _servers(face: Face) -> list[tuple[str, str]]:
-    """Those that run, and those that ended, whose conversations are still there."""
+def servers_of(face: Face) -> list[tuple[str, str]]:
+    """(what is shown, name) of those that run and of ended ones, whose conversations stay."""
     found = []
     for job in face.site.jobs.of(KIND):
         model = job.args[1].rpartition("/")[2]

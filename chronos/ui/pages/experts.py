@@ -43,7 +43,7 @@ def build(face: Face) -> None:
         )  # fmt: skip
 
     def live(language: str, seen: Any, called: Any, window: str) -> Any:
-        running = chat._servers(face)
+        running = chat.servers_of(face)
         names = [name for _, name in running]
         asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, chat.KIND)

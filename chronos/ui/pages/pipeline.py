@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from chronos.common.errors import ChronosError
 from chronos.common.training.recipe import BUILT_IN
 from chronos.train import STAGES
-from chronos.ui import pictures
+from chronos.ui import pictures, recipes
 from chronos.ui.face import Face, chosen, newest, offered, table
 from chronos.ui.jobs import Job
 from chronos.ui.rows import Rows
@@ -147,11 +148,8 @@ def build(face: Face) -> None:
 def _fits(face: Face, name: str, stage: str) -> bool:
     """Whether a recipe is one of the stage. One that cannot be read fits all, and is refused when
     it is used."""
-    from chronos.common.errors import ChronosError
-    from chronos.ui.recipes import stage_of
-
     try:
-        return stage_of(face.site.recipes.text(name)) == stage
+        return recipes.stage_of(face.site.recipes.text(name)) == stage
     except ChronosError:
         return True
 
@@ -187,8 +185,6 @@ def _state(face: Face, language: str, job: Job | None, rows: list[dict[str, Any]
 
 def _explained(face: Face, mine: str, begun: str, rows: str) -> Any:
     """What `chronos inspect data FILE --model M` says."""
-    from chronos.ui import recipes
-
     recipe = recipes.check(face.site.recipes.text(mine))
     root = face.site.root
     path = rows or recipe.data.path
