@@ -46,6 +46,11 @@ def test_files_of_the_machine_are_not_served(client: httpx2.Client, root: Path) 
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
+def test_nothing_is_uploaded(client: httpx2.Client) -> None:
+    answer = client.post("/gradio_api/upload", files={"files": ("x.zip", b"PK\x03\x04")})
+    assert answer.status_code in (400, 413)
+
+
 @pytest.mark.slow
 def test_those_who_may_use_it(tmp_path: Path) -> None:
     with showing(tmp_path, "--auth", "me:secret") as address:
