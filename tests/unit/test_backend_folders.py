@@ -60,6 +60,7 @@ ONLY = {
     "checkpoint.dequantised_bytes": "see OWN",
     "streamed.routed_sum": "MLX-LM's blocks weigh the outputs themselves",
     "streamed.routed_outputs": "see streamed.routed_sum",
+    "streamed.Climb.top": "MLX differentiates functions, torch what came of them",
     "lora.LoraWeight": "Transformers has gates that are no linear layers",
     "lora.LoraLinear.bias": "MLX reads no bias of a layer it did not call",
     "lora.LoraExpert.of": "MLX transforms arrays that a function is given, torch those it meets",
@@ -83,6 +84,8 @@ PARAMETERS = {
     "moe.MoE.compute": "see lora.LoraExpert.of",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
     "arena.Arena.__init__": "torch takes a CopyEngine",
+    "streamed.Climb.down": "MLX multiplies in one precision",
+    "losses.losses": "see streamed.Climb.top: MLX calls the model anew, torch has its output",
     "optimizers.Optimizer.update": "torch's parameters carry their gradients; MLX's are values",
 }
 
