@@ -21,7 +21,6 @@ OWN = {"products.py", "quantised.py", "kernels.py"}
 FILES = sorted({p.name for p in (BACKENDS / "torch").glob("*.py")} - OWN)
 # What one framework has no use for, with the reason. A name that is no difference is an error.
 ONLY = {
-    "streamed.Climb.top": "torch's tape begins where a loss is made; MLX needs it as a function",
     "attention.RMSNorm": "mlx.nn has one in every version",
     "attention.Rotary.tables": "mx.fast.rope computes the rotation; there are no tables",
     "attention.LatentAttention.front": "parts of a CUDA graph's step: see graphs.py",
@@ -78,8 +77,6 @@ PARAMETERS = {
     "codecs.Transformers.view": "see codecs.Codec.view",
     "checkpoint.load_model": "MLX widens the dense part on a CPU in any case",
     "losses.tensors_of": "MLX arrays are on no device until they are computed with",
-    "losses.losses": "torch is given states, MLX runs the model within what it differentiates",
-    "streamed.Climb.down": "MLX has no autocast, and its gradients are what a function returns",
     "moe.Next.__init__": "see losses.tensors_of",
     "moe.MoE.compute": "see lora.LoraExpert.of",
     "moe.ExpertWeights.__init__": "a stack needs the number of its experts",
