@@ -172,6 +172,7 @@ def test_the_best_of_a_study_becomes_a_recipe_and_is_undone(reader: Reader, root
     mine = root / "recipes" / "best.toml"
     mine.write_text(before)
     reader.tab("Auto-Tune")
+    reader.until(lambda: reader.field("Recipe to improve").input_value() != "")
     reader.pick("Recipe to improve", "recipes/quick.toml")
     reader.field("Trials").fill("2")
     reader.press("Start or go on")
