@@ -289,6 +289,29 @@ def test_policy_is_reference(backend: Any) -> None:
     assert terms["policy"] == pytest.approx(-gain, rel=1e-5)
 
 
+def test_clip_ratios_of_answers(backend: Any) -> None:
+    """The least and the most of an answer's tokens that were clipped; one that trains nothing does
+    not count."""
+    step, random = start(backend), np.random.default_rng(0)
+    ids = random.integers(3, 60, (5, 9)).astype(np.int32)
+    labels = np.roll(ids, -1, 1)
+    labels[:, :3], labels[0, 6:], labels[4] = IGNORE, IGNORE, IGNORE
+    data, signs = Batch(ids, labels, np.zeros_like(ids)), np.array([1, -1, -1, -1, 1], np.float32)
+    known = backend.score(step.model, data).log_probs_BT
+    old = known + 0.8 * random.standard_normal(known.shape).astype(np.float32)
+    terms = step.evaluate(
+        [data.with_extra({"advantages": signs, "old": old})], PolicyGradient(epsilon_high=0.2)
+    )
+    trained, ratio, up = labels != IGNORE, np.exp(known - old), signs[:, None] > 0
+    shares = [
+        (clipped & trained).sum(1)[:4] / trained.sum(1)[:4]
+        for clipped in ((ratio < 0.8) & ~up, (ratio > 1.2) & up)
+    ]
+    assert terms["clip_ratio/low_min"] == pytest.approx(shares[0].min(), abs=1e-6)
+    assert terms["clip_ratio/high_max"] == pytest.approx(shares[1].max(), abs=1e-6)
+    assert shares[1].max() > 0
+
+
 def test_teacher_is_student(backend: Any) -> None:
     data, step = pairs(), start(backend)
     out = backend.forward(step.model, data.ids_BT, segments_BT=data.segments_BT)

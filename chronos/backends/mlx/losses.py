@@ -249,9 +249,10 @@ def grpo(labels: AtLabels, batch: Tensors, objective: Any, counts: Counts) -> Te
         "clip_ratio/region_mean": (below | above) * mask_BT,
     }
     terms |= {k: mx.stop_gradient(x).sum() / counts.own["labels"] for k, x in logged.items()}
-    own = mx.maximum(mask_BT.sum(), 1)  # least and most of the micro-batches'
-    terms["clip_ratio/low_min"] = (below * mask_BT).sum() / own
-    terms["clip_ratio/high_max"] = (above * mask_BT).sum() / own
+    # Of an answer, the least and the most; one without labels counts for neither.
+    low_B = (below * mask_BT).sum(1) / length_B1[:, 0] + (mask_BT.sum(1) == 0)
+    terms["clip_ratio/low_min"] = low_B.min()
+    terms["clip_ratio/high_max"] = ((above * mask_BT).sum(1) / length_B1[:, 0]).max()
     return terms
 
 
