@@ -1,6 +1,6 @@
 """Decoding a model whose streamed experts are known a token ahead, at the size of a real one.
 
-A generated model (random weights, records of 3 MB, the tiers of the recipe `known-ahead`) writes
+A generated model (random weights, records of 3 MB, the tiers of the recipe `demo`) writes
 sampled text, resident and within a budget in turns. Its text means nothing; which experts it needs
 follows from its own gates, and no recorded routing is put in their place. Random gates change
 their minds less than trained ones: with the recipe's 0.9 one need in 200 is not in memory, in a
@@ -44,7 +44,7 @@ _WIDE = {
 
 def config(layers: int, decay: float) -> ModelConfig:
     """The recipe's tiers in a model of 24 x 32 records of 2.95 MB: 2.3 GB."""
-    routing = load_recipe("known-ahead", PretrainRecipe).model
+    routing = load_recipe("demo", PretrainRecipe).model
     return replace(routing, history_decay=decay, **(_WIDE | {"num_hidden_layers": layers}))
 
 

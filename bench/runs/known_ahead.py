@@ -1,6 +1,6 @@
 """What routing that is known a token ahead costs and saves: arms trained alike, measured alike.
 
-Every arm is the recipe `demo` (8 layers, width 128, rows of 256 tokens, 16 a step) with another
+Every arm is the recipe `plain` (8 layers, width 128, rows of 256 tokens, 16 a step) with another
 routing, without its LookaheadRouter, whose loss reaches no other weight. Held-out text is then run
 through each: loss of all of it, and the routing of pieces of documents, from whose token 16 on
 reads of a cache are counted (a pool of all layers, decayed LFU, carried over from piece to piece).
@@ -9,6 +9,7 @@ Ceiling: no expert read, 100 % hits. Gates and what came out: bench/log/known-ah
     python -m bench.runs.known_ahead --prepare --data bench/scratch/known-ahead/ids.npz
     python -m bench.runs.known_ahead --data FILE --arm twin --seed 0 --steps 600 --out R.jsonl
     python -m bench.runs.known_ahead --data FILE --runs twin:0,rho9:0,rho9:1 --jobs 12 --out R.jsonl
+    python -m bench.runs.known_ahead --model demo      (one that is there, measured alike)
 
 With --within a trial of a few steps comes first, and --steps is lowered, for all alike, to what
 that many seconds of training hold.
@@ -67,12 +68,18 @@ FROM = 16  # tokens of a piece that are not counted
 
 def prepare(path: Path) -> None:
     """Token ids of the standard library, both parts, by the shipped model's tokenizer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **encoded("demo"))
+
+
+def encoded(model: str) -> dict[str, Any]:
+    """Token ids of the standard library, both parts, by a model's tokenizer."""
     from chronos.common.data import encode_documents, split_documents, stdlib_documents
     from chronos.common.text.tokenizer import Tokenizer
     from chronos.run.models import resolve_model
 
-    recipe = load_recipe("demo", PretrainRecipe)
-    tokenizer = Tokenizer.load(resolve_model("demo"))
+    recipe = load_recipe("plain", PretrainRecipe)
+    tokenizer = Tokenizer.load(resolve_model(model))
     arrays: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
     parts = split_documents(stdlib_documents(), recipe.data.validation_share)
     for name, documents in zip(("train", "valid"), parts, strict=True):
@@ -82,8 +89,25 @@ def prepare(path: Path) -> None:
         arrays[name] = np.concatenate(ids).astype(np.uint16)
         arrays[f"{name}_starts"] = np.cumsum([0, *map(len, ids)])[:-1]
         print(f"{name}: {len(ids)} documents, {len(arrays[name])} tokens", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    return arrays
+
+
+def run_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a model folder, as arms are measured when they are trained."""
+    import torch
+
+    from chronos import backends
+    from chronos.run.models import resolve_model
+
+    torch.set_num_threads(args.threads)
+    model: Any = backends.load("torch").load(resolve_model(name), resident=True)
+    held_out = rows(encoded(name), "valid", load_recipe("plain", PretrainRecipe), 0)
+    count = args.trace_tokens // held_out.seq_len * 2  # rows begin and end within documents
+    batches = [batch for _, batch in zip(range(0, count, 16), held_out.sweep(16), strict=False)]
+    pieces = list(pieces_of(batches, args.trace_tokens))
+    return {"bench": "known-ahead", "model": name} | measured(
+        model, model.config, pieces, args.decoded
+    )
 
 
 def rows(arrays: Any, name: str, recipe: Recipe[PretrainRecipe], seed: int) -> PackedDataset:
@@ -105,7 +129,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     from chronos import backends
 
     torch.set_num_threads(args.threads)
-    recipe, changes = load_recipe("demo", PretrainRecipe), dict(ARMS[args.arm])
+    recipe, changes = load_recipe("plain", PretrainRecipe), dict(ARMS[args.arm])
     losses = dataclasses.replace(recipe.model.loss_weights, **changes.pop("loss", {}))
     arrays = np.load(args.data)
     config = dataclasses.replace(
@@ -291,7 +315,8 @@ def run_all(args: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", help="measure this model instead of training arms")
     parser.add_argument("--prepare", action="store_true", help="write the data file, and end")
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--seed", type=int, default=0)
@@ -307,7 +332,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder for the trained models")
     parser.add_argument("--out", type=Path, help="lines are added to this file")
     args = parser.parse_args()
-    if args.prepare:
+    if args.model:
+        print(json.dumps(run_model(args.model, args)))
+    elif not args.data:
+        parser.error("give --data or --model")
+    elif args.prepare:
         prepare(args.data)
     elif not args.arm:
         sys.exit(run_all(args))

@@ -71,7 +71,7 @@ def decode(
     run: BenchOptions,
     sampling: SamplingOptions,
     out: JsonOptions,
-    budgets: BudgetsOption = "all,50%,25%,12.5%",
+    budgets: BudgetsOption = "all,50%,25%",
     rounds: RoundsOption = 3,
     warmup: Annotated[
         int, typer.Option(min=0, help="Uncounted answers before each counted one.")

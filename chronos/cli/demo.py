@@ -15,7 +15,7 @@ from chronos.cli.options import DeviceOptions, JsonOptions, RunOptions, check_bu
 if TYPE_CHECKING:
     from chronos.run.engine import Engine, GenerationResult
 
-_PROMPT = 'class Stack:\n    """A stack of items."""\n\n    def '
+_PROMPT = '"""Reading and writing files."""\n\nimport os\n'
 
 
 @command("demo", panel="Start here")
@@ -30,7 +30,7 @@ def demo(
             "-p",
             metavar="TEXT",
             help="What both runs continue.",
-            show_default="the start of a Python class",
+            show_default="the start of a Python module",
         ),
     ] = _PROMPT,
     budget: Annotated[
@@ -105,18 +105,23 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool)
     """One column per run, one row per question a newcomer would ask."""
     whole, part = facts[0]["stats"], facts[1]["stats"]
     read = footer.per_token(part, "bytes_read") / 1e6
+    stall = 1e3 * footer.per_token(part, "stall_s")
     memory = output.size(facts[0]["expert_bytes_total"]), output.size(part["peak_expert_bytes"])
     rows = [
         ("The very same tokens?", "-", "yes" if same else "NO"),
         ("Tokens per second", f"{whole['decode_tps']:.1f}", f"{part['decode_tps']:.1f}"),
         ("Hit rate: needs met from memory", "100.0 %", output.percent(footer.hit_rate(part))),
         ("Read from disk per token", "0 MB", f"{read:.3f} MB"),
+        ("Waiting for the disk per token", "0 ms", f"{stall:.2f} ms"),
         ("Most memory the experts took", *memory),
         ("Share of the limit", "-", footer.limit_cell(footer.limit_share(part))),
     ]
+    if announced := part["announced"]:
+        in_time = f"{announced - part['announced_late']} of {announced}"
+        rows.insert(3, ("Known a token ahead, and there in time", "-", in_time))
     if not quiet:
         output.heading("What this shows")
-        output.paragraph(_EXPLANATION.format(budget))
+        output.paragraph(_EXPLANATION.format(budget) + (_KNOWN if announced else ""))
     output.table(("", "all experts", f"room for {budget}"), rows)
     if not quiet:
         output.paragraph(_NUMBERS)
@@ -127,5 +132,10 @@ _EXPLANATION = (
     "them for each token (a token is a piece of a word). The first run held all of them in "
     "memory. The second had room for {} of them, and read an expert from disk whenever it needed "
     "one it did not hold. Nothing is approximated: both runs must write the same text."
+)
+_KNOWN = (
+    " This model says, while it computes one token, which of the experts that are not always in "
+    "memory the next token will need. That is no guess, so they are read meanwhile, and the second "
+    "run hardly waits."
 )
 _NUMBERS = f"All of the tokens after the prompt. The limit: {footer.LIMIT}"

@@ -29,7 +29,8 @@ Generated from the sections' dataclasses by `make docs`; do not edit.
 A recipe is a TOML file that says what `chronos train` does. Every key has a default, so a recipe
 names what it wants otherwise; a name that is not here is refused, with the nearest that is.
 `-c demo` is the recipe of the shipped model, `chronos/assets/recipes/demo.toml`; beside it lie one
-for each other stage, by its name, and `longer` ([training.md](training.md)).
+for each other stage, by its name, `longer` ([training.md](training.md)), and `plain`, the shipped
+model with ordinary routing ([demo-model.md](demo-model.md)).
 
 ```toml
 [model]

@@ -149,9 +149,9 @@ def _anchor(
         )
     if recipe.anchor.form != "gate":
         return
-    if config.routing_source != "gate":
+    if "lookahead" in config.routing_sources:
         raise ConfigError(
-            f"the gates of this model do not choose its experts ({config.routing_source} does)",
+            "the gates of this model do not choose its experts (lookahead does)",
             "anchor.form",
             'use form = "states", or weight = 0',
         )

@@ -27,12 +27,12 @@ def test_a_model_that_fits_is_written_and_named(chronos: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("model", "flags", "code", "words"),
     [
-        ("demo", ["--to", "hf"], 3, "layers 1, 3, 5, 7 attend to a window"),
+        ("demo", ["--to", "hf"], 3, "layer 0 chooses its experts by 'history'"),
         ("demo", ["--to", "onnx"], 2, "not exported to 'onnx'"),
         ("demo", ["--to", "hf", "--type", "q8_0"], 2, "'q8_0' is no type of --to hf"),
-        ("demo", ["--to", "mlx"], 3, "MLX-LM has no such architecture: layers 1, 3, 5, 7"),
+        ("demo", ["--to", "mlx"], 3, "MLX-LM has no such architecture: layer 0 chooses"),
         ("demo", ["--to", "gguf", "--dequantize"], 2, "--dequantize is for --to hf and --to mlx"),
-        ("demo", ["--to", "gguf"], 3, "layers 1, 3, 5, 7 attend to a window"),
+        ("demo", ["--to", "gguf"], 3, "layer 0 chooses its experts by 'history'"),
         ("demo", ["--to", "gguf", "--with-code"], 2, "--with-code is for --to hf"),
         ("absent", ["--to", "hf"], 2, "no such file or folder"),
     ],

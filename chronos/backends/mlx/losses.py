@@ -22,7 +22,9 @@ from mlx import nn
 from chronos.backends.mlx.model import Model, Output
 from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
-from chronos.common.model.history import balance_scale
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
+from chronos.common.model.history import balance_scale, tiers
 from chronos.common.training.memory import TILE_BYTES
 from chronos.common.training.objectives import Counts, Objective
 
@@ -79,7 +81,7 @@ def losses(
     weights, (probs_LBTE, ids_LBTK) = objective.weights, _routed(out, segments_BT)
     terms = formula(partial(at_labels, model, out.hidden, arrays), arrays, objective, counts)
     terms |= routing_terms(probs_LBTE, ids_LBTK, segments_BT, objective, counts)
-    terms |= anchor_terms(out, probs_LBTE, ids_LBTK, arrays, counts)
+    terms |= anchor_terms(out, probs_LBTE, ids_LBTK, arrays, counts, model.config)
     if out.lookahead is not None:
         terms |= lookahead_terms(out.lookahead, probs_LBTE, ids_LBTK, segments_BT, counts)
     own_LE = _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
@@ -344,7 +346,12 @@ def _log1mexp(x: mx.array) -> mx.array:
 
 
 def anchor_terms(
-    out: Output, probs_LBTE: mx.array, ids_LBTK: mx.array, batch: Tensors, counts: Counts
+    out: Output,
+    probs_LBTE: mx.array,
+    ids_LBTK: mx.array,
+    batch: Tensors,
+    counts: Counts,
+    config: ModelConfig | GuestConfig,
 ) -> Terms:
     """Distance from a reference router on the same tokens: KL(router || reference), and the share
     of the picks that are not the reference's.
@@ -366,12 +373,20 @@ def anchor_terms(
     if "reference_ids" in batch:
         known_LBTK = batch["reference_ids"].transpose(2, 0, 1, 3)
     elif reference_LBTE is not None:
-        known_LBTK = mx.argsort(-reference_LBTE, axis=-1)[..., : ids_LBTK.shape[-1]]
+        known_LBTK = mx.stack(
+            [_likeliest(p, tiers(config, x)) for x, p in enumerate(reference_LBTE)]
+        )
     else:
         return terms
     same_LBTK = (ids_LBTK[..., :, None] == known_LBTK[..., None, :]).any(-1)
     moved = _sum((~same_LBTK).astype(mx.float32).mean(-1), real_BT) / count
     return terms | {"router/shift": mx.stop_gradient(moved)}
+
+
+def _likeliest(probs_BTE: mx.array, parts: list[tuple[slice, int]]) -> mx.array:
+    """The likeliest experts of each tier."""
+    found = [mx.argsort(-probs_BTE[..., part], axis=-1)[..., :k] + part.start for part, k in parts]
+    return mx.concatenate(found, axis=-1)
 
 
 def routing_terms(

@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from chronos.backends.torch.model import Model, Output
 from chronos.common.data import IGNORE, Batch
 from chronos.common.errors import UsageError
-from chronos.common.model.history import balance_scale
+from chronos.common.model.config import ModelConfig
+from chronos.common.model.guest import GuestConfig
+from chronos.common.model.history import balance_scale, tiers
 from chronos.common.training.memory import TILE_BYTES
 from chronos.common.training.objectives import Counts, Objective
 
@@ -80,7 +82,7 @@ def losses(
     weights, (probs_LBTE, ids_LBTK) = objective.weights, _routed(out, segments_BT)
     terms = formula(partial(at_labels, model, out.hidden, arrays), arrays, objective, counts)
     terms |= routing_terms(probs_LBTE, ids_LBTK, segments_BT, objective, counts)
-    terms |= anchor_terms(out, probs_LBTE, ids_LBTK, arrays, counts)
+    terms |= anchor_terms(out, probs_LBTE, ids_LBTK, arrays, counts, model.config)
     if out.lookahead is not None:
         terms |= lookahead_terms(out.lookahead, probs_LBTE, ids_LBTK, segments_BT, counts)
     own_LE = _picks(ids_LBTK, segments_BT, probs_LBTE.shape[-1])
@@ -332,7 +334,12 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def anchor_terms(
-    out: Output, probs_LBTE: Tensor, ids_LBTK: Tensor, batch: Tensors, counts: Counts
+    out: Output,
+    probs_LBTE: Tensor,
+    ids_LBTK: Tensor,
+    batch: Tensors,
+    counts: Counts,
+    config: ModelConfig | GuestConfig,
 ) -> Terms:
     """Distance from a reference router on the same tokens: KL(router || reference), and the share
     of the picks that are not the reference's.
@@ -354,12 +361,20 @@ def anchor_terms(
     if "reference_ids" in batch:
         known_LBTK = batch["reference_ids"].permute(2, 0, 1, 3)
     elif reference_LBTE is not None:
-        known_LBTK = reference_LBTE.topk(ids_LBTK.shape[-1], dim=-1).indices
+        known_LBTK = torch.stack(
+            [_likeliest(p, tiers(config, x)) for x, p in enumerate(reference_LBTE)]
+        )
     else:
         return terms
     same_LBTK = (ids_LBTK[..., :, None] == known_LBTK[..., None, :]).any(-1)
     moved = ((~same_LBTK).float().mean(-1) * real_BT).sum() / count
     return terms | {"router/shift": moved}
+
+
+def _likeliest(probs_BTE: Tensor, parts: list[tuple[slice, int]]) -> Tensor:
+    """The likeliest experts of each tier."""
+    found = [probs_BTE[..., part].topk(k, dim=-1).indices + part.start for part, k in parts]
+    return torch.cat(found, dim=-1)
 
 
 def routing_terms(

@@ -42,6 +42,15 @@ def parts(config: ModelConfig) -> list[slice]:
     return [slice(*edge) for edge in pairwise(edges)]
 
 
+def tiers(config: ModelConfig | GuestConfig, layer: int) -> list[tuple[slice, int]]:
+    """A layer's experts that are chosen beside each other, and how many of them a token uses."""
+    every, top_k = config.num_experts, config.num_experts_per_tok
+    if not isinstance(config, ModelConfig) or config.routing_of(layer) != "history":
+        return [(slice(0, every), top_k)]
+    resident, near = config.num_resident_experts, config.num_resident_experts_per_tok
+    return [(slice(0, resident), near), (slice(resident, every), top_k - near)]
+
+
 def per_expert(config: ModelConfig, value_G: Floats) -> Floats:
     """A value of each rho, for every streamed expert that follows it. [1, S]"""
     widths = [part.stop - part.start for part in parts(config)]
