@@ -186,20 +186,20 @@ def test_a_guests_name_on_a_native_model_is_refused(source: Path, tmp_path: Path
         open_layout(tmp_path / "coded", config=read_config(source))
 
 
-@pytest.mark.parametrize(("word", "bound"), [("int8", 1.001), ("int4", 1.006)])
+@pytest.mark.parametrize(("word", "bound"), [("int8", 1.003), ("int4", 1.02)])
 def test_the_demo_loses_next_to_nothing(
     word: str, bound: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a short text; bench/results/quantise.md has the figures on a long one."""
+    """On 2,048 tokens, whose factor lies off that of a long text by more than it is;
+    bench/results/quantise.md has the latter, within 1.001 and 1.006."""
     pytest.importorskip("torch")
-    packed, text = str(tmp_path / "packed"), tmp_path / "text.py"
-    text.write_text(Path(json.__file__).read_text("utf-8"))
+    packed = str(tmp_path / "packed")
     assert main.run(["pack", "demo", "--quantize", word, "-o", packed]) == 0
     capsys.readouterr()
-    data = ["--data", str(text), "--backend", "torch", "-n", "512", "--json"]
+    data = ["--data", "stdlib", "--backend", "torch", "-n", "2048", "--json"]
     assert main.run(["eval", packed, "--against", "demo", *data]) == 0
     found = json.loads(capsys.readouterr().out)
     other = found["against"]
     assert other["loss_factor"] == pytest.approx(np.exp(found["loss"] - other["loss"]))
-    assert found["tokens"] > 450 and found["loss"] != other["loss"]
+    assert found["tokens"] > 2000 and found["loss"] != other["loss"]
     assert other["loss_factor"] < bound
