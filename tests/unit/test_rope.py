@@ -31,6 +31,7 @@ def config(width: int, theta: float, scaling: RopeScaling | None, **more: Any) -
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize(("width", "theta"), WIDTHS)
 def test_it_is_transformers_and_the_oracles(width: int, theta: float, scaling: RopeScaling) -> None:
+    pytest.importorskip("torch")  # its tables are tensors
     rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
     c = config(width, theta, scaling)
