@@ -98,6 +98,7 @@ def main() -> None:
                 alone.append(answer(where, options.tokens))
                 page = browser.new_page()
                 page.goto(url)
+                page.wait_for_timeout(2000)  # until it has gone to the tab that was seen last
                 page.get_by_role("tab", name="I/O monitor").click()
                 page.locator("#io-state").get_by_text("hits").first.wait_for()
                 before, start = sum(ours.cpu_times()[:2]), time.perf_counter()
