@@ -44,6 +44,16 @@ _LEGEND = (
 )
 _NOISY = 0.2  # rounds further apart say little about a budget
 PROMPT = "import os\n\n\ndef "
+PromptOption = Annotated[
+    str,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="What is continued.",
+        show_default="the start of a Python module",
+    ),
+]
 
 
 class _DefaultGroup(TyperGroup):
@@ -76,16 +86,7 @@ def decode(
     warmup: Annotated[
         int, typer.Option(min=0, help="Uncounted answers before each counted one.")
     ] = 1,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            help="What is continued.",
-            show_default="the start of a Python module",
-        ),
-    ] = PROMPT,
+    prompt: PromptOption = PROMPT,
 ) -> None:
     """Decode at several budgets beside the fully resident model. `bench MODEL` is short for it."""
     from chronos.common.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import typer
 
 from chronos.cli import footer, output
 from chronos.cli.app import app, command
-from chronos.cli.bench import PROMPT
+from chronos.cli.bench import PROMPT, PromptOption
 from chronos.cli.options import JsonOptions, ModelArg, check_budget, folder_named
 
 if TYPE_CHECKING:
@@ -227,16 +227,7 @@ def machine(
         int, typer.Option("--max-tokens", "-n", min=12, help="Of the continuation.")
     ] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs that a value has to win.")] = 3,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            "-p",
-            metavar="TEXT",
-            help="What is continued.",
-            show_default="the start of a Python module",
-        ),
-    ] = PROMPT,
+    prompt: PromptOption = PROMPT,
 ) -> None:
     """Find this machine's fastest settings for a model at a budget, none of which changes a token.
 

@@ -15,21 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-RECIPE = """
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-max_position_embeddings = 128
-num_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 16
-kv_latent_dim = 16
-rope_dim = 8
-sliding_window = 16
-lookahead_steps = 1
+from tests.support.recipes import TINY_MODEL
+
+RECIPE = (
+    TINY_MODEL
+    + """lookahead_steps = 1
 lookahead_hidden_size = 16
 
 [tokenizer]
@@ -48,6 +38,7 @@ log_every = 2
 eval_every = 4
 save_every = 4
 """
+)
 
 
 @pytest.fixture

@@ -14,23 +14,12 @@ import pytest
 
 from chronos import backends
 from chronos.testing.tiny import tiny_tokenizer
+from tests.support.recipes import TINY_MODEL
 
 pytest.importorskip("optuna")
-STUDY = """
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-max_position_embeddings = 128
-num_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 16
-kv_latent_dim = 16
-rope_dim = 8
-sliding_window = 16
-lookahead_steps = 0
+STUDY = (
+    TINY_MODEL
+    + """lookahead_steps = 0
 
 [tokenizer]
 path = "{tokenizer}"
@@ -53,6 +42,7 @@ budget = "75%"
 min_effective = 0.1
 max_use = 1.0
 """
+)
 
 
 @pytest.fixture

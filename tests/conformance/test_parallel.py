@@ -18,6 +18,7 @@ from chronos.common.errors import UsageError
 from chronos.common.training.objectives import own_share
 from chronos.testing.tiny import tiny_packed
 from chronos.testing.train_tests import batch, difference
+from tests.support.recipes import TINY_MODEL
 
 # Dropout and masks, an uneven number of micro-batches, an expert that one process never uses.
 _CHILD = """
@@ -139,21 +140,9 @@ def test_two_processes_give_the_gradients_of_one(
         assert np.array_equal(value, both[1][1][key]), key
 
 
-RECIPE = """
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-max_position_embeddings = 128
-num_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 16
-kv_latent_dim = 16
-rope_dim = 8
-sliding_window = 16
-lookahead_hidden_size = 16
+RECIPE = (
+    TINY_MODEL
+    + """lookahead_hidden_size = 16
 
 [tokenizer]
 vocab_size = 270
@@ -176,6 +165,7 @@ save_every = 4
 [optimizer]
 warmup_steps = 2
 """
+)
 
 
 @pytest.mark.slow
