@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -124,6 +126,21 @@ def test_it_has_the_bits_of_the_dequantised_checkpoint(
             np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
             if engine.feed is not None:
                 assert engine.feed.stats().peak_expert_bytes <= engine.budget_bytes
+
+
+def test_a_process_of_its_own_loads_it(guest: Callable[..., Guest]) -> None:
+    """As the command line does, without what torch imports for compilers alone."""
+    code = """if True:
+        import sys
+        from chronos import load
+        for folder in sys.argv[1:]:
+            with load(folder, backend="torch", budget="50%", own_process=True) as engine:
+                print(len(engine.generate([5, 6], max_tokens=2).result.tokens))
+    """
+    folders = [guest(name).packed for name in ("mxfp4", "fp8", "int4")]
+    command = [sys.executable, "-c", code, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["2", "2", "2"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

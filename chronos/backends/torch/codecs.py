@@ -32,7 +32,7 @@ from chronos.common.layout.codecs import (
     TRANSFORMERS,
     encodings_of,
 )
-from chronos.common.layout.quantised import is_coded, split
+from chronos.common.layout.quantised import grouped, is_coded, shape_of, split
 
 if TYPE_CHECKING:
     from chronos.common.layout import Record
@@ -173,6 +173,10 @@ class Transformers:
         normed = getattr(block, "has_post_expert_norm", False)  # Transformers 5.20 brought it
         return block.post_expert_norm(y_TD) if normed else y_TD
 
+    def shapes(self, record: Record, block: Any) -> dict[str, tuple[int, ...]]:
+        """Of what `parameters` gives of such a record."""
+        return {tensor.name: tuple(tensor.shape) for tensor in record.tensors}
+
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """One slice of each parameter of the library's module; dtype: what it computes in."""
         return expert.tensors
@@ -218,6 +222,22 @@ class Quantised(Transformers):
         tensors = tensors_of(raw, record)
         matrices = dict.fromkeys(split(name).matrix for name in tensors)
         return Coded(tensors, None, encodings_of(record.encoding, matrices))
+
+    def shapes(self, record: Record, block: Any) -> dict[str, tuple[int, ...]]:
+        """By arithmetic: dequantising without values takes what only compilers import."""
+        found: dict[str, tuple[int, ...]] = {}
+        by_matrix = grouped((t.name, t.dtype, t.shape) for t in record.tensors)
+        encodings = encodings_of(record.encoding, by_matrix)
+        for matrix, kinds in by_matrix.items():
+            if (bias := kinds.pop("bias", None)) is not None:
+                found[f"{matrix}_bias"] = bias[1]
+            found[matrix] = shape_of(encodings[matrix], kinds, f"{record.label}: {matrix}")
+        for end in ("", "_bias"):
+            if (gate := found.pop(f"gate_proj{end}", None)) is not None:
+                rows, *columns = found.pop(f"up_proj{end}")
+                found[f"gate_up_proj{end}"] = (gate[0] + rows, *columns)
+        shapes = {name: found[name] for name in PARAMETERS if name in found}
+        return {n: s[::-1] for n, s in shapes.items()} if block.is_transposed else shapes
 
     def parameters(self, expert: Named, block: Any, dtype: torch.dtype) -> Mapping[str, Tensor]:
         assert isinstance(expert, Coded)

@@ -396,8 +396,8 @@ def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, A
         record = layout.records[layer, 0]  # all of a layer are alike
         codec = codec_of(record.encoding)
         raw = torch.empty(record.nbytes, dtype=torch.uint8, device="meta")
-        found = codec.parameters(codec.view(raw, record), module, torch.float32)
-        shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        codec.view(raw, record)
+        shapes: Shapes = codec.shapes(record, module)
         if shapes != module.chronos_shapes:
             raise ShapeMismatch(
                 f"{record.label}: {shapes} found, the model wants {module.chronos_shapes}",
