@@ -55,6 +55,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "mxfp4")
 Array = NDArray[np.float32]
 _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _BLOCK = 32  # numbers of a row that Q8_0 and MXFP4 code together
+_MXFP4 = "mxfp4"  # a type of ours, and how Chronos calls gpt-oss' encoding
 _STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
@@ -117,7 +118,8 @@ def export_gguf(
     """Write the model in `src`, packed or not, to model.gguf in the new folder `dst`.
 
     kind: one of TYPES for matrices, "" for the dtype they have; "mxfp4" codes the routed experts
-    and leaves the rest. Norms, gates and biases are float32. progress: called with bytes done and
+    and leaves the rest. Norms, gates and biases are float32. Experts that are MXFP4 as gpt-oss is
+    published keep their codes and scales. progress: called with bytes done and
     in all. Raises UsageError, ConfigError for what llama.cpp does not have, CorruptFileError,
     DiskFullError.
     """
@@ -126,8 +128,16 @@ def export_gguf(
     check_new(dst)
     if kind not in ("", *TYPES):
         raise UsageError(f"{kind!r} is no type of a GGUF", "--type", f"use {', '.join(TYPES)}")
+    coded = set(model.encodings.values()) == {_MXFP4}
+    if coded and kind not in ("", _MXFP4):
+        raise UsageError(
+            f"experts in MXFP4 are written as such, not as {kind}",
+            "--type",
+            "leave it out; or chronos export --to hf --dequantize, and export that",
+        )
+    kind = kind or (_MXFP4 if coded else _STORED[model.config.dtype])
     with _misfits_named(src):
-        return _written(src, dst, model, kind or _STORED[model.config.dtype], progress, io)
+        return _written(src, dst, model, kind, progress, io)
 
 
 @contextmanager
@@ -182,7 +192,7 @@ def _as_guest(src: Path, model: ModelSource) -> tuple[dict[str, Any], list[Tenso
             raise ConfigError(f"llama.cpp has no such architecture: {why}", str(src), WITH_CODE)
         made = qwen3_moe(own) if windows else deepseek_v2(own)
         return made.config, made.dense
-    if model.dialect != TRANSFORMERS:
+    if model.dialect != TRANSFORMERS and set(model.encodings.values()) != {_MXFP4}:
         raise UsageError(
             f"experts encoded as {next(iter(model.encodings.values()))} are not written as GGUF",
             str(src),
@@ -329,7 +339,10 @@ def _add_experts(layout: _Layout, model: ModelSource, config: dict[str, Any]) ->
 def _width(model: ModelSource, config: dict[str, Any]) -> int:
     """Numbers inside an expert, as its tensors have them."""
     first = next(iter(model.templates.values()))
-    shape = next(tensor.shape for tensor in first.tensors if tensor.name == "down_proj")
+    shapes = {tensor.name: tensor.shape for tensor in first.tensors}
+    if (scales := shapes.get("down_proj_scales")) is not None:
+        return scales[1] * _BLOCK
+    shape = shapes["down_proj"]
     return shape[0] if config["model_type"] == "gpt_oss" else shape[1]
 
 
@@ -349,11 +362,12 @@ def _arrays(model: ModelSource, dense: list[Tensor], io: FileIO) -> Iterator[tup
 
 def _experts(
     model: ModelSource, config: dict[str, Any], biased: bool
-) -> Iterator[tuple[int, int, dict[str, Array]]]:
-    """Layer, expert, and its matrices and biases in float32 by the ends of their names."""
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Layer, expert, and its matrices and biases by the ends of their names: in float32, or rows
+    of bytes where they are coded already."""
     crossed = config["model_type"] == "gpt_oss"  # columns first, gate and up rows in turn
 
-    def halves(x: Array) -> tuple[Array, Array]:
+    def halves(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         half = len(x) // 2
         return (x[::2], x[1::2]) if crossed else (x[:half], x[half:])
 
@@ -361,12 +375,18 @@ def _experts(
         tensors = model.templates[keys[0][0]].tensors
         with closing(model.experts(keys)) as stream:
             for (layer, expert), data in stream:
-                found = {}
+                found: dict[str, NDArray[Any]] = {}
                 for t in tensors:
                     raw = data[t.name]
                     raw = raw if isinstance(raw, memoryview) else b"".join(raw)
+                    if t.dtype == "U8":
+                        found[t.name] = np.frombuffer(raw, np.uint8).reshape(t.shape)
+                        continue
                     array = widened(raw, t.dtype, t.shape)
                     found[t.name] = array.T if crossed and array.ndim == 2 else array
+                for name in ("gate_up_proj", "down_proj"):
+                    if name not in found:
+                        found[name] = _blocks(found[f"{name}_blocks"], found[f"{name}_scales"])
                 parts = {
                     f"{stack}.weight": array
                     for stack, array in zip(
@@ -379,6 +399,14 @@ def _experts(
                         f"{stack}.bias": array for stack, array in zip(_STACKS, three, strict=True)
                     }
                 yield layer, expert, parts
+
+
+def _blocks(codes_NGb: NDArray[np.uint8], scales_NG: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """MXFP4 as gpt-oss is published as rows of GGUF's blocks [N, G * 17]: a scale, then codes. A
+    byte of the one holds two neighbours, of the other those 16 apart."""
+    one = np.stack([codes_NGb & 15, codes_NGb >> 4], -1).reshape(*scales_NG.shape, _BLOCK)
+    both = one[..., : _BLOCK // 2] | one[..., _BLOCK // 2 :] << 4
+    return np.concatenate([scales_NG[..., None], both], -1).reshape(len(scales_NG), -1)
 
 
 def _parameters(
@@ -469,13 +497,17 @@ class _File:
     def __enter__(self) -> _File:
         return self
 
-    def put(self, name: str, part: int, array: Array) -> None:
-        """Write the numbers of a tensor, or of one expert of a stack."""
+    def put(self, name: str, part: int, array: NDArray[Any]) -> None:
+        """Write the numbers of a tensor, or of one expert of a stack; bytes are coded numbers."""
         item = self.layout.items[name]
-        if array.shape not in (item.shape, item.shape[1:]):
-            raise ShapeMismatch(f"{name} is {list(array.shape)}, the config implies {item.shape}")
-        coded = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), item.quant)
-        raw = coded.tobytes()
+        coded, shape = array.dtype == np.uint8, array.shape
+        if coded:
+            shape = gguf.quant_shape_from_byte_shape(shape, item.quant)
+        if shape not in (item.shape, item.shape[1:]):
+            raise ShapeMismatch(f"{name} is {list(shape)}, the config implies {item.shape}")
+        if not coded:
+            array = gguf.quants.quantize(np.ascontiguousarray(array, np.float32), item.quant)
+        raw = array.tobytes()
         self.out.seek(self.start + item.offset + part * len(raw))
         self.out.write(raw)
         self.done += len(raw)

@@ -23,13 +23,14 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from chronos.backends.torch.checkpoint import load_model
+from chronos.backends.torch.checkpoint import dequantised_bytes, load_model
 from chronos.common.disk.io import FileIO
 from chronos.common.errors import ConfigError, DiskFullError, ShapeMismatch, UsageError
-from chronos.common.layout import pack
+from chronos.common.layout import pack, unpack
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.interop.gguf import export_gguf
 from chronos.testing.tiny import TEXTS, tiny_model, tiny_tokenizer
+from tests.support import quantised
 from tests.support.guests import ARCHITECTURES, BASE, tiny_guest
 
 ROOT = Path(__file__).parents[2]
@@ -148,9 +149,9 @@ GUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(folder: Path, model_type: str) -> Any:
+def build(folder: Path, model_type: str, **changes: Any) -> Any:
     torch.manual_seed(1)
-    own = ARCHITECTURES[model_type] | GUESTS[model_type]
+    own = ARCHITECTURES[model_type] | GUESTS[model_type] | changes
     settings = BASE | {"vocab_size": 300, "initializer_range": 0.3} | own
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -410,3 +411,28 @@ def test_numbers_that_were_mxfp4_are_coded_as_they_were() -> None:
     values = (values * 2.0 ** random.integers(-20, 4, (64, 1))).astype(np.float32)
     kind = gguf.GGMLQuantizationType.MXFP4
     assert np.array_equal(gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind), values)
+
+
+def test_published_mxfp4_keeps_its_codes(tmp_path: Path) -> None:
+    """Beside the way through the plain checkpoint: the same types, and the same numbers."""
+    wide = {"hidden_size": 64, "intermediate_size": 32}
+    model = build(tmp_path / "any", "gpt_oss", **wide)
+    quantised.save(model, tmp_path / "src", "mxfp4", lambda name: ".experts." in name)
+    tiny_tokenizer(300).save(tmp_path / "src")
+    pack(tmp_path / "src", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "plain", dequantise=dequantised_bytes)
+    found = {}
+    for name, kind in (("plain", "mxfp4"), ("packed", ""), ("src", "mxfp4")):
+        export_gguf(tmp_path / name, tmp_path / f"{name}-out", kind=kind)
+        found[name] = {t.name: t for t in read(tmp_path / f"{name}-out").tensors}
+    experts = [name for name in found["packed"] if name.endswith("_exps.weight")]
+    assert len(experts) == 9
+    for name, tensor in found["packed"].items():
+        plain, same = found["plain"][name], found["src"][name]
+        assert tensor.tensor_type == plain.tensor_type
+        assert np.array_equal(tensor.data, same.data)
+        values = [gguf.quants.dequantize(t.data, t.tensor_type) for t in (tensor, plain)]
+        assert np.array_equal(*values)
+        assert (name in experts) == (tensor.tensor_type.name == "MXFP4")
+    with pytest.raises(UsageError, match="written as such, not as f16"):
+        export_gguf(tmp_path / "packed", tmp_path / "out", kind="f16")
