@@ -112,6 +112,22 @@ def test_one_worker_stays_free_of_prefetches(blob):
         assert all(request.wait(10) for request in [demand, *prefetches])
 
 
+@pytest.mark.parametrize(
+    ("pages", "places"),
+    [(48, [0, 12, 24, 36]), (24, [0, 12]), (12, [0])],
+    ids=["a quarter each", "halves: quarters are too small", "one"],
+)
+def test_idle_workers_share_a_demand_read(blob, pages, places):
+    path, data = blob
+    io = GatedIO()
+    io.gate.set()
+    buffer = aligned_buffer(pages * ALIGN)
+    with RangedReader(threads=4, chunk_bytes=8 * ALIGN, io=io) as reader:
+        assert reader.submit(path, 0, buffer, demand=True).wait(10)
+    assert sorted(io.order) == [place * ALIGN for place in places]
+    assert buffer == data[: pages * ALIGN]
+
+
 def test_promote_and_cancel(blob):
     path, _ = blob
     io = GatedIO()
