@@ -8,6 +8,7 @@
 #   make oracle          training beside TRL and mlx-lm-lora, which it installs
 #   make vllm            the plugin under vLLM, in an environment of its own (.venv-vllm)
 #   make clients         clients and tools that others wrote ask the server; installs them (npm too where that is)
+#   make agents          coding agents ask the server (npm, a gigabyte); for releases
 #   make ui-test         the pages of `chronos ui` in a Chromium (Debian: apt-get install chromium-headless-shell)
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
@@ -32,7 +33,7 @@ PARALLEL := OMP_NUM_THREADS=1
 COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle vllm clients ui-test gpu docs site clean
+.PHONY: demo test check absent oracle vllm clients agents ui-test gpu docs site clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -77,6 +78,10 @@ clients: $(DEV_STAMP)
 	if command -v npm >/dev/null; then npm ci --prefix tests/serve/js --no-audit --no-fund --ignore-scripts; fi
 	CHRONOS_TEST_CLIENTS=$(VENV)-clients/bin $(RUN) pytest tests/serve/test_outside.py
 
+agents: $(DEV_STAMP)
+	npm ci --prefix tests/serve/agents --no-audit --no-fund
+	CHRONOS_TEST_AGENTS=tests/serve/agents/node_modules/.bin $(RUN) pytest tests/serve/test_agents.py
+
 # The browser is this target's alone: a walk through all pages takes a minute.
 ui-test: $(DEV_STAMP)
 	CHRONOS_TEST_BROWSER=1 $(PARALLEL) $(RUN) pytest tests/ui
@@ -96,7 +101,7 @@ site: $(DEV_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)-clients tests/serve/js/node_modules $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV)-clients tests/serve/*/node_modules $(VENV)/.chronos-* build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -39,6 +39,8 @@ class Answer:
         self._events: deque[tuple[int, Event, float]] = deque()
         self._came = asyncio.Event()
         self._woken = False
+        self._quiet_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self.jobs: list[Job] = []
         self.results: dict[int, GenerationResult] = {}
         self._failed: set[int] = set()
@@ -71,6 +73,8 @@ class Answer:
 
     def close(self) -> None:
         """Nobody wants what has not come yet."""
+        if self._timer is not None:
+            self._timer.cancel()
         over = self.results.keys() | self._failed
         open_jobs = [job for at, job in enumerate(self.jobs) if at not in over]
         self._worker.cancel(open_jobs)
@@ -91,10 +95,7 @@ class Answer:
         last: dict[int, float] = {}
         while len(self.results) < len(self.jobs):
             if not self._events:
-                try:
-                    async with asyncio.timeout(PING_S):
-                        await self._came.wait()
-                except TimeoutError:
+                if not await self._waited():
                     yield -1, None
                 self._came.clear()
                 self._woken = False  # before looking: what comes from now on wakes again
@@ -118,6 +119,23 @@ class Answer:
                 self._failed.add(number)
                 self._metrics.failed(job)
                 raise event
+
+    async def _waited(self) -> bool:
+        """Wait for an event; False after PING_S without one. One timer follows all waits of an
+        answer, since making one for each token costs more than the wait."""
+        self._quiet_at = self._loop.time() + PING_S
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._quiet_at, self._on_timer)
+        await self._came.wait()
+        return bool(self._events) or self._loop.time() < self._quiet_at
+
+    def _on_timer(self) -> None:
+        """Wake a wait that is over; begin anew where other waits have begun since."""
+        self._timer = None
+        if self._loop.time() >= self._quiet_at:
+            self._came.set()
+        else:
+            self._timer = self._loop.call_at(self._quiet_at, self._on_timer)
 
 
 class Whole(Response):
@@ -188,12 +206,15 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def event(data: Any, name: str = "") -> str:
-    """One server-sent event."""
+    """One server-sent event. data: JSON, or its text."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {data if isinstance(data, str) else dumps(data)}\n\n"
 

@@ -42,6 +42,7 @@ class Metrics:
         self._rejected = counter("admission_rejections", "Requests not taken in.", ("reason",))
         self._ttft = seconds("time_to_first_token", "From the request to its first token.")
         self._gap = seconds("inter_token_latency", "Between two tokens of a reply.", _TOKEN_SECONDS)
+        self._of_tokens: dict[tuple[str, bool], Histogram] = {}
         self._e2e = seconds("e2e_request_latency", "From the request to its end.")
         self._queue = seconds("request_queue_time", "In line.")
         self._prefill = seconds("request_prefill_time", "From its beginning to the first token.")
@@ -56,7 +57,12 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def token(self, job: Job, seconds: float, first: bool) -> None:
-        (self._ttft if first else self._gap).labels(job.model).observe(seconds)
+        key = job.model, first
+        histogram = self._of_tokens.get(key)
+        if histogram is None:  # looking it up by its label takes longer than the rest
+            histogram = (self._ttft if first else self._gap).labels(job.model)
+            self._of_tokens[key] = histogram
+        histogram.observe(seconds)
 
     def ended(self, job: Job, result: GenerationResult) -> None:
         now = time.monotonic()

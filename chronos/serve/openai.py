@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from chronos.common.text.tokenizer import Tokenizer
 from chronos.run.generation import Likely
 from chronos.serve import chat as chats
-from chronos.serve.answer import Answer, Events, Whole, event, usage_numbers
+from chronos.serve.answer import Answer, Events, Whole, dumps, event, usage_numbers
 from chronos.serve.ask import (
     MOST_LIKELY,
     SAMPLING,
@@ -211,6 +211,12 @@ def _head(ask: Ask, prefix: str, kind: str) -> dict[str, Any]:
     }
 
 
+def _chunks_of(head: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
+    """Choices to events; what is the same in all of a stream is written once."""
+    begun = dumps(head)[:-1]
+    return lambda choice: event(f'{begun},"choices":[{dumps(choice)}]}}')
+
+
 def usage(answer: Answer, thoughts: int = 0) -> dict[str, Any]:
     results = [answer.results[number] for number in range(len(answer.jobs))]
     # Replies to one prompt read it once each here; it is counted once, as OpenAI does.
@@ -260,10 +266,10 @@ async def _chat_chunks(
     ask: Ask, answer: Answer, head: dict[str, Any], wants_usage: bool
 ) -> AsyncIterator[str]:
     texts, told = ask.texts(answer), [0] * len(answer.jobs)
+    chunk_of = _chunks_of(head)
 
     def chunk(number: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"index": number, "delta": delta, "finish_reason": reason, **more}
-        return event({**head, "choices": [choice]})
+        return chunk_of({"index": number, "delta": delta, "finish_reason": reason, **more})
 
     def said(number: int, parts: list[Part], likely: Likely = ()) -> list[str]:
         """Chunks of what is new of a reply."""
@@ -329,6 +335,7 @@ async def _text_chunks(
     ask: Ask, answer: Answer, head: dict[str, Any], wants_usage: bool, echo: bool
 ) -> AsyncIterator[str]:
     offsets = [0] * len(answer.jobs)  # of the next token's text, for `logprobs`
+    chunk_of = _chunks_of(head)
 
     def chunk(number: int, text: str, likely: Likely = (), reason: str | None = None) -> str:
         choice: dict[str, Any] = {"index": number, "text": text, "finish_reason": reason}
@@ -336,7 +343,7 @@ async def _text_chunks(
         if likely:
             choice["logprobs"] = told = _text_logprobs(ask, [likely], offsets[number])
             offsets[number] += len(told["tokens"][0])
-        return event({**head, "choices": [choice]})
+        return chunk_of(choice)
 
     for number, job in enumerate(answer.jobs):
         start = ask.served.tokenizer.decode(job.prompt) if echo else ""

@@ -24,6 +24,7 @@ from xxhash import xxh3_128
 import chronos
 from chronos.common.disk.atomic import make_folder, sweep_orphans
 from chronos.common.disk.header import TensorEntry, read_header
+from chronos.common.disk.io import FileIO
 from chronos.common.disk.tensors import Named, read_tensors, write_tensors
 from chronos.common.errors import ChronosError
 from chronos.common.layout.manifest import EXPERTS
@@ -45,8 +46,9 @@ Tensor = tuple[TensorEntry, memoryview]
 class PrefixFiles:
     """A folder of them, for the model with `owner`."""
 
-    def __init__(self, folder: Path, most_bytes: int) -> None:
+    def __init__(self, folder: Path, most_bytes: int, io: FileIO | None = None) -> None:
         """most_bytes: of all files. Raises ResourceError where the folder cannot be had."""
+        self._io = io or FileIO()
         if not folder.is_dir():
             make_folder(folder)
             folder.chmod(0o700)  # what people asked is in there
@@ -110,7 +112,7 @@ class PrefixFiles:
         named = [(_IDS, "I64", ids.shape, memoryview(ids).cast("B")), *tensors]
         try:
             self._make_room(nbytes)
-            write_tensors(path, named, metadata)
+            write_tensors(path, named, metadata, self._io)
         except (ChronosError, OSError) as error:
             _log.warning("a beginning of a prompt is not kept on disk: %s", error)
 

@@ -116,7 +116,11 @@ def run(
 ) -> None:
     """Serve until a signal. say: is told where it listens. stats: a file that `statlog` appends to.
     Raises what loading the first model raises, ResourceError where `stats` cannot be written."""
-    asyncio.run(_serve(_Uvicorn(settings(app)), worker, sock, say, stats))
+    config = settings(app)
+    # uvloop's, where it is installed: it hands the interpreter's lock to and from the engine's
+    # thread less often for each token.
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(_Uvicorn(config), worker, sock, say, stats))
 
 
 def settings(app: ASGIApp) -> uvicorn.Config:

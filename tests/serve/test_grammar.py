@@ -165,6 +165,7 @@ def test_a_template_that_opens_thoughts_is_seen(folder: Path, tmp_path: Path) ->
             assert (counted == 9) == thinks
             assert bool(message.get("reasoning_content")) == thinks
             assert bool(message["content"]) == (not thinks)
+            assert answer["choices"][0]["finish_reason"] == "length"
         events = server.events("/v1/messages", messages=HELLO, max_tokens=9)
         kinds = [e["delta"]["type"] for e in events if e["type"] == "content_block_delta"]
         assert kinds[-1] == "signature_delta" and set(kinds[:-1]) == {"thinking_delta"}

@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,47 @@ def test_what_is_damaged_is_never_read(
     assert "is removed and its prompt is read again" in caplog.text and not path.exists()
     files.write(IDS, TENSORS)
     assert files.read(IDS) is not None
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import numpy as np
+from chronos.serve.prefix_files import PrefixFiles
+from chronos.testing.faults import WRITES, FaultyIO
+for at in range(1, 100):
+    child = os.fork()
+    if child == 0:
+        files = PrefixFiles(Path(sys.argv[1]), 100_000, FaultyIO(fail_at=at, ops=WRITES, kill=True))
+        files.open("me")
+        files.write(np.arange(int(sys.argv[2])) + at, [("x", "F32", (3, 5), bytes(range(60)))])
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(at, code, flush=True)
+    if code == 0:
+        break
+"""
+
+
+def test_killed_anywhere_in_a_write_nothing_broken_is_left(
+    files: PrefixFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file is there with all its bytes or not at all, and what was there before stays."""
+    command = [sys.executable, "-c", "import os" + KILLED, str(files._folder), str(PIECE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    codes = {int(at): int(code) for at, code in map(str.split, done.stdout.splitlines())}
+    assert len(codes) > 5 and set(list(codes.values())[:-1]) == {-signal.SIGKILL}
+    anew = PrefixFiles(files._folder, 100_000)
+    anew.open("me")
+    assert not list(files._folder.glob(".*.chronos-tmp"))
+    assert anew.read(IDS) is not None
+    kept = [at for at in codes if anew.find(np.append(IDS + at, 0), 0)]
+    assert max(codes) in kept and min(codes) not in kept
+    for at in kept:
+        [(_, data)] = anew.read(IDS + at) or [(None, memoryview(b""))]
+        assert data == bytes(range(60))
+    assert caplog.text == ""
 
 
 def test_what_is_anothers_is_left_alone_and_told(

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ import httpx2
 import pytest
 
 from chronos.cli import main
-from tests.support.serving import CHAT, HELLO
+from chronos.common.text.sampling import PIECE
+from chronos.serve.prefix_files import SUFFIX
+from tests.support.serving import CHAT, HELLO, TEXT
 
 pytestmark = pytest.mark.needs_backend
 
@@ -68,6 +71,36 @@ def test_it_listens_loads_answers_and_drains(folder: Path, tmp_path: Path) -> No
         assert server.stderr is not None and server.stderr.read() == ""
     lines = [json.loads(line) for line in stats.read_text("utf-8").splitlines()]
     assert lines[0]["generated"] == 0 < lines[-1]["generated"]
+
+
+def test_a_server_that_is_killed_begins_anew_with_the_same_answers(
+    folder: Path, tmp_path: Path
+) -> None:
+    """kill -9 in the middle of a stream; what it had kept on disk of a prompt is there again."""
+    kept = tmp_path / "kept"
+    flags = ("--name", "it", "--budget", "50%", "--prefix-cache-dir", kept)
+    prompt = [7 * i % 300 for i in range(PIECE + 20)]
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "logprobs": 2, "temperature": 0}
+    told = []
+    for turn in range(2):
+        with (
+            process(folder, *flags) as (server, url),
+            httpx2.Client(base_url=url, timeout=60) as http,
+        ):
+            while http.get("/health").status_code != 200:
+                time.sleep(0.02)
+            told.append(http.post(TEXT, json=body).json())
+            while not list(kept.glob(f"*{SUFFIX}")):  # written while nobody asks
+                time.sleep(0.02)
+            endless = body | {"max_tokens": 900, "stream": True}
+            with http.stream("POST", TEXT, json=endless) as response:
+                next(response.iter_lines())
+                server.kill()
+                assert server.wait(30) == -signal.SIGKILL
+            assert server.stderr is not None and server.stderr.read() == ""
+        cached = told[turn]["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == turn * PIECE
+    assert told[0]["choices"] == told[1]["choices"]
 
 
 Refused = Callable[..., tuple[int, str]]

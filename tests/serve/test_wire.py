@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,53 @@ def test_a_streamed_text_is_the_whole_one(server: Running) -> None:
         streamed = [v for c in choices if c["logprobs"] for v in c["logprobs"][name]]
         assert streamed == values, name
     assert len(whole["logprobs"]["tokens"]) == 12
+
+
+def said(path: str, answer: Any) -> str:
+    """The text of a whole answer."""
+    if path == MESSAGES:
+        return "".join(block["text"] for block in answer["content"])
+    if path == RESPONSES:
+        return "".join(part["text"] for item in answer["output"] for part in item["content"])
+    choice = one(answer)
+    return str(choice["text"] if path == TEXT else choice["message"]["content"])
+
+
+def streamed(path: str, events: list[Any]) -> str:
+    """The text that the events of a stream join to."""
+    if path == CHAT:
+        return deltas(events)
+    if path == TEXT:
+        return "".join(one(event)["text"] for event in events if event != "[DONE]")
+    if path == MESSAGES:
+        found = [e["delta"] for e in events if e["type"] == "content_block_delta"]
+        return "".join(delta["text"] for delta in found)
+    return "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta")
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, MESSAGES, RESPONSES])
+def test_fifty_streams_join_to_their_whole_replies(server: Running, path: str) -> None:
+    """Random weights write bytes that are no characters, so many are cut by the ends of chunks."""
+
+    def ask(number: int) -> tuple[str, str]:
+        text = f"{'café ☕ ' * (number % 3)}def f{number}(x):"
+        body: dict[str, Any] = {"temperature": 1.2, "seed": number}
+        body["max_output_tokens" if path == RESPONSES else "max_tokens"] = 6 + number % 5
+        if path in (CHAT, MESSAGES):
+            body["messages"] = [{"role": "user", "content": text}]
+        else:
+            body["prompt" if path == TEXT else "input"] = text
+        if path in (MESSAGES, RESPONSES):  # these have no seed
+            body["temperature"] = 0
+            body.pop("seed")
+        whole = server.post(path, **body)
+        assert whole.status_code == 200, whole.text
+        return said(path, whole.json()), streamed(path, server.events(path, **body))
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(ask, range(50)))
+    assert [whole for whole, _ in told] == [joined for _, joined in told]
+    assert len({whole for whole, _ in told}) > 25 and "\ufffd" in "".join(map("".join, told))
 
 
 def test_several_texts_and_ids_are_answered_in_order(server: Running) -> None:
