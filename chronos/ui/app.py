@@ -7,20 +7,27 @@ those to `chronos serve`: names of hosts that point here and foreign pages are r
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chronos.serve.guard import LOOPBACK, Guard, Rules
+from chronos.common.errors import ChronosError
+from chronos.serve.guard import LOOPBACK, Guard, Rules, body_of, described
+from chronos.serve.problem import Problem
 from chronos.ui.face import Face, Site
 from chronos.ui.jobs import Jobs
 from chronos.ui.pages import bench, chat, config, experts, export, pipeline, routing, runs, tune
@@ -40,7 +47,9 @@ PAGES = {
     "routing": routing,
     "runs": runs,
 }
-_CSS = (Path(__file__).parents[1] / "assets" / "ui.css").read_text("utf-8")
+_ASSETS = Path(__file__).parents[1] / "assets"
+_CSS, _SCRIPT = ((_ASSETS / name).read_text("utf-8") for name in ("ui.css", "ui.js"))
+_CLICK_S = 0.05  # a click may wait so long until it is seen
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -49,12 +58,13 @@ _POLICY = (
 )
 
 
-def blocks(root: Path) -> gr.Blocks:
+def pages(root: Path) -> tuple[gr.Blocks, Face]:
     """All pages, over the jobs and files of a folder. Raises UsageError where there is none."""
     place = Root(root)
     site = Site(place, Jobs(place), Recipes(place))
     with gr.Blocks(title="Chronos", analytics_enabled=False, fill_width=True) as made:
-        kept = gr.BrowserState({}, storage_key="chronos-ui")
+        # Nothing in it is secret; with a secret of each start's own, none would find it again.
+        kept = gr.BrowserState({}, storage_key="chronos-ui", secret="chronos-ui")
         with gr.Row(elem_id="top"):
             gr.Markdown("# Chronos", elem_id="title")
             language = gr.Dropdown(
@@ -67,7 +77,7 @@ def blocks(root: Path) -> gr.Blocks:
                 with face.make(gr.Tab, label=f"@tab.{name}", id=name) as face.tabs[name]:
                     page.build(face)
         face.finish(made, tabs, kept)
-    return made
+    return made, face
 
 
 def application(
@@ -79,9 +89,16 @@ def application(
     theme = gr.themes.Default(
         primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"]
     )
-    app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        blocks(root).queue(default_concurrency_limit=8),
+    made, face = pages(root)
+    made.queue(default_concurrency_limit=8)
+    # Gradio looks a thousand times a second whether a click waits: 2.4 % of a core without a page.
+    made._queue.sleep_when_free = made._queue.progress_update_sleep_when_free = _CLICK_S
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    look = _Looks(face)
+    app.add_route("/live/{tab}", look.answer, methods=["POST"])
+    gr.mount_gradio_app(
+        app,
+        made,
         path="",
         server_name="127.0.0.1",
         server_port=port,
@@ -93,9 +110,55 @@ def application(
         mcp_server=False,
         theme=theme,
         css=_CSS,
+        head=f"<script>{_SCRIPT}</script>",
         max_file_size=0,
     )
+    look.gradio = app.routes[-1].app  # the one that was mounted: it knows who has logged in
     return _Front(app, Rules((), LOOPBACK if local else None))
+
+
+class _Looks:
+    """Looks at what is live, past Gradio's machinery (assets/ui.js)."""
+
+    gradio: Any
+
+    def __init__(self, face: Face) -> None:
+        self._face = face
+
+    async def answer(self, request: Request) -> Response:
+        try:
+            if not self._known(request):
+                raise Problem(401, "log in first", code="not_authenticated")
+            given, seen = self._read(await body_of(request))
+            found = await run_in_threadpool(
+                self._face.look, request.path_params["tab"], given, seen
+            )
+        except Problem as problem:
+            return described(problem, request.scope)
+        except KeyError:
+            return Response(status_code=404)
+        except ChronosError as error:
+            return JSONResponse({"error": str(error)}, 400)
+        return Response(status_code=204) if found is None else JSONResponse(found)
+
+    def _known(self, request: Request) -> bool:
+        """Whether Gradio's login, where there is one, would let it pass."""
+        app = self.gradio
+        tokens = [
+            request.cookies.get(f"access-token-{kind}{app.cookie_id}") for kind in ("", "unsecure-")
+        ]
+        return app.auth is None or any(token in app.tokens for token in tokens if token)
+
+    def _read(self, body: bytes) -> tuple[list[Any], list[str]]:
+        """(language and values, digests). Raises Problem."""
+        try:
+            said = json.loads(body)
+            given, seen = said["given"], said["seen"]
+            if given[0] in self._face.site.words.texts and all(isinstance(s, str) for s in seen):
+                return list(given), list(seen)
+        except (ValueError, KeyError, TypeError, IndexError):
+            pass
+        raise Problem(400, "no look at a page", code="invalid_value")
 
 
 class _Front:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
 import html
 import json
 import subprocess
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
+from pydantic import BaseModel
 
 from chronos.common.errors import ChronosError, UsageError
 from chronos.ui.jobs import Job, Jobs
@@ -24,6 +25,8 @@ from chronos.ui.words import Words
 EVERY_S = 0.5  # between two looks at what is live; only the page that is seen looks
 _ASKED_S = 120.0  # for a command that is waited for
 Handler = Callable[..., Any]
+# What is live is drawn from its mark: while that is the same, nothing is drawn.
+Live = tuple[object, Callable[[], Sequence[Any]]]
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Face:
     def __init__(self, site: Site, language: gr.Dropdown) -> None:
         self.site, self.language = site, language
         self.timers: dict[str, gr.Timer] = {}
+        self._live: dict[str, tuple[Callable[..., Live], int, list[Any]]] = {}
         self.tabs: dict[str, gr.Tab] = {}
         self._spoken: list[tuple[gr.blocks.Block, dict[str, str]]] = []
         self._opened: list[tuple[Handler, list[Any], list[Any]]] = []
@@ -92,53 +96,63 @@ class Face:
         self._opened.append((handler, list(inputs), list(outputs)))
 
     def live(
-        self, tab: str, handler: Handler, inputs: Sequence[Any], outputs: Sequence[Any]
+        self, tab: str, handler: Callable[..., Live], inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
-        """Call `handler(language, seen, *inputs)` while the tab is looked at. It gives (what it is
-        drawn from, outputs), or None where that is what was `seen` last: then nothing is sent."""
+        """Ask `handler(language, *inputs)` while the tab is looked at, by `look`."""
+        self._live[tab] = handler, 1 + len(inputs), list(outputs)
         timer = self.timers[tab] = gr.Timer(EVERY_S, active=False)
-        seen: Any = gr.State(None)
-
-        def look(language: str, before: Any, *values: Any) -> Any:
-            made = _guarded(handler)(language, before, *values)
-            if made is None:
-                return tuple(gr.skip() for _ in range(len(outputs) + 1))
-            return (made[0], *made[1])
-
         timer.tick(
-            look, [self.language, seen, *inputs], [seen, *outputs], queue=False,
-            show_progress="hidden",
+            None, [self.language, *inputs], list(outputs),
+            js=f"(...given) => chronos.live({json.dumps(tab)}, given)",
         )  # fmt: skip
+
+    def look(self, tab: str, given: Sequence[Any], seen: Sequence[str]) -> dict[str, Any] | None:
+        """What has changed on a live tab; None where nothing has.
+
+        given: the language and the values of the inputs, as a browser says them. seen: digests of
+        the mark and of each part, as of the last look. Raises KeyError for a tab that is not live,
+        ChronosError.
+        """
+        handler, count, outputs = self._live[tab]
+        if len(given) != count:
+            raise UsageError(f"{len(given)} values for a page that has {count}", tab)
+        mark, draw = handler(*given)
+        digests, parts = [_digest(mark)], list[Any]()
+        if seen and seen[0] == digests[0]:
+            return None
+        before = list(seen[1:]) or [""] * len(outputs)
+        for component, value, known in zip(outputs, draw(), before, strict=False):
+            plain = value if _is_update(value) else _dumped(component.postprocess(value))
+            digests.append(_digest(plain))
+            parts.append(None if digests[-1] == known else {"value": plain})
+        return {"seen": digests, "parts": parts}
 
     def finish(self, blocks: gr.Blocks, tabs: gr.Tabs, kept: gr.BrowserState) -> None:
         """Wire what concerns all pages: the language, the tab that is seen. kept: of a browser."""
-        timers = list(self.timers.values())
+        timers, names = list(self.timers.values()), json.dumps([*self.timers])
 
-        def seen(name: str | None) -> list[Any]:
-            return [gr.Timer(active=each == name) for each in self.timers]
-
-        def open_page(found: Any, request: gr.Request) -> list[Any]:
-            language, tab = (found or {}).get("language"), (found or {}).get("tab")
+        def open_page(found: Any, request: gr.Request) -> str:
+            language = (found or {}).get("language")
             if language not in self.site.words.texts:
                 language = self.site.words.preferred(request.headers.get("accept-language", ""))
-            tab = tab if tab in self.tabs else next(iter(self.tabs))
-            return [language, gr.Tabs(selected=tab), *seen(tab)]
+            return str(language)
 
-        def look_at(name: str, found: Any) -> list[Any]:
-            return [(found or {}) | {"tab": name}, *seen(name)]
-
-        loaded = blocks.load(
-            open_page, [kept], [self.language, tabs, *timers], show_progress="hidden"
-        )
+        # Without asking the server: a click that came before its answer would be undone.
+        blocks.load(
+            None, [kept], [tabs, *timers],
+            js=f"(kept) => chronos.open(kept, {json.dumps([*self.tabs])}, {names})",
+        )  # fmt: skip
         for name, tab in self.tabs.items():
             tab.select(
-                functools.partial(look_at, name), [kept], [kept, *timers], queue=False,
-                show_progress="hidden",
+                None, [kept], [kept, *timers],
+                js=f"(kept) => chronos.look({json.dumps(name)}, kept, {names})",
             )  # fmt: skip
+        loaded = blocks.load(
+            open_page, [kept], [self.language], queue=False, show_progress="hidden"
+        )
         self.language.input(
-            lambda language, found: (found or {}) | {"language": language},
-            [self.language, kept], [kept], show_progress="hidden",
-        )  # fmt: skip
+            None, [self.language, kept], [kept], js="(language, kept) => ({ ...kept, language })"
+        )
         for event in (loaded.then, self.language.input):
             self._speak(event)
             self._fill(event)
@@ -152,7 +166,7 @@ class Face:
             ]
 
         components = [component for component, _ in self._spoken]
-        event(speak, [self.language], components, show_progress="hidden")
+        event(speak, [self.language], components, queue=False, show_progress="hidden")
 
     def _fill(self, event: Any) -> None:
         """All that is to be filled when the page is opened, in one go."""
@@ -168,7 +182,8 @@ class Face:
 
         inputs = [each for _, wanted, _ in self._opened for each in wanted]
         outputs = [each for _, _, filled in self._opened for each in filled]
-        event(_guarded(fill), [self.language, *inputs], outputs, show_progress="hidden")
+        asked = [self.language, *inputs]
+        event(_guarded(fill), asked, outputs, queue=False, show_progress="hidden")
 
     def say(self, language: str, key: str, **values: object) -> str:
         return self.site.words.say(language, key, **values)
@@ -214,11 +229,33 @@ def chosen(choices: Sequence[Any], value: Any, first: bool = True) -> Any:
     return gr.update(choices=list(choices), value=value)
 
 
-def offered(choices: Sequence[Any], value: Any, shown: Any) -> Any:
-    """The same while a page is live: `value` is what the page said when it asked, which somebody
-    may have changed since, so it is left alone where it is what is `shown`."""
+def offered(choices: Sequence[Any], value: Any, shown: Any, **more: Any) -> Any:
+    """The same for a page that said `value` when it asked: somebody may have changed that since, so
+    it is left alone where it is what is `shown`."""
     same = {} if value == shown else {"value": shown}
-    return gr.update(choices=list(choices), **same)
+    pairs = [each if isinstance(each, tuple) else (each, each) for each in choices]
+    return gr.update(choices=pairs, **same, **more)
+
+
+def relisted(choices: Sequence[Any], value: Any, *, free: bool = False, **more: Any) -> Any:
+    """The same where a list is read anew: the first one is shown in place of what is not on it.
+    free: any text may be in the field."""
+    values = [each[1] if isinstance(each, tuple) else each for each in choices]
+    first = values[0] if values else None
+    return offered(choices, value, value if value in values or (free and value) else first, **more)
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def _is_update(value: object) -> bool:
+    return isinstance(value, dict) and value.get("__type__") == "update"
+
+
+def _dumped(value: Any) -> Any:
+    """What a component made of a value, as JSON has it."""
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def newest(jobs: Jobs, name: str | None, *kinds: str) -> Job | None:

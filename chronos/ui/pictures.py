@@ -1,4 +1,4 @@
-"""Numbers as frames that plots draw, and a trace as an image. Nothing here measures anything."""
+"""Numbers of logs as what charts draw, and a trace as an image. Nothing here measures anything."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
+
+from chronos.ui.svg import COLOURS
 
 _POINTS = 400  # of a line; more do not fit on a screen
 _LATELY_S = 10.0
 _CELL = 1_000  # pixels of an image's longer side, about
-# Colours of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind people tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
 
-def lines(rows: Sequence[Mapping[str, Any]], x: str, names: Mapping[str, str]) -> pd.DataFrame:
-    """A frame of `x`, `value` and `series` of rows that have the keys of `names`, which says what
-    each is called; long series are thinned, first and last points kept."""
-    found: list[tuple[float, float, str]] = []
+Points = dict[str, list[tuple[float, float]]]
+
+
+def lines(rows: Sequence[Mapping[str, Any]], x: str, names: Mapping[str, str]) -> Points:
+    """(x, value) of rows that have the keys of `names`, which says what each is called; long series
+    are thinned, first and last points kept, and those without a point left out."""
+    found: Points = {}
     for key, name in names.items():
         points = [(row[x], row[key]) for row in rows if row.get(key) is not None and x in row]
-        found += [(float(a), float(b), name) for a, b in _thinned(points)]
-    return pd.DataFrame(found, columns=[x, "value", "series"])
+        if points:
+            found[name] = [(float(a), float(b)) for a, b in _thinned(points)]
+    return found
 
 
 def _thinned(points: Sequence[Any]) -> Iterable[Any]:
@@ -31,16 +34,6 @@ def _thinned(points: Sequence[Any]) -> Iterable[Any]:
         return points
     at = np.linspace(0, len(points) - 1, _POINTS).round().astype(int)
     return [points[number] for number in at]
-
-
-def bars(values: Mapping[str, Mapping[str, float]], x: str) -> pd.DataFrame:
-    """A frame of `x`, `value`, `series`: of each place on the axis, a value a series."""
-    found = [
-        (place, float(value), series)
-        for place, each in values.items()
-        for series, value in each.items()
-    ]
-    return pd.DataFrame(found, columns=[x, "value", "series"])
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -95,11 +88,9 @@ def between(rows: Sequence[Mapping[str, Any]], window: str) -> list[dict[str, An
     ]
 
 
-def flow(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame | None:
+def flow(rows: Sequence[Mapping[str, Any]]) -> Points:
     """Megabytes and tokens a second between two lines of the log."""
-    if len(rows) < 2:
-        return None
-    start = rows[0]["time"]
+    start = rows[0]["time"] if rows else 0.0
     found = []
     for before, after in zip(rows, rows[1:], strict=False):
         seconds = after["time"] - before["time"]

@@ -190,6 +190,23 @@ def test_the_best_of_a_study_becomes_a_recipe_and_is_undone(reader: Reader, root
     reader.until(lambda: mine.read_text() == before)
 
 
+def test_who_goes_elsewhere_at_once_stays_there(reader: Reader, address: str):
+    page = reader.page
+    reader.tab("Runs")
+    page.wait_for_function("localStorage['chronos-ui']")
+    for _ in range(2):  # it is gone back to, as often as the page is opened
+        page.reload()
+        reader.until(lambda: page.get_by_role("tab", selected=True).inner_text() == "Runs")
+    page.reload(wait_until="commit")
+    reader.tab("Export")  # as soon as it can be clicked
+    # By then the page has been told all that it asks for when it is opened.
+    page.get_by_label("Folder to write").wait_for()
+    page.wait_for_timeout(2000)
+    assert page.get_by_role("tab", selected=True).inner_text() == "Export"
+    page.reload()
+    reader.until(lambda: page.get_by_role("tab", selected=True).inner_text() == "Export")
+
+
 def test_by_keyboard_in_a_narrow_window_in_another_language(browser: Any, address: str):
     context = browser.new_context(viewport={"width": 390, "height": 800}, locale="ja-JP")
     reader = Reader(context.new_page(), address)

@@ -1,21 +1,70 @@
-"""What plots are drawn from: numbers of logs, unchanged."""
+"""What charts are drawn from: numbers of logs, unchanged; and where they are drawn."""
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 
-pytest.importorskip("pandas", reason="pages need the extra [ui]")
-
-from chronos.ui import pictures
+from chronos.ui import pictures, svg
 
 
 def test_lines_keep_their_ends_and_leave_out_what_is_not_there() -> None:
     rows = [{"step": n, "ce": float(n)} for n in range(1000)] + [{"step": 1000, "valid_ce": 7.0}]
-    frame = pictures.lines(rows, "step", {"ce": "ce", "valid_ce": "held out"})
-    ce, valid = frame[frame.series == "ce"], frame[frame.series == "held out"]
-    assert (len(ce), ce.step.iloc[0], ce.step.iloc[-1]) == (400, 0, 999)
-    assert (ce.step == ce.value).all() and valid.value.tolist() == [7.0]
-    assert len(pictures.lines([], "step", {"ce": "ce"})) == 0
+    found = pictures.lines(rows, "step", {"ce": "ce", "valid_ce": "held out", "x": "x"})
+    ce = found["ce"]
+    assert (len(ce), ce[0], ce[-1]) == (400, (0.0, 0.0), (999.0, 999.0))
+    assert all(step == value for step, value in ce)
+    assert found["held out"] == [(1000.0, 7.0)] and "x" not in found
+    assert pictures.lines([], "step", {"ce": "ce"}) == {}
+
+
+def drawn(text: str, tag: str) -> list[ElementTree.Element]:
+    """Elements of a chart's picture, grid left out."""
+    picture = re.search(r"<svg.*</svg>", text)
+    assert picture is not None
+    found = ElementTree.fromstring(picture[0]).iter(tag)
+    return [each for each in found if each.get("class") != "grid"]
+
+
+def numbers(text: str, side: str) -> list[str]:
+    return re.findall(rf'class="{side}"[^>]*>([^<]*)<', text)
+
+
+def test_bars_stand_where_their_numbers_say() -> None:
+    groups = {"0": {"hits": 30.0, "late": 10.0}, "1": {"hits": 80.0, "late": 20.0}}
+    text = svg.bars("needs", groups, stacked=True, colours={"hits": "#111"})
+    bars = [{k: bar.get(k) for k in ("y", "height", "fill")} for bar in drawn(text, "rect")]
+    assert numbers(text, "beside") == ["0", "50", "100"] and numbers(text, "below") == ["0", "1"]
+    assert bars[0] == {"y": "700.0", "height": "300.0", "fill": "#111"}
+    assert (bars[1]["y"], bars[1]["height"]) == ("600.0", "100.0")  # upon the first
+    assert (bars[3]["y"], bars[3]["height"]) == ("0.0", "200.0")
+    beside = drawn(svg.bars("speed", groups), "rect")
+    assert [bar.get("x") for bar in beside] == ["50.0", "250.0", "550.0", "750.0"]
+    assert beside[3].find("title").text == "1 late: 20"  # type: ignore[union-attr]
+
+
+def test_lines_and_points_run_from_corner_to_corner() -> None:
+    series = {"a": [(0.0, 0.0), (5.0, 50.0), (10.0, 100.0)], "b": [(10.0, 0.0)]}
+    line, mark = drawn(svg.lines("loss", series), "path")
+    assert line.get("d") == "M0.0 1000.0L500.0 500.0L1000.0 0.0"
+    assert mark.get("d") == "M1000.0 1000.0h0.01"
+    assert len(drawn(svg.points("front", series), "path")) == 4
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (3, 3), (-2, -2), (1e-9, 2e-9), (-5, 7), (0, 1e12), (2.999, 3.001)]
+)
+def test_axes_hold_all_there_is(low: float, high: float) -> None:
+    ticks = svg._ticks(low, high)
+    assert 2 <= len(ticks) <= 7 and ticks[0] <= low + 1e-12 and high - 1e-12 <= ticks[-1]
+    assert ticks == sorted(set(ticks))
+
+
+def test_what_others_named_is_no_markup() -> None:
+    text = svg.bars("<b>", {"<i>": {"</svg><script>": 1.0}}) + svg.points("", {"<u>": [(1, 2)]})
+    assert not re.search(r"<(b|i|u|script)>", text) and drawn(svg.lines("none", {}), "path") == []
 
 
 def test_pareto_by_hand() -> None:
@@ -49,7 +98,7 @@ def test_layers_lately_and_since_the_start() -> None:
     lately = {"layer": 2, "hits": 6, "late": 0, "misses": 1, "bytes_read": 8, "stall_s": 0.5}
     assert pictures.between(rows, "lately") == [lately]
     flow = pictures.flow(rows)
-    assert flow is not None and flow[flow.series == "tokens/s"].value.tolist() == [0.05, 1.2]
+    assert flow["tokens/s"] == [(100.0, 0.05), (105.0, 1.2)]
 
 
 def test_a_benchmark_is_read_from_what_it_printed() -> None:

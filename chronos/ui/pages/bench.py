@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from chronos.common.budget import parse_budget, shown_size
-from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, offered, table
+from chronos.ui import pictures, svg
+from chronos.ui.face import Face, Live, offered, relisted, table
 from chronos.ui.jobs import Job
 
 KIND = "bench"
@@ -32,18 +31,10 @@ def build(face: Face) -> None:
             told = gr.HTML(elem_id="bench-state")
         with gr.Column(scale=3, min_width=320):
             runs = face.make(gr.Dropdown, label="@bench.runs", multiselect=True)
-            bars = face.make(
-                gr.BarPlot, label="@bench.speed", x="budget", y="value", color="series",
-                height=300, sort=None,
-            )  # fmt: skip
-            front = face.make(
-                gr.ScatterPlot, label="@bench.front", x="megabytes", y="tokens_per_s",
-                color="series", height=300,
-            )  # fmt: skip
-            numbers = gr.HTML()
+            bars, front, numbers = gr.HTML(elem_id="bench-bars"), gr.HTML(), gr.HTML()
 
     def listed(language: str, mine: Any) -> Any:
-        return chosen(["demo", *site.root.models()], mine)
+        return relisted(["demo", *site.root.models()], mine)
 
     def begun(language: str, mine: str, sizes: str, many: float, times: float) -> Any:
         where = mine if mine == "demo" else str(site.root.existing(mine or ""))
@@ -58,17 +49,18 @@ def build(face: Face) -> None:
             if job.alive:
                 site.jobs.stop(job.name)
 
-    def live(language: str, seen: Any, called: list[str] | None) -> Any:
+    def live(language: str, called: Any) -> Live:
         jobs = site.jobs.of(KIND)
         done = [job for job in jobs if job.state == "done" and job.result()]
         names = [job.name for job in done]
-        wanted = [name for name in called or () if name in names] or names[:1]
+        called = called if isinstance(called, list) else []
+        wanted = [name for name in called if name in names] or names[:1]
         mark = (language, [(job.name, job.state) for job in jobs], wanted)
-        if mark == seen:
-            return None
-        picked = [job for job in done if job.name in wanted]
-        shown = offered(names, called or [], wanted)
-        return mark, [shown, face.told(language, jobs[0] if jobs else None), *_drawn(picked)]
+        return mark, lambda: [
+            offered(names, called, wanted),
+            face.told(language, jobs[0] if jobs else None),
+            *_drawn(face, language, [job for job in done if job.name in wanted]),
+        ]
 
     face.opened(listed, [model], [model])
     face.on(model.focus, listed, [model], [model])
@@ -77,22 +69,17 @@ def build(face: Face) -> None:
     face.live("bench", live, [runs], [runs, told, bars, front, numbers])
 
 
-def _drawn(jobs: list[Job]) -> list[Any]:
+def _drawn(face: Face, language: str, jobs: list[Job]) -> list[str]:
     rows = [row for job in jobs for row in pictures.budgets(job.name, job.result() or {})]
     if not rows:
-        return [None, None, ""]
+        return ["", "", ""]
     best = pictures.pareto([(row["bytes"], row["tokens_per_s"]) for row in rows])
-    bars = pd.DataFrame(
-        [(row["budget"], row["tokens_per_s"], row["series"]) for row in rows],
-        columns=["budget", "value", "series"],
-    )
-    front = pd.DataFrame(
-        [
-            (row["bytes"] / 1e6, row["tokens_per_s"], "Pareto" if good else row["series"])
-            for row, good in zip(rows, best, strict=True)
-        ],
-        columns=["megabytes", "tokens_per_s", "series"],
-    )
+    speeds: dict[str, dict[str, float]] = {}
+    trade: dict[str, list[tuple[float, float]]] = {}
+    for row, good in zip(rows, best, strict=True):
+        speeds.setdefault(row["budget"], {})[row["series"]] = row["tokens_per_s"]
+        point = row["bytes"] / 1e6, row["tokens_per_s"]
+        trade.setdefault("Pareto" if good else row["series"], []).append(point)
     cells = [
         (
             row["series"],
@@ -104,4 +91,8 @@ def _drawn(jobs: list[Job]) -> list[Any]:
         )
         for row, good in zip(rows, best, strict=True)
     ]
-    return [bars, front, table(("", "budget", "memory", "tokens/s", "hits", "Pareto"), cells)]
+    return [
+        svg.bars(face.say(language, "bench.speed"), speeds),
+        svg.points(face.say(language, "bench.front"), trade),
+        table(("", "budget", "memory", "tokens/s", "hits", "Pareto"), cells),
+    ]

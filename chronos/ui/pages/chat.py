@@ -8,7 +8,7 @@ import gradio as gr
 
 from chronos.common.budget import shown_size
 from chronos.common.errors import UsageError
-from chronos.ui.face import Face, chosen, newest, offered, table
+from chronos.ui.face import Face, Live, chosen, newest, offered, relisted, table
 from chronos.ui.jobs import Job
 from chronos.ui.talk import EXPERTS, Talk, address
 
@@ -38,7 +38,7 @@ def build(face: Face) -> None:
     servers = [side[0] for side in sides]
 
     def listed(language: str, mine: Any) -> Any:
-        return chosen(["demo", *site.root.models()], mine)
+        return relisted(["demo", *site.root.models()], mine, free=True)
 
     def begun(language: str, mine: str, first: str, second: str) -> list[Any]:
         where = mine if mine == "demo" else str(site.root.existing(mine))
@@ -72,7 +72,7 @@ def build(face: Face) -> None:
 
         return call
 
-    def live(language: str, seen: Any, first: Any, second: Any) -> Any:
+    def live(language: str, first: Any, second: Any) -> Live:
         running = servers_of(face)
         names = [name for _, name in running]
         asked = (first, second)
@@ -80,12 +80,14 @@ def build(face: Face) -> None:
         pair = (left, second if second in names else None)
         shown = [_shown(face, language, name) for name in pair]
         mark = (language, running, pair, [part[0] for part in shown])
-        if mark == seen:
-            return None
-        outputs: list[Any] = []
-        for said, side, (_, chat, told) in zip(asked, pair, shown, strict=True):
-            outputs += [offered(running, said, side), chat, told]
-        return mark, outputs
+
+        def draw() -> list[Any]:
+            outputs: list[Any] = []
+            for said, side, (_, chat, told) in zip(asked, pair, shown, strict=True):
+                outputs += [offered(running, said, side), chat, told]
+            return outputs
+
+        return mark, draw
 
     face.opened(listed, [model], [model])
     face.on(model.focus, listed, [model], [model])

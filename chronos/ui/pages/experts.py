@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from chronos.common.budget import shown_size
-from chronos.ui import pictures
-from chronos.ui.face import Face, newest, offered, table
+from chronos.ui import pictures, svg
+from chronos.ui.face import Face, Live, newest, offered, table
 from chronos.ui.pages import chat
 from chronos.ui.rows import Row
+
+_NEEDS = {"hits": "#009E73", "late": "#E69F00", "misses": "#D55E00"}
 
 
 def build(face: Face) -> None:
@@ -24,25 +25,11 @@ def build(face: Face) -> None:
         )  # fmt: skip
     told = gr.HTML(elem_id="io-state")
     with gr.Row():
-        needs = face.make(
-            gr.BarPlot, label="@experts.needs", x="layer", y="value", color="series", height=280,
-            color_map={"hits": "#009E73", "late": "#E69F00", "misses": "#D55E00"}, min_width=300,
-        )  # fmt: skip
-        stalls = face.make(
-            gr.BarPlot, label="@experts.stalls", x="layer", y="value", color="series", height=280,
-            min_width=300,
-        )  # fmt: skip
+        needs, stalls = gr.HTML(min_width=300), gr.HTML(min_width=300)
     with gr.Row():
-        read = face.make(
-            gr.BarPlot, label="@experts.read", x="layer", y="value", color="series", height=280,
-            min_width=300,
-        )  # fmt: skip
-        flow = face.make(
-            gr.LinePlot, label="@experts.flow", x="seconds", y="value", color="series",
-            height=280, min_width=300,
-        )  # fmt: skip
+        read, flow = gr.HTML(min_width=300), gr.HTML(min_width=300)
 
-    def live(language: str, seen: Any, called: Any, window: str) -> Any:
+    def live(language: str, called: Any, window: Any) -> Live:
         running = chat.servers_of(face)
         names = [name for _, name in running]
         asked, called = called, called if called in names else (names[0] if names else None)
@@ -50,13 +37,10 @@ def build(face: Face) -> None:
         rows = site.talks.of(job).experts.read() if job else []
         rows = [row for row in rows if "hits" in row and row["model"] == rows[-1]["model"]]
         mark = (language, running, called, window, len(rows), rows[-1:])
-        if mark == seen:
-            return None
-        return mark, [
+        return mark, lambda: [
             offered(running, asked, called),
             face.told(language, job) + _totals(face, language, rows),
-            *_layers(rows, window),
-            pictures.flow(rows),
+            *(_drawn(face, language, rows, window) if rows else [""] * 4),
         ]
 
     face.live("experts", live, [server, since], [server, told, needs, stalls, read, flow])
@@ -81,14 +65,14 @@ def _totals(face: Face, language: str, rows: list[Row]) -> str:
     return table([name for name, _ in cells], [[value for _, value in cells]])
 
 
-def _layers(rows: list[Row], window: str) -> list[pd.DataFrame | None]:
-    if not rows:
-        return [None, None, None]
+def _drawn(face: Face, language: str, rows: list[Row], window: Any) -> list[str]:
     layers = {str(each["layer"]): each for each in pictures.between(rows, window)}
-    needs = {
-        layer: {name: each[name] for name in ("hits", "late", "misses")}
-        for layer, each in layers.items()
-    }
-    stalls = {layer: {"ms": 1e3 * each["stall_s"]} for layer, each in layers.items()}
-    read = {layer: {"MB": each["bytes_read"] / 1e6} for layer, each in layers.items()}
-    return [pictures.bars(values, "layer") for values in (needs, stalls, read)]
+    needs = {layer: {name: each[name] for name in _NEEDS} for layer, each in layers.items()}
+    stalls = {layer: {"": 1e3 * each["stall_s"]} for layer, each in layers.items()}
+    read = {layer: {"": each["bytes_read"] / 1e6} for layer, each in layers.items()}
+    return [
+        svg.bars(face.say(language, "experts.needs"), needs, stacked=True, colours=_NEEDS),
+        svg.bars(face.say(language, "experts.stalls"), stalls),
+        svg.bars(face.say(language, "experts.read"), read),
+        svg.lines(face.say(language, "experts.flow"), pictures.flow(rows)),
+    ]

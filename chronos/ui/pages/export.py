@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from chronos.ui.face import Face, chosen, newest, offered
+from chronos.ui.face import Face, Live, chosen, newest, offered, relisted
 from chronos.ui.pages.common import finished_numbers
 
 ACTIONS = ("pack", "unpack", "merge", "export", "verify")
@@ -53,7 +53,7 @@ def build(face: Face) -> None:
 
     def listed(language: str, does: str, mine: Any, beside: Any, text: Any) -> list[Any]:
         return [
-            chosen(site.root.models(), mine),
+            relisted(site.root.models(), mine, free=True),
             gr.update(choices=site.root.adapters(), visible=does == "merge"),
             gr.update(choices=["", "stdlib", *site.root.data()], visible=does == "pack"),
             gr.update(visible=does in ("unpack", "export")),
@@ -91,20 +91,17 @@ def build(face: Face) -> None:
         if called:
             site.jobs.stop(called)
 
-    def live(language: str, seen: Any, called: str | None) -> Any:
+    def live(language: str, called: Any) -> Live:
         runs = _runs(face)
         names = [name for _, name in runs]
         asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, *ACTIONS)
         mark = (language, runs, job and (job.name, job.state, len(job.rows)))
-        if mark == seen:
-            return None
-        lines = "\n".join(job.lines(60)) if job else ""
-        return mark, [
+        return mark, lambda: [
             offered(runs, asked, called),
             face.told(language, job),
             finished_numbers(job),
-            lines,
+            "\n".join(job.lines(60)) if job else "",
         ]
 
     inputs, places = (

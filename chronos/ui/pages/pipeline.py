@@ -10,8 +10,8 @@ import gradio as gr
 from chronos.common.errors import ChronosError
 from chronos.common.training.recipe import BUILT_IN
 from chronos.train import STAGES
-from chronos.ui import pictures, recipes
-from chronos.ui.face import Face, chosen, newest, offered, table
+from chronos.ui import pictures, recipes, svg
+from chronos.ui.face import Face, Live, chosen, newest, offered, relisted, table
 from chronos.ui.jobs import Job
 from chronos.ui.rows import Rows
 
@@ -53,19 +53,9 @@ def build(face: Face) -> None:
                 run = face.make(gr.Dropdown, label="@pipeline.run", elem_id="run", scale=3)
                 stop = face.make(gr.Button, value="@pipeline.stop", variant="stop", scale=1)
             told = gr.HTML(elem_id="run-state")
-            losses = face.make(
-                gr.LinePlot, label="@pipeline.losses", x="step", y="value", color="series",
-                height=300, elem_id="losses",
-            )  # fmt: skip
+            losses = gr.HTML(elem_id="losses")
             with gr.Row():
-                health = face.make(
-                    gr.LinePlot, label="@pipeline.health", x="step", y="value", color="series",
-                    height=260, min_width=240,
-                )  # fmt: skip
-                shares = face.make(
-                    gr.LinePlot, label="@pipeline.shares", x="step", y="value", color="series",
-                    height=260, min_width=240,
-                )  # fmt: skip
+                health, shares = gr.HTML(min_width=240), gr.HTML(min_width=240)
             log = face.make(
                 gr.Textbox, label="@job.log", lines=6, max_lines=12, autoscroll=True,
                 elem_id="run-log",
@@ -77,9 +67,9 @@ def build(face: Face) -> None:
         files = [own, *BUILT_IN, *site.root.data()]
         fitting = [n for n in site.recipes.names() if _fits(face, n, at)]
         return [
-            chosen(fitting, mine if mine in fitting else None),
-            gr.update(choices=models, value=begun or _OWN, visible=at != "pretrain"),
-            gr.update(choices=files, value=rows or _OWN),
+            relisted(fitting, mine),
+            relisted(models, begun, free=True, visible=at != "pretrain"),
+            relisted(files, rows, free=True),
         ]
 
     def begin(
@@ -115,22 +105,20 @@ def build(face: Face) -> None:
         bad = table((), [[line] for line in found["bad_rows"]]) if found["bad_rows"] else ""
         return [table((), numbers) + bad, gr.update(value=parts)]
 
-    def live(language: str, seen: Any, called: str | None) -> Any:
+    def live(language: str, called: Any) -> Live:
         runs = _runs(face)
         names = [value for _, value in runs]
         asked, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, *KINDS)
         rows = _metrics(logs, job)
         mark = (language, runs, job and (job.name, job.began, job.state, len(job.rows)), len(rows))
-        if mark == seen:
-            return None
-        drawn = [pictures.lines(rows, "step", keys) for keys in (_LOSSES, _HEALTH, _SHARES)]
-        lines = "\n".join(job.lines(60)) if job else ""
-        return mark, [
+        return mark, lambda: [
             offered(runs, asked, called),
             _state(face, language, job, rows),
-            *(frame if len(frame) else None for frame in drawn),
-            lines,
+            _drawn(face.say(language, "pipeline.losses"), rows, _LOSSES),
+            _drawn(face.say(language, "pipeline.health"), rows, _HEALTH),
+            _drawn(face.say(language, "pipeline.shares"), rows, _SHARES),
+            "\n".join(job.lines(60)) if job else "",
         ]
 
     inputs = [stage, recipe, model, data]
@@ -152,6 +140,11 @@ def _fits(face: Face, name: str, stage: str) -> bool:
         return recipes.stage_of(face.site.recipes.text(name)) == stage
     except ChronosError:
         return True
+
+
+def _drawn(title: str, rows: list[dict[str, Any]], names: dict[str, str]) -> str:
+    series = pictures.lines(rows, "step", names)
+    return svg.lines(title, series) if series else ""
 
 
 def _runs(face: Face) -> list[tuple[str, str]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
-from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, offered, table
+from chronos.common.errors import ChronosError
+from chronos.ui import pictures, svg
+from chronos.ui.face import Face, Live, offered, relisted, table
 
 KIND = "trace"
 _TOKENS = 240  # columns of the picture
@@ -34,21 +34,13 @@ def build(face: Face) -> None:
             gr.Slider, label="@routing.layer", minimum=0, maximum=1, step=1, value=0, scale=3,
             elem_id="trace-layer",
         )  # fmt: skip
-    picture = face.make(
-        gr.Image, label="@routing.picture", type="numpy", interactive=False, elem_id="routing",
-        buttons=["download", "fullscreen"], format="png",
-    )  # fmt: skip
+    picture = gr.HTML(elem_id="routing")
     with gr.Row():
-        uses = face.make(
-            gr.BarPlot, label="@routing.uses", x="expert", y="value", color="series", height=240,
-            min_width=300,
-        )  # fmt: skip
-        numbers = gr.HTML()
+        uses, numbers = gr.HTML(min_width=300), gr.HTML()
 
     def listed(language: str, mine: Any, text: Any) -> list[Any]:
         files = ["stdlib", *site.root.data()]
-        models = ["demo", *site.root.models()]
-        return [chosen(models, mine), gr.update(choices=files, value=text or "stdlib")]
+        return [relisted(["demo", *site.root.models()], mine), relisted(files, text, free=True)]
 
     def begun(language: str, mine: str, text: str, most: float) -> None:
         where = mine if mine == "demo" else str(site.root.existing(mine or ""))
@@ -58,24 +50,33 @@ def build(face: Face) -> None:
         out = site.root.run(name) / "routing.npz"
         site.jobs.start(name, KIND, [*args, "-o", str(out), "--json"])
 
-    def live(language: str, seen: Any, called: Any, row: float) -> Any:
-        files = site.root.traces()
+    def traces(language: str, called: Any) -> Any:
+        return relisted(site.root.traces(), called)
+
+    def live(language: str, called: Any, row: Any) -> Live:
+        # Files are listed when a job has begun or ended, and when the list is opened: not at each
+        # look, since all folders below the root are walked.
         jobs = site.jobs.of(KIND)
-        asked, called = called, called if called in files else (files[-1] if files else None)
         states = [(job.name, job.state) for job in jobs]
-        mark = (language, files, states, called, row)
-        if mark == seen:
-            return None
-        found = _found(face, kept, called) if called else None
-        state = face.told(language, jobs[0] if jobs else None)
-        return mark, [
-            offered(files, asked, called),
-            state,
-            *_drawn(face, language, found, int(row or 0)),
-        ]
+        row = row if isinstance(row, int | float) else 0
+
+        def draw() -> list[Any]:
+            files = site.root.traces()
+            name = called if called in files else (files[-1] if files else None)
+            told = face.told(language, jobs[0] if jobs else None)
+            shown = [gr.update(), "", "", ""]
+            try:
+                found = _found(face, kept, name) if name else None
+                shown = _drawn(face, language, found, int(row)) if found else shown
+            except ChronosError as error:  # a file that is no trace
+                told += table((), [[str(error)]])
+            return [offered(files, called, name), told, *shown]
+
+        return (language, states, called, row), draw
 
     face.opened(listed, [model, data], [model, data])
     face.on([model.focus, data.focus], listed, [model, data], [model, data])
+    face.on(trace.focus, traces, [trace], [trace])
     face.on(record.click, begun, [model, data, tokens], [])
     face.live("routing", live, [trace, layer], [trace, told, layer, picture, uses, numbers])
 
@@ -90,18 +91,14 @@ def _found(face: Face, kept: dict[tuple[str, float], Any], name: str) -> Any:
 
 
 def _drawn(face: Face, language: str, found: Any, row: int) -> list[Any]:
-    if found is None:
-        return [gr.update(), None, None, ""]
     layers = found["by_layer"]
-    row = min(row, len(layers) - 1)
+    row = max(0, min(row, len(layers) - 1))
     one = layers[row]
     ids_TK = [ids_LK[row] for ids_LK in found["first_ids"]]
     image = pictures.routing(ids_TK, one["clusters"], found["experts"])
     group_of = {e: number for number, group in enumerate(one["clusters"]) for e in group}
-    uses = pd.DataFrame(
-        [(str(e), n, f"{group_of[e] + 1}") for e, n in enumerate(one["uses"])],
-        columns=["expert", "value", "series"],
-    )
+    shades = {f"{n + 1}": svg.COLOURS[n % len(svg.COLOURS)] for n in range(len(one["clusters"]))}
+    uses = {str(e): {f"{group_of[e] + 1}": n} for e, n in enumerate(one["uses"])}
     cells = [
         (
             each["layer"],
@@ -117,4 +114,9 @@ def _drawn(face: Face, language: str, found: Any, row: int) -> list[Any]:
         for k in ("of_layer", "effective", "largest", "again", "clusters")
     ]
     slider = gr.update(maximum=max(1, len(layers) - 1), value=row)
-    return [slider, image, uses, table(head, cells)]
+    return [
+        slider,
+        svg.image(face.say(language, "routing.picture"), image),
+        svg.bars(face.say(language, "routing.uses"), uses, stacked=True, colours=shades),
+        table(head, cells),
+    ]

@@ -8,8 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from chronos.common.errors import UsageError
-from chronos.ui.face import Face, offered, table
+from chronos.ui.face import Face, Live, offered, table
 
 
 def build(face: Face) -> None:
@@ -26,18 +25,12 @@ def build(face: Face) -> None:
         if called:
             site.jobs.stop(called)
 
-    def live(language: str, seen: Any, called: str | None) -> Any:
+    def live(language: str, called: Any) -> Live:
         jobs = site.jobs.jobs()
         names = [job.name for job in jobs]
         asked, called = called, called if called in names else (names[0] if names else None)
         mark = (language, called, [(job.name, job.state, len(job.rows)) for job in jobs])
-        if mark == seen:
-            return None
-        try:
-            job = site.jobs.job(called) if called else None
-        except UsageError:  # its folder was removed just now
-            job = None
-        words = shlex.join(["chronos", *job.args]) if job else ""
+        job = next((job for job in jobs if job.name == called), None)
         head = [face.say(language, f"runs.{k}") for k in ("name", "kind", "began", "state")]
         rows = [
             (
@@ -48,10 +41,10 @@ def build(face: Face) -> None:
             )
             for each in jobs
         ]
-        return mark, [
+        return mark, lambda: [
             offered(names, asked, called),
             face.told(language, job),
-            words,
+            shlex.join(["chronos", *job.args]) if job else "",
             "\n".join(job.lines()) if job else "",
             table(head, rows),
         ]

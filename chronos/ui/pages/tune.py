@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from chronos.common.errors import ChronosError, UsageError
-from chronos.ui import pictures
-from chronos.ui.face import Face, chosen, newest, offered, table
+from chronos.ui import pictures, svg
+from chronos.ui.face import Face, Live, chosen, newest, offered, relisted, table
 from chronos.ui.jobs import Job
 from chronos.ui.rows import Row, Rows
 
@@ -47,15 +46,13 @@ def build(face: Face) -> None:
             changes = gr.HTML(elem_id="tune-changes")
         with gr.Column(scale=3, min_width=320):
             run = face.make(gr.Dropdown, label="@tune.run")
-            front = face.make(
-                gr.ScatterPlot, label="@tune.front", x="x", y="y", color="series", height=320
-            )
+            front = gr.HTML(elem_id="tune-front")
             numbers = gr.HTML(elem_id="tune-trials")
 
     def listed(language: str, mine: Any, rows: Any) -> list[Any]:
         own = (face.say(language, "pipeline.own"), "")
         files = [own, "stdlib", *site.root.data()]
-        return [chosen(site.recipes.names(), mine), gr.update(choices=files, value=rows or "")]
+        return [relisted(site.recipes.names(), mine), relisted(files, rows, free=True)]
 
     def begun(language: str, mine: str, rows: str, many: float, called: str) -> Any:
         args = ["tune", "start", "-c", site.recipes.path(mine or "")]
@@ -86,23 +83,25 @@ def build(face: Face) -> None:
             ("", face.say(language, "tune.was"), face.say(language, "tune.is")), rows, said
         )
 
-    def live(language: str, seen: Any, called: str | None) -> Any:
+    def live(language: str, called: Any) -> Live:
         runs = _runs(face)
         names = [name for _, name in runs]
         said, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, KIND)
         rows = logs.setdefault(job.folder, Rows(job.folder / EVENTS)).read() if job else []
         mark = (language, runs, job and (job.name, job.state), len(rows))
-        if mark == seen:
-            return None
-        found = pictures.trials(rows)
-        best = _best(face, job, asked, found)
-        return mark, [
-            offered(runs, said, called),
-            _told(face, language, job, found),
-            _front(found, rows, best),
-            _table(face, language, found, best),
-        ]
+
+        def draw() -> list[Any]:
+            found = pictures.trials(rows)
+            best = _best(face, job, asked, found)
+            return [
+                offered(runs, said, called),
+                _told(face, language, job, found),
+                _front(face.say(language, "tune.front"), found, rows, best),
+                _table(face, language, found, best),
+            ]
+
+        return mark, draw
 
     face.opened(listed, [recipe, data], [recipe, data])
     face.on([recipe.focus, data.focus], listed, [recipe, data], [recipe, data])
@@ -132,19 +131,19 @@ def _objectives(trials: list[dict[str, Any]], rows: list[Row]) -> list[str]:
     return list(next((trial["values"] for trial in trials if trial.get("values")), {}))
 
 
-def _front(trials: list[dict[str, Any]], rows: list[Row], best: Any) -> pd.DataFrame | None:
+def _front(title: str, trials: list[dict[str, Any]], rows: list[Row], best: Any) -> str:
     """Whole trials by their two objectives; of one objective, by the trial's number."""
     names = _objectives(trials, rows)
     whole = [t for t in trials if t["state"] == _WHOLE and t.get("values")]
     if not whole or not names:
-        return None
+        return ""
     leading = {row["trial"] for row in (best or {}).get("best", ())}
-    found = []
+    found: dict[str, list[tuple[float, float]]] = {}
     for trial in whole:
         values = [trial["values"][name] for name in names]
-        x, y = (values[1], values[0]) if values[1:] else (trial["trial"], values[0])
-        found.append((x, y, "Pareto" if trial["trial"] in leading else "trials"))
-    return pd.DataFrame(found, columns=["x", "y", "series"])
+        point = (values[1], values[0]) if values[1:] else (trial["trial"], values[0])
+        found.setdefault("Pareto" if trial["trial"] in leading else "trials", []).append(point)
+    return svg.points(title, found)
 
 
 def _told(face: Face, language: str, job: Job | None, trials: list[dict[str, Any]]) -> str:
