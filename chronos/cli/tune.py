@@ -33,7 +33,8 @@ class StudyOptions:
         typer.Option(
             "--study",
             metavar="URL",
-            help="A database that holds the study, as sqlite:///study.db or postgresql://..., so "
+            help="A database that holds the study, as sqlite:///study.db or "
+            "postgresql+pg8000://USER:PASSWORD@HOST/NAME, so "
             "that workers of several machines share it.",
             show_default="RUN/study.journal",
         ),

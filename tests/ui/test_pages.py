@@ -93,7 +93,8 @@ def test_a_newcomer_trains_watches_exports_and_chats(reader: Reader, root: Path,
     reader.until(lambda: reader.field("hidden_size").input_value() == "32")
     before = page.locator("#estimate").inner_text()
     reader.field("num_experts").fill("16")
-    reader.until(lambda: page.locator("#estimate").inner_text() != before)
+    reader.until(lambda: "num_experts = 16" in page.locator("#recipe").inner_text())
+    assert page.locator("#estimate").inner_text() != before
     reader.field("num_experts").press("Tab")
     reader.field("Name").fill("mine")
     reader.press("Save")

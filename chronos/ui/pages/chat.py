@@ -95,8 +95,9 @@ def build(face: Face) -> None:
     face.on([send.click, text.submit], said, [text, most, heat, *servers], [text])
     face.on(halt.click, each(lambda job: site.talks.of(job).stop()), servers, [])
     face.on(clear.click, each(lambda job: site.talks.of(job).clear()), servers, [])
-    face.on(sides[0][1].click, each(lambda job: site.jobs.stop(job.name)), [servers[0]], [])
-    face.on(sides[1][1].click, each(lambda job: site.jobs.stop(job.name)), [servers[1]], [])
+    for server, stop, chat, _ in sides:
+        face.on(stop.click, each(lambda job: site.jobs.stop(job.name)), [server], [])
+        face.on(chat.clear, each(lambda job: site.talks.of(job).clear()), [server], [])
     shown = [part for server, _, chat, told in sides for part in (server, chat, told)]
     face.live("chat", live, servers, shown)
 
@@ -109,7 +110,7 @@ def _side(face: Face, name: str) -> tuple[Any, Any, Any, Any]:
             stop = face.make(gr.Button, value="@chat.end", variant="stop", size="sm")
         chat = gr.Chatbot(
             height=320, elem_id=f"chat-{name}", show_label=False, sanitize_html=True,
-            render_markdown=False,
+            render_markdown=False, buttons=["copy", "copy_all"],  # the third one uploads
         )  # fmt: skip
         told = gr.HTML(elem_id=f"numbers-{name}")
     return server, stop, chat, told
