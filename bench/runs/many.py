@@ -2,12 +2,15 @@
 
 Recorded routing of a real model on a generated one of its geometry, as `chronos bench replay` has
 it: each sequence follows a part of the trace of its own. A pass reads the union of what its
-sequences need of a layer once, so reads per token fall as sequences share experts; the arithmetic
-is not shared. Turns of a few passes by each number of sequences alternate, on engines of their own.
+sequences need of a layer once, so reads per token fall as sequences share experts, and so do
+weights on their way through the processor: rows that come to one together are multiplied at once.
+Turns of a few passes by each number of sequences alternate, on engines of their own.
 
 Ceiling, of N sequences, in times the speed of one: the time of a token alone over the larger of
-what computing takes (the resident token's time, which no company shortens) and what reading takes
-(the reads per token of N at the disk's rate). It is printed beside what was measured.
+what computing takes (a pass of N sequences of the resident model, by N) and what reading takes
+(the reads per token of N at the disk's rate). It is printed beside what was measured, and so is the
+time of the thread that computes by its own clock, which a busy machine moves less. With
+CHRONOS_KERNEL=off nothing but reads is shared.
 
     python -m bench.runs.many T.npz --work bench/scratch/replay [--budget 25%] [--tokens 60]
 """
@@ -36,12 +39,19 @@ _TURN = 5  # passes of one number of sequences before the next has its turn
 class Company:
     """So many sequences on an engine, each on its own part of a trace."""
 
-    def __init__(self, opened: engine.Engine, trace: RoutingTrace, count: int) -> None:
+    def __init__(
+        self, opened: engine.Engine, trace: RoutingTrace, count: int, first: int = 0
+    ) -> None:
+        """first: number of the first sequence, where others are on the engine."""
         self.engine, self.count = opened, count
+        self._seqs = range(first, first + count)
         self.seconds: list[float] = []
+        self.thread_seconds: list[float] = []
         part = trace.num_tokens // _PARTS
-        self._routing = [RecordedRouting(trace, seq % _PARTS * part) for seq in range(count)]
-        for seq in range(count):
+        self._routing = {
+            seq: RecordedRouting(trace, at % _PARTS * part) for at, seq in enumerate(self._seqs)
+        }
+        for seq in self._seqs:
             self._run([Work(seq, [0], GREEDY, prompt=1)])
 
     def _run(self, work: list[Work]) -> None:
@@ -52,9 +62,10 @@ class Company:
 
     def passes(self, count: int) -> None:
         for _ in range(count):
-            begin = time.perf_counter()
-            self._run([Work(seq, [0], GREEDY) for seq in range(self.count)])
+            begin, of_thread = time.perf_counter(), time.thread_time()
+            self._run([Work(seq, [0], GREEDY) for seq in self._seqs])
             self.seconds.append(time.perf_counter() - begin)
+            self.thread_seconds.append(time.thread_time() - of_thread)
 
     def bytes_read(self) -> int:
         return self.engine.feed.stats().bytes_read if self.engine.feed else 0
@@ -64,50 +75,54 @@ def measure(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
     counts = [int(count) for count in args.sequences.split(",")]
     with ExitStack() as stack:
 
-        def company(budget: str, count: int) -> Company:
+        def opened(budget: str) -> engine.Engine:
             options = {"budget": budget, "prefetch": args.prefetch, "backend": args.backend}
-            opened = stack.enter_context(engine.load(args.work, **options))
-            return Company(opened, trace, count)
+            return stack.enter_context(engine.load(args.work, **options))
 
-        resident = company("resident", 1)
-        streamed = {count: company(args.budget, count) for count in counts}
-        everyone = [resident, *streamed.values()]
+        whole = opened("resident")
+        resident = [Company(whole, trace, count, first=100 * count) for count in counts]
+        streamed = [Company(opened(args.budget), trace, count) for count in counts]
+        everyone = [*streamed, *resident]
         before: list[int] = []
         for warm, total in ((True, args.warmup), (False, args.tokens)):
             if not warm:
                 before = [each.bytes_read() for each in everyone]
                 for each in everyone:
                     each.seconds.clear()
+                    each.thread_seconds.clear()
             for _ in range(0, total, _TURN):
                 for each in everyone:
                     each.passes(_TURN)
-        layout = streamed[counts[0]].engine.layout
+        layout = streamed[0].engine.layout
         assert layout is not None
         disk = measure_read_rate(layout.files[0], layout.record_nbytes)
-        resident_s = statistics.median(resident.seconds)
         rows = []
-        for each, start in zip(everyone[1:], before[1:], strict=True):
+        for each, held, start in zip(streamed, resident, before, strict=False):
             tokens = each.count * len(each.seconds)
             rows.append(
                 {
                     "sequences": each.count,
                     "token_s": statistics.median(each.seconds) / each.count,
                     "mean_token_s": sum(each.seconds) / tokens,
+                    "thread_token_s": statistics.median(each.thread_seconds) / each.count,
+                    "resident_token_s": statistics.median(held.seconds) / each.count,
                     "reads_per_token": (each.bytes_read() - start) / layout.record_nbytes / tokens,
                 }
             )
         one = rows[0]["token_s"]
         for row in rows:
             read_s = row["reads_per_token"] * layout.record_nbytes / disk
-            row["ceiling"] = one / max(resident_s, read_s)
+            row["ceiling"] = one / max(row["resident_token_s"], read_s)
             row["times_one"] = one / row["token_s"]
             print(
                 f"{row['sequences']} sequences: {1 / row['token_s']:6.1f} tokens/s, "
                 f"{row['times_one']:.2f} times one (ceiling {row['ceiling']:.2f}), "
-                f"{row['reads_per_token']:.1f} reads a token",
+                f"{row['reads_per_token']:.1f} reads a token; ms a token: "
+                f"{1e3 * row['token_s']:.1f}, its thread {1e3 * row['thread_token_s']:.1f}, "
+                f"resident {1e3 * row['resident_token_s']:.1f}",
                 flush=True,
             )
-    return {"resident_token_s": resident_s, "disk_bytes_per_s": disk, "rows": rows}
+    return {"disk_bytes_per_s": disk, "rows": rows}
 
 
 def main() -> None:

@@ -188,7 +188,7 @@ class Sequences:
 
     def _together(
         self,
-        source: FeedStep,
+        source: FeedStep | None,
         parts: Sequence[Part],
         forwards: Sequence[Callable[[Any], Any]],
         room: int | None = None,

@@ -15,6 +15,8 @@ from chronos.kernels.library import (
     describe,
     loaded,
     multiply,
+    multiply_wide,
+    wide,
 )
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "describe",
     "loaded",
     "multiply",
+    "multiply_wide",
+    "wide",
 ]

@@ -64,6 +64,7 @@ class _Product(ctypes.Structure):
         ("bias", c_void_p),
         ("y", c_void_p),
         ("count", c_int64),
+        ("wide", c_int64),
     ]
 
 
@@ -78,8 +79,12 @@ def _library() -> Any:
             except OSError:  # made for another system
                 return None
             library.chronos_multiply.argtypes = [c_void_p, c_int, c_int]
+            library.chronos_multiply_wide.argtypes = [
+                c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int,
+            ]  # fmt: skip
             library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
-            library.multiplies = library.chronos_open() != 0
+            found = library.chronos_open()
+            library.multiplies, library.multiplies_wide = bool(found & 1), bool(found & 2)
             atexit.register(_wait, library)
             return library
     return None
@@ -88,6 +93,11 @@ def _library() -> Any:
 def available() -> bool:
     """Whether there are products for this CPU, and the environment has not turned them off."""
     return loaded() and _library().multiplies
+
+
+def wide() -> bool:
+    """The same of products in float32."""
+    return loaded() and _library().multiplies_wide
 
 
 def loaded() -> bool:
@@ -217,8 +227,22 @@ def multiply(
             "",
             f"up to {MOST_PRODUCTS} of up to {MOST_ROWS} are computed",
         )
-    calls = (_Product * len(products))(*(_Product(m, x, None, y, count) for m, x, y in products))
+    calls = (_Product * len(products))(*(_Product(m, x, None, y, count, 0) for m, x, y in products))
     if library.chronos_multiply(calls, len(products), threads) == 0:
+        _behind.clear()
+    else:
+        _behind.append(owners)
+
+
+def multiply_wide(weight: Array, x: int, y: int, count: int, threads: int, owners: Any) -> None:
+    """`count` rows [count, K] at the address x times a matrix [N, K] of F32 or BF16 to [count, N]
+    at y, both in float32; else as `multiply`. Ask `wide` first."""
+    library = _library()
+    (rows, columns), bits = weight.shape, 16 if weight.dtype == "BF16" else 32
+    if (
+        library.chronos_multiply_wide(weight.address, bits, rows, columns, x, y, count, threads)
+        == 0
+    ):
         _behind.clear()
     else:
         _behind.append(owners)

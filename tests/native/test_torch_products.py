@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-from chronos.backends.torch import products  # noqa: E402
+from chronos.backends.torch import kernels, products  # noqa: E402
 
 SHAPES = [(1, 8, 16), (1, 512, 768), (3, 700, 400), (64, 300, 520)]  # rows, out, in
 onednn = pytest.mark.skipif(not products._has_onednn(), reason="torch has no oneDNN here")
@@ -24,6 +24,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("widened_at_once", [1, 1000, 1 << 20])
 @pytest.mark.parametrize("worth_code", [0, 1 << 40])
 def test_without_gradients(monkeypatch, rows, out, width, dtype, widened_at_once, worth_code):
+    monkeypatch.setattr(kernels, "multiplies_wide", lambda: False)
     monkeypatch.setattr(products, "_WORTH_A_CALL", 0)
     monkeypatch.setattr(products, "_WORTH_CODE", worth_code)
     monkeypatch.setattr(products, "_WIDENED", widened_at_once)
@@ -99,6 +100,7 @@ def test_a_weight_of_16_bits_has_a_gradient_too():
 
 @onednn
 def test_the_size_decides_which_library_computes(monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_wide", lambda: False)
     calls = []
     real = products.onednn_linear
     monkeypatch.setattr(
@@ -117,6 +119,7 @@ def test_the_size_decides_which_library_computes(monkeypatch):
 
 
 def test_without_onednn_products_are_those_of_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_wide", lambda: False)
     monkeypatch.setattr(products, "_has_onednn", lambda: False)
     x, weight = drawn(2, 1024), drawn(512, 1024, seed=1)
     with torch.no_grad():
@@ -124,7 +127,8 @@ def test_without_onednn_products_are_those_of_torch(monkeypatch):
     assert torch.equal(products.linear(x, weight), F.linear(x, weight))
 
 
-def test_threads_do_not_share_what_they_widen_into():
+def test_threads_do_not_share_what_they_widen_into(monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_wide", lambda: False)
     weights = [drawn(400, 800, seed=n).bfloat16() for n in range(4)]
     x = drawn(1, 800, seed=9)
 
@@ -228,7 +232,7 @@ def test_a_packed_layer_whose_weight_is_read_is_a_plain_one():
 def test_a_plain_run_has_torchs_own_products(monkeypatch):
     monkeypatch.setenv("CHRONOS_PLAIN", "1")
     monkeypatch.setattr(products, "onednn_linear", None)  # whoever calls it fails
-    caches = products._has_onednn, products._packs
+    caches = products._has_onednn, products._packs, kernels.multiplies_wide
     for cached in caches:
         cached.cache_clear()
     x, weight = drawn(1, 1024), drawn(1024, 1024, seed=1)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chronos.backends.torch import kernels
-from chronos.backends.torch.products import linear, onednn_linear, packed, packs
+from chronos.backends.torch.products import linear, linear_rows, onednn_linear, packed, packs
 from chronos.backends.torch.quantised import dequantised
 from chronos.common.errors import ConfigError, ShapeMismatch
+from chronos.common.experts.together import jointly
 from chronos.common.layout.codecs import (
     GGUF,
     MLX,
@@ -102,10 +103,8 @@ class Swiglu:
         self, x_TD: Tensor, expert: Expert, block: Any = None, adapter: Adapter = None
     ) -> Tensor:
         """SwiGLU (2002.05202): down(silu(gate x) * up x), weights widened to the dtype of x."""
-        gate_up_TF = _adapted(linear(x_TD, expert.gate_up_FD), adapter, "gate_up_proj", x_TD)
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        h_TF = F.silu(gate_TF) * up_TF
-        return _adapted(linear(h_TF, expert.down_DF), adapter, "down_proj", h_TF)
+        matrices = {"gate_up_proj": expert.gate_up_FD, "down_proj": expert.down_DF}
+        return _swiglu(x_TD, lambda name, x_TX: linear(x_TX, matrices[name]), adapter)
 
 
 class AffineExpert(NamedTuple):
@@ -120,8 +119,9 @@ class AffineExpert(NamedTuple):
 
 
 class Affine(Swiglu):
-    """The same experts as Chronos quantises them: dequantised at each use, so a slot has their few
-    bits and their products the bits of the dequantised model."""
+    """The same experts as Chronos quantises them: dequantised at each use, once for all sequences
+    that come to it, so a slot has their few bits and their products the bits of the dequantised
+    model."""
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Any:
         return AffineExpert(*tensors_of(raw, record).values())
@@ -129,14 +129,22 @@ class Affine(Swiglu):
     def forward(
         self, x_TD: Tensor, expert: Any, block: Any = None, adapter: Adapter = None
     ) -> Tensor:
-        bits = 32 * expert.gate_up.shape[1] // x_TD.shape[1]
+        matrices = {"gate_up_proj": expert[:3], "down_proj": expert[3:]}
 
-        def plain(weight: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
-            kinds = {"weight": weight, "scales": scales, "biases": biases}
-            return dequantised(f"{SWIGLU}-affine{bits}", kinds, scales.dtype)  # what values have
+        def project(name: str, x_TX: Tensor) -> Tensor:
+            weight, scales, biases = matrices[name]
 
-        whole = Expert(plain(*expert[:3]), plain(*expert[3:]))
-        return super().forward(x_TD, whole, block, adapter)
+            def plain() -> Tensor:
+                bits = 32 * weight.shape[1] // x_TX.shape[1]
+                kinds = {"weight": weight, "scales": scales, "biases": biases}
+                return dequantised(f"{SWIGLU}-affine{bits}", kinds, scales.dtype)  # as values are
+
+            if len(x_TX) > 1:
+                return linear(x_TX, plain())
+            y_1X: Tensor = jointly(id(weight), x_TX, lambda rows: linear_rows(plain(), rows))
+            return y_1X
+
+        return _swiglu(x_TD, project, adapter)
 
 
 @dataclass(slots=True)
@@ -341,6 +349,13 @@ def _same_bits(codec: Quantised, like: Coded, block: Any) -> bool:
         )
         for name in drawn.matrices
     )
+
+
+def _swiglu(x_TD: Tensor, project: Projector, adapter: Adapter) -> Tensor:
+    gate_up_TF = _adapted(project("gate_up_proj", x_TD), adapter, "gate_up_proj", x_TD)
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    h_TF = F.silu(gate_TF) * up_TF
+    return _adapted(project("down_proj", h_TF), adapter, "down_proj", h_TF)
 
 
 def _adapted(y_TD: Tensor, adapter: Adapter, name: str, x_TD: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
-"""Products with packed experts by the compiled kernels, where they have the library's bits.
+"""Products by the compiled kernels: of packed experts, where they have the library's bits, and of
+the rows of Chronos' own models.
 
 One row times a quantised matrix, without the matrix in bfloat16 in between. A kernel is used for a
 shape only after a trial: sums whose terms all but undo each other, so that what is left is their
 rounding, which shows any other order of summation, compared with the library's product of the
 dequantised matrix. Where a bit differs, or there is no kernel, an expert is dequantised as before.
+A native model in float32 has no library's bits to keep, only its own: the resident model computes
+with the same kernel as the streamed one.
+In all of them a row has the bits it has alone, whatever rows are computed with it.
 
-Shape legend: N rows out, K columns in, S samples.
+Shape legend: N rows out, K columns in, S samples, R rows in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +77,53 @@ def multiply(x_1K: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
         at += 2 * matrix.rows
     kernels.multiply(products, 1, torch.get_num_threads(), (owners, x_1K))
     return y_1N
+
+
+@cache
+def multiplies_wide() -> bool:
+    """Whether there are products of float32 rows, and a trial finds that each is right and has the
+    bits it has alone. CHRONOS_KERNEL counts as of the first product of a process, so that a model
+    keeps its bits."""
+    return kernels.wide() and all(map(_alone_and_together, (torch.float32, torch.bfloat16)))
+
+
+def _alone_and_together(dtype: torch.dtype) -> bool:
+    """Of one kind of weight; sizes that are no multiples of what a kernel takes at once."""
+    random = torch.Generator().manual_seed(0)
+    weight_NK = torch.randn((43, 77), generator=random).to(dtype)
+    x_RK = torch.randn((kernels.MOST_ROWS, 77), generator=random)
+    alone_RN = torch.cat([multiply_wide(x_1K, weight_NK) for x_1K in x_RK.split(1)])
+    exact_RN = (x_RK.double() @ weight_NK.double().t()).float()
+    return torch.allclose(alone_RN, exact_RN, rtol=1e-4, atol=1e-4) and all(
+        torch.equal(multiply_wide(x_RK[:count], weight_NK), alone_RN[:count])
+        for count in range(2, len(x_RK) + 1)
+    )
+
+
+def multiply_wide(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """Rows x [..., K] in float32, up to MOST_ROWS of them, times the transposed weight, which is
+    contiguous and float32 or bfloat16: [..., N]."""
+    x = x.contiguous()
+    N, K = weight_NK.shape
+    y = x.new_empty((*x.shape[:-1], N))
+    weight = Array(weight_NK.data_ptr(), _NAMES[weight_NK.dtype], (N, K))
+    kernels.multiply_wide(
+        weight, x.data_ptr(), y.data_ptr(), x.numel() // K, torch.get_num_threads(), (weight_NK, x)
+    )
+    return y
+
+
+def rows_wide(weight_NK: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same of any number of rows [..., K], each a tensor; one pass over the weight for
+    MOST_ROWS of them."""
+    if len(rows) == 1:
+        return [multiply_wide(rows[0], weight_NK)]
+    found: list[Tensor] = []
+    for start in range(0, len(rows), kernels.MOST_ROWS):
+        some = rows[start : start + kernels.MOST_ROWS]
+        y_RN = multiply_wide(torch.cat([x.reshape(1, -1) for x in some]), weight_NK)
+        found += (y.view(*x.shape[:-1], -1) for x, y in zip(some, y_RN, strict=True))
+    return found
 
 
 def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:

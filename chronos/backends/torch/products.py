@@ -1,10 +1,14 @@
-"""Rows times matrices on a CPU, by the faster of torch's two libraries for them.
+"""Rows times matrices on a CPU: a few by compiled kernels, many by the faster of torch's libraries.
 
+A few rows in float32 are multiplied by our own kernels, which read a weight of 16 bits as it lies
+(one row in 0.4 of oneDNN's time with a widened copy) and give a row the same bits in any company,
+so sequences that come to a weight together are multiplied at once. Where there are no kernels, and
+for more rows, the library is chosen by size.
 In float32 `F.linear` goes to MKL, which uses one core for one row and no AVX-512 on AMD's CPUs.
 oneDNN, which torch carries too, does both: on two cores of an EPYC one row takes 0.43 to 0.7 of the
 time from 2**18 multiplications on, 512 rows 0.45, a training step's three products 0.5 to 0.6.
-Below that a call costs 10 us more. Which library runs follows from shapes, dtypes and whether
-gradients are wanted, so a model has the same bits resident and streamed.
+Below that a call costs 10 us more. What runs follows from shapes, dtypes and whether gradients are
+wanted, so a model has the same bits resident and streamed.
 In bfloat16 torch asks oneDNN by itself, which copies a weight's tiles in each product; the weights
 of a model that is only run may be packed once instead, where a trial finds the same bits.
 Not covered: float16 rows; second derivatives.
@@ -12,10 +16,11 @@ Not covered: float16 rows; second derivatives.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,11 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chronos.backends.torch import kernels
+from chronos.common.experts.together import jointly
 from chronos.common.tuning import plain
+from chronos.kernels import MOST_ROWS
 
 # Multiplications from which on oneDNN is worth its call, for one row, and the code that it makes
 # for each new number of rows, in 0.4 ms.
 _WORTH_A_CALL, _WORTH_CODE = 1 << 18, 1 << 24
+# Numbers of a weight from which on a compiled kernel is: those of 16 bits would be widened.
+_WORTH_A_KERNEL = {torch.bfloat16: 1 << 15, torch.float32: 1 << 18}
 _WIDENED = 1 << 20  # numbers widened at once
 _ROWS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
 # Numbers of a weight. Fewer or one row: torch multiplies by itself, in an order of its own. More:
@@ -48,6 +58,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x [..., I] times the transposed weight; one of fewer bits is widened to the dtype of x."""
+    rows = x.numel() // x.size(-1)
+    if rows <= MOST_ROWS and _by_kernel(x, weight_OI):
+        if rows == 1:
+            return jointly(id(weight_OI), x, partial(linear_rows, weight_OI))
+        return kernels.multiply_wide(x, weight_OI)
     multiplications = x.numel() * weight_OI.size(0)
     if (
         multiplications < _WORTH_A_CALL
@@ -57,18 +72,38 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight_OI.to(x.dtype))
-    one_row = x.numel() == x.size(-1)
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
         weight_OI = weight_OI.to(x.dtype)
-        if one_row or multiplications < _WORTH_CODE:
+        if rows == 1 or multiplications < _WORTH_CODE:
             return F.linear(x, weight_OI)
         y_NO: Tensor = _Linear.apply(_padded(x), weight_OI)  # type: ignore[no-untyped-call]
         return _unpadded(y_NO, x)
-    if one_row:
+    if rows == 1:
         return _in_blocks(onednn_linear, x, weight_OI)
     if multiplications < _WORTH_CODE:
         return _in_blocks(F.linear, x, weight_OI)
     return _unpadded(_in_blocks(onednn_linear, _padded(x), weight_OI), x)
+
+
+def linear_rows(weight_OI: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`linear` of one row [..., I] of each of several sequences, which has the bits it has alone:
+    at once, if that is so."""
+    if _by_kernel(rows[0], weight_OI):
+        return kernels.rows_wide(weight_OI, rows)
+    return [linear(x, weight_OI) for x in rows]
+
+
+def _by_kernel(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether a few rows are multiplied by the compiled kernels."""
+    return (
+        weight_OI.numel() >= _WORTH_A_KERNEL.get(weight_OI.dtype, sys.maxsize)
+        and x.dtype == torch.float32
+        and kernels.multiplies_wide()
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad))
+        and weight_OI.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight_OI: Tensor) -> Tensor:

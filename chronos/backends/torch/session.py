@@ -130,8 +130,7 @@ class Session(Sequences):
     ) -> list[Output | Exception | int]:
         """What the model makes of each part; AGAIN where that is not over."""
         forwards = [partial(self._forward, part, override, len(parts) == 1) for part in parts]
-        several = len(parts) > 1 or any(part.work.seq in self._resting for part in parts)
-        if several and step is not None and self.feed is not None:
+        if len(parts) > 1 or any(part.work.seq in self._resting for part in parts):
             return self._together(step, parts, forwards)
         return [outcome(forward, step) for forward in forwards]
 

@@ -1,9 +1,11 @@
-"""Several forward passes in one pass over the layers: reads are shared, arithmetic is not.
+"""Several forward passes in one pass over the layers: reads are shared, and so are weights.
 
 Each forward runs unchanged, as a greenlet with a source of its own. When all have asked for the
 experts of a layer, their union is acquired once, and each expert goes to every forward that needs
-it before the next is asked for. So what a forward computes is what it computes alone, bit for bit,
-and an expert is read once however many sequences need it, with fewer slots than the union too.
+it before the next is asked for. So an expert is read once however many sequences need it, with
+fewer slots than the union too. A product that gives each row the same bits in any company is
+computed for all who wait for the same weight (`jointly`), which then passes through the processor
+once. So what a forward computes is what it computes alone, bit for bit.
 All forwards take turns in the caller's thread. One that would take long goes on for some layers of
 a pass and rests, where it asks for experts and holds none, until the next. Knows no framework, no
 cache and no sampling.
@@ -11,11 +13,11 @@ cache and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 from chronos.common.experts.known import ANNOUNCED
 
@@ -40,10 +42,19 @@ class Source(Protocol):
 
 
 Forward = Callable[[Any], Any]
+# Rows to their products with a weight, each of which has the bits it has alone.
+Product = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def jointly(weight: Hashable, row: Any, product: Product) -> Any:
+    """A row's product with a weight, made with those of all forwards that come to it meanwhile;
+    outside of `together` with no other. What `product` raises is raised here."""
+    lane = getattr(getcurrent(), "lane", None)
+    return product([row])[0] if lane is None else lane.multiply(weight, row, product)
 
 
 def together(
-    source: Source, forwards: Sequence[Forward | Lane], room: int | None = None
+    source: Source | None, forwards: Sequence[Forward | Lane], room: int | None = None
 ) -> list[Any]:
     """Call each of `forwards` with a source to acquire experts from; what they return, in order.
     A `Lane` that is not over at the end of its layers is its own outcome, for a later call.
@@ -51,16 +62,19 @@ def together(
     A forward that raises an Exception has that as its outcome, and so has one whose experts could
     not be had; the others go on. Anything else that is raised (KeyboardInterrupt) ends all.
 
-    room: experts that can be held at once, where forwards take all of a lease before they compute.
-    Those that need more than that between them then take turns.
+    source: None where forwards have their experts themselves. room: experts that can be held at
+    once, where forwards take all of a lease before they compute. Those that need more than that
+    between them then take turns.
     """
     lanes = [each if isinstance(each, Lane) else Lane(each) for each in forwards]
     try:
         for place, lane in enumerate(lanes):
             lane.enter(source, place)
+        _multiply(lanes)
         while asking := [lane for lane in lanes if lane.asked is not None and not lane.rests]:
             layer = min(lane.layer for lane in asking)  # the others wait to be caught up with
             for group in _groups([lane for lane in asking if lane.layer == layer], room):
+                assert source is not None
                 _serve(source, layer, group)
     except BaseException:
         for lane in lanes:
@@ -70,7 +84,8 @@ def together(
 
 
 class Lane:
-    """One forward: it runs until it asks for experts or waits for the next one of them."""
+    """One forward: it runs until it asks for experts, or waits for the next one of them or for a
+    product."""
 
     def __init__(self, forward: Forward, layers: int = 0) -> None:
         """layers: with experts, for which it goes on in one pass; 0 for all."""
@@ -83,11 +98,14 @@ class Lane:
         self.pending: set[int] = set()  # asked for, not taken yet
         self.holds = False  # it keeps what it took of this layer until it asks again
         self.lease: Lease | None = None  # what it is served from
+        # What it waits for to be multiplied: a weight, its row, and how.
+        self.product: tuple[Hashable, Any, Product] | None = None
         self.outcome: Any = None
         self._greenlet = greenlet(self._run)
+        self._greenlet.lane = self  # for `jointly`
         self._greenlet.gr_context = copy_context()
 
-    def enter(self, source: Source, place: int) -> None:
+    def enter(self, source: Source | None, place: int) -> None:
         """A pass begins, in which it is at a place: run to where it asks, if it is not there."""
         self.source, self.place, self._left = source, place, self.layers
         if self.asked is None:
@@ -100,7 +118,7 @@ class Lane:
 
     def _run(self) -> None:
         try:
-            self.outcome = self._forward(_Seen(self))
+            self.outcome = self._forward(None if self.source is None else _Seen(self))
         except Exception as error:
             self.outcome = error
         self.asked, self.pending = None, set()
@@ -114,6 +132,10 @@ class Lane:
 
     def wait(self) -> Any:
         return self._greenlet.parent.switch()
+
+    def multiply(self, weight: Hashable, row: Any, product: Product) -> Any:
+        self.product = weight, row, product
+        return self.wait()
 
     # Called by whoever serves it.
 
@@ -140,6 +162,14 @@ class Lane:
         if self.pending:
             self.pending.clear()
             self.switch(None)
+
+    def multiplied(self, out: Any) -> None:
+        """The product it waits for, or the error that came of it."""
+        self.product = None
+        if isinstance(out, Exception):
+            self._greenlet.throw(out)
+        else:
+            self.switch(out)
 
     def fail(self, error: Exception) -> None:
         self.asked, self.pending = None, set()
@@ -233,14 +263,36 @@ def _serve(source: Source, layer: int, lanes: Sequence[Lane]) -> None:
         begun = True
         for lane in lanes:
             lane.begin(lease)
+        _multiply(lanes)
         for expert, view in lease:
             for lane in lanes:
                 lane.take(expert, view)
+            _multiply(lanes)
     except Exception as error:  # the source's: those of a forward are its outcome
         _part(source, layer, [x for x in lanes if x.pending or not begun], error)
         return
     for lane in lanes:
         lane.end()
+    _multiply(lanes)
+
+
+def _multiply(lanes: Sequence[Lane]) -> None:
+    """Give lanes the products they wait for, the rows of one weight at once, until none waits."""
+    while waiting := [lane for lane in lanes if lane.product is not None]:
+        groups: dict[Hashable, list[tuple[Lane, Any, Product]]] = {}
+        for lane in waiting:
+            assert lane.product is not None
+            weight, row, product = lane.product
+            groups.setdefault(weight, []).append((lane, row, product))
+        for group in groups.values():
+            (_, _, product), rows = group[0], [row for _, row, _ in group]
+            outs: Sequence[Any]
+            try:
+                outs = product(rows)
+            except Exception as error:
+                outs = [error] * len(group)
+            for (lane, _, _), out in zip(group, outs, strict=True):
+                lane.multiplied(out)
 
 
 def _part(source: Source, layer: int, lanes: Sequence[Lane], error: Exception) -> None:
@@ -249,6 +301,7 @@ def _part(source: Source, layer: int, lanes: Sequence[Lane], error: Exception) -
     for lane in lanes:
         if len(lanes) == 1 or lane.holds:
             lane.fail(error)
+    _multiply(lanes)
     for lane in lanes:
         if lane.asked is not None or lane.pending:
             _serve(source, layer, [lane])

@@ -358,7 +358,7 @@ static AVX512 void block(const Product *p, int64_t row, uint16_t out[MOST_ROWS][
         if (k % FRESH == 0)
             memset(sums, 0, sizeof sums);
         for (int i = 0; i < count; i += 4) {
-            const uint16_t *x = p->x + i * m->columns + k;
+            const uint16_t *x = (const uint16_t *)p->x + i * m->columns + k;
             switch (count - i) {
             case 1: dot(panel, columns / 2, x, m->columns, 1, sums + i); break;
             case 2: dot(panel, columns / 2, x, m->columns, 2, sums + i); break;
@@ -400,7 +400,7 @@ int chronos_avx512(Kernels *kernels)
                                0x0101010101010101ull * (uint64_t)(8 * b);
     for (uint16_t i = 0; i < 32; i++)
         fp4_values[i] = to_bf16(E2M1[i & 15]), woven[i] = (uint16_t)(i / 2 + 16 * (i & 1));
-    *kernels = (Kernels){block, decode};
+    kernels->block = block, kernels->decode = decode;
     return 1;
 }
 

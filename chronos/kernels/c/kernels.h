@@ -15,6 +15,7 @@ enum {
     FP8 = 2,     /* E4M3 times a scale */
     AFFINE = 3,  /* integers: round(code * scale) + bias */
     INTEGER = 4, /* integers: (code - zero) * scale; 0 is half of the codes where zeros is NULL */
+    FLOAT32 = 5, /* numbers themselves; only for rows that are float32 too */
 };
 enum { SCALE_F32 = 0, SCALE_BF16 = 1, SCALE_F16 = 2, SCALE_E8M0 = 3, SCALE_E4M3 = 4 };
 
@@ -30,17 +31,24 @@ typedef struct {
     const float *divisor; /* of all scales; NULL for none */
 } Matrix;
 
-/* y [count, N] = x [count, K] times the transposed matrix, all in bfloat16, with bias [N] or NULL
- * added before the result is rounded. */
+/* y [count, N] = x [count, K] times the transposed matrix, in bfloat16, with bias [N] or NULL added
+ * before the result is rounded; or, `wide`, in float32, of a matrix that is BF16 or FLOAT32. */
 typedef struct {
     Matrix matrix;
-    const uint16_t *x;
+    const void *x;
     const uint16_t *bias;
-    uint16_t *y;
+    void *y;
     int64_t count;
+    int64_t wide;
 } Product;
 
 enum { BLOCK = 32, MOST_ROWS = 8 }; /* rows of a matrix that are computed at once, and of x */
+
+/* Results of a block of rows of a matrix, by rows of x. */
+typedef union {
+    uint16_t narrow[MOST_ROWS][BLOCK];
+    float wide[MOST_ROWS][BLOCK];
+} Sums;
 
 /* Rows and columns of a matrix as bfloat16, to rows of `stride` numbers. Columns begin and end
  * at multiples of eight. */
@@ -52,11 +60,16 @@ typedef struct {
     /* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows;
      * NULL where no order of sums is known that a library has. */
     void (*block)(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+    /* The same of products that are `wide`. */
+    void (*wide)(const Product *p, int64_t row, float sums[MOST_ROWS][BLOCK]);
     /* Whole rows as bfloat16, one behind the other. */
     void (*decode)(const Matrix *m, int64_t row, int64_t rows, uint16_t *out);
 } Kernels;
 
 /* Returns whether this CPU has what it takes, and sets them. */
 int chronos_avx512(Kernels *kernels);
+
+/* Sets `wide`, where this CPU has vectors for it. */
+void chronos_wide(Kernels *kernels);
 
 #endif

@@ -54,17 +54,27 @@ static inline void relax(void)
 
 static uint64_t current(void) { return atomic_load(&job.ticket) >> 32; }
 
-static void write_out(const Product *p, int64_t row, uint16_t out[MOST_ROWS][BLOCK])
+static void compute(const Product *p, int64_t row, Sums *out)
+{
+    if (p->wide)
+        cpu.wide(p, row, out->wide);
+    else
+        cpu.block(p, row, out->narrow);
+}
+
+static void write_out(const Product *p, int64_t row, const Sums *out)
 {
     int64_t rows = p->matrix.rows, count = rows - row < BLOCK ? rows - row : BLOCK;
+    size_t size = p->wide ? sizeof(float) : sizeof(uint16_t);
     for (int64_t i = 0; i < p->count; i++)
-        memcpy(p->y + i * rows + row, out[i], 2 * (size_t)count);
+        memcpy((char *)p->y + (size_t)(i * rows + row) * size,
+               (const char *)out + (size_t)(i * BLOCK) * size, (size_t)count * size);
 }
 
 /* Compute a block of a job and keep it if nobody was earlier. Nothing where the job is over. */
 static void compute_block(uint64_t number, int b)
 {
-    uint16_t out[MOST_ROWS][BLOCK];
+    Sums out;
     int i = 0;
     uint64_t before = atomic_load(&job.state[b]);
     while (i + 1 < job.count && job.begins[i + 1] <= b)
@@ -74,9 +84,9 @@ static void compute_block(uint64_t number, int b)
     atomic_thread_fence(memory_order_seq_cst);
     if (current() != number || before >> 1 == number)
         return; /* what was read may be of two jobs */
-    cpu.block(&p, row, out);
+    compute(&p, row, &out);
     if (atomic_compare_exchange_strong(&job.state[b], &before, 2 * number)) {
-        write_out(&p, row, out);
+        write_out(&p, row, &out);
         atomic_store(&job.state[b], 2 * number + 1);
     }
 }
@@ -142,11 +152,11 @@ static void start_workers(int wanted)
 
 static void run_alone(const Product *products, int count)
 {
-    uint16_t out[MOST_ROWS][BLOCK];
+    Sums out;
     for (int i = 0; i < count; i++)
         for (int64_t row = 0; row < products[i].matrix.rows; row += BLOCK) {
-            cpu.block(&products[i], row, out);
-            write_out(&products[i], row, out);
+            compute(&products[i], row, &out);
+            write_out(&products[i], row, &out);
         }
 }
 
@@ -192,7 +202,7 @@ int chronos_multiply(const Product *products, int count, int threads)
     int64_t blocks = 0;
     for (int i = 0; i < count; i++)
         blocks += (products[i].matrix.rows + BLOCK - 1) / BLOCK;
-    if (!cpu.block || count < 1 || count > MOST_PRODUCTS)
+    if (count < 1 || count > MOST_PRODUCTS || !(products[0].wide ? (void *)cpu.wide : (void *)cpu.block))
         return -1;
     /* Of two callers one computes alone, as do small products. */
     if (threads < 2 || blocks < 4 || blocks > MOST_BLOCKS || pthread_mutex_trylock(&one_caller)) {
@@ -206,6 +216,17 @@ int chronos_multiply(const Product *products, int count, int threads)
     return behind;
 }
 
+/* y [count, rows] = x [count, columns] times a transposed matrix of numbers of 16 or 32 bits, in
+ * float32; else as `chronos_multiply`. */
+int chronos_multiply_wide(const void *weight, int bits, int64_t rows, int64_t columns,
+                          const float *x, float *y, int count, int threads)
+{
+    Matrix m = {.format = bits == 16 ? BF16 : FLOAT32, .bits = bits, .rows = rows,
+                .columns = columns, .values = weight};
+    Product p = {.matrix = m, .x = x, .y = y, .count = count, .wide = 1};
+    return chronos_multiply(&p, 1, threads);
+}
+
 /* How many threads may still read the memory of products that are computed. */
 int chronos_behind(void) { return atomic_load(&job.inside); }
 
@@ -217,13 +238,15 @@ static void decode_plainly(const Matrix *m, int64_t row, int64_t rows, uint16_t 
     chronos_decode(m, row, rows, 0, m->columns, out, m->columns);
 }
 
-/* Returns whether there are products; matrices are dequantised on every CPU. */
+/* Returns which products there are: 1 for those in bfloat16, 2 for wide ones. Matrices are
+ * dequantised on every CPU. */
 int chronos_open(void)
 {
     static int opened;
     if (!opened++)
         pthread_atfork(NULL, NULL, forget);
-    if (!chronos_avx512(&cpu))
-        cpu = (Kernels){NULL, decode_plainly};
-    return cpu.block != NULL;
+    cpu = (Kernels){.decode = decode_plainly};
+    chronos_avx512(&cpu);
+    chronos_wide(&cpu);
+    return (cpu.block ? 1 : 0) | (cpu.wide ? 2 : 0);
 }
