@@ -3,10 +3,13 @@
 Ceilings: the memory (a copy, bytes read and written), and oneDNN's product of bfloat16 that lies as
 it likes best, for twice to four times the bytes. "else" is what happens without a kernel: the
 matrix is dequantised by torch, then multiplied; "plain" is dequantising by a kernel, alone.
-Matrices take turns in 192 MB, so they come from memory. One thread is timed by its own clock, which
-a busy neighbour moves little; several by the wall's.
+Each order of summation is measured that the CPU has kernels in, beside the library's product that
+adds so: oneDNN's, or with it off ATen's own, as on CPUs for which oneDNN has none (`x @ W` where
+columns lie one behind the other). Matrices take turns in 192 MB, so they come from memory. One
+thread is timed by its own clock, which a busy neighbour moves little; several by the wall's.
 
-    python -m bench.runs.kernels [--shapes 768x2048,2880x2880] [--threads 1,2] [--calls 60]
+    python -m bench.runs.kernels [--shapes 768x2048,2880x2880] [--threads 1,2] [--calls 60] \
+        [--orders pairs,dots,fours]
 
 Prints a table and one JSON line: the fastest of the calls, and whether the bits are the library's.
 """
@@ -14,6 +17,7 @@ Prints a table and one JSON line: the fastest of the calls, and whether the bits
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -73,7 +77,17 @@ def memory_rate(threads: int) -> float:
     return 2 * source.nbytes / fastest(lambda _: target.copy_(source), 5, threads)
 
 
-def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dict[str, Any]:
+def of_library(order: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The product that adds in that order; weight [N, K], or [K, N] for "fours"."""
+    torch.backends.mkldnn.enabled = order == "pairs"
+    y = x @ weight if order == "fours" else F.linear(x, weight)
+    torch.backends.mkldnn.enabled = True
+    return y
+
+
+def measure(
+    name: str, order: str, rows: int, columns: int, threads: int, calls: int
+) -> dict[str, Any]:
     if name == "bf16":
         encoding, kinds = name, {"weight": torch.randn(rows, columns).bfloat16()}
         weight = kinds["weight"]
@@ -86,40 +100,46 @@ def measure(name: str, rows: int, columns: int, threads: int, calls: int) -> dic
     held = [
         {k: tensor.clone() for k, tensor in kinds.items()} for _ in range(_CYCLED // nbytes + 1)
     ]
-    matrices = [kernels.describe(encoding, each) for each in held]
+    number = native.ORDERS.index(order)
+    described = [kernels.describe(encoding, each) for each in held]
+    matrices = kernels.in_order(number, [each for each in described if each is not None])
+    assert len(matrices) == len(held)
     x = torch.randn(native.MOST_ROWS, columns).bfloat16()
     y = torch.empty(native.MOST_ROWS, rows, dtype=torch.bfloat16)
 
     def multiply(number: int, count: int) -> None:
         matrix = matrices[number % len(matrices)]
-        assert matrix is not None
         native.multiply([(matrix, x.data_ptr(), y.data_ptr())], count, threads, held)
 
-    def ours(row: Tensor) -> Tensor:
-        assert matrices[0] is not None
-        return kernels.multiply(row, [matrices[0]], held)
+    def ours(tried: int, row: Tensor) -> Tensor:
+        return kernels.multiply(row, kernels.in_order(tried, matrices[:1]), held)
 
-    same = kernels.same_bits(weight, lambda row: F.linear(row, weight), ours)
+    lying = weight.t().contiguous() if order == "fours" else weight
+    same = kernels.same_order(weight, lambda row: of_library(order, row, lying), ours) == number
+    kernels.in_order(number, matrices)
     seconds = {n: fastest(lambda i, n=n: multiply(i, n), calls, threads) for n in (1, 2, 4, 8)}
     plain_s = 0.0
     if name != "bf16":
         plain_s = fastest(lambda i: kernels.dequantised(encoding, held[i % len(held)]), 5, threads)
-    del held[1:], matrices[1:]
-    plain = [weight.clone() for _ in range(_CYCLED // weight.nbytes + 1)]
-    linear = fastest(lambda i: F.linear(x[:1], plain[i % len(plain)]), calls, threads)
-    packed = [products.packed(each) for each in plain]
-    best = fastest(lambda i: products.onednn_linear(x[:1], packed[i % len(packed)]), calls, threads)
-    otherwise = linear
-    if name != "bf16":
-        otherwise = fastest(
-            lambda _: F.linear(x[:1], by_torch(encoding, kinds, torch.bfloat16)), 3, threads
+    del held[1:], described[1:]
+    plain = [lying.clone() for _ in range(_CYCLED // lying.nbytes + 1)]
+    linear = fastest(lambda i: of_library(order, x[:1], plain[i % len(plain)]), calls, threads)
+    best = 0.0
+    if order == "pairs":
+        packed = [products.packed(each) for each in plain]
+        best = fastest(
+            lambda i: products.onednn_linear(x[:1], packed[i % len(packed)]), calls, threads
         )
+    torch_s = 0.0
+    if name != "bf16":
+        torch_s = fastest(lambda _: by_torch(encoding, kinds, torch.bfloat16), 3, threads)
     return {
-        "format": name, "rows": rows, "columns": columns, "threads": threads, "same_bits": same,
+        "format": name, "order": order, "rows": rows, "columns": columns, "threads": threads,
+        "same_bits": same,
         "us": 1e6 * seconds[1], "gweights_per_s": rows * columns / seconds[1] / 1e9,
         "gbytes_per_s": nbytes / seconds[1] / 1e9,
         "rate_of_rows": {n: n * seconds[1] / s for n, s in seconds.items()},
-        "linear_us": 1e6 * linear, "packed_us": 1e6 * best, "else_us": 1e6 * otherwise,
+        "linear_us": 1e6 * linear, "packed_us": 1e6 * best, "else_us": 1e6 * (torch_s + linear),
         "plain_us": 1e6 * plain_s,
     }  # fmt: skip
 
@@ -130,6 +150,8 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,mxfp4,fp8,int4,int8,affine4,affine8")
     parser.add_argument("--threads", default=f"1,{os.cpu_count()}")
     parser.add_argument("--calls", type=int, default=60)
+    orders = [native.ORDERS[number] for number in native.orders()]
+    parser.add_argument("--orders", default=",".join(orders))
     args = parser.parse_args()
     found, rates = [], {}
     for threads in map(int, args.threads.split(",")):
@@ -137,16 +159,18 @@ def main() -> None:
         rates[threads] = memory_rate(threads) / 1e9
         print(f"{threads} threads; a copy moves {rates[threads]:.1f} GB/s")
         print(
-            "format      shape      bits    us  Gw/s  GB/s  4 rows | linear  packed   else  plain"
+            "format   order      shape   bits     us  Gw/s  GB/s 4 rows  | linear"
+            "  packed    else  plain"
         )
         for shape in args.shapes.split(","):
             rows, columns = map(int, shape.split("x"))
-            for name in args.formats.split(","):
+            kinds = itertools.product(args.formats.split(","), args.orders.split(","))
+            for name, order in kinds:
                 with torch.inference_mode():
-                    each = measure(name, rows, columns, threads, args.calls)
+                    each = measure(name, order, rows, columns, threads, args.calls)
                 found.append(each)
                 print(
-                    f"{name:8} {shape:>12} {'same' if each['same_bits'] else 'other':>6} "
+                    f"{name:8} {order:5} {shape:>10} {'same' if each['same_bits'] else 'other':>6} "
                     f"{each['us']:6.0f} {each['gweights_per_s']:5.1f} {each['gbytes_per_s']:5.1f} "
                     f"{each['rate_of_rows'][4]:6.2f}  | {each['linear_us']:6.0f} "
                     f"{each['packed_us']:7.0f} {each['else_us']:7.0f} {each['plain_us']:6.0f}",

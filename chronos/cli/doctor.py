@@ -95,7 +95,7 @@ def _system_rows() -> list[tuple[str, str]]:
     system = _system()
     fast = f"off: {PLAIN} is set" if system["plain"] else f"on; {PLAIN}=1 turns them off"
     compiled = (
-        "for packed experts" if system["kernels"] else "none: off, not compiled, or no AVX-512 BF16"
+        "for packed experts" if system["kernels"] else "none: off, not compiled, or another CPU"
     )
     return [
         ("chronos", system["chronos"]),

@@ -8,6 +8,7 @@ the caller to try: see `backends.torch.kernels`.
 
 from chronos.kernels.library import (
     MOST_ROWS,
+    ORDERS,
     Array,
     Matrix,
     available,
@@ -16,11 +17,13 @@ from chronos.kernels.library import (
     loaded,
     multiply,
     multiply_wide,
+    orders,
     wide,
 )
 
 __all__ = [
     "MOST_ROWS",
+    "ORDERS",
     "Array",
     "Matrix",
     "available",
@@ -29,5 +32,6 @@ __all__ = [
     "loaded",
     "multiply",
     "multiply_wide",
+    "orders",
     "wide",
 ]

@@ -23,6 +23,7 @@ from chronos.common.layout.quantised import bits_of, block_of, shape_of
 from chronos.common.tuning import kernels_on
 
 MOST_ROWS, MOST_PRODUCTS = 8, 64  # of x in one product; products in one call
+ORDERS = ("pairs", "dots", "fours")  # in which terms are added, by number: c/kernels.h
 _FP4, _FP8, _AFFINE, _INTEGER = 1, 2, 3, 4  # c/kernels.h
 _BF16 = 0
 _SCALES = {"F32": 0, "BF16": 1, "F16": 2, "F8_E8M0": 3, "U8": 3, "F8_E4M3": 4}
@@ -52,9 +53,11 @@ class Matrix(ctypes.Structure):
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("divisor", c_void_p),
+        ("order", c_int32),
     ]
     rows: int
     columns: int
+    order: int  # of its sums: one of `orders()`
 
 
 class _Product(ctypes.Structure):
@@ -84,7 +87,8 @@ def _library() -> Any:
             ]  # fmt: skip
             library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
             found = library.chronos_open()
-            library.multiplies, library.multiplies_wide = bool(found & 1), bool(found & 2)
+            library.orders = tuple(n for n in range(len(ORDERS)) if found >> n & 1)
+            library.multiplies_wide = bool(found >> len(ORDERS))
             atexit.register(_wait, library)
             return library
     return None
@@ -92,7 +96,13 @@ def _library() -> Any:
 
 def available() -> bool:
     """Whether there are products for this CPU, and the environment has not turned them off."""
-    return loaded() and _library().multiplies
+    return bool(orders())
+
+
+def orders() -> tuple[int, ...]:
+    """The orders of summation that this CPU has products in, numbers of `ORDERS`: which of them a
+    framework has is for the caller to try."""
+    return _library().orders if loaded() else ()
 
 
 def wide() -> bool:
@@ -111,8 +121,13 @@ def describe(encoding: str, kinds: Mapping[str, Array]) -> Matrix | None:
     encoding: as `common.layout.quantised` names it, "bf16" for plain numbers; kinds: its tensors,
     whose sizes are checked before an address is taken. Raises ShapeMismatch.
     """
-    if encoding == "bf16":
-        return _plain(kinds)
+    found = _plain(kinds) if encoding == "bf16" else _packed(encoding, kinds)
+    if found is not None:
+        found.order = next(iter(orders()), 0)
+    return found
+
+
+def _packed(encoding: str, kinds: Mapping[str, Array]) -> Matrix | None:
     method, _, setting = encoding.partition("-")
     if method not in _METHODS:
         return None
@@ -219,7 +234,7 @@ def multiply(
     threads: how many may take part. owners: what keeps all of that memory. Raises UsageError.
     """
     library = _library()
-    if library is None or not library.multiplies:
+    if library is None or not library.orders:
         raise UsageError("there are no kernels on this machine", "", "ask `available` first")
     if not 1 <= count <= MOST_ROWS or not 1 <= len(products) <= MOST_PRODUCTS:
         raise UsageError(
@@ -227,6 +242,8 @@ def multiply(
             "",
             f"up to {MOST_PRODUCTS} of up to {MOST_ROWS} are computed",
         )
+    if any(matrix.order not in library.orders for matrix, _, _ in products):
+        raise UsageError("an order of sums without kernels here", "", "take one of `orders`")
     calls = (_Product * len(products))(*(_Product(m, x, None, y, count, 0) for m, x, y in products))
     if library.chronos_multiply(calls, len(products), threads) == 0:
         _behind.clear()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import byref, c_int64, c_void_p
+from contextlib import contextmanager
+from ctypes import CFUNCTYPE, Structure, byref, c_int64, c_void_p
 from functools import cache
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +23,9 @@ from chronos.common.layout.quantised import split  # noqa: E402
 from chronos.kernels import library  # noqa: E402
 
 compiled = pytest.mark.skipif(
-    not native.available(), reason="no kernels: not compiled, or a CPU without AVX-512 BF16"
+    not native.available(), reason="no kernels: not compiled, or none for this CPU"
 )
+orders = pytest.mark.parametrize("order", native.ORDERS)
 SHAPES = [(96, 2048), (576, 192), (192, 576), (100, 1056), (33, 288)]
 FORMATS = {
     "mxfp4": "mxfp4", "fp8": "fp8-128x128", "fp8-bf16": "fp8-128x128", "fp8-e8m0": "fp8-32x64",
@@ -33,6 +37,7 @@ FORMATS = {
     "affine8-own": "transformers-affine8-g32", "v4": "fp4", "fp8-v4": "fp8-128x128",
     "fp8-mx": "fp8-1x32",
 }  # fmt: skip
+SPECIAL = ("scales", "weight_scale", "biases", "weight_scale_inv")
 FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -90,11 +95,29 @@ def matrix_of(name: str, N: int, K: int) -> tuple[str, dict[str, Any]]:
     return FORMATS[name], {split(name).kind: tensor for name, tensor in drawn.items()}
 
 
-def product(x: Any, matrix: Any, kinds: Any, threads: int = 1) -> Any:
+def product(x: Any, matrix: Any, kinds: Any, threads: int = 1, order: str = "") -> Any:
+    if order:
+        kernels.in_order(native.ORDERS.index(order), [matrix])
     y = x.new_empty((len(x), matrix.rows))
     call = [(matrix, x.data_ptr(), y.data_ptr())]
     native.multiply(call, len(x), threads, (kinds, x))
     return y
+
+
+@contextmanager
+def onednn_is(on: bool) -> Iterator[None]:
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, on
+    yield
+    torch.backends.mkldnn.enabled = before
+
+
+def of_library(order: str, x: Any, weight: Any) -> Any:
+    """What torch adds in that order: oneDNN, or where that is off ATen itself, rows that lie one
+    behind the other or columns. Skips on CPUs without kernels for it."""
+    if native.ORDERS.index(order) not in native.orders():
+        pytest.skip(f"no kernels on this CPU that add by {order}")
+    with onednn_is(order == "pairs"):
+        return x @ weight.t().contiguous() if order == "fours" else F.linear(x, weight)
 
 
 def alike(found: Any, expected: Any) -> bool:
@@ -103,32 +126,77 @@ def alike(found: Any, expected: Any) -> bool:
 
 
 @compiled
+@orders
 @pytest.mark.parametrize("N,K", SHAPES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_one_row_has_the_bits_of_the_dequantised_product(name: str, N: int, K: int) -> None:
+def test_one_row_has_the_bits_of_the_dequantised_product(
+    name: str, N: int, K: int, order: str
+) -> None:
     encoding, kinds = matrix_of(name, N, K)
     matrix = kernels.describe(encoding, kinds)
     assert matrix is not None
     weight = by_torch(encoding, kinds, torch.bfloat16)
     rows = kernels.cancelling(weight)
-    expected = torch.cat([F.linear(x, weight) for x in rows.split(1)])
-    if not ordered(N, K):
+    expected = torch.cat([of_library(order, x, weight) for x in rows.split(1)])
+    if order not in added(N, K):
         pytest.skip("torch sums in another order here, so no kernel is used")
-    found = torch.cat([product(x, matrix, kinds) for x in rows.split(1)])
+    found = torch.cat([product(x, matrix, kinds, order=order) for x in rows.split(1)])
     assert torch.equal(found, expected)
     for count in range(2, native.MOST_ROWS + 1):  # together they are what each is alone
-        assert torch.equal(product(rows[:count], matrix, kinds), expected[:count])
-        assert torch.equal(product(rows[:count], matrix, kinds, threads=3), expected[:count])
+        assert torch.equal(product(rows[:count], matrix, kinds, order=order), expected[:count])
+        assert torch.equal(product(rows[:count], matrix, kinds, 3, order), expected[:count])
 
 
 @cache
-def ordered(N: int, K: int) -> bool:
-    """Whether the library sums as kernels do, by a matrix that nobody quantised."""
+def added(N: int, K: int) -> list[str]:
+    """The orders in which the library sums as kernels do, by a matrix that nobody quantised."""
     weight = torch.randn((N, K), generator=torch.Generator().manual_seed(2)).bfloat16()
     matrix = kernels.describe("bf16", {"weight": weight})
-    return kernels.same_bits(
-        weight, lambda x: F.linear(x, weight), lambda x: product(x, matrix, weight)
-    )
+    return [
+        order
+        for n, order in enumerate(native.ORDERS)
+        if n in native.orders()
+        and all(
+            torch.equal(of_library(order, x, weight), product(x, matrix, weight, order=order))
+            for x in kernels.cancelling(weight).split(1)
+        )
+    ]
+
+
+@compiled
+@pytest.mark.parametrize("N,K", [(32, 64), (64, 128), (64, 1024)])
+def test_the_trial_tells_orders_apart_by_weights_of_few_bits_too(N: int, K: int) -> None:
+    encoding, kinds = matrix_of("mxfp4", N, K)
+    matrix = kernels.describe(encoding, kinds)
+    rows = kernels.cancelling(by_torch(encoding, kinds, torch.bfloat16))
+    here = [native.ORDERS[n] for n in native.orders()]
+    sums = [product(rows[:8], matrix, kinds, order=order) for order in here]
+    for one, other in combinations(sums, 2):
+        assert (one != other).any(1).sum() >= 4
+
+
+@compiled
+@pytest.mark.parametrize(
+    "onednn,transposed,order",
+    [(True, False, "pairs"), (True, True, "pairs"), (False, False, "dots"), (False, True, "fours")],
+)
+def test_the_trial_finds_the_order(onednn: bool, transposed: bool, order: str) -> None:
+    if order not in added(96, 2048):
+        pytest.skip(f"torch does not add by {order} here")
+    with torch.inference_mode(), onednn_is(onednn):
+        like = expert("mxfp4", 512, 256)
+        codecs.Quantised().forward(torch.randn((1, 512)).bfloat16(), like, block(transposed))
+    tried = {native.ORDERS[m.order] for product in like.matrices.values() for m in product}
+    assert tried == {order}
+
+
+class Kernels(Structure):
+    """As in c/kernels.h."""
+
+    _fields_ = [
+        ("block", c_void_p * len(native.ORDERS)),
+        ("decode", CFUNCTYPE(None, c_void_p, c_int64, c_int64, c_void_p)),
+    ]
 
 
 @pytest.mark.skipif(not native.loaded(), reason="kernels were not compiled")
@@ -136,11 +204,14 @@ def ordered(N: int, K: int) -> bool:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> None:
     encoding, kinds = matrix_of(name, N, K)
-    for scale in (kind for kind in kinds if kind in ("scales", "weight_scale", "biases")):
+    for scale in (kind for kind in kinds if kind in SPECIAL):
         if kinds[scale].dtype == torch.uint8:  # powers of two from the least to the largest
             kinds[scale].view(-1)[:7] = torch.tensor([0, 1, 2, 7, 120, 250, 253])
         elif kinds[scale].itemsize > 1:  # down to denormal numbers, where rounding is another
-            kinds[scale].view(-1)[:4] = torch.tensor([1e-39, -3e-38, 6e-8, 0.0])
+            special = torch.tensor([1e-39, -3e-38, 6e-8, 0.0])
+            kinds[scale].view(-1)[:4] = special[: kinds[scale].numel()]
+        if kinds[scale].dtype == torch.float32:  # rounding must not make a number of it
+            kinds[scale].view(torch.int32).view(-1)[-1:] = 0x7FFFFFFF
     expected = by_torch(encoding, kinds, torch.bfloat16)
     found = kernels.dequantised(encoding, kinds)
     assert found is not None and alike(found, expected)
@@ -150,31 +221,41 @@ def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> Non
         byref(matrix), *sizes, c_void_p(plainly.data_ptr()), c_int64(K)
     )
     assert alike(plainly, expected)
+    for cpu in ("avx2", "avx512"):  # of which one is chosen
+        its = Kernels()
+        getattr(library._library(), f"chronos_{cpu}")(byref(its))
+        if its.decode:
+            its.decode(byref(matrix), 0, N, plainly.zero_().data_ptr())
+            assert alike(plainly, expected)
     assert alike(dequantised(encoding, kinds, torch.bfloat16), expected)
 
 
 @compiled
+@orders
 @pytest.mark.parametrize("special", ["denormal", "inf", "nan", "huge", "zero"])
 @pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4", "affine4", "affine8"])
-def test_numbers_that_are_none_and_tiny_ones(name: str, special: str) -> None:
+def test_numbers_that_are_none_and_tiny_ones(name: str, special: str, order: str) -> None:
     encoding, kinds = matrix_of(name, 64, 1024)
     matrix = kernels.describe(encoding, kinds)
     weight = by_torch(encoding, kinds, torch.bfloat16)
     x = torch.randn((1, 1024), generator=torch.Generator().manual_seed(5)).bfloat16()
     value = {"denormal": 1e-39, "inf": torch.inf, "nan": torch.nan, "huge": 3e38, "zero": -0.0}
     x[0, 7::31] = value[special]
-    assert alike(product(x, matrix, kinds), F.linear(x, weight))
+    expected = of_library(order, x, weight)
+    assert alike(product(x, matrix, kinds, order=order), expected)
 
 
 @compiled
+@orders
 @pytest.mark.parametrize("scale", [0, 1, 2, 3, 60, 200, 252, 253, 254, 255])
-def test_scales_at_the_ends_of_their_range(scale: int) -> None:
+def test_scales_at_the_ends_of_their_range(scale: int, order: str) -> None:
     encoding, kinds = matrix_of("mxfp4", 48, 512)
     kinds["scales"][::2, 3:7] = scale
     weight = by_torch(encoding, kinds, torch.bfloat16)
     matrix = kernels.describe(encoding, kinds)
     x = torch.randn((1, 512), generator=torch.Generator().manual_seed(5)).bfloat16()
-    assert alike(product(x, matrix, kinds), F.linear(x, weight))
+    expected = of_library(order, x, weight)
+    assert alike(product(x, matrix, kinds, order=order), expected)
 
 
 @compiled
@@ -242,13 +323,14 @@ def block(transposed: bool = False) -> Any:
     )
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-zeros", "affine4"])
 def test_an_expert_has_the_same_bits_with_and_without_them(
-    name: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, transposed: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec, x = codecs.Quantised(), torch.randn((1, 256)).bfloat16()
-    with torch.inference_mode():
+    with torch.inference_mode(), onednn_is(onednn):
         with_them = expert(name, 256, 192)
         found = codec.forward(x, with_them, block(transposed))
         monkeypatch.setenv("CHRONOS_KERNEL", "off")

@@ -27,6 +27,7 @@ import chronos
 from chronos import kernels as native_kernels
 from chronos.backends.torch import kernels
 from chronos.backends.torch.checkpoint import dequantised_bytes
+from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.quantised import dequantised
 from chronos.cli import main
 from chronos.common.disk.tensors import read_checkpoint, write_tensors
@@ -152,13 +153,17 @@ def test_bits_of_mlx_lie_across_words(bits: int) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4"])
 def test_kernels_compute_single_tokens_where_they_have_the_bits(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, onednn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of experts large enough that the library computes as kernels do, with two threads."""
+    """Of experts large enough that the library computes as kernels do, with two threads; and with
+    ATen's own products, which CPUs have without AVX-512."""
     if not native_kernels.available():
-        pytest.skip("no kernels: not compiled, or a CPU without AVX-512 BF16")
+        pytest.skip("no kernels: not compiled, or none for this CPU")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+    codec_of.cache_clear()  # with what it has tried
     wide = {"gpt_oss": {"intermediate_size": 128}}.get(CASES[name], {"moe_intermediate_size": 128})
     model = build(CASES[name], torch.bfloat16, True, hidden_size=128, **wide)
     quantised.save(model, tmp_path / "source", name, partial(chosen, name))
@@ -180,6 +185,7 @@ def test_kernels_compute_single_tokens_where_they_have_the_bits(
     with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
         np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
     assert not products
+    codec_of.cache_clear()
 
 
 def described(kinds: dict[str, torch.Tensor]) -> Any:

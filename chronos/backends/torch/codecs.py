@@ -224,7 +224,7 @@ class Quantised(Transformers):
     bits, else and for several rows they are dequantised at each use."""
 
     def __init__(self) -> None:
-        self._tried: dict[Any, bool] = {}
+        self._tried: dict[Any, Mapping[str, int]] = {}
 
     def view(self, raw: Tensor, record: Record, release: Release = None) -> Coded:
         tensors = tensors_of(raw, record)
@@ -285,8 +285,9 @@ class Quantised(Transformers):
         tensors = tuple((n, t.dtype, t.shape) for n, t in expert.tensors.items())
         key = (tensors, *expert.encodings.items(), block.is_transposed, block.is_concatenated)
         if key not in self._tried:
-            self._tried[key] = _same_bits(self, expert, block)
-        return found if self._tried[key] else {}
+            self._tried[key] = _orders(self, expert, block)
+        orders = self._tried[key]
+        return {name: kernels.in_order(order, found[name]) for name, order in orders.items()}
 
 
 def _by_matrix(expert: Coded) -> dict[str, dict[str, Tensor]]:
@@ -336,19 +337,28 @@ def _multiplied(expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
     return y_1F.view(2, -1).t().reshape(1, -1)
 
 
-def _same_bits(codec: Quantised, like: Coded, block: Any) -> bool:
-    """Whether kernels have the library's bits for such an expert: tried with random ones."""
+def _ordered(expert: Coded, block: Any, name: str, order: int, x_1D: Tensor) -> Tensor:
+    assert expert.matrices is not None
+    kernels.in_order(order, expert.matrices[name])
+    return _multiplied(expert, block, name, x_1D)
+
+
+def _orders(codec: Quantised, like: Coded, block: Any) -> dict[str, int]:
+    """For each product of such an expert the order in which kernels have the library's bits, tried
+    with random ones; none where one of them has none."""
     drawn = Coded(kernels.random_like(like.tensors), None, like.encodings)
     drawn.matrices = _described(drawn)
     weights = codec.parameters(drawn, block, torch.bfloat16)
-    return all(
-        kernels.same_bits(
-            weights[name].t() if block.is_transposed else weights[name],
-            partial(_product, block, weights[name]),
-            partial(_multiplied, drawn, block, name),
+    found: dict[str, int] = {}
+    for name in drawn.matrices:
+        weight = weights[name].t() if block.is_transposed else weights[name]
+        order = kernels.same_order(
+            weight, partial(_product, block, weights[name]), partial(_ordered, drawn, block, name)
         )
-        for name in drawn.matrices
-    )
+        if order is None:
+            return {}
+        found[name] = order
+    return found
 
 
 def _swiglu(x_TD: Tensor, project: Projector, adapter: Adapter) -> Tensor:

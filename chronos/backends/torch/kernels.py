@@ -4,7 +4,8 @@ the rows of Chronos' own models.
 One row times a quantised matrix, without the matrix in bfloat16 in between. A kernel is used for a
 shape only after a trial: sums whose terms all but undo each other, so that what is left is their
 rounding, which shows any other order of summation, compared with the library's product of the
-dequantised matrix. Where a bit differs, or there is no kernel, an expert is dequantised as before.
+dequantised matrix. Where none of the orders that kernels know has its bits, or there is no kernel,
+an expert is dequantised as before.
 A native model in float32 has no library's bits to keep, only its own: the resident model computes
 with the same kernel as the streamed one.
 In all of them a row has the bits it has alone, whatever rows are computed with it.
@@ -36,7 +37,7 @@ _NAMES = {
     torch.int32: "I32",
     torch.int64: "I64",
 }
-_SAMPLES, _CORRECTIONS = 24, 16
+_SAMPLES, _CORRECTIONS, _SPREAD = 24, 16, 12
 
 
 def usable(x: Tensor) -> bool:
@@ -64,6 +65,13 @@ def describe(encoding: str, kinds: Kinds) -> Matrix | None:
             name = "F8_E8M0"
         arrays[kind] = Array(tensor.data_ptr(), name, tuple(tensor.shape))
     return kernels.describe(encoding, arrays)
+
+
+def in_order(order: int, matrices: Sequence[Matrix]) -> Sequence[Matrix]:
+    """The same, their products added in that order from now on."""
+    for matrix in matrices:
+        matrix.order = order
+    return matrices
 
 
 def multiply(x_1K: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
@@ -138,13 +146,17 @@ def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:
     return out_NK
 
 
-def same_bits(
-    weight_NK: Tensor, library: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor]
-) -> bool:
-    """Whether two products of rows with a weight agree to the last bit, in sums that nearly
-    cancel."""
+def same_order(
+    weight_NK: Tensor, library: Callable[[Tensor], Tensor], ours: Callable[[int, Tensor], Tensor]
+) -> int | None:
+    """The order of summation in which our product of a row with a weight has the library's bits,
+    in sums that nearly cancel; None where none has. ours: takes the order and the row."""
     rows = cancelling(weight_NK).split(1)
-    return all(torch.equal(ours(x_1K), library(x_1K)) for x_1K in rows)
+    expected = [library(x_1K) for x_1K in rows]
+    for order in kernels.orders():
+        if all(torch.equal(ours(order, x), y) for x, y in zip(rows, expected, strict=True)):
+            return order
+    return None
 
 
 def random_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,10 +182,12 @@ def random_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def cancelling(weight_NK: Tensor) -> Tensor:
     """Rows x [S, K] in bfloat16, each of which nearly cancels with a row of the weight: single
-    numbers are changed, one after the other, by what the sum still is."""
+    numbers are changed, one after the other, by what the sum still is. Their sizes are far apart:
+    a sum of few weights of few bits would else be exact in any order."""
     random = torch.Generator().manual_seed(1)
     N, K = weight_NK.shape
-    x_SK = torch.randn((_SAMPLES, K), generator=random).bfloat16()
+    powers_SK = torch.randint(-_SPREAD, _SPREAD + 1, (_SAMPLES, K), generator=random)
+    x_SK = (torch.randn((_SAMPLES, K), generator=random) * torch.exp2(powers_SK)).bfloat16()
     rows_S = torch.randint(0, N, (_SAMPLES,), generator=random)
     rows_S[0], rows_S[1] = 0, N - 1
     for x_K, row in zip(x_SK, rows_S.tolist(), strict=True):

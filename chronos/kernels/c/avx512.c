@@ -63,6 +63,14 @@ INLINE __m512 of_integers(const Matrix *m, int format, __m512 codes, __m512 scal
     return m->scale_type == SCALE_F16 ? round_scale(SCALE_F16, codes) : codes;
 }
 
+/* As `number` has them. */
+INLINE __m512 load_floats(__mmask16 there, const float *from)
+{
+    __m512 values = _mm512_maskz_loadu_ps(there, from);
+    __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(values, none, _mm512_set1_ps(__builtin_nanf("")));
+}
+
 /* Scales and zeros, in float32, of the groups of a row from group g on; up to sixteen. */
 INLINE void load_groups(const Matrix *m, int format, int64_t row, int64_t g, int64_t count,
                         float scale[16], float zero[16])
@@ -72,7 +80,7 @@ INLINE void load_groups(const Matrix *m, int format, int64_t row, int64_t g, int
     const uint16_t *halves = (const uint16_t *)m->scales + at;
     __m512 scales;
     switch (m->scale_type) {
-    case SCALE_F32: scales = _mm512_maskz_loadu_ps(there, (const float *)m->scales + at); break;
+    case SCALE_F32: scales = load_floats(there, (const float *)m->scales + at); break;
     case SCALE_BF16: scales = widened(_mm256_maskz_loadu_epi16(there, halves)); break;
     case SCALE_F16: scales = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, halves)); break;
     case SCALE_E8M0: {
@@ -95,7 +103,7 @@ INLINE void load_groups(const Matrix *m, int format, int64_t row, int64_t g, int
     if (format == AFFINE) {
         const uint16_t *biases = (const uint16_t *)m->zeros + at;
         if (m->scale_type == SCALE_F32)
-            _mm512_storeu_ps(zero, _mm512_maskz_loadu_ps(there, (const float *)m->zeros + at));
+            _mm512_storeu_ps(zero, load_floats(there, (const float *)m->zeros + at));
         else if (m->scale_type == SCALE_BF16)
             _mm512_storeu_ps(zero, widened(_mm256_maskz_loadu_epi16(there, biases)));
         else
@@ -383,13 +391,13 @@ static AVX512 void block(const Product *p, int64_t row, uint16_t out[MOST_ROWS][
         }
 }
 
-int chronos_avx512(Kernels *kernels)
+void chronos_avx512(Kernels *kernels)
 {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")))
-        return 0;
+        return;
     for (uint32_t code = 0; code < 128; code++) {
         uint16_t value = to_bf16(from_e4m3(code));
         e4m3_low[code] = (uint8_t)value, e4m3_high[code] = (uint8_t)(value >> 8);
@@ -400,14 +408,13 @@ int chronos_avx512(Kernels *kernels)
                                0x0101010101010101ull * (uint64_t)(8 * b);
     for (uint16_t i = 0; i < 32; i++)
         fp4_values[i] = to_bf16(E2M1[i & 15]), woven[i] = (uint16_t)(i / 2 + 16 * (i & 1));
-    kernels->block = block, kernels->decode = decode;
-    return 1;
+    kernels->block[PAIRS] = block;
+    kernels->decode = decode;
 }
 
 #else
-int chronos_avx512(Kernels *kernels)
+void chronos_avx512(Kernels *kernels)
 {
     (void)kernels;
-    return 0;
 }
 #endif

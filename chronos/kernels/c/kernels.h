@@ -17,6 +17,13 @@ enum {
     INTEGER = 4, /* integers: (code - zero) * scale; 0 is half of the codes where zeros is NULL */
     FLOAT32 = 5, /* numbers themselves; only for rows that are float32 too */
 };
+/* Orders in which the terms of a sum are added; each gives it other bits. */
+enum {
+    PAIRS = 0, /* oneDNN's, of VDPBF16PS: avx512.c */
+    DOTS = 1,  /* ATen's, of rows that lie one behind the other: order.h */
+    FOURS = 2, /* ATen's, of columns that do */
+    ORDERS = 3,
+};
 enum { SCALE_F32 = 0, SCALE_BF16 = 1, SCALE_F16 = 2, SCALE_E8M0 = 3, SCALE_E4M3 = 4 };
 
 typedef struct {
@@ -29,6 +36,7 @@ typedef struct {
     const void *scales;
     const void *zeros;    /* biases of AFFINE; of INTEGER words of codes along the rows */
     const float *divisor; /* of all scales; NULL for none */
+    int32_t order;        /* of the sums of its products */
 } Matrix;
 
 /* y [count, N] = x [count, K] times the transposed matrix, in bfloat16, with bias [N] or NULL added
@@ -55,19 +63,21 @@ typedef union {
 void chronos_decode(const Matrix *m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     uint16_t *out, int64_t stride);
 
+/* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows. */
+typedef void Block(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+
 /* What a CPU has. */
 typedef struct {
-    /* sums[i][j] = bfloat16 of row i of x times row `row` + j of the matrix, for a block of rows;
-     * NULL where no order of sums is known that a library has. */
-    void (*block)(const Product *p, int64_t row, uint16_t sums[MOST_ROWS][BLOCK]);
+    Block *block[ORDERS]; /* NULL where it has not the instructions */
     /* The same of products that are `wide`. */
     void (*wide)(const Product *p, int64_t row, float sums[MOST_ROWS][BLOCK]);
     /* Whole rows as bfloat16, one behind the other. */
     void (*decode)(const Matrix *m, int64_t row, int64_t rows, uint16_t *out);
 } Kernels;
 
-/* Returns whether this CPU has what it takes, and sets them. */
-int chronos_avx512(Kernels *kernels);
+/* Set what this CPU has. */
+void chronos_avx2(Kernels *kernels);
+void chronos_avx512(Kernels *kernels);
 
 /* Sets `wide`, where this CPU has vectors for it. */
 void chronos_wide(Kernels *kernels);

@@ -59,7 +59,7 @@ static void compute(const Product *p, int64_t row, Sums *out)
     if (p->wide)
         cpu.wide(p, row, out->wide);
     else
-        cpu.block(p, row, out->narrow);
+        cpu.block[p->matrix.order](p, row, out->narrow);
 }
 
 static void write_out(const Product *p, int64_t row, const Sums *out)
@@ -200,10 +200,15 @@ static void run_job(const Product *products, int count, int blocks)
 int chronos_multiply(const Product *products, int count, int threads)
 {
     int64_t blocks = 0;
-    for (int i = 0; i < count; i++)
-        blocks += (products[i].matrix.rows + BLOCK - 1) / BLOCK;
-    if (count < 1 || count > MOST_PRODUCTS || !(products[0].wide ? (void *)cpu.wide : (void *)cpu.block))
+    if (count < 1 || count > MOST_PRODUCTS)
         return -1;
+    for (int i = 0; i < count; i++) {
+        int32_t order = products[i].matrix.order;
+        int known = order >= 0 && order < ORDERS;
+        if (products[i].wide ? !cpu.wide : !known || !cpu.block[order])
+            return -1;
+        blocks += (products[i].matrix.rows + BLOCK - 1) / BLOCK;
+    }
     /* Of two callers one computes alone, as do small products. */
     if (threads < 2 || blocks < 4 || blocks > MOST_BLOCKS || pthread_mutex_trylock(&one_caller)) {
         run_alone(products, count);
@@ -238,15 +243,20 @@ static void decode_plainly(const Matrix *m, int64_t row, int64_t rows, uint16_t 
     chronos_decode(m, row, rows, 0, m->columns, out, m->columns);
 }
 
-/* Returns which products there are: 1 for those in bfloat16, 2 for wide ones. Matrices are
- * dequantised on every CPU. */
+/* Returns the orders there are products in, a bit for each, and behind them one for wide products;
+ * matrices are dequantised on every CPU. */
 int chronos_open(void)
 {
-    static int opened;
-    if (!opened++)
-        pthread_atfork(NULL, NULL, forget);
-    cpu = (Kernels){.decode = decode_plainly};
+    static int opened, orders;
+    if (opened++)
+        return orders;
+    pthread_atfork(NULL, NULL, forget);
+    cpu.decode = decode_plainly;
+    chronos_avx2(&cpu);
     chronos_avx512(&cpu);
     chronos_wide(&cpu);
-    return (cpu.block ? 1 : 0) | (cpu.wide ? 2 : 0);
+    orders = (cpu.wide != NULL) << ORDERS;
+    for (int order = 0; order < ORDERS; order++)
+        orders |= (cpu.block[order] != NULL) << order;
+    return orders;
 }

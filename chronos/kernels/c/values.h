@@ -82,7 +82,7 @@ VALUE float rounded(int32_t type, float value)
     return type == SCALE_F16 ? round_f16(value) : value;
 }
 
-/* Number `at` of an array of scales. */
+/* Number `at` of an array of scales. What is no number has few bits, so that rounding it leaves it so. */
 VALUE float number(const void *array, int32_t type, int64_t at)
 {
     switch (type) {
@@ -93,7 +93,10 @@ VALUE float number(const void *array, int32_t type, int64_t at)
         uint32_t exponent = ((const uint8_t *)array)[at];
         return float_of(exponent ? exponent << 23 : 1u << 22);
     }
-    default: return ((const float *)array)[at];
+    default: {
+        float value = ((const float *)array)[at];
+        return value == value ? value : float_of(0x7fc00000);
+    }
     }
 }
 
