@@ -10,6 +10,7 @@
 #   make clients         clients and tools that others wrote ask the server; installs them (npm too where that is)
 #   make agents          coding agents ask the server (npm, a gigabyte); for releases
 #   make ui-test         the pages of `chronos ui` in a Chromium (Debian: apt-get install chromium-headless-shell)
+#   make cpus            kernels of CPUs that are not here, under QEMU, and torch on one without AVX-512
 #   make gpu             the tests that need an NVIDIA GPU, and the conformance suite on it
 #   make docs            writes docs/cli.md and docs/modules.md
 #   make site            the documentation as a site in build/site, offline
@@ -33,7 +34,7 @@ PARALLEL := OMP_NUM_THREADS=1
 COMPILED := setup.py $(wildcard chronos/kernels/c/*)
 INSTALL = $(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test check absent oracle vllm clients agents ui-test gpu docs site clean
+.PHONY: demo test check absent oracle vllm clients agents ui-test cpus gpu docs site clean
 
 demo: $(USE_STAMP)
 	@$(RUN) chronos demo --backend $(BACKEND)
@@ -85,6 +86,10 @@ agents: $(DEV_STAMP)
 # The browser is this target's alone: a walk through all pages takes a minute.
 ui-test: $(DEV_STAMP)
 	CHRONOS_TEST_BROWSER=1 $(PARALLEL) $(RUN) pytest tests/ui
+
+# What is absent is skipped by name (Debian: apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross).
+cpus: $(DEV_STAMP)
+	CHRONOS_TEST_CPUS=1 $(PARALLEL) $(RUN) pytest -rs tests/native/test_torch_cpus.py
 
 gpu: $(DEV_STAMP)
 	CHRONOS_TEST_GPU=1 $(RUN) pytest -m cuda

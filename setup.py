@@ -11,8 +11,8 @@ setup(
     ext_modules=[
         Extension(
             "chronos.kernels._native",
-            [f"{C}/{name}.c" for name in ("avx2", "avx512", "decode", "pool", "wide")],
-            depends=[f"{C}/{name}.h" for name in ("kernels", "order", "values", "wide_block")],
+            [f"{C}/{n}.c" for n in ("avx2", "avx512", "decode", "neon", "pool", "wide")],
+            depends=[f"{C}/{n}.h" for n in ("kernels", "order", "rows", "values", "wide_block")],
             # Values are rounded where their format rounds them: a product and a sum stay two steps.
             extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread"],

@@ -195,6 +195,7 @@ class Kernels(Structure):
 
     _fields_ = [
         ("block", c_void_p * len(native.ORDERS)),
+        ("wide", c_void_p),
         ("decode", CFUNCTYPE(None, c_void_p, c_int64, c_int64, c_void_p)),
     ]
 

@@ -14,15 +14,9 @@
         low = (Four)_mm_unpacklo_epi16(_mm_setzero_si128(), eight);    \
         high = (Four)_mm_unpackhi_epi16(_mm_setzero_si128(), eight);   \
     } while (0)
-#define DECODE decode_row
+#define INLINE VALUE TARGET
 
 #include "values.h"
-
-static TARGET void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out);
-
-#include "order.h"
-
-static uint8_t mxfp4[256][2][16]; /* of each scale the low bytes of its sixteen values, and the high */
 
 /* Sixteen values of bfloat16 by their code: low bytes, high bytes, both twice. */
 typedef struct {
@@ -81,6 +75,11 @@ INLINE Table sixteen_values(const Matrix *m, int format, Group group)
 INLINE __m256i twice(const uint8_t *sixteen)
 {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)sixteen));
+}
+
+INLINE Table table_of(const uint8_t both[2][16])
+{
+    return (Table){twice(both[0]), twice(both[1])};
 }
 
 /* Numbers 0 to 7 and 16 to 23, numbers 8 to 15 and 24 to 31. */
@@ -147,55 +146,9 @@ INLINE void integers(const Matrix *m, int format, const uint8_t *codes, Group gr
     }
 }
 
-/* Columns k to k + count of a row, both multiples of 32, as are groups. format and bits are
- * constants wherever this is used. */
-INLINE void decode_as(const Matrix *m, int format, int bits, int64_t row, int64_t k, int64_t count,
-                      uint16_t *out)
-{
-    const uint8_t *codes = m->values + (row * m->columns + k) * bits / 8;
-    const int mx = format == FP4 && m->scale_type == SCALE_E8M0 && m->down == 1 && !m->divisor;
-    int64_t end = k + count;
-    for (int64_t g = k / m->across; k < end; g++) {
-        int64_t stop = (g + 1) * m->across < end ? (g + 1) * m->across : end;
-        Table table = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        Group group = {0, 0};
-        if (mx) {
-            uint8_t scale = ((const uint8_t *)m->scales)[row * m->groups + g];
-            table.low = twice(mxfp4[scale][0]), table.high = twice(mxfp4[scale][1]);
-        } else {
-            group = group_of(m, format, row, g);
-            if (bits == 4)
-                table = sixteen_values(m, format, group);
-        }
-        for (; k < stop; k += 32, codes += 4 * bits, out += 32) {
-            if (bits == 4)
-                look_up(codes, table, out);
-            else if (format == FP8)
-                e4m3(codes, group.scale, out);
-            else
-                integers(m, format, codes, group, out);
-        }
-    }
-}
+#include "rows.h"
 
-static TARGET void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out)
-{
-    switch (m->across % 32 && m->across < m->columns ? -1 : m->format << 4 | m->bits) {
-    case FP4 << 4 | 4: decode_as(m, FP4, 4, row, k, count, out); break;
-    case FP8 << 4 | 8: decode_as(m, FP8, 8, row, k, count, out); break;
-    case AFFINE << 4 | 4: decode_as(m, AFFINE, 4, row, k, count, out); break;
-    case AFFINE << 4 | 8: decode_as(m, AFFINE, 8, row, k, count, out); break;
-    case INTEGER << 4 | 4: decode_as(m, INTEGER, 4, row, k, count, out); break;
-    case INTEGER << 4 | 8: decode_as(m, INTEGER, 8, row, k, count, out); break;
-    default: chronos_decode(m, row, 1, k, count, out, 0);
-    }
-}
-
-static TARGET void decode(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
-{
-    for (int64_t r = 0; r < rows; r++)
-        decode_row(m, row + r, 0, m->columns, out + r * m->columns);
-}
+#include "order.h"
 
 void chronos_avx2(Kernels *kernels)
 {
@@ -203,12 +156,7 @@ void chronos_avx2(Kernels *kernels)
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
           __builtin_cpu_supports("f16c")))
         return;
-    for (int scale = 0; scale < 256; scale++)
-        for (int code = 0; code < 16; code++) {
-            uint8_t one = (uint8_t)scale;
-            uint16_t value = to_bf16(E2M1[code] * number(&one, SCALE_E8M0, 0));
-            mxfp4[scale][0][code] = (uint8_t)value, mxfp4[scale][1][code] = (uint8_t)(value >> 8);
-        }
+    set_mxfp4();
     kernels->block[DOTS] = dots, kernels->block[FOURS] = fours;
     kernels->decode = decode;
 }

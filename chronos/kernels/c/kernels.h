@@ -78,6 +78,7 @@ typedef struct {
 /* Set what this CPU has. */
 void chronos_avx2(Kernels *kernels);
 void chronos_avx512(Kernels *kernels);
+void chronos_neon(Kernels *kernels);
 
 /* Sets `wide`, where this CPU has vectors for it. */
 void chronos_wide(Kernels *kernels);

@@ -1,6 +1,6 @@
 /* Products in the two orders of ATen's own bfloat16 products, which torch has where oneDNN has none:
  * included by the file of a CPU, which defines LANES (floats of a vector), TARGET, FMA of vectors,
- * FMA4 of four lanes, WIDEN (eight bfloat16 to twice four floats) and DECODE.
+ * FMA4 of four lanes, WIDEN (eight bfloat16 to twice four floats), INLINE, and decode_row (rows.h).
  *
  * DOTS, of a matrix whose rows lie one behind the other (ATen's native/cpu/
  * ReducedPrecisionFloatGemvFastPathKernel.cpp): eight vectors of sums take the columns by turns, and
@@ -18,8 +18,6 @@ enum {
     ABREAST = 8,      /* rows of the matrix that FOURS computes at once */
 };
 
-#define INLINE VALUE TARGET
-
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef float Four __attribute__((vector_size(16)));
@@ -34,7 +32,7 @@ INLINE const uint16_t *numbers(const Matrix *m, int64_t row, int64_t k, int64_t 
 {
     if (m->format == BF16)
         return (const uint16_t *)m->values + row * m->columns + k;
-    DECODE(m, row, k, count, to);
+    decode_row(m, row, k, count, to);
     return to;
 }
 

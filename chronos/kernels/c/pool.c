@@ -254,6 +254,7 @@ int chronos_open(void)
     cpu.decode = decode_plainly;
     chronos_avx2(&cpu);
     chronos_avx512(&cpu);
+    chronos_neon(&cpu);
     chronos_wide(&cpu);
     orders = (cpu.wide != NULL) << ORDERS;
     for (int order = 0; order < ORDERS; order++)
