@@ -41,6 +41,10 @@ CASES = {
     "granitemoe-f16": Case("granitemoe", ("F16",)),
     "qwen2_moe-mxfp4": Case("qwen2_moe", ("MXFP4",)),
     "qwen3_moe-q4_k": Case("qwen3_moe", ("Q4_K", "Q6_K"), "Q6_K", K_QUANTS),  # mixed, as Q4_K_M
+    "qwen3_moe-q5_k": Case("qwen3_moe", ("Q5_K", "Q3_K"), "Q5_K", K_QUANTS),
+    "qwen3_moe-q2_k": Case("qwen3_moe", ("Q2_K", "IQ4_XS"), "Q4_K", K_QUANTS),
+    "mixtral-q4_0": Case("mixtral", ("Q4_0", "Q4_1"), "Q4_0"),
+    "olmoe-q5_0": Case("olmoe", ("Q5_0", "Q5_1", "IQ4_NL"), "Q5_0"),
     "olmoe-bf16": Case("olmoe", ("BF16",), "BF16"),
     "phimoe-f32": Case("phimoe", ("F32",), "F32"),
     "deepseek_v3-q8_0": Case("deepseek_v3", ("Q8_0",)),

@@ -26,25 +26,36 @@ _ONE = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "d
 Coded = tuple[np.ndarray, np.ndarray]  # what lies in the file, and the float32 it stands for
 
 
+# Of types that the gguf package does not write: where a block has its scales, and the largest
+# number that the first of them is a factor of.
+DRAWN = {
+    "Q2_K": ((80, 82), 15 * 3),
+    "Q3_K": ((108,), 32 * 4),
+    "Q4_K": ((0, 2), 63 * 15),
+    "Q5_K": ((0, 2), 63 * 31),
+    "Q6_K": ((208,), 127 * 32),
+    "IQ4_NL": ((0,), 127),
+    "IQ4_XS": ((0,), 32 * 127),
+}
+
+
 def coded(weight: np.ndarray, kind: str) -> Coded:
     """A tensor in a type of ggml, by its rows."""
     kind_ = gguf.GGMLQuantizationType[kind]
-    raw = _drawn(weight, kind) if kind in ("Q4_K", "Q6_K") else quantize(weight, kind_)
+    raw = _drawn(weight, kind) if kind in DRAWN else quantize(weight, kind_)
     return raw, dequantize(raw, kind_)
 
 
 def _drawn(weight: np.ndarray, kind: str) -> np.ndarray:
     """Blocks with random codes and scales, their values about as large as the weight's."""
     rng = np.random.default_rng(weight.shape[-1])
-    size = {"Q4_K": 144, "Q6_K": 210}[kind]
-    blocks = rng.integers(0, 256, (weight.size // 256, size), dtype=np.uint8)
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (weight.size // values, size), dtype=np.uint8)
     spread = float(np.abs(weight).max())
-    most = {"Q4_K": 63 * 15, "Q6_K": 127 * 32}[kind]
+    at, most = DRAWN[kind]
     scale = (spread / most * rng.uniform(0.5, 1, (len(blocks), 1))).astype(np.float16)
-    if kind == "Q6_K":
-        blocks[:, 208:] = scale.view(np.uint8)
-    else:
-        blocks[:, :2], blocks[:, 2:4] = scale.view(np.uint8), (scale * 7).view(np.uint8)
+    for i, offset in enumerate(at):
+        blocks[:, offset : offset + 2] = (scale * 7 if i else scale).view(np.uint8)
     return blocks.reshape(*weight.shape[:-1], -1)
 
 
@@ -121,7 +132,7 @@ def save(
 
     def put(gguf_: str, array: np.ndarray, kind: str) -> np.ndarray:
         small = array.ndim == 1 or array.shape[-1] % 32 or "gate_inp" in gguf_
-        if kind in ("Q4_K", "Q6_K") and array.shape[-1] % 256:
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]:
             kind = "Q8_0"  # as llama.cpp falls back
         if small or kind == "F32":
             writer.add_tensor(gguf_, np.ascontiguousarray(array))

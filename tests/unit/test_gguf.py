@@ -209,7 +209,7 @@ def test_experts_and_the_rest_are_told_apart(tmp_path: Path) -> None:
         ([*STACKS[:2]], {}, ShapeMismatch, "do not fit each other"),
         ([*STACKS[:2], (STACKS[2][0], (2, 64, 32), 8)], {}, ShapeMismatch, "do not fit each other"),
         ([(n, (3, *s[1:]), k) for n, s, k in STACKS], {}, ShapeMismatch, "2 experts"),
-        ([(n, (2, 256, 256), 10) for n, _, _ in STACKS], {}, ConfigError, "is Q2_K, which"),
+        ([(n, (2, 256, 256), 18) for n, _, _ in STACKS], {}, ConfigError, "is IQ3_XXS, which"),
         ([*STACKS, ("blk.0.odd.weight", (4,), 0)], {}, ShapeMismatch, "not one that a qwen3moe"),
     ],
 )

@@ -24,6 +24,11 @@ from chronos.common.layout.quantised import GGUF_BLOCKS, bits_of, block_of
 
 # E2M1 of OCP MX 1.0, by its code: eight magnitudes, and the same with the sign.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# What llama.cpp's IQ4 types stand for, by code.
+_UNEVEN = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
+    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
 _INT4 = tuple(float(code) for code in range(16))
 Kinds = Mapping[str, Tensor]
 
@@ -169,34 +174,112 @@ def _gguf(setting: str, kinds: Kinds, dtype: torch.dtype) -> Tensor:
     return _GGUF_TYPES[kind](blocks).view(len(raw_NB), -1).to(dtype)
 
 
+def _q4_0(blocks: Tensor) -> Tensor:
+    """A scale and 32 integers of four bits."""
+    return _half(blocks, 0) * (_halves(blocks[:, 2:], 16).float() - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    """The same with a minimum behind the scale."""
+    return _half(blocks, 0) * _halves(blocks[:, 4:], 16).float() + _half(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    """A scale, and of 32 integers the fifth bits before the lower four."""
+    codes = _halves(blocks[:, 6:], 16) | _fields(blocks[:, 2:6, None], 1).flatten(1) << 4
+    return _half(blocks, 0) * (codes.float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    """The same with a minimum behind the scale."""
+    codes = _halves(blocks[:, 8:], 16) | _fields(blocks[:, 4:8, None], 1).flatten(1) << 4
+    return _half(blocks, 0) * codes.float() + _half(blocks, 2)
+
+
 def _q8_0(blocks: Tensor) -> Tensor:
     """A scale and 32 integers of eight bits."""
     return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
 
 
+def _q2_k(blocks: Tensor) -> Tensor:
+    """Scales and minima of 16 groups, four bits each; 256 integers of two bits; their scales."""
+    scales, minima = (blocks[:, :16] & 15).float(), (blocks[:, :16] >> 4).float()
+    codes = _fields(blocks[:, 16:80].unflatten(1, (2, 1, 32)), 2).view(-1, 16, 16).float()
+    scaled = (_half(blocks, 80) * scales)[..., None] * codes
+    return scaled - (_half(blocks, 82) * minima)[..., None]
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    """Of 256 integers the third bits, then the lower two; scales of 16 groups, six bits each, their
+    upper two behind the lower four; their scale."""
+    scales = _halves(blocks[:, 96:104], 8) | _fields(blocks[:, None, 104:108], 2).flatten(1) << 4
+    upper = _fields(blocks[:, None, :32], 1).flatten(1)
+    lower = _fields(blocks[:, 32:96].unflatten(1, (2, 1, 32)), 2).flatten(1)
+    codes = ((lower | upper << 2).float() - 4).unflatten(1, (16, 16))
+    return (_half(blocks, 108) * (scales.float() - 32))[..., None] * codes
+
+
 def _q4_k(blocks: Tensor) -> Tensor:
-    """Two scales of scales; scales and minima of eight groups, six bits each; 256 integers of four
-    bits, of each 32 bytes first the lower halves."""
+    """Scales and minima (`_six_bits`) and 256 integers of four bits, of each 32 bytes first the
+    lower halves."""
+    return _six_bits(blocks, _halves(blocks[:, 16:], 32))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    """The same with the fifth bits before the lower four: in each of 32 bytes one of each group."""
+    upper = _fields(blocks[:, None, 16:48], 1).flatten(1)
+    return _six_bits(blocks, _halves(blocks[:, 48:], 32) | upper << 4)
+
+
+def _six_bits(blocks: Tensor, codes: Tensor) -> Tensor:
+    """Two scales of scales; scales and minima of eight groups of codes, six bits each."""
     low, high = blocks[:, 4:12], blocks[:, 12:16]
     scale, least = low[:, :4], low[:, 4:]
     scales = torch.cat([scale & 63, (high & 15) | (scale >> 2 & 48)], 1).float()
     minima = torch.cat([least & 63, (high >> 4) | (least >> 2 & 48)], 1).float()
-    packed = blocks[:, 16:].unflatten(1, (4, 1, 32))
-    codes = torch.cat([packed & 15, packed >> 4], 2).flatten(1, 2).float()
-    scaled = (_half(blocks, 0) * scales)[..., None] * codes
+    scaled = (_half(blocks, 0) * scales)[..., None] * codes.unflatten(1, (8, 32)).float()
     return scaled - (_half(blocks, 2) * minima)[..., None]
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
     """256 integers of six bits, the lower four and the upper two apart; scales of 16 groups; their
     scale."""
-    lower = blocks[:, :128].unflatten(1, (2, 1, 64))
-    lower = torch.cat([lower & 15, lower >> 4], 2).unflatten(3, (2, 32)).flatten(2, 3)
-    upper = blocks[:, 128:192].unflatten(1, (2, 1, 32))
-    upper = torch.cat([upper >> shift & 3 for shift in (0, 2, 4, 6)], 2)
-    codes = (lower | upper << 4).flatten(1).float() - 32
+    lower = _halves(blocks[:, :128], 64)
+    upper = _fields(blocks[:, 128:192].unflatten(1, (2, 1, 32)), 2).flatten(1)
+    codes = (lower | upper << 4).float() - 32
     scales = blocks[:, 192:208].view(torch.int8).float() * _half(blocks, 208)
     return codes.unflatten(1, (16, 16)) * scales[..., None]
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """A scale and 32 codes of unevenly spaced numbers."""
+    return _half(blocks, 0) * _uneven(_halves(blocks[:, 2:], 16))
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    """A scale of scales; scales of eight groups of such codes, six bits each, the upper two before
+    the lower four."""
+    upper = _fields(blocks[:, 2:4, None], 2).flatten(1)
+    scales = (_fields(blocks[:, 4:8, None], 4).flatten(1) | upper << 4).float() - 32
+    values = _uneven(_halves(blocks[:, 8:], 16)).unflatten(1, (8, 32))
+    return (_half(blocks, 0) * scales)[..., None] * values
+
+
+def _uneven(codes: Tensor) -> Tensor:
+    return torch.tensor(_UNEVEN, device=codes.device)[codes.int()]
+
+
+def _halves(packed: Tensor, each: int) -> Tensor:
+    """Of each so many bytes the lower four bits of all, then the upper ones [blocks, codes]."""
+    return _fields(packed.unflatten(1, (-1, 1, each)), 4).flatten(1)
+
+
+def _fields(packed: Tensor, bits: int) -> Tensor:
+    """Integers of so many bits in bytes [..., 1, n], the lowest bits of all bytes first; in bytes
+    [..., 1] one byte's behind the other."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    shifts = shifts if packed.shape[-1] == 1 else shifts[:, None]
+    return packed >> shifts & ((1 << bits) - 1)
 
 
 def _gguf_mxfp4(blocks: Tensor) -> Tensor:
@@ -210,7 +293,11 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
-_GGUF_TYPES = {"q8_0": _q8_0, "q4_k": _q4_k, "q6_k": _q6_k, "mxfp4": _gguf_mxfp4}
+_GGUF_TYPES = {
+    "q4_0": _q4_0, "q4_1": _q4_1, "q5_0": _q5_0, "q5_1": _q5_1, "q8_0": _q8_0,
+    "q2_k": _q2_k, "q3_k": _q3_k, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl, "iq4_xs": _iq4_xs, "mxfp4": _gguf_mxfp4,
+}  # fmt: skip
 _METHODS: dict[str, Callable[[str, Kinds, torch.dtype], Tensor]] = {
     "gguf": _gguf,
     "mxfp4": _mxfp4,

@@ -50,8 +50,10 @@ from chronos.common.model.weights import SAFETENSORS_DTYPE, Key
 _FLOATS = ("F32", "F16", "BF16")
 # Where a block has its scales, and of which dtypes they are.
 _SCALES = {
-    "Q8_0": ((0, "F16"),),
-    "Q4_K": ((0, "F16"), (2, "F16")),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), ((0, "F16"),)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), ((0, "F16"), (2, "F16"))),
+    "Q2_K": ((80, "F16"), (82, "F16")),
+    "Q3_K": ((108, "F16"),),
     "Q6_K": ((208, "F16"),),
     "MXFP4": ((0, "F8_E8M0"),),
 }

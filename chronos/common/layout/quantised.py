@@ -19,7 +19,11 @@ from chronos.common.errors import ShapeMismatch
 # Kinds that hold values, and those that say what the values mean. A matrix that is not quantised
 # has the kind "weight" alone.
 # What GGUF calls its types: values and bytes of a block.
-GGUF_BLOCKS = {"q8_0": (32, 34), "q4_k": (256, 144), "q6_k": (256, 210), "mxfp4": (32, 17)}
+GGUF_BLOCKS = {
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
+    "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176),
+    "q6_k": (256, 210), "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17),
+}  # fmt: skip
 VALUES = ("blocks", "weight_packed", "qweight", "weight", *GGUF_BLOCKS)
 SCALES = ("scales", "weight_scale_inv", "weight_scale", "scale")
 KINDS = (
