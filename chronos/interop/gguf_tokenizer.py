@@ -44,6 +44,13 @@ def tokenizer_fields(writer: gguf.GGUFWriter, src: Path, vocab_size: int) -> Non
         writer.add_tokenizer_model("none")  # ids in, ids out
         return
     core = json.loads(read_files(src).core.to_str())
+    last = max([*core["model"]["vocab"].values(), *(a["id"] for a in core["added_tokens"])])
+    if last >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer has a token {last}, the model's vocabulary ends at {vocab_size - 1}",
+            str(src / "tokenizer.json"),
+            "put the tokenizer the model was trained with beside it, or take out what was added",
+        )
     tokens, kinds = _tokens(core, vocab_size)
     if rule := _rule(core):
         writer.add_tokenizer_model("gpt2")

@@ -347,6 +347,12 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
         export_gguf(source, tmp_path / "out", kind="q8_0")
     with pytest.raises(UsageError, match="'q4_k' is no type"):
         export_gguf(source, tmp_path / "out", kind="q4_k")
+    path = source / "tokenizer.json"
+    core = json.loads(path.read_text())
+    core["added_tokens"].append(core["added_tokens"][-1] | {"id": 300, "content": "<more>"})
+    path.write_text(json.dumps(core))
+    with pytest.raises(ConfigError, match=r"has a token 300, the model's vocabulary ends at 299"):
+        export_gguf(source, tmp_path / "out")
     guest = tiny_guest(tmp_path / "guest", model_type="dbrx")
     with pytest.raises(ConfigError, match=r"dbrx is not written as GGUF(.|\n)*own converter"):
         export_gguf(guest, tmp_path / "out")

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from chronos.backends import torch as backend
 from chronos.backends.libraries import who_runs
 from chronos.backends.torch import products
 from chronos.backends.torch.arena import Arena
+from chronos.backends.torch.guest import experts
 from chronos.backends.torch.guest.experts import is_experts
 from chronos.backends.torch.products import PackedLinear, packs
 from chronos.common.disk.header import read_header
@@ -486,3 +488,28 @@ def test_a_guest_kept_or_forked_goes_on_as_a_cold_one(
         kept, forked, restored = company.kept_and_forked(engine.session, PROMPT[:20], 16)
     assert forked == 16
     assert kept == restored == (0 if model_type in OTHER_STATES else 16)
+
+
+def test_an_expert_that_a_gate_names_twice_counts_twice() -> None:
+    """As in the library's own sum; an expert that is missing too."""
+
+    class Some:
+        fallbacks: ClassVar[list[float]] = []
+
+        def acquire(self, layer: int, ids: Any) -> Any:
+            assert len(set(ids)) == len(ids)
+            return [(expert, None if expert == 7 else float(expert)) for expert in ids]
+
+        def wants(self, source: str) -> bool:
+            return False
+
+        def record_fallback(self, weight: float) -> None:
+            self.fallbacks.append(weight)
+
+    layer = experts.Layer(0, lambda x: 100 * x, lambda *_: None)
+    layer.codec = SimpleNamespace(forward=lambda x, weights, module: x * weights)
+    x_1D, module = torch.ones(1, 2), torch.nn.Module()
+    ids_1K, weights_1K = torch.tensor([[3, 5, 3, 7, 7]]), torch.tensor([[1.0, 2, 4, 8, 16]])
+    y_1D = layer._one_token(module, x_1D, ids_1K, weights_1K, Some())
+    assert y_1D.tolist() == [[3 * 5 + 5 * 2 + 100 * 24.0] * 2]
+    assert Some.fallbacks == [8, 16]

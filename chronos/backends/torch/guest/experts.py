@@ -107,22 +107,21 @@ class Layer:
         self, module: Any, x_1D: Tensor, ids_1K: Tensor, weights_1K: Tensor, source: Source
     ) -> Tensor:
         ids: list[int] = ids_1K[0].tolist()
-        rank = {expert: i for i, expert in enumerate(ids)}
-        y_K: list[Tensor] = [x_1D] * len(ids)
+        outputs: dict[int, Tensor] = {}
         missing = []
-        ready = source.acquire(self.layer, ids)  # its reads go first
+        ready = source.acquire(self.layer, list(dict.fromkeys(ids)))  # its reads go first
         self._forecast(x_1D, source)
         for expert, weights in ready:
             if weights is None:
-                missing.append(rank[expert])
+                missing.append(expert)
             else:
-                y_K[rank[expert]] = self._compute(module, expert, x_1D, weights)
+                outputs[expert] = self._compute(module, expert, x_1D, weights)
         if missing:
             shared_1D = self._stand_in(x_1D)
-            for i in missing:
-                y_K[i] = shared_1D
+            outputs |= dict.fromkeys(missing, shared_1D)
+            for i in (i for i, expert in enumerate(ids) if expert in missing):
                 source.record_fallback(float(weights_1K[0, i]))
-        y_KD = torch.cat(y_K) * weights_1K[0, :, None]
+        y_KD = torch.cat([outputs[expert] for expert in ids]) * weights_1K[0, :, None]
         return y_KD[None].sum(dim=1).to(x_1D.dtype)
 
     def _grouped(
