@@ -222,7 +222,7 @@ def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> Non
         byref(matrix), *sizes, c_void_p(plainly.data_ptr()), c_int64(K)
     )
     assert alike(plainly, expected)
-    for cpu in ("avx2", "avx512"):  # of which one is chosen
+    for cpu in ("avx2", "avx512", "neon"):  # of which one is chosen
         its = Kernels()
         getattr(library._library(), f"chronos_{cpu}")(byref(its))
         if its.decode:
