@@ -8,6 +8,7 @@ import html
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from chronos.ui.words import Words
 
 EVERY_S = 0.5  # between two looks at what is live; only the page that is seen looks
 _ASKED_S = 120.0  # for a command that is waited for
+_KEPT = 32  # answers of commands
 Handler = Callable[..., Any]
 # What is live is drawn from its mark: while that is the same, nothing is drawn.
 Live = tuple[object, Callable[[], Sequence[Any]]]
@@ -38,6 +40,8 @@ class Site:
     recipes: Recipes
     words: Words = field(default_factory=Words)
     talks: Talks = field(default_factory=Talks)
+    _answers: dict[object, Any] = field(default_factory=dict)
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, *args: str) -> Any:
         """The JSON of a quick command, waited for. Raises UsageError with what it says."""
@@ -56,6 +60,26 @@ class Site:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             raise UsageError("; ".join(said[-3:]) or f"exit code {done.returncode}")
         return json.loads(done.stdout)
+
+    def later(self, key: object, *args: str) -> Any:
+        """What `ask` answers, once it has: None until then, and the UsageError that it raised. The
+        command runs on a thread of its own, once for a key, and the newest answers are kept."""
+        with self._mutex:
+            if key not in self._answers:
+                self._answers[key] = None
+                threading.Thread(target=self._answer, args=(key, args), daemon=True).start()
+                while len(self._answers) > _KEPT:
+                    self._answers.pop(next(iter(self._answers)))
+            return self._answers[key]
+
+    def _answer(self, key: object, args: Sequence[str]) -> None:
+        found: Any
+        try:
+            found = self.ask(*args)
+        except UsageError as error:
+            found = error
+        with self._mutex:
+            self._answers[key] = found
 
 
 class Face:
@@ -76,6 +100,15 @@ class Face:
         made = kind(**props | {n: self.site.words.say("en", key) for n, key in keys.items()})
         if keys:
             self._spoken.append((made, keys))
+        return made
+
+    def beside(self, count: int = 2) -> list[Any]:
+        """Places for HTML beside each other; below each other in a narrow window."""
+        made = []
+        with gr.Row():
+            for _ in range(count):
+                with gr.Column(min_width=300):
+                    made.append(gr.HTML())
         return made
 
     def on(
@@ -193,9 +226,13 @@ class Face:
         if job is None:
             return f'<p class="quiet">{self.say(language, "job.none")}</p>'
         text = self.say(language, f"job.{job.state}")
-        code = f" ({job.code})" if job.state == "failed" else ""
+        failed = job.state == "failed"
+        code = f" ({job.code})" if failed else ""
+        why = "".join(
+            f'<p class="quiet">{html.escape(line)}</p>' for line in job.lines(1) if failed
+        )
         name = html.escape(job.name)
-        return f'<p class="state {job.state}"><b>{name}</b> {text}{code}</p>'
+        return f'<p class="state {job.state}"><b>{name}</b> {text}{code}</p>{why}'
 
 
 def _guarded(handler: Handler) -> Handler:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from chronos.common.budget import shown_size
+from chronos.common.budget import parse_budget, shown_size
 from chronos.common.errors import UsageError
 from chronos.ui.face import Face, Live, chosen, newest, offered, relisted, table
 from chronos.ui.jobs import Job
@@ -41,9 +41,14 @@ def build(face: Face) -> None:
         return relisted(["demo", *site.root.models()], mine, free=True)
 
     def begun(language: str, mine: str, first: str, second: str) -> list[Any]:
-        where = mine if mine == "demo" else str(site.root.existing(mine))
+        where = mine if mine == "demo" else str(site.root.existing(mine or ""))
         names = []
-        for budget in filter(None, (second.strip(), first.strip())):  # the newest is shown left
+        wanted = [size.strip() for size in (second, first) if size.strip()]
+        if not wanted:
+            raise UsageError(face.say(language, "chat.no_budget"))
+        for size in wanted:
+            parse_budget(size, 1 << 50)
+        for budget in wanted:  # the newest is shown left
             name = site.jobs.free_name("chat")
             stats = str(site.root.run(name) / EXPERTS)
             args = ["serve", where, "--budget", budget, "--port", "0", "--stats", stats]

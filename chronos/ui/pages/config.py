@@ -91,7 +91,8 @@ def build(face: Face) -> None:
         kept, recipe = store.draft()
         return [kept, recipe, chosen(store.names(), "demo"), *shown(language, recipe, rate)]
 
-    def loaded(language: str, wanted: str, rate: str) -> list[Any]:
+    def loaded(language: str, wanted: str | None, rate: str) -> list[Any]:
+        wanted = wanted or ""
         recipe = store.text(wanted)
         stem = wanted.rpartition("/")[2].removesuffix(".toml")
         store.keep_draft(stem, recipe)

@@ -18,16 +18,16 @@ _NEEDS = {"hits": "#009E73", "late": "#E69F00", "misses": "#D55E00"}
 def build(face: Face) -> None:
     site = face.site
     with gr.Row():
-        server = face.make(gr.Dropdown, label="@experts.server", scale=3, elem_id="io-server")
+        server = face.make(
+            gr.Dropdown, label="@experts.server", scale=3, min_width=260, elem_id="io-server"
+        )
         since = face.make(
             gr.Radio, label="@experts.since", choices=[("10 s", "lately"), ("all", "start")],
             value="start", scale=2,
         )  # fmt: skip
     told = gr.HTML(elem_id="io-state")
-    with gr.Row():
-        needs, stalls = gr.HTML(min_width=300), gr.HTML(min_width=300)
-    with gr.Row():
-        read, flow = gr.HTML(min_width=300), gr.HTML(min_width=300)
+    needs, stalls = face.beside()
+    read, flow = face.beside()
 
     def live(language: str, called: Any, window: Any) -> Live:
         running = chat.servers_of(face)

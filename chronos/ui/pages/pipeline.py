@@ -54,8 +54,7 @@ def build(face: Face) -> None:
                 stop = face.make(gr.Button, value="@pipeline.stop", variant="stop", scale=1)
             told = gr.HTML(elem_id="run-state")
             losses = gr.HTML(elem_id="losses")
-            with gr.Row():
-                health, shares = gr.HTML(min_width=240), gr.HTML(min_width=240)
+            health, shares = face.beside()
             log = face.make(
                 gr.Textbox, label="@job.log", lines=6, max_lines=12, autoscroll=True,
                 elem_id="run-log",
@@ -75,7 +74,7 @@ def build(face: Face) -> None:
     def begin(
         language: str, at: str, mine: str, begun: str, rows: str, called: str, *extra: str
     ) -> Any:
-        args = ["train", at, "-c", site.recipes.path(mine), *extra]
+        args = ["train", at, "-c", site.recipes.path(mine or ""), *extra]
         if "--dry-run" not in extra:
             args += ["-o", str(site.root.run(called))]
         if at != "pretrain" and begun:
@@ -178,7 +177,7 @@ def _state(face: Face, language: str, job: Job | None, rows: list[dict[str, Any]
 
 def _explained(face: Face, mine: str, begun: str, rows: str) -> Any:
     """What `chronos inspect data FILE --model M` says."""
-    recipe = recipes.check(face.site.recipes.text(mine))
+    recipe = recipes.check(face.site.recipes.text(mine or ""))
     root = face.site.root
     path = rows or recipe.data.path
     where = path if path in BUILT_IN else str(root.existing(path))

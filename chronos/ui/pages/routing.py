@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
-from chronos.common.errors import ChronosError
+from chronos.common.errors import UsageError
 from chronos.ui import pictures, svg
 from chronos.ui.face import Face, Live, offered, relisted, table
 
 KIND = "trace"
 _TOKENS = 240  # columns of the picture
+_LISTS_S = 3.0
 
 
 def build(face: Face) -> None:
     site = face.site
-    kept: dict[tuple[str, float], Any] = {}  # what `inspect` said of a file
+    listing = _Listing(site.root.traces)
     with gr.Row():
         model = face.make(gr.Dropdown, label="@routing.model", scale=2, min_width=160)
         data = face.make(
@@ -29,14 +32,15 @@ def build(face: Face) -> None:
         record = face.make(gr.Button, value="@routing.record", min_width=120)
     told = gr.HTML(elem_id="trace-state")
     with gr.Row():
-        trace = face.make(gr.Dropdown, label="@routing.trace", scale=3, elem_id="trace")
+        trace = face.make(
+            gr.Dropdown, label="@routing.trace", scale=3, min_width=260, elem_id="trace"
+        )
         layer = face.make(
             gr.Slider, label="@routing.layer", minimum=0, maximum=1, step=1, value=0, scale=3,
             elem_id="trace-layer",
         )  # fmt: skip
     picture = gr.HTML(elem_id="routing")
-    with gr.Row():
-        uses, numbers = gr.HTML(min_width=300), gr.HTML()
+    uses, numbers = face.beside()
 
     def listed(language: str, mine: Any, text: Any) -> list[Any]:
         files = ["stdlib", *site.root.data()]
@@ -50,44 +54,51 @@ def build(face: Face) -> None:
         out = site.root.run(name) / "routing.npz"
         site.jobs.start(name, KIND, [*args, "-o", str(out), "--json"])
 
-    def traces(language: str, called: Any) -> Any:
-        return relisted(site.root.traces(), called)
-
     def live(language: str, called: Any, row: Any) -> Live:
-        # Files are listed when a job has begun or ended, and when the list is opened: not at each
-        # look, since all folders below the root are walked.
         jobs = site.jobs.of(KIND)
-        states = [(job.name, job.state) for job in jobs]
+        files = listing()
+        name = called if called in files else (files[-1] if files else None)
+        found = _found(face, name) if name else None
         row = row if isinstance(row, int | float) else 0
+        states = [(job.name, job.state) for job in jobs]
 
         def draw() -> list[Any]:
-            files = site.root.traces()
-            name = called if called in files else (files[-1] if files else None)
             told = face.told(language, jobs[0] if jobs else None)
-            shown = [gr.update(), "", "", ""]
-            try:
-                found = _found(face, kept, name) if name else None
-                shown = _drawn(face, language, found, int(row)) if found else shown
-            except ChronosError as error:  # a file that is no trace
-                told += table((), [[str(error)]])
+            if isinstance(found, UsageError):  # a file that is no trace
+                told += table((), [[str(found)]])
+            known = isinstance(found, dict)
+            shown = _drawn(face, language, found, int(row)) if known else [gr.update(), "", "", ""]
             return [offered(files, called, name), told, *shown]
 
-        return (language, states, called, row), draw
+        return (language, files, states, name, row, type(found)), draw
 
     face.opened(listed, [model, data], [model, data])
     face.on([model.focus, data.focus], listed, [model, data], [model, data])
-    face.on(trace.focus, traces, [trace], [trace])
     face.on(record.click, begun, [model, data, tokens], [])
     face.live("routing", live, [trace, layer], [trace, told, layer, picture, uses, numbers])
 
 
-def _found(face: Face, kept: dict[tuple[str, float], Any], name: str) -> Any:
-    """What `chronos inspect T.npz --json` prints; asked once for each version of the file."""
-    path: Path = face.site.root.existing(name)
-    key = (name, path.stat().st_mtime)
-    if key not in kept:
-        kept[key] = face.site.ask("inspect", str(path), "--tokens", str(_TOKENS))
-    return kept[key]
+class _Listing:
+    """Files, looked for again when some seconds have passed: all folders are walked for them."""
+
+    def __init__(self, read: Callable[[], list[str]]) -> None:
+        self._read, self._files, self._read_at = read, list[str](), -math.inf
+
+    def __call__(self) -> list[str]:
+        if time.monotonic() - self._read_at > _LISTS_S:
+            self._files, self._read_at = self._read(), time.monotonic()
+        return self._files
+
+
+def _found(face: Face, name: str) -> Any:
+    """What `chronos inspect T.npz --json` prints, for each version of the file; None while it has
+    not said it yet."""
+    try:
+        path = face.site.root.existing(name)
+        key = (name, path.stat().st_mtime)
+    except (UsageError, OSError):  # it was removed just now
+        return None
+    return face.site.later(key, "inspect", str(path), "--tokens", str(_TOKENS))
 
 
 def _drawn(face: Face, language: str, found: Any, row: int) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from chronos.common.errors import ChronosError, UsageError
+from chronos.common.errors import UsageError
 from chronos.ui import pictures, svg
 from chronos.ui.face import Face, Live, chosen, newest, offered, relisted, table
 from chronos.ui.jobs import Job
@@ -20,12 +20,13 @@ from chronos.ui.rows import Row, Rows
 KIND = "tune"
 EVENTS = "events.jsonl"  # of a study's folder
 _RUNNING, _WHOLE = "running", "whole"
+Best = dict[Path, tuple[int, Any]]  # of a study's folder
 
 
 def build(face: Face) -> None:
     site = face.site
     logs: dict[Path, Rows] = {}
-    asked: dict[Path, tuple[int, Any]] = {}  # what `tune status` said, after so many ended trials
+    newest_best: Best = {}
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             recipe = face.make(gr.Dropdown, label="@tune.recipe", elem_id="tune-recipe")
@@ -89,11 +90,11 @@ def build(face: Face) -> None:
         said, called = called, called if called in names else (names[0] if names else None)
         job = newest(site.jobs, called, KIND)
         rows = logs.setdefault(job.folder, Rows(job.folder / EVENTS)).read() if job else []
-        mark = (language, runs, job and (job.name, job.state), len(rows))
+        found = pictures.trials(rows)
+        said_after, best = _best(face, job, found, newest_best)
+        mark = (language, runs, job and (job.name, job.state), len(rows), said_after)
 
         def draw() -> list[Any]:
-            found = pictures.trials(rows)
-            best = _best(face, job, asked, found)
             return [
                 offered(runs, said, called),
                 _told(face, language, job, found),
@@ -111,17 +112,18 @@ def build(face: Face) -> None:
     face.live("tune", live, [run], [run, told, front, numbers])
 
 
-def _best(face: Face, job: Job | None, asked: dict[Path, Any], found: list[dict[str, Any]]) -> Any:
-    """What `chronos tune status` says; None where it says nothing yet."""
+def _best(
+    face: Face, job: Job | None, found: list[dict[str, Any]], newest: Best
+) -> tuple[int, Any]:
+    """After how many ended trials `chronos tune status` spoke last, and what it said. It is asked
+    when one has ended, and not waited for."""
     ended = sum(trial["state"] != _RUNNING for trial in found)
     if job is None or not ended:
-        return None
-    if asked.get(job.folder, (-1, None))[0] != ended:
-        try:
-            asked[job.folder] = ended, face.site.ask("tune", "status", str(job.folder))
-        except ChronosError:  # a worker is writing; asked again when the next trial has ended
-            asked[job.folder] = ended, None
-    return asked[job.folder][1]
+        return 0, None
+    said = face.site.later((job.folder, job.began, ended), "tune", "status", str(job.folder))
+    if isinstance(said, dict):  # else a worker is writing: the next trial asks
+        newest[job.folder] = ended, said
+    return newest.get(job.folder, (0, None))
 
 
 def _objectives(trials: list[dict[str, Any]], rows: list[Row]) -> list[str]:
