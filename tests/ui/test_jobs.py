@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from chronos.common.disk.header import read_header
+from chronos.common.disk.tensors import read_tensors
 from chronos.common.errors import ResourceError, UsageError
+from chronos.train.loop import checkpoints
 from chronos.ui import keeper
 from chronos.ui.jobs import Job, Jobs
 from chronos.ui.root import Root
@@ -177,3 +181,52 @@ def test_rows_are_read_as_they_come(tmp_path: Path) -> None:
     assert rows.read() == [{"a": 9}]
     path.unlink()
     assert rows.read() == []
+
+
+@pytest.mark.slow
+@pytest.mark.needs_backend
+@pytest.mark.timeout(300)
+def test_two_start_one_run_and_a_stop_in_a_save_loses_nothing(root: Path) -> None:
+    """It saves after every update, so a stop comes in a save or right before one."""
+    recipe = (root / "recipes" / "quick.toml").read_text().partition("[tune]")[0]
+    recipe = recipe.replace("steps = 30", "steps = 5000").replace(
+        "save_every = 50", "save_every = 1"
+    )
+    (root / "recipes" / "saves.toml").write_text(recipe)
+    args = ["train", "pretrain", "-c", "recipes/saves.toml", "-o", "runs/saves"]
+    pages = [Jobs(Root(root)), Jobs(Root(root))]
+    begun, refused = list[Job](), list[str]()
+
+    def start(jobs: Jobs) -> None:
+        try:
+            begun.append(jobs.start("saves", "train", args))
+        except ResourceError as error:
+            refused.append(str(error))
+
+    both = [threading.Thread(target=start, args=(jobs,)) for jobs in pages]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert len(begun) == 1 and "a job is running in this folder" in refused[0]
+
+    def saved() -> list[int]:
+        return [number for number, _ in checkpoints(root / "runs" / "saves")]
+
+    reached = 0
+    for more in ([], ["--resume"]):
+        if more:
+            pages[1].start("saves", "train", [*args, *more])
+        wanted = reached + 5
+        until(lambda: pages[0].job("saves"), lambda job: max(saved(), default=0) > wanted, 120)  # noqa: B023
+        for _ in range(2):  # the second one ends it at once
+            pages[0].stop("saves")
+        ended = until(lambda: pages[1].job("saves"), lambda job: not job.alive, 60)
+        assert ended.state == "stopped", ended.lines()
+        number, path = checkpoints(root / "runs" / "saves")[-1]
+        assert read_header(path).metadata["step"] == str(number) and number > reached
+        assert len(dict(read_tensors(path))) > 20
+        reached = number  # the second run begins from the first one's
+    for jobs in pages:
+        for keeper_ in jobs._keepers:
+            keeper_.wait()

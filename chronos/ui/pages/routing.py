@@ -66,6 +66,8 @@ def build(face: Face) -> None:
             told = face.told(language, jobs[0] if jobs else None)
             if isinstance(found, UsageError):  # a file that is no trace
                 told += table((), [[str(found)]])
+            elif name and found is None:
+                told += f"<p>{face.say(language, 'routing.reading')}</p>"
             known = isinstance(found, dict)
             shown = _drawn(face, language, found, int(row)) if known else [gr.update(), "", "", ""]
             return [offered(files, called, name), told, *shown]
