@@ -181,7 +181,7 @@ def test_an_agent_asks_and_prints_the_reply(name: str, server: Running, tmp_path
         text=True,
         timeout=840,
         cwd=work,
-        env=os.environ | {"HOME": str(tmp_path)} | agent.variables(server.url),
+        env=os.environ | {"HOME": str(tmp_path), "PWD": str(work)} | agent.variables(server.url),
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert server.worker.generated > before
