@@ -3,8 +3,8 @@
 A server process on loopback is asked by so many clients at once, each with a prompt of its own and
 streamed; the ceiling is `Engine.generate_many` on the same prompts in this process. Rounds of the
 two and of each number of clients alternate; medians are printed, and the whole as JSON. What the
-server costs a token is the difference between the two for one client. A second part asks with a
-prompt that was asked before, cold and warm.
+server costs a token is the difference between the two for one client, behind the first token. A
+second part asks with a prompt that was asked before, cold and warm.
 
     python -m bench.runs.serve [--model demo] [--budget 25%] [--clients 1,2,4] [--tokens 64]
 """
@@ -93,7 +93,10 @@ def prompts_for(count: int, round_: int, length: int, vocab: int) -> list[list[i
 def measure(args: argparse.Namespace, opened: engine.Engine, port: int) -> dict[str, Any]:
     vocab, rows = opened.config.vocab_size, []
     found: dict[int, dict[str, list[float]]] = {
-        count: {"ttft_s": [], "tps": [], "gap_s": [], "ceiling_tps": []} for count in args.clients
+        count: {
+            name: [] for name in ("ttft_s", "tps", "gap_s", "ceiling_tps", "token_s", "alone_s")
+        }
+        for count in args.clients
     }
     for round_ in range(args.rounds + 1):  # the first one warms
         for count in args.clients:
@@ -112,6 +115,11 @@ def measure(args: argparse.Namespace, opened: engine.Engine, port: int) -> dict[
                 into = found[count]
                 into["ceiling_tps"].append(ceiling)
                 into["tps"].append(sum(made for _, made in told) / seconds)
+                into["token_s"] += [
+                    (came[-1] - came[0]) / (made - 1) for came, made in told if made > 1
+                ]
+                stats = [result.stats for result in results if result.stats["decode_tokens"]]
+                into["alone_s"] += [each["decode_s"] / each["decode_tokens"] for each in stats]
                 came = [times for times, _ in told if times]
                 into["ttft_s"] += [each[0] for each in came]
                 into["gap_s"] += [
@@ -124,6 +132,8 @@ def measure(args: argparse.Namespace, opened: engine.Engine, port: int) -> dict[
             "ttft_s": statistics.median(into["ttft_s"]),
             "tokens_per_s": statistics.median(into["tps"]),
             "generate_many_tokens_per_s": statistics.median(into["ceiling_tps"]),
+            "token_ms": 1e3 * statistics.median(into["token_s"]),
+            "generate_many_token_ms": 1e3 * statistics.median(into["alone_s"]),
             "gap_p99_over_p50": gaps[int(0.99 * (len(gaps) - 1))] / statistics.median(gaps),
         }
         rows.append(row)
@@ -131,6 +141,8 @@ def measure(args: argparse.Namespace, opened: engine.Engine, port: int) -> dict[
             f"{count} clients: first token after {1e3 * row['ttft_s']:.0f} ms, "
             f"{row['tokens_per_s']:.1f} tokens/s "
             f"({row['tokens_per_s'] / row['generate_many_tokens_per_s']:.3f} of generate_many), "
+            f"{row['token_ms']:.2f} ms a token behind the first "
+            f"({row['token_ms'] / row['generate_many_token_ms'] - 1:+.1%}), "
             f"gaps p99 / p50 {row['gap_p99_over_p50']:.2f}",
             flush=True,
         )
