@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -267,10 +269,23 @@ def test_what_nobody_knows_and_what_asks_for_nothing_is_ignored(server: Running)
 
 
 def test_a_model_is_never_a_path(server: Running) -> None:
+    """Nor is any file opened to find out."""
+    opened: list[Any] = []
+    watching = [True]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if watching and event == "open":
+            opened.append(args[0])
+
+    sys.addaudithook(hook)  # there is no way to take it back
+    with open(os.devnull):
+        assert opened == [os.devnull]
     for name in ("../../etc", "/etc", "org/name", ""):
         response = server.post(CHAT, messages=HELLO, model=name)
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
+    watching.clear()
+    assert opened == [os.devnull]
     assert server.chat(model=server.model)["model"] == server.model
 
 
