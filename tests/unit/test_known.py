@@ -146,7 +146,6 @@ def test_once_used_it_is_spared_no_longer() -> None:
         admission = residency.admit((2, expert), demand=False)
         assert admission is not None
         residency.mark_ready(admission.slot)
-    residency.protect(residency.ready[2, 5])  # asked for again before its use: nothing changes
     policy.announce(0, 2, [6, 7])
     residency.reconsider()
     admission = residency.admit((2, 7), demand=False)

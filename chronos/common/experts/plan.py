@@ -1,8 +1,9 @@
 """What to load next: forecasts into prefetch keys, and how likely a use must be.
 
 `expected_use` turns a forecast into one score per expert, `plan` picks keys within a number of
-bytes, `LinkUse` says from which chance of use on a read ahead pays. Policy only: nothing here reads
-bytes, holds tensors or looks at a clock, so the same numbers in give the same keys out.
+bytes, `LinkUse` says from which chance of use on a read ahead pays, `SlowStart` how many reads a
+source may have before some were used. Policy only: nothing here reads bytes, holds tensors or looks
+at a clock, so the same numbers in give the same keys out.
 Not covered: what to evict (`residency`), how a forecast is made (the model's LookaheadRouter).
 
 Shape legend: J forecast horizons (0 = this token, 1 = the next ...), L MoE layers, E experts.
@@ -97,3 +98,38 @@ class LinkUse:
             busy = min(1.0, max(0.0, needed / carried))
             mean = busy if self._busy is None else self._busy
             self._busy = mean + self._SMOOTHING * (busy - mean)
+
+
+class SlowStart:
+    """How many reads ahead a source may have that were neither used nor given up yet.
+
+    A source may be surer than it is right: a table that has met a token once names all it needed
+    then. So it begins with a few records, and what was used of late lets it have twice as many
+    more. One that is right has all it asks for within four tokens; one that is wrong spoils a few,
+    and one more in some 12 tokens, by which it may come back.
+    """
+
+    _FIRST, _GROWTH = 4, 2
+    # Weights when the next token has ended: of a use, and of a read of which nothing was heard.
+    _KEPT, _OPEN = 0.875, 0.98
+
+    def __init__(self) -> None:
+        self._open = self._used = 0.0
+
+    @property
+    def room(self) -> int:
+        """Records that the source may ask for now."""
+        return max(0, int(self._FIRST + self._GROWTH * self._used - self._open))
+
+    def asked(self, records: int) -> None:
+        self._open += records
+
+    def end_token(self, used: int, unused: int) -> None:
+        """Its reads ahead that met their first need, and that were evicted or cancelled before
+        any."""
+        self._open = max(0.0, self._OPEN * self._open - used - unused)
+        self._used = self._KEPT * self._used + used
+
+    def end_prompt(self) -> None:
+        """What became of its reads ahead in a prompt is not told."""
+        self._open = 0.0

@@ -3,7 +3,8 @@
 Forecasts come from several sources: the store's own predictor, a few times in a token and at its
 end; the model's LookaheadRouter after block 0; the next layer's gate. What they name goes through
 `plan`, which takes what is likely enough for how busy the link is (`LinkUse`); at most a quarter of
-the slots may be asked for and not yet be here. Where the policy's forecasts can be switched off, a
+the slots may be asked for and not yet be here, of each source few before some were used
+(`SlowStart`). Where the policy's forecasts can be switched off, a
 `Bandit` does so while tokens are faster without. In the prefill of a prompt, each layer asks for
 the experts that the next one is forecast to use: with many tokens that is most of them, and each is
 read once.
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chronos.common.experts.bandit import PLAIN, Bandit
-from chronos.common.experts.plan import Floats, LinkUse, expected_use, plan
+from chronos.common.experts.plan import Floats, LinkUse, SlowStart, expected_use, plan
 from chronos.common.experts.residency import Policy
 from chronos.common.experts.stats import Asked, TokenReport
 from chronos.common.model.weights import Key
@@ -82,6 +83,7 @@ class Prefetcher:
         where it forecasts. clock: seconds."""
         self.store, self.shape, self.top_k = store, shape, top_k
         self._totals = {name: Asked() for name in (PREDICTOR, LOOKAHEAD, NEXT_GATE)}
+        self._starts = {name: SlowStart() for name in self._totals}
         self._record_bytes, self._reader, self._clock = record_bytes, reader, clock
         slots = capacity_bytes // record_bytes
         self._most_bytes = slots // _SLOTS_PER_READ_AHEAD * record_bytes
@@ -123,7 +125,7 @@ class Prefetcher:
 
     def wanted(self, source: str = LOOKAHEAD) -> bool:
         """Whether a forecast now could lead to a read: spares making it if not."""
-        idle = self._idle > _IDLE[source]
+        idle = self._idle > _IDLE[source] or not self._starts[source].room
         return not idle and self._room() >= self._record_bytes
 
     def forecast(self, probs_JLE: Floats) -> None:
@@ -165,6 +167,8 @@ class Prefetcher:
         expects now is read while the reply's first token is computed. Tell the store first."""
         self._next_layers.clear()
         self._asked = 0
+        for start in self._starts.values():
+            start.end_prompt()
         self._read_before = self._reader.stats.bytes_read
         self._forecast_from_policy(self._most_bytes)
 
@@ -179,8 +183,10 @@ class Prefetcher:
         self._use.end_token(seconds * link, moved - report.wasted * self._record_bytes)
         self._read_before = reads.bytes_read
         for name, total in self._totals.items():
-            total.asked += report.of(name).asked
-            total.used += report.of(name).used
+            came = report.of(name)
+            total.asked += came.asked
+            total.used += came.used
+            self._starts[name].end_token(came.used, came.wasted + came.cancelled)
         # A read that takes longer than a token can only serve the tokens after the next.
         carried = link * seconds
         self._horizon = 1 + int(min(7.0, self._record_bytes / carried)) if carried else 1
@@ -213,10 +219,13 @@ class Prefetcher:
             floor=self._use.floor,
             order_LE=self._forecasts.priority,
         )
-        self._ask(PREDICTOR, chosen)
+        self._ask(PREDICTOR, chosen, len(chosen) if granted else None)
 
-    def _ask(self, source: str, keys: list[Key]) -> None:
-        self._asked += len(self.store.prefetch(keys, source))
+    def _ask(self, source: str, keys: list[Key], most: int | None = None) -> None:
+        start = self._starts[source]
+        asked = len(self.store.prefetch(keys[: start.room if most is None else most], source))
+        self._asked += asked
+        start.asked(asked)
 
     def _link(self, reads: Reads, missed: int, warm: int) -> float:
         """Bytes per second that bring a record here: the disk's for the part that comes from it,

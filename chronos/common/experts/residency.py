@@ -308,9 +308,6 @@ class Residency:
 
     def protect(self, slot: int) -> None:
         """Its key is expected to be needed soon: spare it for `patience` tokens if possible."""
-        key = self._keys[slot]
-        if key is not None and self._certain(key):
-            return
         self._scores = None
         self._protected[slot] = self._token + self._patience
 
