@@ -152,8 +152,8 @@ class Chat:
     def stats(self) -> None:
         if self.last is None:
             raise UsageError("there is no reply yet", "", "say something first")
-        result = footer.with_limit(self.engine, self.last)
-        for line in footer.lines(self.engine, result):
+        result, peak = footer.with_limit(self.engine, self.last)
+        for line in footer.lines(self.engine, result, peak):
             _tell(line)
         said, used = self.conversation, result.prompt_tokens + len(result.tokens)
         read = len(said.messages) - said.first

@@ -64,8 +64,9 @@ def demo(
             if not out.json and not out.quiet:
                 show(steps)
             resident_s = 1 / results[0].stats["decode_tps"] if results else None
-            results.append(footer.with_limit(engine, steps.result, resident_s))
-            facts.append(footer.to_json(engine, results[-1]))
+            result, peak = footer.with_limit(engine, steps.result, resident_s)
+            results.append(result)
+            facts.append(footer.to_json(engine, result, peak))
     same = results[0].tokens == results[1].tokens
     if out.json:
         output.print_json({"model": model, "tokens_identical": same, "runs": facts})

@@ -41,17 +41,14 @@ def per_token(stats: dict[str, Any], name: str) -> float:
 
 def with_limit(
     engine: Engine, result: GenerationResult, resident_token_s: float | None = None
-) -> GenerationResult:
-    """The result with the limit among its numbers, where experts were streamed, and with the
-    process's peak memory before it: the memory's rate is measured in 64 MB."""
-    known: dict[str, Any] = {"peak_memory_bytes": peak_memory()}
-    if engine.feed is not None:
-        known["limit"] = engine.limit(result, resident_token_s)
-    return dataclasses.replace(result, stats=result.stats | known)
-
-
-def _peak(stats: dict[str, Any]) -> int:
-    return int(stats.get("peak_memory_bytes") or peak_memory())
+) -> tuple[GenerationResult, int]:
+    """The result with the limit among its numbers, where experts were streamed; and the process's
+    peak memory before that, since the memory's rate is measured in 64 MB."""
+    peak = peak_memory()
+    if engine.feed is None:
+        return result, peak
+    known = {"limit": engine.limit(result, resident_token_s)}
+    return dataclasses.replace(result, stats=result.stats | known), peak
 
 
 def limit_share(stats: dict[str, Any]) -> float | None:
@@ -68,8 +65,8 @@ def limit_cell(share: float | None) -> str:
     return output.percent(None if share is None else min(1.0, share))
 
 
-def lines(engine: Engine, result: GenerationResult) -> list[str]:
-    """MLX-LM's three lines and one on the experts, for stderr."""
+def lines(engine: Engine, result: GenerationResult, peak: int) -> list[str]:
+    """MLX-LM's three lines and one on the experts, for stderr. peak: bytes of memory."""
     stats = result.stats
     prompt, made = (
         output.count(number, "token") for number in (result.prompt_tokens, len(result.tokens))
@@ -79,7 +76,7 @@ def lines(engine: Engine, result: GenerationResult) -> list[str]:
     return [
         f"prompt: {prompt}, {stats['prefill_tps']:.1f} tokens/s",
         f"generation: {made}{speed}{_ended(engine, result)}",
-        f"peak memory: {output.size(_peak(stats))}",
+        f"peak memory: {output.size(peak)}",
         f"experts: {_experts(engine, stats)}",
         *busy(engine.threads),
     ]
@@ -131,9 +128,10 @@ def _loading(stats: dict[str, Any]) -> str:
 
 
 def to_json(
-    engine: Engine, result: GenerationResult, asked: dict[str, Any] | None = None
+    engine: Engine, result: GenerationResult, peak: int, asked: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The object of `generate --json`. asked: the model and how it was to run."""
+    """The object of `generate --json`. peak: bytes of memory. asked: the model and how it was to
+    run."""
     data = {
         "chronos": chronos.__version__,
         **(asked or {}),
@@ -149,8 +147,8 @@ def to_json(
         # None where nothing was to be chosen: every expert was in memory
         "predictor_used": engine.feed.predictor if engine.feed else None,
         "expert_bytes_total": engine.expert_bytes_total,
-        "peak_memory_bytes": _peak(result.stats),
-        "stats": {k: v for k, v in result.stats.items() if k != "peak_memory_bytes"},
+        "peak_memory_bytes": peak,
+        "stats": result.stats,
         # since the model was opened, of every layer with experts; empty where none are streamed
         "layers": engine.feed.layer_stats() if engine.feed else [],
     }

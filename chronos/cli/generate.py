@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chronos.backends.probe import peak_memory
 from chronos.cli import errors, footer, output
 from chronos.cli.app import command
 from chronos.cli.options import JsonOptions, ModelArg, RunOptions, SamplingOptions
@@ -104,7 +105,8 @@ def _encoded(engine: Engine, model: str, text: str, most: int) -> list[int]:
     if most and len(ids) > room:
         output.note(
             f"the first {len(ids) - room} of the prompt's {len(ids)} tokens are cut off: "
-            f"{room} fit beside a reply of {context - room + 1} in the context of {context}"
+            f"{room} fit before a reply of {context - room + 1} in the context of {context}: "
+            "the reply's last token takes no place"
         )
         return ids[-room:]
     return ids
@@ -137,11 +139,11 @@ def finish(
     engine: Engine, result: GenerationResult, out: JsonOptions, asked: dict[str, Any]
 ) -> None:
     """JSON or footer; exit code 1 where the generation ended in an error."""
-    result = footer.with_limit(engine, result)
+    result, peak = footer.with_limit(engine, result)
     if out.json:
-        output.print_json(footer.to_json(engine, result, asked))
+        output.print_json(footer.to_json(engine, result, peak, asked))
     else:
-        for line in footer.lines(engine, result):
+        for line in footer.lines(engine, result, peak):
             output.note(line)
     if result.finish_reason == "error":
         errors.report(result.error, "", "`chronos verify` finds damaged weights")
@@ -151,7 +153,8 @@ def finish(
 def finish_many(engine: Engine, results: Sequence[GenerationResult], out: JsonOptions) -> None:
     """A JSON list or the texts, each behind its number; exit code 1 where one ended in an error."""
     if out.json:
-        output.print_json([footer.to_json(engine, result) for result in results])
+        peak = peak_memory()
+        output.print_json([footer.to_json(engine, result, peak) for result in results])
     else:
         for number, result in enumerate(results, start=1):
             output.note(
@@ -243,4 +246,5 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as stream:
             return stream.read(_MAX_PROMPT_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"the prompt cannot be read: {error.strerror}", str(path)) from None
+        what = f"the prompt cannot be read: {error.strerror}"
+        raise UsageError(what, str(path), "name a file of text") from None

@@ -162,10 +162,13 @@ def progress(
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def check_target(path: Path, flag: str) -> None:
-    """Raises UsageError where no file can be written at `path`: asked before long work."""
+def check_target(path: Path, flag: str, *, new: bool = False) -> None:
+    """Raises UsageError where no file can be written at `path`: asked before long work. new: one
+    that is there took long to make, and is not written over."""
     folder = path.absolute().parent
-    if path.is_dir():
+    if new and path.is_file():
+        what, fix = "the file is there already", "name another one, or remove it first"
+    elif path.is_dir():
         what, fix = "a folder is there: name a file", ""
     elif not folder.is_dir():
         what, fix = "the folder does not exist", f"make it first: {folder}"

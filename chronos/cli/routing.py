@@ -47,10 +47,11 @@ def trace(
     held_out: HeldOutOption = None,
     skip_bad: SkipBadOption = 0,
 ) -> None:
-    """Record which experts each token of a text is routed to."""
+    """Record which experts each token of a text is routed to. A file that is there is not written
+    over."""
     from chronos.measure.evaluate import documents_of
 
-    output.check_target(to, "--out")  # now, and not when all is recorded
+    output.check_target(to, "--out", new=True)  # now, and not when all is recorded
     documents = documents_of(data, held_out, skip_bad)
     with run.open(model) as engine:
         recorded = record(engine, model, documents, max_tokens, seq_len, new_tokens)

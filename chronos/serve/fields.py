@@ -67,22 +67,31 @@ class Field:
             found["enum"] = [*self.choices] if self.required else [*self.choices, None]
         return found
 
+    def _range(self) -> str:
+        length = not {"number", "integer"} & {*self.kinds}
+        low, high = (None if end is None else f"{end:.17g}" for end in (self.low, self.high))
+        if low is None and high is None:
+            return ""
+        if low is None or high is None:
+            ends = f"at most {high}" if low is None else f"at least {low}"
+            return f" of length {ends}" if length else f" of {ends}"
+        return f" of length {low} to {high}" if length else f" from {low} to {high}"
+
     def _wrong(self, value: Any) -> Problem:
         if self.choices and isinstance(value, str):
             wanted = "one of " + ", ".join(self.choices)
         else:
-            wanted = " or ".join(self.kinds)
-            if self.low is not None or self.high is not None:
-                number = bool({"number", "integer"} & {*self.kinds})
-                wanted += "" if number else " of length"
-                wanted += "" if self.low is None else f" from {self.low:g}"
-                wanted += "" if self.high is None else f" up to {self.high:g}"
+            wanted = " or ".join(map(_article, self.kinds)) + self._range()
         return Problem(
             400,
             f"{self.name} must be {wanted}, not {_shown(value)}",
             code="invalid_value",
             param=self.name,
         )
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aio' else 'a'} {kind}"
 
 
 def read(

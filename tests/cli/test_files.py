@@ -48,8 +48,8 @@ def test_pack_by_a_trace_gives_its_reason_and_the_same_tokens(
     ("args", "code", "words"),
     [
         (["--trace", "t.npz", "--calibrate", "stdlib"], 2, "exclude each other"),
-        (["--trace", "absent.npz"], 3, "no such trace"),
-        (["--calibrate", "absent"], 3, "no such data"),
+        (["--trace", "absent.npz"], 2, "no such trace"),
+        (["--calibrate", "absent"], 2, "no such data"),
     ],
 )
 def test_pack_refuses(
@@ -65,7 +65,7 @@ def test_data_that_is_not_there_is_told_before_a_guest_is_packed(
 ) -> None:
     source = tiny_guest(tmp_path / "src")
     done = chronos("pack", source, "-o", tmp_path / "dst", "--calibrate", tmp_path / "absent")
-    assert done.code == 3 and "no such data" in done.error[0]
+    assert done.code == 2 and "no such data" in done.error[0]
     assert not (tmp_path / "dst").exists()
 
 

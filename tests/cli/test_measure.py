@@ -28,6 +28,8 @@ def test_trace_records_every_token_once(
     assert recorded.num_tokens == 90 and recorded.meta["phase"] == "prefill"
     assert recorded.tokens_T is not None
     assert np.bincount(recorded.seq_T).tolist() == [40, 40, 10]
+    done = chronos("trace", packed, "-o", file, *flags)
+    assert done.code == 2 and "there already" in done.error[0]
     again = tmp_path / "again.npz"
     chronos("trace", packed, "-o", again, *flags, "--budget", "25%")
     assert (RoutingTrace.load(again).ids_TLK == recorded.ids_TLK).all()
@@ -331,7 +333,7 @@ def test_eval_within_a_budget_measures_the_same_model(
 
 def test_eval_of_data_that_is_not_there(chronos: Any, packed: Path, tmp_path: Path) -> None:
     done = chronos("eval", packed, "--data", tmp_path / "no.txt")
-    assert done.code == 3 and "no such data" in done.error[0]
+    assert done.code == 2 and "no such data" in done.error[0] and done.error[-1][:4] == "fix:"
 
 
 def test_doctor_says_what_it_found(chronos: Any, packed: Path, chosen: str) -> None:
@@ -384,7 +386,7 @@ def test_traces_carry_the_size_of_an_expert(
     policy = data["budgets"]["50%"]["policies"]["lru"]
     assert data["expert_bytes"] == size
     assert policy["bytes_per_token"] == policy["reads_per_token"] * size
-    unpacked = packed.with_name(packed.name + "-unpacked")
+    unpacked, file = packed.with_name(packed.name + "-unpacked"), tmp_path / "unpacked.npz"
     chronos("trace", unpacked, "-o", file, *flags)
     found = RoutingTrace.load(file).expert_bytes
     assert found is not None and 0 < found <= size  # its records are not padded

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chronos.common.errors import DataError
+from chronos.common.errors import DataError, UsageError
 from chronos.common.traces.trace import RoutingTrace
 
 META = '{"model": "m", "num_experts": 8, "top_k": 2, "phase": "generation"}'
@@ -164,7 +164,8 @@ def test_an_array_named_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_file_a_folder_and_an_empty_file(tmp_path: Path) -> None:
-    refused(tmp_path / "absent.npz", "no such trace")
+    with pytest.raises(UsageError, match="no such trace"):
+        RoutingTrace.load(tmp_path / "absent.npz")
     refused(tmp_path)
     (tmp_path / "t.npz").touch()
     refused(tmp_path / "t.npz")

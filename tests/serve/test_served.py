@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chronos.common.errors import UsageError
+from chronos.serve.fields import Field
 from chronos.serve.problem import Problem
 from chronos.serve.served import ANY, Catalogue, Served
 
@@ -49,3 +50,20 @@ def test_how_a_folder_would_have_replies_drawn(folder: Path, tmp_path: Path) -> 
     assert Served.open(str(tmp_path / "m")).sampling == {}
     config.write_text('{"do_sample": true, "top_p": 0.9}')
     assert Served.open(str(tmp_path / "m")).sampling == {"top_p": 0.9, "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        (Field("max_tokens", ("integer",), 0, 2**53), -1, "an integer from 0 to 9007199254740992"),
+        (Field("messages", ("array",), 1), "x", "an array of length at least 1"),
+        (Field("stop", ("array", "string"), 1, 4), [], "an array or a string of length 1 to 4"),
+        (Field("top_p", ("number",), high=1.0), 1.5, "a number of at most 1"),
+        (Field("echo", ("boolean",)), 1, "a boolean"),
+        (Field("role", ("string",), choices=("user", "tool")), "x", "one of user, tool"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_says_what_it_must_be(field: Field, value: object, wanted: str) -> None:
+    with pytest.raises(Problem) as caught:
+        field.check(value)
+    assert str(caught.value).startswith(f"{field.name} must be {wanted}, not ")

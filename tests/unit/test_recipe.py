@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chronos.cli import recipe_page
-from chronos.common.errors import ConfigError
+from chronos.common.errors import ConfigError, UsageError
 from chronos.common.training.recipe import Recipe, by_section, load_recipe, shipped
 from chronos.train.pretrain import PretrainRecipe
 
@@ -36,9 +36,9 @@ def test_a_recipe_that_ships_has_a_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").write_text("[cadence]\nsteps = 3\n", "utf-8")
     assert load_recipe("demo", PretrainRecipe).cadence.steps == 3  # a file wins over the name
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_recipe("dmo", PretrainRecipe)
-    assert "name a TOML file, or demo" in caught.value.fix
+    assert "name a TOML file, or one that ships with Chronos: demo" in caught.value.fix
 
 
 def test_paths_are_looked_for_beside_the_recipe_first(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from chronos.common.data.lines import numbered_lines
 from chronos.common.data.rows import Document, RowError, decode_utf8, parse_row
-from chronos.common.errors import DataError
+from chronos.common.errors import DataError, UsageError
 
 __all__ = ["Document", "ReadReport", "read_documents", "split_documents", "stdlib_documents"]
 
@@ -138,7 +138,8 @@ def _files(path: Path, report: ReadReport) -> Iterator[tuple[Path, str]]:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise DataError(f"no such data: {error.strerror}", str(path)) from None
+        what = f"no such data: {error.strerror}"
+        raise UsageError(what, str(path), "name a text, JSON lines or a folder of them") from None
     if stat.S_ISREG(mode):
         if not path.name.endswith(suffixes):
             kinds = " ".join(suffixes)

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chronos.common.disk.atomic import atomic_write
-from chronos.common.errors import DataError
+from chronos.common.errors import DataError, UsageError
 
 Ids = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -131,7 +131,8 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read a trace strictly. Raises DataError naming the file and what is wrong with it."""
+        """Read a trace strictly. Raises DataError naming the file and what is wrong with it, and
+        UsageError where there is none."""
         try:
             arrays = _read_npz(Path(path))
             meta = json.loads(str(arrays["meta"]))
@@ -140,7 +141,8 @@ class RoutingTrace:
         except DataError as error:
             raise DataError(error.what, str(path), error.fix) from None
         except FileNotFoundError:
-            raise DataError("no such trace", str(path)) from None
+            fix = "check the spelling; chronos trace records one"
+            raise UsageError("no such trace", str(path), fix) from None
         except (OSError, *_DAMAGE) as error:
             raise DataError(f"not a readable routing trace: {error}", str(path)) from None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from chronos.common.errors import ConfigError
+from chronos.common.errors import ConfigError, UsageError
 from chronos.common.model.config import LISTS, LossWeights, ModelConfig, RopeScaling
 from chronos.common.training.lora import LoraRecipe
 
@@ -221,16 +221,16 @@ def load_recipe(path: str | Path, stage: type[S]) -> Recipe[S]:
 
 
 def read_recipe(path: str | Path) -> tuple[Path, str]:
-    """The file of a recipe, or of one that ships, and its text. Raises ConfigError."""
+    """The file of a recipe, or of one that ships, and its text. Raises ConfigError, and UsageError
+    where there is none."""
     file = Path(path)
     if not file.is_file():
         file = shipped().get(str(path), file)
     try:
         return file, file.read_text("utf-8")
     except FileNotFoundError:
-        names = " or ".join(shipped())
-        fix = f"name a TOML file, or {names} for the one that ships with Chronos"
-        raise ConfigError("no such recipe", str(path), fix) from None
+        fix = f"name a TOML file, or one that ships with Chronos: {', '.join(shipped())}"
+        raise UsageError("no such recipe", str(path), fix) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"recipe cannot be read: {error}", str(path)) from None
 
