@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,3 +67,11 @@ def both() -> tuple[Any, Any]:
         pytest.skip(f"compares the backends with each other; not tested here: {sorted(absent)}")
     torch, mlx = (importlib.import_module(f"chronos.backends.{name}") for name in BACKENDS)
     return torch, mlx
+
+
+@pytest.fixture(scope="module")
+def no_flushing() -> Iterator[None]:
+    """Durability is tested in tests/faults; elsewhere flushing would be most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield

@@ -8,9 +8,7 @@ twin's bits; MLX multiplies with the codes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,7 @@ WIDE = {"hidden_size": 64, "moe_intermediate_size": 32}
 CASES = {"int4": "swiglu-affine4-g32", "int8": "swiglu-affine8-g32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_flushing() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,7 @@ EXPERT = "model.layers.2.mlp.experts.1.up_proj.weight"
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 
 
-@pytest.fixture(autouse=True)
-def no_flushing(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 def refused(folder: Path, error: type[ChronosError] = ChronosError) -> str:

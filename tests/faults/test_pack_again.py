@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from chronos.common.layout import inspect, pack, verify
 from chronos.common.layout.pack import check_destination
 from tests.support.tiny_guest import tiny_guest
 
-
-@pytest.fixture(autouse=True)
-def no_flushing(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ library computes with: one slice of each parameter of its experts module.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,7 @@ UNGATED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 def records(folder: Path) -> Iterator[tuple[tuple[int, int], dict[str, bytes]]]:

@@ -5,7 +5,6 @@ Oracle: Transformers' own `generate`, which gets a prompt in one pass.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 10.0]}
 MSCALE = {"short_mscale": 1.0, "long_mscale": 1.2}
 
 
-@pytest.fixture(autouse=True)
-def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 def build(model_type: str, folder: Path, context: int = 2048, **rope: Any) -> Any:

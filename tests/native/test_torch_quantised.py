@@ -7,11 +7,10 @@ The reference is Transformers' resident run of the plain model that the quantise
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -63,11 +62,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_flushing() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @dataclass

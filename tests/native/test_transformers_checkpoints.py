@@ -7,7 +7,6 @@ that name no dtype, vocabularies of another size, shards without an index.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from tests.support.guests import ARCHITECTURES, BASE, LINEAR, NAMED
 PROMPT = np.random.default_rng(5).integers(3, 64, 24).tolist()
 
 
-@pytest.fixture(autouse=True)
-def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 def save(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Path:

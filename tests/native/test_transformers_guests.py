@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,11 +57,7 @@ WRITTEN_IN_PARTS = ("deepseek_v2", "deepseek_v3")  # keys, through two views
 RUN = [name for name in ARCHITECTURES if name not in ANOTHER_WAY]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_flushing() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,7 @@ MIXED = {  # MLX-LM's settings, with one projection that has its own
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_flushing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -17,12 +16,7 @@ from chronos.common.model.guest import GuestConfig, read_config
 from chronos.testing.faults import FaultyIO
 from tests.support.tiny_guest import STYLES, D, E, F, tiny_guest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_flushing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

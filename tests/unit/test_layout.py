@@ -30,12 +30,7 @@ from chronos.testing.tiny import tiny_model
 SMALL = {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 300}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_flushing():
-    """Durability is tested in tests/faults; here flushing would be most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture(scope="module")
