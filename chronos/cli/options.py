@@ -37,7 +37,7 @@ def checked(parse: Callable[[str], object]) -> Callable[..., Any]:
 
     def check(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> str | None:
         try:
-            if value:
+            if value is not None and (value or param.default):  # "" only where that is the default
                 parse(value)
         except UsageError as error:
             flag = environment.as_given(ctx, max(param.opts, key=len))

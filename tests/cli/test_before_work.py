@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,22 @@ def test_flags_that_would_be_ignored_are_refused(
     done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "run", "--force")
     assert done.code == 2 and done.error[1] == "where: --force"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "experts/cluster-00000.ctsr"])
+def test_files_that_are_broken_or_absent_say_what_to_do(
+    chronos: Any, packed: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    if name == "config.json":
+        (folder / name).write_text("{")
+    else:
+        (folder / name).unlink()
+    what, where, fix = chronos("inspect", folder).error
+    assert "cannot be" in what and where == f"where: {folder / name}"
+    assert fix.startswith("fix: restore the ")
+
+
+def test_an_empty_budget_names_its_flag(chronos: Any, packed: Path) -> None:
+    done = chronos("generate", packed, "-p", "x", "--budget", "")
+    assert done.code == 2 and done.error[1] == "where: --budget"

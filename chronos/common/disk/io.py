@@ -49,6 +49,12 @@ FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RETRIED = frozenset({errno.EIO, errno.EAGAIN})
 _HUGE_PAGE = 2 << 20
 
+_FIXES = {  # of files that cannot be opened
+    errno.ENOENT: "restore the file, or make the folder again",
+    errno.EACCES: "allow reading it",
+    errno.ELOOP: "put the file itself there",
+}
+
 StrPath = str | os.PathLike[str]
 
 
@@ -265,7 +271,7 @@ def read_error(path: StrPath, error: OSError) -> ChronosError:
         reason = "it is a symbolic link"
     known = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
     if error.errno in (*known, errno.EINVAL):
-        return corrupt(where, f"cannot be opened: {reason}")
+        return corrupt(where, f"cannot be opened: {reason}", _FIXES.get(error.errno, ""))
     return StoreError(f"reading {Path(where).name} failed: {reason}", where)
 
 

@@ -300,7 +300,8 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError("no config.json", str(path), "name a model folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"config.json cannot be read: {error}", str(path)) from None
+        fix = "restore the one that came with the weights"
+        raise ConfigError(f"config.json cannot be read: {error}", str(path), fix) from None
     if not isinstance(data, dict):
         raise ConfigError("config.json is not a JSON object", str(path))
     return data, str(path)
