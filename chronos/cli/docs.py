@@ -58,13 +58,14 @@ list. A `CHRONOS_` name that no command reads is told, with the one that was mea
 have no flag:
 
 `CHRONOS_PLAIN=1` helps to find what causes a wrong token. Steps then run as their model is written,
-more slowly: no CUDA graphs, no recorded steps, no packed weights, no products by oneDNN. Graphs,
-recorded steps and packed weights keep every bit, so the tokens stay the same. oneDNN's float32
-products (native models on x86) round in another order than torch's, so there logits may differ in
-their last bits. `chronos doctor` shows whether it is set.
+more slowly: no CUDA graphs, no recorded steps, no packed weights, no products by oneDNN or by
+compiled kernels. Graphs, recorded steps, packed weights and kernels for packed experts keep every
+bit, so the tokens stay the same. The float32 products of native models (kernels, oneDNN) round in
+another order than torch's, so there logits may differ in their last bits. `chronos doctor` shows
+whether it is set.
 
-`CHRONOS_KERNEL=off` leaves out the compiled products of packed experts alone (`CHRONOS_PLAIN=1`
-does too). The tokens are the same, and slower.
+`CHRONOS_KERNEL=off` leaves out the compiled products alone (`CHRONOS_PLAIN=1` does too): slower,
+the same tokens of guests, and of native models logits that may differ in their last bits.
 """
 
 

@@ -35,7 +35,7 @@ from chronos.common.layout import inspect, open_layout, pack, read_records, unpa
 from chronos.common.layout.quantised import shape_of
 from chronos.common.text.sampling import PIECE
 from tests.native.test_transformers_guests import by_engine, by_library
-from tests.support import quantised
+from tests.support import company, quantised
 from tests.support.guests import ARCHITECTURES, BASE
 from tests.support.quantised import FORMATS
 
@@ -150,7 +150,7 @@ def test_bits_of_mlx_lie_across_words(bits: int) -> None:
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4"])
-def test_kernels_compute_single_tokens_where_they_have_the_bits(
+def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_bits(
     name: str, onednn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of experts large enough that the library computes as kernels do, with two threads; and with
@@ -163,23 +163,32 @@ def test_kernels_compute_single_tokens_where_they_have_the_bits(
     model = build(CASES[name], torch.bfloat16, True, hidden_size=128, **wide)
     quantised.save(model, tmp_path / "source", name, partial(chosen, name))
     pack(tmp_path / "source", tmp_path / "packed")
-    products: list[int] = []
+    rows: list[int] = []
     real = kernels.multiply
 
     def counted(x: Any, matrices: Any, owners: Any) -> Any:
-        products.append(len(matrices))
+        rows.append(len(x))
         return real(x, matrices, owners)
 
     monkeypatch.setattr(kernels, "multiply", counted)
     expected = by_library(model, PROMPT)
+    prompts, tokens = [PROMPT[:1], PROMPT[:5], PROMPT[:5], PROMPT[3:9]], [9, 8, 7]
     with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
+        by_engine(engine, PROMPT)  # with trials of what is new
+        rows.clear()
         np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-    assert len(products) > 48  # the trials of two shapes make as many
+        assert set(rows) == {1}
+        engine.session.drop(0)
+        together = company.together(engine.session, prompts, tokens)
+        assert max(rows) > 1
     monkeypatch.setenv("CHRONOS_KERNEL", "off")
-    products.clear()
+    rows.clear()
     with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
         np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-    assert not products
+        alone = [company.alone(engine.session, prompt, tokens) for prompt in prompts]
+    assert not rows
+    for mine, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
     codec_of.cache_clear()
 
 

@@ -220,8 +220,9 @@ class Coded(Named):
 
 class Quantised(Transformers):
     """The experts of a checkpoint that another library quantised, in its layout, or that Chronos
-    did: a slot has their bytes. One row is multiplied by kernels where those have the library's
-    bits, else and for several rows they are dequantised at each use."""
+    did: a slot has their bytes. A row is multiplied by kernels where those have the library's bits,
+    with those of other sequences that come to the expert; else, and for the rows of a prompt, they
+    are dequantised at each use."""
 
     def __init__(self) -> None:
         self._tried: dict[Any, Mapping[str, int]] = {}
@@ -272,7 +273,8 @@ class Quantised(Transformers):
         return super().projector(expert, block, x_TD)
 
     def _by_kernel(self, expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
-        y_1F = _multiplied(expert, block, name, x_1D)
+        product = partial(kernels.in_company, partial(_multiplied, expert, block, name))
+        y_1F: Tensor = jointly((id(expert), name), x_1D, product)
         if not block.has_bias:
             return y_1F
         found = {f"{m}_bias": k["bias"] for m, k in _by_matrix(expert).items() if "bias" in k}
@@ -327,14 +329,15 @@ def _described(expert: Coded) -> dict[str, list[Matrix]]:
     return found
 
 
-def _multiplied(expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
-    """A product by kernels, its rows as the library has them."""
+def _multiplied(expert: Coded, block: Any, name: str, x_RD: Tensor) -> Tensor:
+    """A product by kernels of a few rows, each with the bits it has alone, as the library has
+    them."""
     assert expert.matrices is not None
     matrices = expert.matrices[name]
-    y_1F = kernels.multiply(x_1D, matrices, expert.tensors)
+    y_RF = kernels.multiply(x_RD, matrices, expert.tensors)
     if len(matrices) == 1 or block.is_concatenated:
-        return y_1F
-    return y_1F.view(2, -1).t().reshape(1, -1)
+        return y_RF
+    return y_RF.view(len(y_RF), 2, -1).transpose(1, 2).reshape(len(y_RF), -1)
 
 
 def _ordered(expert: Coded, block: Any, name: str, order: int, x_1D: Tensor) -> Tensor:

@@ -74,17 +74,33 @@ def in_order(order: int, matrices: Sequence[Matrix]) -> Sequence[Matrix]:
     return matrices
 
 
-def multiply(x_1K: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
-    """One row times the transposed matrices, side by side: [1, sum of N]. owners: what keeps their
-    memory."""
-    x_1K = x_1K.contiguous()
-    y_1N = x_1K.new_empty((1, sum(matrix.rows for matrix in matrices)))
-    at, products = y_1N.data_ptr(), []
+def multiply(x_RK: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
+    """Rows, up to MOST_ROWS of them, times the transposed matrices, side by side: [R, sum of N].
+    owners: what keeps their memory."""
+    x_RK = x_RK.contiguous()
+    count, sizes = len(x_RK), [matrix.rows for matrix in matrices]
+    y = x_RK.new_empty(count * sum(sizes))
+    at, products = y.data_ptr(), []
     for matrix in matrices:
-        products.append((matrix, x_1K.data_ptr(), at))
-        at += 2 * matrix.rows
-    kernels.multiply(products, 1, torch.get_num_threads(), (owners, x_1K))
-    return y_1N
+        products.append((matrix, x_RK.data_ptr(), at))
+        at += 2 * count * matrix.rows
+    kernels.multiply(products, count, torch.get_num_threads(), (owners, x_RK))
+    if count == 1 or len(matrices) == 1:
+        return y.view(count, -1)
+    return torch.cat([part.view(count, -1) for part in y.split([count * N for N in sizes])], 1)
+
+
+def in_company(product: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The products of rows [..., K] of any number, each a tensor, by one of [R, K] that gives each
+    the bits it has alone, as many at once as it takes."""
+    if len(rows) == 1:
+        return [product(rows[0])]
+    found: list[Tensor] = []
+    for start in range(0, len(rows), kernels.MOST_ROWS):
+        some = rows[start : start + kernels.MOST_ROWS]
+        y_RN = product(torch.cat([x.reshape(1, -1) for x in some]))
+        found += (y.view(*x.shape[:-1], -1) for x, y in zip(some, y_RN, strict=True))
+    return found
 
 
 @cache
@@ -121,19 +137,6 @@ def multiply_wide(x: Tensor, weight_NK: Tensor) -> Tensor:
     return y
 
 
-def rows_wide(weight_NK: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The same of any number of rows [..., K], each a tensor; one pass over the weight for
-    MOST_ROWS of them."""
-    if len(rows) == 1:
-        return [multiply_wide(rows[0], weight_NK)]
-    found: list[Tensor] = []
-    for start in range(0, len(rows), kernels.MOST_ROWS):
-        some = rows[start : start + kernels.MOST_ROWS]
-        y_RN = multiply_wide(torch.cat([x.reshape(1, -1) for x in some]), weight_NK)
-        found += (y.view(*x.shape[:-1], -1) for x, y in zip(some, y_RN, strict=True))
-    return found
-
-
 def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:
     """A quantised matrix in bfloat16 [N, K]; None where no kernel is for it."""
     if not kernels.loaded() or any(tensor.device.type != "cpu" for tensor in kinds.values()):
@@ -149,12 +152,17 @@ def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:
 def same_order(
     weight_NK: Tensor, library: Callable[[Tensor], Tensor], ours: Callable[[int, Tensor], Tensor]
 ) -> int | None:
-    """The order of summation in which our product of a row with a weight has the library's bits,
-    in sums that nearly cancel; None where none has. ours: takes the order and the row."""
-    rows = cancelling(weight_NK).split(1)
-    expected = [library(x_1K) for x_1K in rows]
+    """The order of summation in which our products of rows with a weight have the library's bits of
+    each row alone, alone and among others, in sums that nearly cancel; None where none has. ours:
+    takes the order and the rows."""
+    rows_SK = cancelling(weight_NK)
+    expected_SN = torch.cat([library(x_1K) for x_1K in rows_SK.split(1)])
     for order in kernels.orders():
-        if all(torch.equal(ours(order, x), y) for x, y in zip(rows, expected, strict=True)):
+        if all(
+            torch.equal(ours(order, x_RK), y_RN)
+            for count in range(1, kernels.MOST_ROWS + 1)
+            for x_RK, y_RN in zip(rows_SK.split(count), expected_SN.split(count), strict=True)
+        ):
             return order
     return None
 

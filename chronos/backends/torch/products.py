@@ -89,7 +89,7 @@ def linear_rows(weight_OI: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
     """`linear` of one row [..., I] of each of several sequences, which has the bits it has alone:
     at once, if that is so."""
     if _by_kernel(rows[0], weight_OI):
-        return kernels.rows_wide(weight_OI, rows)
+        return kernels.in_company(lambda x: kernels.multiply_wide(x, weight_OI), rows)
     return [linear(x, weight_OI) for x in rows]
 
 
