@@ -1,4 +1,4 @@
-"""The loss curve and router health of a training run, as a table and a picture.
+"""The loss curve and router health of a training run, as a table and a picture, and its length.
 
     python -m bench.runs.curve runs/demo/metrics.jsonl --png docs/demo-model.png
 
@@ -46,6 +46,17 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def minutes(path: Path, tokens: int) -> float:
+    """How long the updates took, by the speed of each logged line. tokens: of an update."""
+    taken, before = 0.0, 0
+    for line in path.read_text("utf-8").splitlines():
+        event = json.loads(line)
+        if "tokens_per_s" in event:
+            taken += (event["step"] - before) * tokens / event["tokens_per_s"]
+            before = event["step"]
+    return taken / 60
+
+
 def draw(path: Path, png: Path) -> None:
     import matplotlib
 
@@ -78,8 +89,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("metrics", type=Path)
     parser.add_argument("--png", type=Path)
+    parser.add_argument("--update-tokens", type=int, default=16 * 256, help="batch times length")
     args = parser.parse_args()
     print(table(rows(args.metrics)))
+    print(f"{minutes(args.metrics, args.update_tokens):.0f} minutes of training")
     if args.png:
         draw(args.metrics, args.png)
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.lib.routings import install
 from chronos.common.data import Batch, PackedDataset
 from chronos.common.data.packing import IGNORE
 from chronos.common.model.config import ModelConfig
@@ -42,6 +43,9 @@ from chronos.common.training.schedule import learning_rate
 from chronos.train.pretrain import PretrainRecipe
 
 HISTORY: dict[str, Any] = {"routing_source": "history"}
+NEAR3 = HISTORY | {
+    "num_resident_experts": 5, "num_resident_experts_per_tok": 3, "streamed_balance": 5.0
+}  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "twin": {},
     "informed": {"routing_source": "informed"},
@@ -52,8 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "balance5": HISTORY | {"streamed_balance": 5.0},
     "n6": HISTORY | {"num_resident_experts": 6},
     "near3": HISTORY | {"num_resident_experts": 5, "num_resident_experts_per_tok": 3},
-    "near3-balance5": HISTORY
-    | {"num_resident_experts": 5, "num_resident_experts_per_tok": 3, "streamed_balance": 5.0},
+    "near3-balance5": NEAR3,
     "slow-balance5": HISTORY | {"streamed_balance": 5.0, "history_decay": 0.95},
     "edges": {"routing_source": ("gate", *["history"] * 6, "gate")},
     "edges-informed": {"routing_source": ("informed", *["history"] * 6, "informed")},
@@ -61,6 +64,27 @@ ARMS: dict[str, dict[str, Any]] = {
     "shared": {"num_experts_per_tok": 2, "num_shared_experts": 3},
     "sticky": {"loss": {"locality": 0.1}},
     "lookahead": {"routing_source": "lookahead"},
+    # What was tried to make near3-balance5 cost less (bench/lib/routings.py has each routing).
+    "near3of6": NEAR3 | {"num_resident_experts": 6},
+    "late": NEAR3 | {"late": {"streamed_balance": 1.0}},  # from half of the updates on
+    # What bounds them: eight experts in all; streamed ones by the token before alone, not local.
+    "informed8": {"routing_source": "informed", "num_experts": 8},
+    "fast": NEAR3 | {"history_decay": 0.01},
+    "selective": NEAR3 | {"routing": ("selective", {})},
+    "weighted": NEAR3 | {"routing": ("weighted", {})},
+    "scaled": NEAR3 | {"routing": ("scaled", {"by": 4.0})},
+    "unit": NEAR3 | {"history_norm": "unit"},
+    "unit-late": NEAR3 | {"history_norm": "unit", "late": {"streamed_balance": 1.0}},
+    "unit-slow": NEAR3 | {"history_norm": "unit", "history_decay": 0.93},
+    "two-back": NEAR3 | {"routing": ("two_back", {})},
+    "bent": NEAR3 | {"routing": ("bent", {})},
+    "pool": NEAR3 | {"routing": ("pool", {"size": 3})},
+    "working-set": NEAR3
+    | {"history_decay": 0.5, "routing": ("working_set", {"bonus": 4.0, "decay": 0.95})},
+    # Published ones.
+    "mask": {"routing": ("mask", {"size": 8})},
+    "bias": {"routing": ("bias", {"size": 8, "by": 1.0})},
+    "rolling": {"routing": ("rolling", {"size": 8})},
 }
 SHARES = (0.125, 0.25, 0.5)
 FROM = 16  # tokens of a piece that are not counted
@@ -122,6 +146,28 @@ def rows(arrays: Any, name: str, recipe: Recipe[PretrainRecipe], seed: int) -> P
     )
 
 
+def narrowed(config: ModelConfig, width: int) -> ModelConfig:
+    """The same geometry with another hidden size; experts and heads go with it."""
+    heads = config.num_attention_heads * width // config.hidden_size
+    return dataclasses.replace(
+        config,
+        hidden_size=width,
+        moe_intermediate_size=config.moe_intermediate_size * width // config.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads * config.num_key_value_heads // config.num_attention_heads,
+    )
+
+
+def small_documents(arrays: Any, name: str, most: float = 0.1) -> dict[str, Any]:
+    """A split without its documents of more than a share of its tokens: of the held-out part
+    that leaves Python, as the training text is, and takes one file of prose."""
+    starts = arrays[f"{name}_starts"]
+    parts = np.split(arrays[name], starts[1:])
+    kept = [part for part in parts if len(part) <= most * len(arrays[name])]
+    found = {name: np.concatenate(kept), "pad_id": arrays["pad_id"]}
+    return found | {f"{name}_starts": np.cumsum([0, *map(len, kept)])[:-1]}
+
+
 def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and measure it."""
     import torch
@@ -130,21 +176,30 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     recipe, changes = load_recipe("plain", PretrainRecipe), dict(ARMS[args.arm])
+    routing, late = changes.pop("routing", None), changes.pop("late", {})
     losses = dataclasses.replace(recipe.model.loss_weights, **changes.pop("loss", {}))
     arrays = np.load(args.data)
     config = dataclasses.replace(
         recipe.model, vocab_size=int(arrays["vocab_size"]), loss_weights=losses, **changes
     )
+    config = narrowed(config, args.width or config.hidden_size)
     backend = backends.load("torch")
-    model: Any = backend.build(config, seed=args.seed, device=args.device)
+    if args.start:
+        model: Any = backend.load(args.start, resident=True, device=args.device)
+    else:
+        model = backend.build(config, seed=args.seed, device=args.device)
     if "lookahead" not in config.routing_sources:
         model.lookahead = None
+    if routing:
+        install(model, config, *routing)
     optimizer = dataclasses.replace(recipe.optimizer, seed=args.seed)
     step, objective = backend.train_step(model, optimizer), NextToken(losses)
     training = rows(arrays, "train", recipe, args.seed)
-    times = []
+    times, fresh = [], []
     for number in range(args.steps):
         begin = time.perf_counter()
+        if late and number == args.steps // 2:
+            model.config = dataclasses.replace(config, **late)
         rate = learning_rate(
             number,
             peak=optimizer.learning_rate,
@@ -154,6 +209,7 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         )
         batch = training.batch(number, recipe.stage.batch_size)
         terms = step.step([batch], objective, rate, number)
+        fresh.append(terms["ce"])
         times.append(time.perf_counter() - begin)
         if (number + 1) % 100 == 0:
             print(f"{args.arm}:{args.seed} step {number + 1}, ce {terms['ce']:.3f}, "
@@ -162,7 +218,10 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     count = min(len(held_out), args.eval_tokens // recipe.stage.seq_len)
     batches = [batch for _, batch in zip(range(0, count, 16), held_out.sweep(16), strict=False)]
     terms = step.evaluate(batches, objective)
-    if args.keep:
+    code = rows(small_documents(arrays, "valid"), "valid", recipe, 0)
+    code_batches = [batch for _, batch in zip(range(0, count, 16), code.sweep(16), strict=False)]
+    code_terms = step.evaluate(code_batches, objective)
+    if args.keep and not routing:
         backend.save(model, args.keep / f"{args.arm}-{args.seed}")
     pieces = list(pieces_of(batches, args.trace_tokens))
     return {
@@ -170,11 +229,15 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
         "arm": args.arm,
         "seed": args.seed,
         "steps": args.steps,
+        **({"start": args.start.name} if args.start else {}),
         "tokens": args.steps * recipe.stage.batch_size * recipe.stage.seq_len,
         "device": str(model.device),
         "train_s": sum(times),
-        "step_s": float(np.median(times)),
+        "step_s": float(np.median(times)) if times else None,
+        "width": config.hidden_size,
         "loss": terms["ce"],
+        "loss_code": code_terms["ce"],
+        "loss_training": float(np.mean(fresh[-(args.steps // 4) :])) if fresh else None,
         "eval_tokens": sum(batch.tokens for batch in batches),
         **measured(model.to("cpu"), config, pieces, args.decoded),
     }
@@ -208,7 +271,8 @@ def measured(
             recorder.new_sequence()
             routing = model(torch.from_numpy(piece).long()[None], want_logits=False).routing
             recorder.append(torch.stack([r.ids_TK for r in routing], 1).numpy())
-        announced = ahead(model, config, pieces, decoded)
+        tried = hasattr(model.model.layers[0].mlp, "routing")
+        announced = (causal if tried else ahead)(model, config, pieces, decoded)
     trace = recorder.trace()
     counted_T = np.concatenate([np.arange(len(piece)) >= FROM for piece in pieces])
     caches = {f"{share:g}": cached(trace, counted_T, share, config) for share in SHARES}
@@ -282,6 +346,32 @@ def ahead(
     return {"announced": announced / streamed, "known_ahead": known / needs}
 
 
+def causal(
+    model: Any, config: ModelConfig, pieces: list[np.ndarray], decoded: int
+) -> dict[str, Any]:
+    """For routings that do not run token by token: the share of streamed needs that stay the same
+    when their token is another."""
+    import torch
+
+    if "history" not in config.routing_sources:
+        return {"announced": 0.0}
+    same = needs = 0
+    for number in range(decoded):
+        piece = pieces[number % len(pieces)]
+        at = number * 7 % (len(piece) - 1) + 1
+        other = piece.copy()
+        other[at] = (other[at] + 1 + number) % config.vocab_size
+        both = [
+            model(torch.from_numpy(ids[: at + 1]).long()[None], want_logits=False).routing
+            for ids in (piece, other)
+        ]
+        for one, two in zip(*both, strict=True):
+            sets = [{x for x in r.ids_TK[at].tolist() if x >= config.num_resident_experts}
+                    for r in (one, two)]  # fmt: skip
+            same, needs = same + len(sets[0] & sets[1]), needs + len(sets[0])
+    return {"announced": same / needs}
+
+
 def run_all(args: argparse.Namespace) -> int:
     """Every run, `jobs` processes at a time; a line each as it ends. Returns how many failed."""
     waiting = args.runs.split(",")
@@ -294,8 +384,8 @@ def run_all(args: argparse.Namespace) -> int:
             slowest = max(json.loads(line)["step_s"] for line in lines.read_text().splitlines())
         args.steps = min(args.steps, max(10, int(args.within / slowest) // 10 * 10))
         print(f"trial: {slowest:.3f} s a step, {args.steps} steps", file=sys.stderr, flush=True)
-    handed = ("data", "steps", "device", "threads", "eval_tokens", "trace_tokens", "decoded",
-              "keep", "out")  # fmt: skip
+    handed = ("data", "steps", "width", "device", "threads", "eval_tokens", "trace_tokens",
+              "decoded", "keep", "out")  # fmt: skip
     given = [(name, value) for name in handed if (value := getattr(args, name)) is not None]
     flags = [part for name, value in given for part in (f"--{name.replace('_', '-')}", str(value))]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -323,12 +413,15 @@ def main() -> None:
     parser.add_argument("--runs", default=",".join(ARMS), help="ARM:SEED, several with commas")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--width", type=int, help="another hidden size; experts go with it")
     parser.add_argument("--within", type=float, default=0, help="seconds of training, at most")
     parser.add_argument("--device", help="left out: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval-tokens", type=int, default=1 << 18)
     parser.add_argument("--trace-tokens", type=int, default=1 << 14)
     parser.add_argument("--decoded", type=int, default=512, help="tokens run one by one")
+    parser.add_argument("--start", type=Path, help="begin with a model that --keep wrote; with"
+                        " --steps 0 an arm's routing is put on it unlearnt")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="a folder for the trained models")
     parser.add_argument("--out", type=Path, help="lines are added to this file")
     args = parser.parse_args()

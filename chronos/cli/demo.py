@@ -54,6 +54,8 @@ def demo(
     sampling = SamplingParams(temperature=temp, top_p=0.95, seed=seed)
     results: list[GenerationResult] = []
     facts: list[dict[str, Any]] = []
+    if not out.json and not out.quiet:
+        output.paragraph(_BEGINNING)
     for number, size in enumerate(("resident", budget), start=1):
         with runs.open(model, budget=size) as engine:
             if not out.json and not out.quiet:
@@ -128,6 +130,10 @@ def _table(facts: list[dict[str, Any]], same: bool, budget: str, *, quiet: bool)
         output.paragraph(_NUMBERS)
 
 
+_BEGINNING = (
+    "The same model goes on with the same text twice, with plenty of memory and then with little. "
+    "It is small: what it writes looks right and means little. A table then compares the two runs."
+)
 _EXPLANATION = (
     "This language model is built from many small networks, its experts, and uses only a few of "
     "them for each token (a token is a piece of a word). The first run held all of them in "
@@ -136,7 +142,7 @@ _EXPLANATION = (
 )
 _KNOWN = (
     " This model says, while it computes one token, which of the experts that are not always in "
-    "memory the next token will need. That is no guess, so they are read meanwhile, and the second "
-    "run hardly waits."
+    "memory the next token will need. That is no guess, so they are read meanwhile: they are there "
+    "when they are needed, which counts as a hit, and the second run hardly waits."
 )
 _NUMBERS = f"All of the tokens after the prompt. The limit: {footer.LIMIT}"

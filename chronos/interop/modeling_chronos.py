@@ -55,6 +55,7 @@ class ChronosConfig(PreTrainedConfig):
         num_resident_experts: int = 4,
         num_resident_experts_per_tok: int = 2,
         history_decay: float | tuple[float, ...] = 0.9,
+        history_norm: str = "mean",
         max_position_embeddings: int = 32_768,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1e6,
@@ -74,7 +75,7 @@ class ChronosConfig(PreTrainedConfig):
         self.routing_source = routing_source if each else list(routing_source)
         self.num_resident_experts = num_resident_experts
         self.num_resident_experts_per_tok = num_resident_experts_per_tok
-        self.history_decay = history_decay
+        self.history_decay, self.history_norm = history_decay, history_norm
         self.max_position_embeddings, self.rms_norm_eps = max_position_embeddings, rms_norm_eps
         self.rope_theta, self.initializer_range = rope_theta, initializer_range
         self.use_cache = use_cache
@@ -250,6 +251,7 @@ class MoE(nn.Module):
         self.normalize = config.norm_topk_prob
         self.resident, self.near = config.num_resident_experts, config.num_resident_experts_per_tok
         decay = config.history_decay
+        self.unit = config.history_norm == "unit"
         self.decays = tuple(decay) if isinstance(decay, list | tuple) else (decay,)
         self.gate = nn.Linear(D, E, bias=False)
         if self.source in _PAST:
@@ -311,7 +313,7 @@ class MoE(nn.Module):
 
     def _means(self, z_BSX: Tensor, T: int, real_BS: Tensor, count_BS: Tensor) -> Tensor:
         """The mean of the scores of the tokens before the last T, a token counting `decay` of what
-        the one behind it counts. [B, T, X]"""
+        the one behind it counts; by the norm of these weights, if asked. [B, T, X]"""
         S, streamed = z_BSX.shape[1:]
         index_S = torch.arange(S, device=z_BSX.device)
         gap_TS = index_S[-T:, None] - 1 - index_S
@@ -320,7 +322,8 @@ class MoE(nn.Module):
         found = []
         for decay, start, stop in zip(self.decays, edges, edges[1:], strict=False):
             weights_BTS = decay ** gap_TS.clamp(min=0) * seen_BTS
-            total_BT1 = weights_BTS.sum(-1, keepdim=True).clamp(min=1.0)
+            total_BT1 = (weights_BTS**2 if self.unit else weights_BTS).sum(-1, keepdim=True)
+            total_BT1 = (total_BT1.sqrt() if self.unit else total_BT1).clamp(min=1.0)
             found.append(weights_BTS @ z_BSX[..., start:stop] / total_BT1)
         return torch.cat(found, dim=-1)
 

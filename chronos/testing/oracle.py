@@ -252,20 +252,23 @@ def _before(x_BTX: Array, position_BT: Ints) -> Array:
 
 def _history(config: ModelConfig, z_BTE: Array, position_BT: Ints) -> Array:
     """The scores with those of streamed experts replaced, after a document's first token, by the
-    mean over its tokens so far, each counting rho times what the one after it does."""
+    mean over its tokens so far, each counting rho times what the one after it does; their weighted
+    sum with the norm of the weights for its divisor, where that is asked for."""
     scores_BTE, first = z_BTE.copy(), config.num_resident_experts
     streamed = z_BTE.shape[-1] - first
     for group, rho in enumerate(config.decays):
         groups = len(config.decays)
         part = slice(first + streamed * group // groups, first + streamed * (group + 1) // groups)
         for row, positions in enumerate(position_BT):
-            total, weight = np.zeros(part.stop - part.start), 0.0
+            total, weight, square = np.zeros(part.stop - part.start), 0.0, 0.0
             for t, position in enumerate(positions):
                 if position:
-                    scores_BTE[row, t, part] = total / weight
+                    unit = config.history_norm == "unit"
+                    scores_BTE[row, t, part] = total / (np.sqrt(square) if unit else weight)
                 else:
-                    total, weight = np.zeros_like(total), 0.0
-                total, weight = rho * total + z_BTE[row, t, part], rho * weight + 1
+                    total, weight, square = np.zeros_like(total), 0.0, 0.0
+                total = rho * total + z_BTE[row, t, part]
+                weight, square = rho * weight + 1, rho**2 * square + 1
     return scores_BTE
 
 

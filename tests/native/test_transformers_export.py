@@ -30,6 +30,7 @@ HISTORY = {
     "num_resident_experts": 2,
     "num_resident_experts_per_tok": 1,
     "history_decay": (0.9, 0.5),
+    "history_norm": "unit",
 }
 # In a process that cannot import Chronos: whole, token by token, and in a batch with padding.
 FRESH = """

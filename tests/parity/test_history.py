@@ -27,6 +27,7 @@ NEAR, FIRST = 1, 2  # of the chosen ones the resident; the first streamed expert
 CONFIGS = {
     "history": HISTORY,
     "two decays": dataclasses.replace(HISTORY, history_decay=(0.5, 0.95)),
+    "unit norm": dataclasses.replace(HISTORY, history_decay=(0.5, 0.9), history_norm="unit"),
     "each layer its own": dataclasses.replace(
         HISTORY, routing_source=("gate", "history", "informed", "history")
     ),

@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "informed gates": {"routing_source": "informed"},
     "history": HISTORY,
     "two decays": HISTORY | {"history_decay": (0.5, 0.95), "num_experts_per_tok": 5},
+    "unit norm": HISTORY | {"history_decay": (0.5, 0.95), "history_norm": "unit"},
     "a context that grew": {"rope_scaling": YARN, "max_position_embeddings": 64},
     "windows beyond it": {"rope_scaling": YARN, "max_position_embeddings": 64, "sliding_window": 20}
     | HISTORY,

@@ -99,6 +99,7 @@ HISTORY = {"routing_source": "history"}
         ({"history_decay": 1.0}, "history_decay must be"),
         ({"history_decay": []}, "history_decay must be"),
         ({"history_decay": [0.5] * 29}, "at most one a streamed expert"),
+        ({"history_norm": "max"}, "history_norm must be one of"),
         ({"streamed_balance": -1.0}, "streamed_balance must be at least 0"),
     ],
     ids=str,

@@ -194,6 +194,23 @@ def test_a_prefetch_keeps_what_it_names_and_is_here_already(bench: Bench) -> Non
     assert (0, 0) in bench.tier.resident() and (0, 1) not in bench.tier.resident()
 
 
+def test_what_is_here_and_was_used_can_be_had_without_a_lease_of_its_own(bench: Bench) -> None:
+    tier = bench.tier
+    assert tier.present(0, [0]) is None  # absent: nothing is read, nothing counted
+    assert (tier.stats().routed, bench.reader.reads) == (0, [])
+    bench.take(0, [0, 1])
+    lease = tier.present(0, [1, 0])
+    assert lease is not None and not lease.waits
+    assert all(bench.holds(view, (0, expert)) for expert, view in lease)
+    tier.prefetch([(1, 2)])
+    assert tier.present(0, [0]) is not None  # that other reads are under way is no matter
+    bench.end_all()
+    assert tier.present(1, [2]) is None  # its first use is counted as what was read ahead
+    assert bench.take(1, [2]) == [2] and tier.present(1, [2]) is not None
+    stats = tier.stats()
+    assert (stats.hits, stats.misses, stats.prefetch_hits) == (2 + 1 + 1 + 1, 2, 1)
+
+
 def test_a_withdrawn_prefetch_is_neither_prefetched_nor_wasted(bench: Bench) -> None:
     bench.tier.prefetch([(1, expert) for expert in range(4)])
     assert bench.take(0, [0]) == [0]

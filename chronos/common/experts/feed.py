@@ -143,9 +143,18 @@ class FeedStep:
         """
         if self._lease is not None:
             self._lease.close()
+            self._lease = None
+        token = self.work and not self.in_prompt
+        if self._feed.known is not None and token and not (by or self._feed.unread):
+            # Most of a token's layers: nothing to wait for and, until the next asks, to be read.
+            lease = self._feed.tier.present(layer, experts)
+            if lease is not None:
+                self._lease = lease
+                self._count_announced(self._feed.known, layer, {0: experts}, lease)
+                return lease
         needs = {self.work[place].seq: wanted for place, wanted in by.items()} if by else NOBODY
         self._lease = lease = self._feed.tier.acquire(layer, experts, needs, exact=self._feed.exact)
-        if self._feed.known is not None and self.work and not self.in_prompt:
+        if self._feed.known is not None and token:
             self._count_announced(self._feed.known, layer, by or {0: experts}, lease)
         self._feed.read_announced()
         if (ahead := self._feed.ahead) is not None:
@@ -207,6 +216,13 @@ class FeedStep:
     ) -> None:
         """by: what each work needs, by its place; several count what they share once. lease: on
         all of it, whose reads have just begun."""
+        counters = self._feed.tier.ledger.total
+        if len(by) == 1 and not lease.waits and not self._feed.tier.moving and self._feed.exact:
+            ((place, experts),) = by.items()
+            needed = known.streamed(layer, experts)
+            if tuple(needed) == self._due.get((layer, place), ()):
+                counters.announced += len(needed)
+                return
         said, unsaid = set[int](), set[int]()
         for place, experts in by.items():
             due = self._due.get((layer, place), ())
@@ -214,7 +230,6 @@ class FeedStep:
                 (said if expert in due else unsaid).add(expert)
         said -= unsaid
         tier = self._feed.tier
-        counters = tier.ledger.total
         counters.announced += len(said)
         counters.unannounced += len(unsaid)
         if lease.waits or tier.moving or not self._feed.exact:

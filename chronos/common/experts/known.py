@@ -41,6 +41,7 @@ class KnownAhead(Counts):
         self.least = config.least_slots
         self._streamed = dict.fromkeys(follow, resident)  # number of the first one
         self._width = experts
+        self._stay = np.array(self._places(self.resident), np.intp)
         self._announced: dict[int, dict[int, tuple[int, ...]]] = {}  # by sequence and layer
         self._keys: Counter[Key] = Counter()  # how many sequences announced each
         self._rank: NDArray[np.float64] | None = None
@@ -50,7 +51,7 @@ class KnownAhead(Counts):
         if self._rank is None:
             self._rank = self.counts.priority.copy()
             self._rank.ravel()[self._places(self._keys)] = CERTAIN
-            self._rank.ravel()[self._places(self.resident)] = np.inf
+            self._rank.ravel()[self._stay] = np.inf
         return self._rank
 
     @property

@@ -94,6 +94,29 @@ class Tier(ABC):
                 raise
             return lease
 
+    def present(self, layer: int, experts: Sequence[int]) -> HeldLease | None:
+        """A lease without pins on experts that are all here and were used before: valid until
+        something is asked for or read ahead, which the caller sees to. None where one is not."""
+        found = []
+        with self.lock:
+            if self.closed or self._complete is not None:
+                return None
+            if self._loads or self.dropped:
+                self.settle()
+            fixed, ready, asked_by = self._fixed, self.residency.ready, self.ledger.asked_by
+            for expert in dict.fromkeys(experts):
+                view = fixed.get((layer, expert))
+                if view is None:
+                    slot = ready.get((layer, expert))
+                    if slot is None or slot in asked_by or slot in self._events:
+                        return None
+                    view = self._views[slot]
+                found.append((expert, view))
+            self.ledger.needs(layer, len(found), 0)
+            self.policy.observe(layer, experts)
+            self.residency.reconsider()
+        return HeldLease(found)
+
     def prefetch(self, keys: Sequence[Key], asked_by: str = "ahead") -> list[Key]:
         """Ask for records ahead of need, best first; those already here are kept a while.
 

@@ -23,6 +23,7 @@ MODEL_TYPE = "chronos"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ATTENTION_KINDS = ("mla", "sliding")
 ROUTING_SOURCES = ("gate", "informed", "lookahead", "history")
+HISTORY_NORMS = ("mean", "unit")
 # Written by other libraries beside the geometry; they carry nothing Chronos needs.
 _IGNORED_KEYS = frozenset(
     "architectures transformers_version torch_dtype use_cache bos_token_id eos_token_id"
@@ -167,6 +168,10 @@ class ModelConfig:
     history_decay: float | tuple[float, ...] = 0.9
     """History: what a token counts for the choice of streamed experts, by that of the token after
     it; several values share these experts out, in order and evenly."""
+    history_norm: str = "mean"
+    """History: what the weighted sum of the tokens before is divided by: `mean`, its weights' sum;
+    `unit`, the root of the sum of their squares, so that it varies as much as one token's
+    scores."""
     streamed_balance: float = 1.0
     """History: factor on the balance of the streamed experts."""
     loss_weights: LossWeights = LossWeights()
@@ -433,6 +438,7 @@ def _routing_rules(c: ModelConfig) -> dict[str, bool]:
             and all(_is_number(decay) and 0 < decay < 1 for decay in c.decays)
             and len(c.decays) <= max(1, c.num_experts - c.num_resident_experts)
         ),
+        f"history_norm must be one of {HISTORY_NORMS}": c.history_norm not in HISTORY_NORMS,
         "streamed_balance must be at least 0": c.streamed_balance < 0,
     }
     if "history" not in listed:

@@ -2,8 +2,10 @@
 
 The streamed experts of a token are chosen by s_t = sum_{j<t} rho^(t-1-j) z_j / sum_{j<t}
 rho^(t-1-j) over its own document, z being the gate's scores; a document's first token takes z
-itself. So s_t is known when token t - 1 is over. As tables in float64, for backends to multiply
-with. Not covered: the arithmetic, which is each backend's.
+itself. With `history_norm = "unit"` the divisor is the root of the sum of the weights' squares: the
+mean of ten scores varies a third as much as one of them, and its softmax is that much flatter. So
+s_t is known when token t - 1 is over. As tables in float64, for backends to multiply with. Not
+covered: the arithmetic, which is each backend's.
 
 Shape legend: P positions, G values of rho, E experts, S streamed experts.
 """
@@ -28,9 +30,11 @@ def powers(config: ModelConfig, count: int) -> Floats:
 
 
 def shares(config: ModelConfig, positions: npt.NDArray[np.integer]) -> Floats:
-    """One over what the weights of p tokens add up to, for each p; 0 for none. [G, P]"""
-    rho_G1 = np.array(config.decays)[:, None]
+    """One over what the weighted sum of p tokens is divided by, for each p; 0 for none. [G, P]"""
+    rho_G1, unit = np.array(config.decays)[:, None], config.history_norm == "unit"
+    rho_G1 = rho_G1**2 if unit else rho_G1
     total_GP = (1 - rho_G1**positions) / (1 - rho_G1)
+    total_GP = np.sqrt(total_GP) if unit else total_GP
     result: Floats = np.where(positions > 0, 1 / np.maximum(total_GP, 1), 0)
     return result
 
