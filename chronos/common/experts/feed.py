@@ -147,11 +147,11 @@ class FeedStep:
         token = self.work and not self.in_prompt
         if self._feed.known is not None and token and not (by or self._feed.unread):
             # Most of a token's layers: nothing to wait for and, until the next asks, to be read.
-            lease = self._feed.tier.present(layer, experts)
-            if lease is not None:
-                self._lease = lease
-                self._count_announced(self._feed.known, layer, {0: experts}, lease)
-                return lease
+            here = self._feed.tier.present(layer, experts)
+            if here is not None:
+                self._lease = here
+                self._count_announced(self._feed.known, layer, {0: experts}, here)
+                return here
         needs = {self.work[place].seq: wanted for place, wanted in by.items()} if by else NOBODY
         self._lease = lease = self._feed.tier.acquire(layer, experts, needs, exact=self._feed.exact)
         if self._feed.known is not None and token:
