@@ -62,7 +62,7 @@ def pack(source: Path, packed: Path) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     shutil.rmtree(packed, ignore_errors=True)
     drop_page_cache()
-    command = ["-m", "chronos", "pack", str(source), "-o", str(packed), "-q"]
+    command = ["-m", "chronos", "pack", str(source), "-o", str(packed)]
     report = capped.run_python(command, _GB)
     print(
         f"pack: {size / 1e6:.0f} MB, peak {report['peak_bytes'] / 1e6:.0f} MB of a cap of "

@@ -235,8 +235,11 @@ class Backend(Protocol):
         """Freeze a model and put adapters beside it; its answers stay the same. experts: the routed
         ones that get one. Raises UsageError for a target that names nothing."""
 
-    def score(self, model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
-        """What references and old policies think of a batch."""
+    def score(
+        self, model: Any, batch: Batch, temperature: float = 1.0, *, replay: bool = ...
+    ) -> Scores:
+        """What references and old policies think of a batch. replay: with the experts in its array
+        `picks` [B, T, L, K]."""
 
     def anchor(self, model: Any) -> None:
         """Keep a frozen copy of every gate, which losses compare the routers with."""

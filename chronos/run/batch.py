@@ -55,6 +55,7 @@ class _Reply:
     bias: npt.NDArray[np.float32] | None = None
     likely: int | None = None
     scored: list[Likely] | None = None
+    routing: bool = False
     tokens: list[int] = field(default_factory=list)
 
 
@@ -95,17 +96,20 @@ class Batch:
         bias: npt.NDArray[np.float32] | None = None,
         likely: int | None = None,
         score: bool = False,
+        routing: bool = False,
     ) -> None:
         """seq: a number that the session does not know, or with `start` tokens of the prompt (whole
         pieces of it). record: keep what the limit is computed from, for a sequence that is alone.
         guide, bias: as Work's mask and bias. likely: so many log-probabilities in each step.
-        score: and of the prompt's tokens, in the result."""
+        score: and of the prompt's tokens, in the result. routing: the experts of all tokens, there
+        too; not with record."""
         meter = Meter(self._session, self._feed, seq, record=record)
         text = Text(self._tokenizer, stop)
         scored: list[Likely] | None = [] if score else None
         self._replies[seq] = _Reply(
-            prompt, max_tokens, text, meter, guide=guide, bias=bias, likely=likely, scored=scored
-        )
+            prompt, max_tokens, text, meter, guide=guide, bias=bias, likely=likely, scored=scored,
+            routing=routing,
+        )  # fmt: skip
         self._scheduler.add(seq, prompt, sampling, start)
 
     def step(self) -> list[tuple[int, Step]]:
@@ -114,6 +118,7 @@ class Batch:
         if not work:
             return []
         record = len(work) == 1 and self._replies[work[0].seq].meter.records(work[0])
+        record = record or any(self._replies[each.seq].routing for each in work)
         begin = time.perf_counter()
         outs = self._session.run(work, record=record)
         seconds = time.perf_counter() - begin
@@ -198,7 +203,11 @@ class Batch:
         stats = reply.meter.stats() | self._facts()
         text, meter = reply.text, reply.meter if reply.meter.record else None
         told = (reason, stats, error, reply.end_token, text.stopped_by, reply.scored or (), meter)
-        self._leave(seq, GenerationResult(len(reply.prompt), reply.tokens, text.shown, *told))
+        routing_TLK = None
+        if reply.routing:
+            routing_TLK = np.concatenate([ids_TLK for ids_TLK, _ in self._session.routing(seq)])
+        made = GenerationResult(len(reply.prompt), reply.tokens, text.shown, *told, routing_TLK)
+        self._leave(seq, made)
         return [Step(None, tail)] if tail else []
 
     def _leave(self, seq: int, result: GenerationResult | Exception | None) -> None:

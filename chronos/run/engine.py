@@ -150,11 +150,13 @@ class Engine:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         max_sequences: int = 8,
+        routing: bool = False,
     ) -> list[GenerationResult]:
         """Answer prompts, texts or token ids, side by side: what an expert is read for once serves
         all that need it. Each answer is, token for token, what `generate` gives for its prompt.
 
         sampling: for all, or one a prompt. max_sequences: answered at a time; each has a cache.
+        routing: results say which experts were used.
         Raises what `generate` raises; a read that fails for good ends all.
         """
         if isinstance(prompts, str):
@@ -176,7 +178,7 @@ class Engine:
             numbers = [next(self._numbers) for _ in ids]
             for seq, tokens, params in zip(numbers, ids, each, strict=True):
                 params = self.defaults.fill(params)
-                batch.add(seq, tokens, params, max_tokens=max_tokens, stop=stop)
+                batch.add(seq, tokens, params, max_tokens=max_tokens, stop=stop, routing=routing)
             generation = Generation(_all_steps(batch, len(numbers)))
             self._running = weakref.ref(generation)
         for _ in generation:

@@ -17,6 +17,9 @@ from chronos.common.text.stop import StopText
 from chronos.common.text.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from chronos.run.meter import Meter
 
 Likely = tuple[tuple[int, float], ...]
@@ -45,6 +48,8 @@ class GenerationResult:
     is stop, length, context, cancelled or error, and `error` says why in the last case. `end_token`
     is the token that ended the reply, if one did, `stopped_by` the stop string, "" where none did.
     scored: of each token of the prompt behind the first, where asked for, as `Step.likely`.
+    routing_TLK: the experts that each token used in each layer, the prompt's too, where asked for;
+    the last token that was drawn used none.
     """
 
     prompt_tokens: int
@@ -57,6 +62,7 @@ class GenerationResult:
     stopped_by: str = ""
     scored: Sequence[Likely] = ()
     meter: Meter | None = field(default=None, repr=False, compare=False)  # for `Engine.limit`
+    routing_TLK: npt.NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
 
 
 class Generation(Iterator[Step]):

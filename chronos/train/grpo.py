@@ -29,11 +29,12 @@ from chronos.train.data import read_split
 from chronos.train.dpo import ALIGNED
 from chronos.train.judge import Judge
 from chronos.train.loop import Event, Task, start
-from chronos.train.rollouts import Answer, Sampler, content, rows, seed_of
+from chronos.train.rollouts import Answer, Sampler, content, picks, rows, seed_of
 from chronos.train.start import Start, check_length, open_reference, open_start, refer
 
 _KINDS = ("dapo", "grpo", "dr_grpo", "bnpo")
 _SCALES = ("group", "batch", "none")
+_REPLAYS = ("R2", "R3", "none")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class GrpoRecipe:
     batch_size: int = 8
     """Answers of a micro-batch."""
     iterations: int = 1
-    """Updates a generation serves. From 2 on ratios are clipped, and picks of experts replayed."""
+    """Updates a generation serves. From 2 on ratios are clipped."""
+    router_replay: str = "R2"
+    """Experts that are trained: `R2`, those of the model before a generation's first update; `R3`,
+    those of sampling; `none`, what the routers choose."""
     loss: str = "dapo"
     """What token losses are divided by: `dapo`, `grpo`, `dr_grpo` or `bnpo`."""
     level: str = "token"
@@ -103,7 +107,8 @@ class GrpoRecipe:
                 f" {len(self.rewards)} rewards"
             )
         for name, known in (
-            ("loss", _KINDS), ("level", ("token", "sequence")), ("scale_rewards", _SCALES)
+            ("loss", _KINDS), ("level", ("token", "sequence")), ("scale_rewards", _SCALES),
+            ("router_replay", _REPLAYS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ConfigError(f"grpo.{name} must be one of {', '.join(known)}")
@@ -168,6 +173,7 @@ class Generations:
             temperature=stage.temperature,
             top_k=stage.top_k,
             top_p=stage.top_p,
+            routing=stage.router_replay == "R3",
         )
         rewards_FN = self._rewards(prompts, answers)
         weights_F = np.array(stage.reward_weights or [1.0] * len(rewards_FN))[:, None]
@@ -193,10 +199,16 @@ class Generations:
             cut = np.array([answer.truncated for answer in answers])
             batch.labels_BT[cut] = IGNORE
         batch = batch.with_extra({"advantages": advantages_B.astype(np.float32)})
+        replay = self._stage.router_replay
+        if replay == "R3":
+            batch = batch.with_extra({"picks": picks(answers, batch)})
         if self._stage.iterations > 1:
-            old = self._backend.score(self._found.model, batch, self._stage.temperature)
-            picks = old.ids_BTLK.astype(np.int32)
-            batch = batch.with_extra({"old": old.log_probs_BT, "picks": picks})
+            old = self._backend.score(
+                self._found.model, batch, self._stage.temperature, replay=replay == "R3"
+            )
+            batch = batch.with_extra({"old": old.log_probs_BT})
+            if replay == "R2":
+                batch = batch.with_extra({"picks": old.ids_BTLK.astype(np.int32)})
         return batch.with_extra(self._refers(batch)) if self._refers else batch
 
     def _rewards(
@@ -280,6 +292,14 @@ def prepare(
     UsageError, RewardError."""
     stage, found = recipe.stage, open_start(recipe, backend, device, noise=False)
     check_length("grpo.max_prompt + max_tokens", stage.max_prompt + stage.max_tokens, found.config)
+    replays = stage.router_replay == "R3" or (stage.router_replay == "R2" and stage.iterations > 1)
+    if replays and not found.native:
+        raise ConfigError(
+            "the gates of a model of another library weigh the experts that they choose, and no"
+            " others",
+            "grpo.router_replay",
+            'use router_replay = "none"',
+        )
     states = bool(recipe.anchor.weight) and recipe.anchor.form == "states"
     training, _, bad = read_split(recipe, on_event)
     prompts = encode_prompts(found.tokenizer, training, stage.max_prompt, bad)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from chronos.backends.protocol import Backend
 from chronos.common.data import Batch, Example, join
@@ -19,11 +20,13 @@ from chronos.train.start import Start
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer: its ids, the token that ended it last, or `truncated`; and its text."""
+    """A sampled answer: its ids, the token that ended it last, or `truncated`; its text; and where
+    asked for the experts of its prompt's tokens and its own, but for the last of these."""
 
     ids: list[int]
     text: str
     truncated: bool
+    routing_TLK: npt.NDArray[np.int64] | None = None
 
 
 class Sampler:
@@ -48,6 +51,7 @@ class Sampler:
         temperature: float,
         top_k: int = 0,
         top_p: float = 1.0,
+        routing: bool = False,
     ) -> list[Answer]:
         """An answer a prompt; the same weights and seeds give the same answers."""
         sampling = [
@@ -59,6 +63,7 @@ class Sampler:
             sampling,
             max_tokens=max_tokens,
             max_sequences=self._sequences,
+            routing=routing,
         )
         answers = []
         for result in results:
@@ -68,7 +73,8 @@ class Sampler:
                 )
             end = [] if result.end_token is None else [result.end_token]
             text = self._tokenizer.decode(result.tokens)
-            answers.append(Answer([*result.tokens, *end], text, not end))
+            ids = [*result.tokens, *end]
+            answers.append(Answer(ids, text, not end, result.routing_TLK))
         return answers
 
 
@@ -90,6 +96,18 @@ def rows(prompts: Sequence[Sequence[int]], answers: Sequence[Answer], pad_id: in
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     return join(examples, pad_id)
+
+
+def picks(answers: Sequence[Answer], batch: Batch) -> npt.NDArray[np.int32]:
+    """The experts that sampling used, by the rows of `rows` [B, T, L, K]; padding, which nothing is
+    computed of, has those of its row's first token."""
+    found = []
+    for answer in answers:
+        assert answer.routing_TLK is not None
+        missing = batch.ids_BT.shape[1] - len(answer.routing_TLK)
+        rest = np.repeat(answer.routing_TLK[:1], missing, axis=0)
+        found.append(np.concatenate((answer.routing_TLK, rest)))
+    return np.stack(found).astype(np.int32)
 
 
 def content(prompt: Any, text: str) -> Any:

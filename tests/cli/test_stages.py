@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +168,55 @@ def test_a_run_that_is_resumed_is_the_same_run(runs: Runs, stage: str) -> None:
         assert answers[0] == answers[1]
 
 
+_KILLED = """
+import importlib, os, signal, sys
+from pathlib import Path
+from chronos.cli.main import main
+from chronos.run.batch import Batch
+
+backend, saved, stage = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+owner, name = importlib.import_module(f"chronos.backends.{backend}.train").TrainStep, "step"
+if stage in ("grpo", "distill"):
+    owner = Batch
+call, left = getattr(owner, name), [2]
+
+def killed(*args, **options):
+    left[0] -= saved.exists()
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(*args, **options)
+
+setattr(owner, name, killed)
+sys.argv[1:4] = []
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_killed_goes_on(runs: Runs, stage: str) -> None:
+    """SIGKILL one update behind a checkpoint, where the stage samples in the middle of an answer:
+    resumed, it is to the last bit the run that nobody killed."""
+    model = runs.folder / "base" / "model"
+    section = SECTIONS[stage].replace("on_policy = 0.5", "on_policy = 1.0")
+    section = section.replace("{teacher}", (runs.folder / "teacher").as_posix())
+    recipe = runs.recipe(stage, model, 4, section)
+    assert runs.train(stage, recipe, "straight", "-q").code == 0
+    out = runs.folder / "killed"
+    saved = out / "checkpoints" / "step-00000002.safetensors"
+    words = ("train", stage, "-c", recipe, "-o", out, "--backend", runs.backend, "-q")
+    given = (sys.executable, "-c", _KILLED, runs.backend, saved, stage, *words)
+    done = subprocess.run([str(word) for word in given], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert saved.exists() and not (out / "model").exists()
+    done = runs.train(stage, recipe, "killed", "--resume", "-q")
+    assert done.code == 0, done.err
+    assert runs.weights("killed") == runs.weights("straight")
+    if stage == "grpo":
+        answers = [runs.lines(name, "completions.jsonl") for name in ("straight", "killed")]
+        assert answers[0] == answers[1]
+
+
 def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
     base = runs.folder / "base" / "model"
     bad = (
@@ -176,6 +228,7 @@ def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
         ("grpo", '[grpo]\nrewards = ["a:b"]\ngenerations = 1\n', "a group of one"),
         ("grpo", '[grpo]\nrewards = ["reward.py:absent"]\nmax_prompt = 32\nmax_tokens = 8\n',
          "has no attribute 'absent'"),
+        ("grpo", '[grpo]\nrewards = ["a:b"]\nrouter_replay = "R1"\n', "router_replay must be"),
         ("distill", "[distill]\n", "names no model"),
         ("distill", f'[distill]\nteacher = "{packed.as_posix()}"\nseq_len = 32\n',
          "another vocabulary"),
@@ -190,6 +243,21 @@ def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
     assert "no model to go on with" in runs.train("sft", recipe, "none").err
     done = runs.train("sft", recipe, "none", "--model", runs.folder / "absent")
     assert done.code != 0 and "absent" in done.err
+
+
+@pytest.mark.parametrize("replay", ["R3", "none"])
+def test_the_experts_of_sampling_are_trained(runs: Runs, replay: str) -> None:
+    """They are those that the model would choose again: the first of two updates has ratios of 1
+    and the gradient of a run without replay, since nothing has moved the routers yet."""
+    base = runs.folder / "base" / "model"
+    section = SECTIONS["grpo"] + f'iterations = 2\nrouter_replay = "{replay}"\n'
+    for out, text in (("replayed", section), ("plain", SECTIONS["grpo"])):
+        done = runs.train("grpo", runs.recipe("grpo", base, 2, text), out, "-q")
+        assert done.code == 0, done.err
+    first, plain = (runs.lines(out)[0] for out in ("replayed", "plain"))
+    assert first["clip_ratio/region_mean"] == 0 and first["router/shift"] == 0
+    assert first["policy"] == pytest.approx(plain["policy"], abs=1e-6)
+    assert first["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
 
 
 def test_a_resumed_run_wants_the_model_it_began_with(runs: Runs) -> None:

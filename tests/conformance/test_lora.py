@@ -22,10 +22,14 @@ from chronos.common.errors import ShapeMismatch, UsageError
 from chronos.common.experts.feed import Feed, FeedOptions, open_feed
 from chronos.common.experts.passes import UpAndDown
 from chronos.common.layout import open_layout
+from chronos.common.text.sampling import SamplingParams
 from chronos.common.training.lora import LoraRecipe, read_adapter, write_adapter
-from chronos.common.training.objectives import NO_ROUTING, NextToken
+from chronos.common.training.objectives import NO_ROUTING, NextToken, PolicyGradient
 from chronos.common.training.recipe import OptimizerRecipe
+from chronos.run.engine import Engine
 from chronos.testing.tiny import tiny_packed
+from chronos.train import rollouts
+from chronos.train.rollouts import Answer
 from tests.support.guests import tiny_guest
 
 BUDGETS = (1.0, 0.5, 0.25, 0.0)
@@ -163,6 +167,35 @@ def test_micro_batches_go_through_the_model_layer_by_layer(
     adapter, terms, reads, _ = run(0.0)
     assert (adapter, terms) == found[0][:2]
     assert reads[0] > 4 * every  # the control
+
+
+def test_experts_of_sampling_are_replayed(backend: Any, folder: Callable[[str], Path]) -> None:
+    """What a streamed model used for its answers comes through their padding, is what its training
+    pass chooses by itself, and is replayed alike at every budget."""
+    found = []
+    for share in (1.0, 0.0):
+        with opened(backend, folder("native"), share) as (model, feed):
+            engine = Engine(backend.session(model.bare, feed), model.config)
+            prompts = [[5, 9, 12], [7, 3, 8, 11, 4]]
+            results = engine.generate_many(
+                prompts, SamplingParams(temperature=1.0, seed=1), max_tokens=6, routing=True
+            )
+            answers = [Answer(r.tokens, "", True, r.routing_TLK) for r in results]
+            batch = rollouts.rows(prompts, answers, pad_id=0)
+            ids_BTLK = rollouts.picks(answers, batch)
+            real_BT = batch.segments_BT >= 0
+            assert not real_BT.all()
+            own = backend.score(model, batch).ids_BTLK
+            np.testing.assert_array_equal(ids_BTLK[real_BT], own[real_BT])
+            named = batch.with_extra(
+                {"picks": ids_BTLK[:, ::-1].copy(), "advantages": np.array([1.0, -1.0], np.float32)}
+            )
+            adapter = backend.attach(model, ALL, experts=EXPERTS)
+            step = backend.train_step(model, OPTIMIZER, adapter)
+            for number in range(2):
+                step.step([named, named], PolicyGradient(), 1e-2, number)
+            found.append(values(adapter))
+    assert found[0] == found[1]
 
 
 def test_adapters_that_drop_inputs_go_one_after_the_other(

@@ -53,7 +53,7 @@ def test_one_number_of_each_byte_pattern_is_widened(monkeypatch, threshold):
 
 @pytest.mark.parametrize("rows,out,width", SHAPES)
 def test_gradients(monkeypatch, rows, out, width):
-    for threshold in ("_WORTH_A_CALL", "_WORTH_CODE"):
+    for threshold in ("_WORTH_A_CALL", "_WORTH_TRAINING"):
         monkeypatch.setattr(products, threshold, 0)
     results = []
     for product in (F.linear, products.linear):
@@ -64,6 +64,40 @@ def test_gradients(monkeypatch, rows, out, width):
         results.append((y.detach(), x.grad, weight.grad))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40])  # by either library
+def test_routed_experts_are_the_sum_of_their_outputs(monkeypatch, threshold):
+    """Value and every gradient; one expert has no rows, one all of them, one a single row."""
+    monkeypatch.setattr(products, "_WORTH_TRAINING", threshold)
+    T, D, F_, E = 37, 12, 10, 5
+    ids_TK = torch.stack((torch.full((T,), 2), torch.arange(T) % 2 * 4), dim=-1)
+    ids_TK[5, 1] = 3  # 1 is nobody's
+    weights_TK = drawn(T, 2, seed=1).softmax(-1).requires_grad_()
+    x_TD = drawn(T, D).requires_grad_()
+    experts = [
+        (drawn(2 * F_, D, seed=2 + e).requires_grad_(), drawn(D, F_, seed=9 + e).requires_grad_())
+        for e in range(E)
+    ]
+
+    def one_by_one() -> torch.Tensor:
+        total_TD = torch.zeros(T, D)
+        for e, (up_GD, down_DF) in enumerate(experts):
+            gate_TF, up_TF = F.linear(x_TD, up_GD).chunk(2, -1)
+            share_T1 = ((ids_TK == e) * weights_TK).sum(-1, keepdim=True)
+            total_TD = total_TD + share_T1 * F.linear(F.silu(gate_TF) * up_TF, down_DF)
+        return total_TD
+
+    leaves = [x_TD, weights_TK, *(matrix for expert in experts for matrix in expert)]
+    results = []
+    for y_TD in (one_by_one(), products.routed_experts(x_TD, ids_TK, weights_TK, experts)):
+        grads = torch.autograd.grad(y_TD, leaves, drawn(T, D, seed=99), allow_unused=True)
+        results.append((y_TD, *grads))
+    for at, (one, other) in enumerate(zip(*results, strict=True)):
+        if at in (5, 6):  # those of the expert without rows
+            assert other is None and not one.any()
+        else:
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_result_may_be_changed_in_place_and_has_no_second_derivative(monkeypatch):

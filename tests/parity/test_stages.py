@@ -324,6 +324,30 @@ def test_clip_ratios_of_answers(backend: Any) -> None:
     assert shares[1].max() > 0
 
 
+@pytest.mark.parametrize("routing", ROUTING)
+def test_replayed_experts(backend: Any, routing: str) -> None:
+    """Those the routers choose by themselves change no gradient, the gates' least of all; others
+    change the loss, and the gates that weigh them learn still."""
+    o, data, found = PolicyGradient(), pairs(), []
+    model = start(backend, **ROUTING[routing]).model
+    own = backend.score(model, data).ids_BTLK
+    others = (own + 1) % TINY.num_experts if routing == "gate" else own[:, ::-1]
+    for picks in (None, own, others):
+        more = {} if picks is None else {"picks": picks.astype(np.int32)}
+        step = start(backend, **ROUTING[routing])
+        found.append((step.step([data.with_extra(more)], o, 1e-3, 0), gradients(step)))
+    (terms, plain), (same_terms, same), (other_terms, other) = found
+    assert same_terms["loss"] == terms["loss"] and difference(same, plain) < 1e-7
+    assert abs(other_terms["loss"] - terms["loss"]) > 1e-5
+    for gradient in (same, other):
+        gates = [gradient[name] for name in gradient if name.endswith("mlp.gate.weight")]
+        assert gates and all(np.abs(gate).max() > 1e-7 for gate in gates)
+    named = data.with_extra({"picks": others.astype(np.int32)})
+    scores = backend.score(model, named, replay=True)
+    np.testing.assert_array_equal(scores.ids_BTLK, others)
+    assert np.abs(scores.log_probs_BT - backend.score(model, named).log_probs_BT).max() > 1e-5
+
+
 def test_teacher_is_student(backend: Any) -> None:
     data, step = pairs(), start(backend)
     out = backend.forward(step.model, data.ids_BT, segments_BT=data.segments_BT)

@@ -38,6 +38,7 @@ from chronos.backends.mlx.losses import (
     label_log_probs,
     losses,
     picks_of,
+    replay_of,
     states,
     tensors_of,
 )
@@ -241,10 +242,16 @@ def _check(model: Any, adapter: Adapter | None) -> None:
         )
 
 
-def score(model: Model, batch: Batch, temperature: float = 1.0) -> Scores:
-    """What a model without dropout and masks says of a batch."""
+def score(model: Model, batch: Batch, temperature: float = 1.0, *, replay: bool = False) -> Scores:
+    """What a model without dropout and masks says of a batch. replay: with the experts that the
+    batch names."""
     arrays = tensors_of(batch)
-    out = model.eval()(arrays["ids"], segments_BT=arrays["segments"], want_logits=False)
+    out = model.eval()(
+        arrays["ids"],
+        segments_BT=arrays["segments"],
+        replay=replay_of(arrays) if replay else None,
+        want_logits=False,
+    )
     measure = partial(label_log_probs, temperature=temperature)
     (lp_BT,) = at_labels(model, out.hidden, arrays, measure)
     shape = (*batch.ids_BT.shape, len(out.routing), -1)

@@ -191,11 +191,12 @@ def processes() -> Processes:
     return Processes()
 
 
-def score(model: Any, batch: Batch, temperature: float = 1.0) -> Scores:
-    """What references and old policies think of a batch."""
+def score(model: Any, batch: Batch, temperature: float = 1.0, *, replay: bool = False) -> Scores:
+    """What references and old policies think of a batch. replay: with the experts in its array
+    `picks` [B, T, L, K]."""
     from chronos.backends.torch import train
 
-    return train.score(model, batch, temperature)
+    return train.score(model, batch, temperature, replay=replay)
 
 
 def anchor(model: Any) -> None:

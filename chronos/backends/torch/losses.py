@@ -52,7 +52,7 @@ def states(model: Model, batch: Batch, objective: Objective, **options: Any) -> 
         segments_BT=arrays["segments"],
         want_lookahead=model.lookahead is not None,
         lookahead_into_trunk=objective.lookahead_into_trunk,
-        replay=partial(_replayed, arrays["picks"]) if "picks" in arrays else None,
+        replay=replay_of(arrays),
         want_logits=False,
         **options,
     )
@@ -94,8 +94,13 @@ def losses(
     return Losses(loss, terms, own_LE, probs_LE)
 
 
+def replay_of(arrays: Tensors) -> Callable[[int], tuple[Tensor, None]] | None:
+    """The experts that a batch names, weighed by the gates as they are: those of a policy of before
+    or of sampling (R2 and R3 of 2510.11370); None where it names none."""
+    return partial(_replayed, arrays["picks"]) if "picks" in arrays else None
+
+
 def _replayed(picks_BTLK: Tensor, layer: int) -> tuple[Tensor, None]:
-    """The picks of a policy of before, weighed by the gates as they are (R2 of 2510.11370)."""
     return picks_BTLK[:, :, layer].flatten(0, 1).long(), None
 
 

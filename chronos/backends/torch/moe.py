@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from chronos.backends.torch.attention import RMSNorm
 from chronos.backends.torch.codecs import Expert, codec_of
-from chronos.backends.torch.products import Linear, linear
+from chronos.backends.torch.products import Linear, linear, routed_experts, trains_experts
 from chronos.backends.torch.streamed import recording, routed_sum
 from chronos.common.errors import UsageError
 from chronos.common.experts.feed import Source
@@ -94,7 +94,9 @@ class Past:
         weighted sum over the tokens before all."""
         T, found = z_BTS.shape[1], []
         for group, part in enumerate(self._parts):
-            mean_BTS = self._weights_GBTT[group] @ z_BTS[..., part]
+            # To whole vectors: MKL takes twice as long for an odd number of columns.
+            z_BTP = F.pad(z_BTS[..., part], (0, -z_BTS[..., part].size(-1) % 16))
+            mean_BTS = (self._weights_GBTT[group] @ z_BTP)[..., : z_BTS[..., part].size(-1)]
             if sum_BS is not None:
                 mean_BTS = mean_BTS + self._powers_GP[group, :T, None] * sum_BS[:, None, part]
             found.append(mean_BTS * self._share_GBT1[group])
@@ -223,8 +225,11 @@ class MoE(nn.Module):
         if source is not None and ahead is not None and state is not None and self.follows:
             source.announce(self.layer, self.upcoming(ahead, state)[0].tolist())
         combine = self._one_token if len(x_TD) == 1 and not self.training else self._grouped
-        if x_TD.is_cuda and self.training and source is None and not self.lora:
-            combine = self._batched
+        if self.training and source is None and not self.lora:
+            if x_TD.is_cuda:
+                combine = self._batched
+            elif trains_experts(x_TD, self.table[0].gate_up_FD):
+                return self._trained(x_TD, routing), routing
         return combine(x_TD, routing, source), routing
 
     def _recording(self, *inputs: Tensor) -> bool:
@@ -268,8 +273,7 @@ class MoE(nn.Module):
         """The streamed experts of the token after the last, [B, K]: what `decide` will choose.
         past: of that token."""
         assert state.sum_BS is not None
-        best_BK = past.mean(state.sum_BS).topk(self.top_k - self.near[1], dim=-1)
-        return best_BK.indices + self.near[0]
+        return _best(past.mean(state.sum_BS), self.top_k - self.near[1]) + self.near[0]
 
     def _informed(
         self,
@@ -298,7 +302,7 @@ class MoE(nn.Module):
         if state is not None:
             state.sum_BS = past.summed(z_BTS, state.sum_BS)
         if ids_TK is None:
-            near_TK, far_TK = a_TA.topk(near, dim=-1).indices, s_TS.topk(K - near, dim=-1).indices
+            near_TK, far_TK = _best(a_TA, near), _best(s_TS, K - near)
             ids_TK = torch.cat((near_TK, far_TK + resident), dim=-1)
         weights_TK = torch.cat((a_TA, s_TS), dim=-1).gather(-1, ids_TK).softmax(dim=-1)
         shares = a_TA.softmax(-1) * (near / K), s_TS.softmax(-1) * (1 - near / K)
@@ -387,6 +391,18 @@ class MoE(nn.Module):
         y_TKD = self._fall_back(y_TKD, shared_TD, routing, missing, source)
         return torch.einsum("tk,tkd->td", routing.weights_TK, y_TKD) + shared_TD
 
+    def _trained(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """As `_grouped` for training whole on a CPU. Of an expert that is masked the weight goes to
+        the shared ones, which saves two copies of all outputs."""
+        weights_TK, shared_TD = routing.weights_TK, self._shared(x_TD)
+        if shared_TD is not None and self.mask_prob > 0:
+            gone_TK = torch.rand_like(weights_TK) < self.mask_prob
+            weights_TK = weights_TK.masked_fill(gone_TK, 0.0)
+            given_T1 = (routing.weights_TK - weights_TK).sum(-1, keepdim=True)
+            shared_TD = shared_TD * (1 + given_T1)
+        y_TD = routed_experts(x_TD, routing.ids_TK, weights_TK, self.table)
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
     def _batched(self, x_TD: Tensor, routing: Routing, source: Source | None) -> Tensor:
         """As `_grouped` for training on a GPU: all experts in three products, each with as many
         rows as the one used most, since the launches of one expert after another would take longer
@@ -448,6 +464,13 @@ class MoE(nn.Module):
         else:
             return y_TKD
         return torch.where(gone_TK[..., None], shared_TD[:, None], y_TKD)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The places of the largest, along the last axis; of one in a seventh of the time."""
+    if count == 1:
+        return scores.max(dim=-1, keepdim=True).indices
+    return scores.topk(count, dim=-1).indices
 
 
 def _summed(weights_1K: Tensor, y_K: list[Tensor], shared_1D: Tensor | None) -> Tensor:

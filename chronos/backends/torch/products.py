@@ -34,8 +34,8 @@ from chronos.common.tuning import plain
 from chronos.kernels import MOST_ROWS
 
 # Multiplications from which on oneDNN is worth its call, for one row, and the code that it makes
-# for each new number of rows, in 0.4 ms.
-_WORTH_A_CALL, _WORTH_CODE = 1 << 18, 1 << 24
+# for each new number of rows, in 0.4 ms; where the same numbers come again at each update, less is.
+_WORTH_A_CALL, _WORTH_CODE, _WORTH_TRAINING = 1 << 18, 1 << 24, 1 << 21
 # Numbers of a weight from which on a compiled kernel is: those of 16 bits would be widened.
 _WORTH_A_KERNEL = {torch.bfloat16: 1 << 15, torch.float32: 1 << 18}
 _WIDENED = 1 << 20  # numbers widened at once
@@ -43,6 +43,7 @@ _ROWS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
 # Numbers of a weight. Fewer or one row: torch multiplies by itself, in an order of its own. More:
 # trying them takes half a second and longer.
 _LIBRARYS_OWN, _TRIED_AT_MOST = 1 << 12, 1 << 25
+Product = Callable[[Tensor, Tensor], Tensor]  # rows [N, I] and a weight [O, I] to [N, O]
 _NUMBERS = 65_537  # a prime: no two rows of a weight made of them begin alike
 
 
@@ -74,7 +75,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
         return F.linear(x, weight_OI.to(x.dtype))
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
         weight_OI = weight_OI.to(x.dtype)
-        if rows == 1 or multiplications < _WORTH_CODE:
+        if rows == 1 or multiplications < _WORTH_TRAINING:
             return F.linear(x, weight_OI)
         y_NO: Tensor = _Linear.apply(_padded(x), weight_OI)  # type: ignore[no-untyped-call]
         return _unpadded(y_NO, x)
@@ -119,13 +120,17 @@ def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight_OI
 
 
 def _padded(x: Tensor) -> Tensor:
-    """As rows [N, I], with rows of zeros up to a number of four leading bits: experts get another
-    number of rows at each step, and there are few such numbers."""
+    """As rows [N, I], with rows of zeros up to a `_round` number."""
     rows = x.numel() // x.size(-1)
-    step = 1 << max(0, rows.bit_length() - 4)
-    missing = -rows % step
+    missing = _round(rows) - rows
     x_NI = x.reshape(rows, -1)
     return F.pad(x_NI, (0, 0, 0, missing)) if missing else x_NI
+
+
+def _round(rows: int) -> int:
+    """The next number of four leading bits: experts get another number of rows at each step, and
+    there are few such numbers."""
+    return rows + -rows % (1 << max(0, rows.bit_length() - 4))
 
 
 def _unpadded(y_NO: Tensor, x: Tensor) -> Tensor:
@@ -151,11 +156,121 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_NI = onednn_linear(dy_NO, weight_OI.t())
         if ctx.needs_input_grad[1]:
-            if dy_NO.size(1) > x_NI.size(1):
-                dweight_OI = onednn_linear(x_NI.t(), dy_NO.t()).t().contiguous()
-            else:
-                dweight_OI = onednn_linear(dy_NO.t(), x_NI.t())
+            dweight_OI = _by_weight(x_NI, dy_NO, onednn_linear)
         return dx_NI, dweight_OI
+
+
+def _by_weight(x_NI: Tensor, dy_NO: Tensor, product: Product) -> Tensor:
+    """The gradient of a product by its weight [O, I]."""
+    if dy_NO.size(1) > x_NI.size(1):
+        return product(x_NI.t(), dy_NO.t()).t().contiguous()
+    return product(dy_NO.t(), x_NI.t())
+
+
+def trains_experts(x_TD: Tensor, weight: Tensor) -> bool:
+    """Whether `routed_experts` computes with these: with a gradient by the weights, unless products
+    are made in another precision."""
+    wanted = x_TD.is_cpu and torch.is_grad_enabled() and weight.requires_grad
+    autocast = hasattr(torch, "get_autocast_dtype") and torch.is_autocast_enabled("cpu")
+    return wanted and x_TD.dtype == weight.dtype == torch.float32 and not autocast
+
+
+def routed_experts(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    experts: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The weighted sum [T, D] of SwiGLU experts in float32 on a CPU, to be differentiated by all
+    but the ids.
+
+    experts: gate_up [2F, D] and down [D, F] of each. Each is computed while its rows are in a
+    cache, in the backward pass too, and what comes to a token is summed in the order of its
+    routing.
+    """
+    flat = [matrix for expert in experts for matrix in expert]
+    out: Tensor = _Experts.apply(x_TD, ids_TK, weights_TK, *flat)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Experts(torch.autograd.Function):
+    """Autograd over the same calls goes through memory some thirty times for each routed row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *matrices: Tensor
+    ) -> Tensor:
+        places_TK, pairs_M, sizes = _places(ids_TK, len(matrices) // 2)
+        rows = (pairs_M // ids_TK.size(1)).split(sizes)
+        x_SD = _with_zeros(x_TD)
+        before, y = list[Tensor](), list[Tensor]()
+        for rows_m, up_GD, down_DF in zip(rows, matrices[::2], matrices[1::2], strict=True):
+            if len(rows_m):
+                before.append(_product(x_SD.index_select(0, rows_m), up_GD))
+                gate_mF, up_mF = before[-1].chunk(2, dim=-1)
+                y.append(_product(F.silu(gate_mF).mul_(up_mF), down_DF))
+        ctx.sizes = sizes
+        ctx.save_for_backward(x_TD, weights_TK, places_TK, pairs_M, *matrices, *before)
+        y_MD = torch.cat(y)
+        return F.embedding_bag(places_TK, y_MD, per_sample_weights=weights_TK, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK, places_TK, pairs_M, *saved = ctx.saved_tensors
+        matrices, before = saved[: 2 * len(ctx.sizes)], iter(saved[2 * len(ctx.sizes) :])
+        rows = (pairs_M // weights_TK.size(1)).split(ctx.sizes)
+        weights = F.pad(weights_TK.flatten(), (0, 1))[pairs_M, None].split(ctx.sizes)
+        x_SD, dy_SD = _with_zeros(x_TD), _with_zeros(dy_TD)
+        dx, dweights, found = list[Tensor](), list[Tensor](), list[Tensor | None]()
+        for rows_m, weights_m1, up_GD, down_DF in zip(
+            rows, weights, matrices[::2], matrices[1::2], strict=True
+        ):
+            if not len(rows_m):
+                found += [None, None]
+                continue
+            dy_mD, before_mG = dy_SD.index_select(0, rows_m), next(before)
+            gate_mF, up_mF = before_mG.chunk(2, dim=-1)
+            silu_mF = F.silu(gate_mF)
+            h_mF, dh_mF = silu_mF * up_mF, _product(dy_mD, down_DF.t())
+            # dy y = dy (down h) = (dy down) h: the outputs need not be kept.
+            dweights.append((dh_mF * h_mF).sum(-1))
+            h_mF *= weights_m1
+            dh_mF *= weights_m1
+            dbefore_mG = torch.empty_like(before_mG)
+            dgate_mF, dup_mF = dbefore_mG.chunk(2, dim=-1)
+            torch.mul(dh_mF, silu_mF, out=dup_mF)
+            torch.ops.aten.silu_backward(dh_mF.mul_(up_mF), gate_mF, grad_input=dgate_mF)
+            dx.append(_product(dbefore_mG, up_GD.t()))
+            found.append(_by_weight(x_SD.index_select(0, rows_m), dbefore_mG, _product))
+            found.append(_by_weight(h_mF, dy_mD, _product))
+        dx_TD = F.embedding_bag(places_TK, torch.cat(dx), mode="sum")
+        return dx_TD, None, torch.cat(dweights)[places_TK], *found
+
+
+def _places(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each routed pair lies [T, K], the pair t * K + k at each place [M], T * K where there
+    is none, and how many places each expert has."""
+    flat_N, every_N = ids_TK.flatten(), torch.arange(ids_TK.numel())
+    counts_E = flat_N.bincount(minlength=experts)
+    sizes = [_round(count) for count in counts_E.tolist()]
+    spare_E = torch.tensor(sizes) - counts_E
+    order_N = flat_N.argsort(stable=True)
+    at_N = every_N + (spare_E.cumsum(0) - spare_E).repeat_interleave(counts_E)
+    places_N, pairs_M = torch.empty_like(at_N), at_N.new_full((sum(sizes),), len(at_N))
+    places_N[order_N], pairs_M[at_N] = at_N, order_N
+    return places_N.view_as(ids_TK), pairs_M, sizes
+
+
+def _with_zeros(x_TD: Tensor) -> Tensor:
+    """And a row of zeros, for places that are nobody's."""
+    return F.pad(x_TD, (0, 0, 0, 1))
+
+
+def _product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """By oneDNN where it is worth its code in training."""
+    large = x_NI.numel() * weight_OI.size(0) >= _WORTH_TRAINING
+    return (onednn_linear if large and _has_onednn() else F.linear)(x_NI, weight_OI)
 
 
 class PackedLinear(nn.Linear):

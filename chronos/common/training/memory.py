@@ -1,8 +1,9 @@
 """What an update takes of memory, from the geometry alone: for plans, before anything is allocated.
 
 Weights, gradients and what optimizers keep are in float32 and counted exactly. Activations are the
-numbers that the backward pass needs of the forward one, counted of the torch backend; MLX, which
-fuses other steps, keeps somewhat fewer. Masks and ids of less than 1 % are left out.
+numbers that the backward pass needs of the forward one, counted of the torch backend on a CPU;
+elsewhere, where all experts of a layer are one product, trained ones keep about what frozen ones
+do. Masks and ids of less than 1 % are left out.
 
 Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, L layers, E experts, K top-k, F
 expert hidden, S shared experts, H heads, G key-value heads, d head_dim, r rope_dim, z latent, U
@@ -26,7 +27,9 @@ FLOAT = 4  # bytes
 # again in the backward pass.
 TILE_BYTES = 256 << 20
 ACTIVATIONS = {
-    "layer": "6 D + 2 K D + 4 (K + S) F + 5 E + (5 + 4 J) K + T + attention",
+    "layer": "6 D + routed + 4 S F + 5 E + (5 + 4 J) K + T + attention",
+    "routed, trained": "2 K F + K F / 8",  # rows are filled up, by a sixteenth in the mean
+    "routed, frozen": "2 K D + 4 K F",
     "mla": "H (5 d + 4 r + 1) + 3 z + r",
     "sliding": "H (6 d + 2) + G (2 d + 1)",
     "beside the layers": "5 D + 2 U + 3 J L E",
@@ -58,8 +61,8 @@ def activations(
     config: ModelConfig, rows: int, seq_len: int, *, again: bool = False, given: bool = False
 ) -> int:
     """Bytes the backward pass of a micro-batch needs, logits left out: `ACTIVATIONS`. again: layers
-    are computed again, so each leaves its input and its routing, and one has all of it. given: each
-    leaves what its experts gave too."""
+    are computed again, so each leaves its input and its routing, and one has all of it. given: the
+    model is frozen, and each leaves what its experts gave too."""
     c, L = config, config.num_hidden_layers
     D, H, G, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     r, z, E, K = c.rope_dim, c.kv_latent_dim, c.num_experts, c.num_experts_per_tok
@@ -68,7 +71,8 @@ def activations(
         "mla": H * (5 * d + 4 * r + 1) + 3 * z + r,
         "sliding": H * (6 * d + 2) + G * (2 * d + 1),
     }
-    layer = 6 * D + 2 * K * D + 4 * (K + S) * F + 5 * E + (5 + 4 * J) * K + seq_len
+    routed = 2 * K * D + 4 * K * F if given else 2 * K * F + K * F // 8
+    layer = 6 * D + routed + 4 * S * F + 5 * E + (5 + 4 * J) * K + seq_len
     beside = 5 * D + 2 * c.lookahead_hidden_size + 3 * J * L * E
     layers = [layer + attention[c.attention_kind(i)] for i in range(L)]
     left = D + 3 * E + (5 + 4 * J) * K + (K * D if given else 0)
