@@ -8,10 +8,11 @@ what the process holds before it opens the model and activations what autograd s
 rate, or the products of its routed experts at the rate of one such product, whichever is longer.
 The adapters of all budgets must have the same bytes.
 
-Without MODEL the guest of bench.runs.guest is made (4.9 GB). --cap runs each budget in a memory
-cgroup of what it may be, page cache included (Linux as root).
+Without MODEL the guest of bench.runs.guest is made (4.9 GB). --parts: micro-batches of an update,
+which go through the model together, layer by layer. --cap runs each budget once more in a memory
+cgroup of what it may be, page cache included (Linux as root): a process that needs more is killed.
 
-    python -m bench.runs.finetune [MODEL] [--budgets 100% 25%] [--tokens 256] [--cap]
+    python -m bench.runs.finetune [MODEL] [--budgets 100% 25%] [--tokens 256] [--parts 1] [--cap]
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def update(args: argparse.Namespace) -> dict[str, Any]:
     seconds, reads = [], []
     for number in range(args.updates):
         before, start = frozen.feed.stats(), time.perf_counter()
-        terms = step.step([_batch(number, args, config.vocab_size)], objective, 1e-3, number)
+        parts = [_batch(number + 1000 * i, args, config.vocab_size) for i in range(args.parts)]
+        terms = step.step(parts, objective, 1e-3, number)
         seconds.append(time.perf_counter() - start)
         reads.append(frozen.feed.stats().minus(before).bytes_read)
         assert not terms["skipped"]
@@ -91,8 +93,9 @@ def update(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _batch(number: int, args: argparse.Namespace, vocabulary: int) -> Batch:
+    """One micro-batch."""
     random = np.random.default_rng(number)
-    shape = (max(1, args.tokens // args.length), args.length)
+    shape = (max(1, args.tokens // args.parts // args.length), args.length)
     ids = random.integers(0, vocabulary, shape).astype(np.int32)
     return Batch(ids, np.roll(ids, -1, 1), np.zeros_like(ids))
 
@@ -112,7 +115,7 @@ class _Held:
 
 
 def _saved(model: Any, args: argparse.Namespace, vocabulary: int) -> int:
-    """Bytes that autograd keeps of one update's forward pass, parameters left out."""
+    """Bytes that autograd keeps of one micro-batch's forward pass, parameters left out."""
     import torch
 
     known = {p.untyped_storage().data_ptr() for p in model.core.parameters()}
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cap", action="store_true")
     args = parser.parse_args()
@@ -205,20 +209,24 @@ def main() -> None:
 
 def _one(args: argparse.Namespace, budget: str, dense: int, experts: int) -> dict[str, Any]:
     words = ["-m", "bench.runs.finetune", str(args.model), "--budget", budget]
-    for name in ("backend", "tokens", "length", "updates", "threads"):
+    for name in ("backend", "tokens", "length", "updates", "parts", "threads"):
         words += [f"--{name}", str(getattr(args, name))]
     drop_page_cache()
     room = parse_budget(budget, experts)
-    if args.cap:
-        held = dense + room + args.tokens * (1 << 20) + (1 << 30)
-        report = capped.run_python(words, int(held * _SLACK))
-        assert report["rc"] == 0, report
-        found = json.loads(report.pop("last_line")) | {"cap": report}
-    else:
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     parts = found["libraries_bytes"] + dense + room + (found["activation_bytes"] or 0)
     found |= {"dense_bytes": dense, "budget_bytes": room, "may_be_bytes": int(_SLACK * parts)}
+    if args.cap:
+        drop_page_cache()
+        report = capped.run_python(words, found["may_be_bytes"])
+        assert report["rc"] == 0, report
+        again = json.loads(report.pop("last_line"))
+        found["cap"] = report | {"same_adapter": again["adapter"] == found["adapter"]}
+        print(
+            f"{budget}, under a cap of that: exit 0, peak with page cache"
+            f" {report['peak_bytes'] / 1e6:.0f} MB, {report['cap_hits']} times at the cap"
+        )
     print(
         f"{budget}: peak {found['peak_rss_bytes'] / 1e6:.0f} MB of"
         f" {found['may_be_bytes'] / 1e6:.0f} MB (libraries {found['libraries_bytes'] / 1e6:.0f},"

@@ -14,7 +14,7 @@ from chronos.common.training.objectives import Preference
 from chronos.common.training.recipe import Recipe, at_least_one
 from chronos.train.loop import Event, Task, start
 from chronos.train.preference import read_pairs
-from chronos.train.start import held_out, open_reference, open_start, refer
+from chronos.train.start import check_reference, held_out, open_reference, open_start, refer
 
 _KINDS = ("sigmoid", "ipo", "robust", "sigmoid_norm")
 ALIGNED: dict[str, dict[str, Any]] = {
@@ -75,7 +75,9 @@ def prepare(
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Task:
     """Open the start model, read and score the pairs. Raises DataError, ConfigError, UsageError."""
-    stage, found = recipe.stage, open_start(recipe, backend, device, noise=False)
+    stage = recipe.stage
+    check_reference(recipe, stage.reference)
+    found = open_start(recipe, backend, device, noise=False)
     batches, held = read_pairs(recipe, found, on_event)
     # Before the first update the start model is its own reference; a run that goes on builds it
     # anew and scores the same batches, to the same bits.

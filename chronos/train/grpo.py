@@ -30,7 +30,14 @@ from chronos.train.dpo import ALIGNED
 from chronos.train.judge import Judge
 from chronos.train.loop import Event, Task, start
 from chronos.train.rollouts import Answer, Sampler, content, picks, rows, seed_of
-from chronos.train.start import Start, check_length, open_reference, open_start, refer
+from chronos.train.start import (
+    Start,
+    check_length,
+    check_reference,
+    open_reference,
+    open_start,
+    refer,
+)
 
 _KINDS = ("dapo", "grpo", "dr_grpo", "bnpo")
 _SCALES = ("group", "batch", "none")
@@ -290,7 +297,9 @@ def prepare(
 ) -> Task:
     """Open the start model, read the prompts, start the rewards. Raises DataError, ConfigError,
     UsageError, RewardError."""
-    stage, found = recipe.stage, open_start(recipe, backend, device, noise=False)
+    stage = recipe.stage
+    check_reference(recipe, stage.reference)
+    found = open_start(recipe, backend, device, noise=False)
     check_length("grpo.max_prompt + max_tokens", stage.max_prompt + stage.max_tokens, found.config)
     replays = stage.router_replay == "R3" or (stage.router_replay == "R2" and stage.iterations > 1)
     if replays and not found.native:

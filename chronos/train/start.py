@@ -220,6 +220,18 @@ def open_reference(
     return partial(backend.score, model, temperature=temperature)
 
 
+def check_reference(recipe: Recipe[Any], folder: str) -> None:
+    """Raises UsageError where a named reference is the model that is trained."""
+    if not (folder and recipe.start):
+        return
+    if resolve_model(folder).resolve() == resolve_model(recipe.start).resolve():
+        raise UsageError(
+            "the reference is the model that is trained",
+            folder,
+            "leave `reference` out: the model as it begins is the reference by itself",
+        )
+
+
 def check_vocabulary(tokenizer: Tokenizer, folder: Path, what: str) -> None:
     """Raises UsageError where a second model's ids do not mean what the first one's do."""
     other = Tokenizer.load(folder)

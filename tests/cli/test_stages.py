@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from chronos.run.engine import load
 from tests.cli.test_train import RECIPE
 
 STAGES = ("sft", "dpo", "orpo", "grpo", "distill")
@@ -146,6 +147,25 @@ def test_one_stage_after_the_other(runs: Runs, chronos: Any) -> None:
     assert chronos("generate", packed, *flags).json["finish_reason"] in ("length", "stop")
 
 
+def test_a_learnt_reply_ends_by_itself(runs: Runs) -> None:
+    """Rows learnt by heart come back as they were trained, their end too: what `chat` feeds is what
+    training fed."""
+    base = runs.folder / "base" / "model"
+    recipe = runs.recipe("sft", base, 300, "[sft]\nbatch_size = 6\nseq_len = 32\n")
+    text = recipe.read_text("utf-8").replace("learning_rate = 1e-3", "learning_rate = 8e-3", 1)
+    for name in ("eval_every = 2", "save_every = 2", "log_every = 1"):
+        text = text.replace(name, name.split("=")[0] + "= 300")
+    recipe.write_text(text.replace("share = 0.3", "share = 0.0"), "utf-8")
+    done = runs.train("sft", recipe, "learnt", "-q")
+    assert done.code == 0, done.err
+    with load(runs.folder / "learnt" / "model", backend=runs.backend) as engine:
+        assert engine.tokenizer is not None
+        for row in CHATS:
+            asked, answer = row["messages"]
+            result = engine.generate(engine.tokenizer.apply_chat([asked]), max_tokens=12).result
+            assert (result.finish_reason, result.text) == ("stop", answer["content"])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_is_resumed_is_the_same_run(runs: Runs, stage: str) -> None:
     """To the last bit: batches, samples, references and answers follow from the step number."""
@@ -224,6 +244,7 @@ def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
         ("sft", "[sft]\nseq_len = 2\n", "there is room for 2"),
         ("dpo", '[dpo]\nloss = "hinge"\n', "dpo.loss must be one of"),
         ("dpo", "[dpo]\nlabel_smoothing = 0.5\n", "label_smoothing"),
+        ("dpo", f'[dpo]\nreference = "{base.as_posix()}"\n', "is the model that is trained"),
         ("grpo", "[grpo]\n", "names no reward"),
         ("grpo", '[grpo]\nrewards = ["a:b"]\ngenerations = 1\n', "a group of one"),
         ("grpo", '[grpo]\nrewards = ["reward.py:absent"]\nmax_prompt = 32\nmax_tokens = 8\n',
