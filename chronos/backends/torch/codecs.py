@@ -340,10 +340,10 @@ def _multiplied(expert: Coded, block: Any, name: str, x_RD: Tensor) -> Tensor:
     return y_RF.view(len(y_RF), 2, -1).transpose(1, 2).reshape(len(y_RF), -1)
 
 
-def _ordered(expert: Coded, block: Any, name: str, order: int, x_1D: Tensor) -> Tensor:
+def _ordered(expert: Coded, block: Any, name: str, order: int, x_RD: Tensor) -> Tensor:
     assert expert.matrices is not None
     kernels.in_order(order, expert.matrices[name])
-    return _multiplied(expert, block, name, x_1D)
+    return _multiplied(expert, block, name, x_RD)
 
 
 def _orders(codec: Quantised, like: Coded, block: Any) -> dict[str, int]:

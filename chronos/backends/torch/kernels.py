@@ -1,5 +1,4 @@
-"""Products by the compiled kernels: of packed experts, where they have the library's bits, and of
-the rows of Chronos' own models.
+"""Products by the compiled kernels: packed experts in the library's bits, rows of our own models.
 
 One row times a quantised matrix, without the matrix in bfloat16 in between. A kernel is used for a
 shape only after a trial: sums whose terms all but undo each other, so that what is left is their
