@@ -240,7 +240,8 @@ class Quantised(Transformers):
         for matrix, kinds in by_matrix.items():
             if (bias := kinds.pop("bias", None)) is not None:
                 found[f"{matrix}_bias"] = bias[1]
-            found[matrix] = shape_of(encodings[matrix], kinds, f"{record.label}: {matrix}")
+            encoding = encodings.get(matrix, record.encoding)  # those of MLX-LM may have none
+            found[matrix] = shape_of(encoding, kinds, f"{record.label}: {matrix}")
         for end in ("", "_bias"):
             if (gate := found.pop(f"gate_proj{end}", None)) is not None:
                 rows, *columns = found.pop(f"up_proj{end}")
