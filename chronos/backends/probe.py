@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -120,9 +119,11 @@ def _pip_line(name: str) -> str:
 
 
 def _version(name: str) -> str:
+    from importlib import metadata  # with an e-mail parser, which no `--help` waits for
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return ""
 
 
