@@ -25,6 +25,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chronos.common.disk.io import measure_read_rate
 from chronos.common.text.sampling import SamplingParams, Work
 from chronos.common.traces.trace import RoutingTrace
@@ -71,6 +73,16 @@ class Company:
         return self.engine.feed.stats().bytes_read if self.engine.feed else 0
 
 
+def union(trace: RoutingTrace, count: int, passes: int) -> float:
+    """Experts that a pass of so many sequences needs, of which each is read and multiplied once."""
+    starts, ids_TLK = trace.num_tokens // _PARTS * np.arange(count), trace.ids_TLK
+    needs = (ids_TLK[starts + at] for at in range(passes))  # each [N, L, K]
+    found = [
+        sum(len(np.unique(ids_NLK[:, at])) for at in range(trace.num_layers)) for ids_NLK in needs
+    ]
+    return float(np.mean(found))
+
+
 def measure(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
     counts = [int(count) for count in args.sequences.split(",")]
     with ExitStack() as stack:
@@ -106,6 +118,7 @@ def measure(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
                     "mean_token_s": sum(each.seconds) / tokens,
                     "thread_token_s": statistics.median(each.thread_seconds) / each.count,
                     "resident_token_s": statistics.median(held.seconds) / each.count,
+                    "experts_per_pass": union(trace, each.count, args.warmup + args.tokens),
                     "reads_per_token": (each.bytes_read() - start) / layout.record_nbytes / tokens,
                 }
             )
@@ -117,7 +130,8 @@ def measure(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
             print(
                 f"{row['sequences']} sequences: {1 / row['token_s']:6.1f} tokens/s, "
                 f"{row['times_one']:.2f} times one (ceiling {row['ceiling']:.2f}), "
-                f"{row['reads_per_token']:.1f} reads a token; ms a token: "
+                f"{row['reads_per_token']:.1f} reads a token, "
+                f"{row['experts_per_pass']:.0f} experts a pass; ms a token: "
                 f"{1e3 * row['token_s']:.1f}, its thread {1e3 * row['thread_token_s']:.1f}, "
                 f"resident {1e3 * row['resident_token_s']:.1f}",
                 flush=True,
