@@ -50,6 +50,15 @@ def empty(name: str, rows: int, columns: int) -> tuple[str, dict[str, Tensor]]:
         weight = of(torch.float8_e4m3fn, rows, columns)
         return "fp8-128x128", {"weight": weight, "weight_scale_inv": scale}
     bits = int(name[-1])
+    if name in ("gptq4", "awq4"):
+        shape = (columns // 8, rows) if name == "gptq4" else (columns, rows // 8)
+        kinds = {
+            "qweight": of(torch.int32, *shape),
+            "scales": of(torch.float16, groups, rows),
+            "qzeros": of(torch.int32, groups, rows // 8),
+        }
+        index = {"g_idx": of(torch.int32, columns)} if name == "gptq4" else {}
+        return f"{name[:-1]}-int4", kinds | index
     words = of(torch.int32, rows, columns * bits // 32)
     scales = of(torch.bfloat16, rows, groups)
     if name.startswith("affine"):
@@ -147,7 +156,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="768x2048,2880x2880")
-    parser.add_argument("--formats", default="bf16,mxfp4,fp8,int4,int8,affine4,affine8")
+    parser.add_argument("--formats", default="bf16,mxfp4,fp8,int4,int8,affine4,affine8,gptq4,awq4")
     parser.add_argument("--threads", default=f"1,{os.cpu_count()}")
     parser.add_argument("--calls", type=int, default=60)
     orders = [native.ORDERS[number] for number in native.orders()]

@@ -26,6 +26,7 @@ MOST_ROWS, MOST_PRODUCTS = 8, 64  # of x in one product; products in one call
 ORDERS = ("pairs", "dots", "fours")  # in which terms are added, by number: c/kernels.h
 _FP4, _FP8, _AFFINE, _INTEGER = 1, 2, 3, 4  # c/kernels.h
 _BF16 = 0
+_BY_GPTQ, _BY_AWQ = 1, 2
 _SCALES = {"F32": 0, "BF16": 1, "F16": 2, "F8_E8M0": 3, "U8": 3, "F8_E4M3": 4}
 
 
@@ -54,6 +55,9 @@ class Matrix(ctypes.Structure):
         ("zeros", c_void_p),
         ("divisor", c_void_p),
         ("order", c_int32),
+        ("codes_lie", c_int32),
+        ("scales_lie", c_int32),
+        ("more", c_int32),
     ]
     rows: int
     columns: int
@@ -214,11 +218,37 @@ def _mlx(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | Non
     return None  # codes that lie across words
 
 
+def _gptq(setting: str, kinds: Mapping[str, Array], columns: int, more: int = 1) -> Matrix | None:
+    """Of columns in groups of neighbours, which `g_idx` has to say: nothing is read here."""
+    scales = kinds["scales"]
+    across, rest = divmod(columns, scales.shape[0])
+    if rest:
+        return None
+    found = _scaled(_INTEGER, bits_of(setting), kinds["qweight"], scales, across)
+    found.zeros, found.more = kinds["qzeros"].address, more
+    found.codes_lie = found.scales_lie = _BY_GPTQ
+    return found
+
+
+def _gptq2(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
+    return _gptq(setting, kinds, columns, more=0)
+
+
+def _awq(setting: str, kinds: Mapping[str, Array], columns: int) -> Matrix | None:
+    found = _gptq(setting, kinds, columns, more=0)
+    if found is not None:
+        found.codes_lie = found.scales_lie = _BY_AWQ
+    return found
+
+
 _METHODS = {
     "mxfp4": _mxfp4,
     "fp8": _fp8,
     "fp4": _fp4,
     "compressed": _compressed,
+    "gptq": _gptq,
+    "gptq2": _gptq2,
+    "awq": _awq,
     "mlx": _mlx,
     "transformers": _mlx,  # Chronos' own quantisation, of guests
     "swiglu": _mlx,  # and of its own models

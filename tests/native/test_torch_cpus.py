@@ -38,7 +38,9 @@ CPUS = {
     "avx2": ("gcc", ["qemu-x86_64", "-cpu", "Haswell"], 8),
     "neon": ("aarch64-linux-gnu-gcc", ["qemu-aarch64"], 4),
 }
-FIELDS = "format bits scale_type rows columns down across groups".split()
+FIELDS = (
+    "format bits scale_type rows columns down across groups order codes_lie scales_lie more".split()
+)
 
 
 @pytest.fixture(scope="module", params=CPUS)
@@ -57,7 +59,7 @@ def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def run(command: list[str], matrix: Any, kinds: dict[str, Any], x: Any) -> Any:
     """The product [S, N] and the matrix [N, K]."""
-    numbers = [getattr(matrix, name) for name in FIELDS] + [len(x), matrix.order]
+    numbers = [getattr(matrix, name) for name in FIELDS] + [len(x)]
     given = [struct.pack(f"{len(numbers)}q", *numbers)]
     for field in ("values", "scales", "zeros", "divisor"):
         at = getattr(matrix, field)

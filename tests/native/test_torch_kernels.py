@@ -35,7 +35,8 @@ FORMATS = {
     "affine4-f16": "mlx-affine4", "mlx-mxfp4": "mlx-mxfp4", "mlx-nvfp4": "mlx-nvfp4",
     "mlx-mxfp8": "mlx-mxfp8", "affine4-own": "transformers-affine4-g32",
     "affine8-own": "transformers-affine8-g32", "v4": "fp4", "fp8-v4": "fp8-128x128",
-    "fp8-mx": "fp8-1x32",
+    "fp8-mx": "fp8-1x32", "gptq4": "gptq-int4", "gptq8": "gptq-int8", "gptq4-v2": "gptq2-int4",
+    "awq4": "awq-int4", "gptq4-bf16": "gptq-int4",
 }  # fmt: skip
 SPECIAL = ("scales", "weight_scale", "biases", "weight_scale_inv")
 FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -48,6 +49,13 @@ def empty(name: str, N: int, K: int) -> dict[str, Any]:
         return torch.zeros(shape, dtype=dtype)
 
     word, _, variant = name.partition("-")
+    if word in ("gptq4", "gptq8", "awq4"):
+        each, N = 32 // int(word[-1]), -(-N // 8) * 8
+        words = (K, N // each) if word == "awq4" else (K // each, N)
+        scales = of(FLOATS.get(variant, torch.float16), K // 32, N)
+        kinds = {"qweight": of(torch.int32, *words), "scales": scales}
+        kinds["qzeros"] = of(torch.int32, K // 32, N // each)
+        return kinds if word == "awq4" else kinds | {"g_idx": of(torch.int32, K)}
     real = FLOATS.get(variant, torch.bfloat16)
     if name == "mxfp4":
         return {"blocks": of(torch.uint8, N, K // 32, 16), "scales": of(torch.uint8, N, K // 32)}
@@ -217,7 +225,9 @@ def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> Non
     found = kernels.dequantised(encoding, kinds)
     assert found is not None and alike(found, expected)
     matrix, plainly = kernels.describe(encoding, kinds), torch.empty_like(found)
-    sizes = [c_int64(n) for n in (0, N, 0, K)]  # what CPUs without kernels of their own run
+    sizes = [
+        c_int64(n) for n in (0, len(expected), 0, K)
+    ]  # what CPUs without kernels of their own run
     library._library().chronos_decode(
         byref(matrix), *sizes, c_void_p(plainly.data_ptr()), c_int64(K)
     )
@@ -226,7 +236,7 @@ def test_a_dequantised_matrix_is_that_of_torch(name: str, N: int, K: int) -> Non
         its = Kernels()
         getattr(library._library(), f"chronos_{cpu}")(byref(its))
         if its.decode:
-            its.decode(byref(matrix), 0, N, plainly.zero_().data_ptr())
+            its.decode(byref(matrix), 0, len(expected), plainly.zero_().data_ptr())
             assert alike(plainly, expected)
     assert alike(dequantised(encoding, kinds, torch.bfloat16), expected)
 
@@ -257,6 +267,17 @@ def test_scales_at_the_ends_of_their_range(scale: int, order: str) -> None:
     x = torch.randn((1, 512), generator=torch.Generator().manual_seed(5)).bfloat16()
     expected = of_library(order, x, weight)
     assert alike(product(x, matrix, kinds, order=order), expected)
+
+
+def test_columns_in_the_order_of_activations_are_dequantised_by_torch() -> None:
+    encoding, kinds = matrix_of("gptq4", 64, 128)
+    assert kernels.describe(encoding, kinds) is not None
+    expected = by_torch(encoding, kinds, torch.bfloat16)
+    kinds["g_idx"] = kinds["g_idx"].flip(0).contiguous()
+    assert kernels.describe(encoding, kinds) is None
+    found = dequantised(encoding, kinds, torch.bfloat16)
+    assert torch.equal(found, by_torch(encoding, kinds, torch.bfloat16))
+    assert not torch.equal(found, expected)
 
 
 @compiled
@@ -326,7 +347,7 @@ def block(transposed: bool = False) -> Any:
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-zeros", "affine4"])
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4-zeros", "affine4", "gptq4", "awq4"])
 def test_an_expert_has_the_same_bits_with_and_without_them(
     name: str, transposed: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

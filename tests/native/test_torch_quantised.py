@@ -149,7 +149,7 @@ def test_bits_of_mlx_lie_across_words(bits: int) -> None:
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4"])
+@pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4", "gptq", "awq"])
 def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_bits(
     name: str, onednn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,15 +23,18 @@ static void *take(void)
 int main(void)
 {
     int64_t *n = take();
-    int32_t order = (int32_t)n[9];
-    Matrix m = {(int32_t)n[0], (int32_t)n[1], (int32_t)n[2], n[3], n[4], n[5], n[6], n[7],
-                take(), take(), take(), take(), order};
-    Product p = {m, take(), NULL, calloc((size_t)(n[8] * n[3]), 2), n[8]};
+    int32_t order = (int32_t)n[8];
+    Matrix m = {(int32_t)n[0], (int32_t)n[1], (int32_t)n[2], n[3], n[4], n[5], n[6], n[7]};
+    m.values = take(), m.scales = take(), m.zeros = take(), m.divisor = take();
+    m.order = order, m.codes_lie = (int32_t)n[9], m.scales_lie = (int32_t)n[10];
+    m.more = (int32_t)n[11];
+    Product p = {.matrix = m, .x = take(), .count = n[12]};
+    p.y = calloc((size_t)(p.count * m.rows), 2);
     uint16_t *plain = malloc((size_t)(n[3] * n[4]) * 2);
     if (!(chronos_open() >> order & 1) || chronos_multiply(&p, 1, 2))
         return 3;
     chronos_dequantise(&m, plain);
-    fwrite(p.y, 2, (size_t)(n[8] * n[3]), stdout);
+    fwrite(p.y, 2, (size_t)(p.count * m.rows), stdout);
     fwrite(plain, 2, (size_t)(n[3] * n[4]), stdout);
     return 0;
 }

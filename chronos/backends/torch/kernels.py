@@ -54,6 +54,8 @@ def usable(x: Tensor) -> bool:
 def describe(encoding: str, kinds: Kinds) -> Matrix | None:
     """A matrix where its tensors lie; None where no kernel is for it. Raises ShapeMismatch."""
     arrays = {}
+    if "g_idx" in kinds and not _in_turn(kinds["g_idx"], kinds["scales"].shape[0]):
+        return None
     for kind, tensor in kinds.items():
         name = _NAMES.get(tensor.dtype)
         if name is None or not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:
@@ -71,6 +73,18 @@ def in_order(order: int, matrices: Sequence[Matrix]) -> Sequence[Matrix]:
     for matrix in matrices:
         matrix.order = order
     return matrices
+
+
+def _in_turn(group_K: Tensor, groups: int) -> bool:
+    """Whether groups are of neighbouring columns, as they are but where GPTQ ordered columns by
+    their activations."""
+    K = len(group_K)
+    return K % groups == 0 and torch.equal(group_K, _turns(K, groups, group_K.dtype))
+
+
+@cache
+def _turns(K: int, groups: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(groups, dtype=dtype).repeat_interleave(K // groups)
 
 
 def multiply(x_RK: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
@@ -174,6 +188,9 @@ def random_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind = split(name).kind
         if kind == "weight_shape":
             return like.clone()
+        if kind == "g_idx":
+            groups = tensors[name.removesuffix(kind) + "scales"].shape[0]
+            return _turns(len(like), groups, like.dtype).clone()
         if kind in SCALES and like.dtype == torch.uint8:
             return torch.randint(119, 124, like.shape, dtype=torch.uint8, generator=random)
         if like.is_floating_point() and like.itemsize > 1:

@@ -77,6 +77,13 @@ INLINE void load_groups(const Matrix *m, int format, int64_t row, int64_t g, int
 {
     const __mmask16 there = (__mmask16)((1u << count) - 1);
     const int64_t at = (m->down == 1 ? row : row / m->down) * m->groups + g;
+    if (m->scales_lie) {
+        for (int64_t i = 0; i < count; i++) {
+            Group group = group_of(m, format, row, g + i);
+            scale[i] = group.scale, zero[i] = group.zero;
+        }
+        return;
+    }
     const uint16_t *halves = (const uint16_t *)m->scales + at;
     __m512 scales;
     switch (m->scale_type) {
@@ -212,7 +219,7 @@ INLINE void decode_as(const Matrix *m, int format, int bits, int64_t row, int64_
     }
 }
 
-INLINE void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out,
+INLINE void decode_lying(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out,
                        int kept)
 {
     switch (m->across % 32 && m->across < m->columns ? -1 : m->format << 4 | m->bits) {
@@ -223,6 +230,21 @@ INLINE void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, u
     case INTEGER << 4 | 4: decode_as(m, INTEGER, 4, row, k, count, out, kept); break;
     case INTEGER << 4 | 8: decode_as(m, INTEGER, 8, row, k, count, out, kept); break;
     default: chronos_decode(m, row, 1, k, count, out, 0);
+    }
+}
+
+INLINE void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out,
+                       int kept)
+{
+    if (!m->codes_lie) {
+        decode_lying(m, row, k, count, out, kept);
+        return;
+    }
+    uint32_t codes[GATHERED / 4];
+    for (int64_t some; count; k += some, count -= some, out += some) {
+        some = count < GATHERED ? count : GATHERED;
+        Matrix part = gathered(m, row, k, some, codes);
+        decode_lying(&part, row, k, some, out, kept);
     }
 }
 

@@ -50,10 +50,16 @@ void chronos_decode(const Matrix *m, int64_t row, int64_t rows, int64_t column, 
             continue;
         }
         for (int64_t k = column, end; k < column + columns; k = end) {
+            uint32_t codes[GATHERED / 4];
+            Matrix part;
             end = (k / m->across + 1) * m->across;
             if (end > column + columns)
                 end = column + columns;
-            decode_group(m, n, k, end - k, out + k - column);
+            if (m->codes_lie && end > k + GATHERED)
+                end = k + GATHERED;
+            if (m->codes_lie)
+                part = gathered(m, n, k, end - k, codes);
+            decode_group(m->codes_lie ? &part : m, n, k, end - k, out + k - column);
         }
     }
 }

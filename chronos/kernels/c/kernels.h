@@ -17,6 +17,12 @@ enum {
     INTEGER = 4, /* integers: (code - zero) * scale; 0 is half of the codes where zeros is NULL */
     FLOAT32 = 5, /* numbers themselves; only for rows that are float32 too */
 };
+/* How what belongs to a row of a matrix lies. */
+enum {
+    BY_ROW = 0, /* one row behind the other */
+    GPTQ = 1,   /* words of codes of a row, or its scales, lie a row of the matrix apart */
+    AWQ = 2,    /* as GPTQ; words have codes of eight rows, those of even ones first */
+};
 /* Orders in which the terms of a sum are added; each gives it other bits. */
 enum {
     PAIRS = 0, /* oneDNN's, of VDPBF16PS: avx512.c */
@@ -37,6 +43,8 @@ typedef struct {
     const void *zeros;    /* biases of AFFINE; of INTEGER words of codes along the rows */
     const float *divisor; /* of all scales; NULL for none */
     int32_t order;        /* of the sums of its products */
+    int32_t codes_lie, scales_lie;
+    int32_t more;         /* what is added to codes of zeros */
 } Matrix;
 
 /* y [count, N] = x [count, K] times the transposed matrix, in bfloat16, with bias [N] or NULL added

@@ -49,6 +49,15 @@ INLINE void decode_as(const Matrix *m, int format, int bits, int64_t row, int64_
 
 static TARGET void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, uint16_t *out)
 {
+    if (m->codes_lie) {
+        uint32_t codes[GATHERED / 4];
+        for (int64_t some; count; k += some, count -= some, out += some) {
+            some = count < GATHERED ? count : GATHERED;
+            Matrix part = gathered(m, row, k, some, codes);
+            decode_row(&part, row, k, some, out);
+        }
+        return;
+    }
     switch (m->across % 32 && m->across < m->columns ? -1 : m->format << 4 | m->bits) {
     case FP4 << 4 | 4: decode_as(m, FP4, 4, row, k, count, out); break;
     case FP8 << 4 | 8: decode_as(m, FP8, 8, row, k, count, out); break;

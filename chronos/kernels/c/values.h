@@ -105,20 +105,58 @@ typedef struct {
     float scale, zero;
 } Group;
 
+/* Where in a word of AWQ's the code of a row lies. */
+VALUE int awq_place(int64_t row) { return (int)(4 * (row & 1) + (row & 7) / 2); }
+
 VALUE Group group_of(const Matrix *m, int format, int64_t row, int64_t g)
 {
     int64_t at = (m->down == 1 ? row : row / m->down) * m->groups + g;
+    if (m->scales_lie)
+        at = g * m->rows + row;
     Group found = {number(m->scales, m->scale_type, at), (float)(1 << (m->bits - 1))};
     if (m->divisor)
         found.scale /= *m->divisor;
     if (format == AFFINE) {
         found.zero = number(m->zeros, m->scale_type, at);
     } else if (format == INTEGER && m->zeros) {
-        int64_t each = 32 / m->bits;
-        uint32_t word = ((const uint32_t *)m->zeros)[row / each * m->groups + g];
-        found.zero = (float)(word >> (row % each * m->bits) & ((1u << m->bits) - 1));
+        int64_t each = 32 / m->bits, place = row % each;
+        int64_t word = row / each * m->groups + g;
+        if (m->scales_lie)
+            word = g * (m->rows / each) + row / each;
+        if (m->scales_lie == AWQ)
+            place = awq_place(row);
+        uint32_t codes = ((const uint32_t *)m->zeros)[word] >> (place * m->bits);
+        found.zero = (float)((codes & ((1u << m->bits) - 1)) + (uint32_t)m->more);
     }
     return found;
+}
+
+enum { GATHERED = 1024 };
+
+/* The same matrix with up to GATHERED columns of a row in `codes`, one behind the other; count is a
+ * multiple of eight. */
+VALUE Matrix gathered(const Matrix *m, int64_t row, int64_t k, int64_t count,
+                      uint32_t codes[GATHERED / 4])
+{
+    const uint32_t *words = (const uint32_t *)m->values;
+    Matrix part = *m;
+    if (m->codes_lie == AWQ) {
+        words += k * (m->rows / 8) + row / 8;
+        for (int64_t i = 0; i < count / 8; i++) {
+            uint32_t word = 0;
+            for (int j = 0; j < 8; j++, words += m->rows / 8)
+                word |= (*words >> 4 * awq_place(row) & 15) << 4 * j;
+            codes[i] = word;
+        }
+    } else {
+        const int64_t each = 32 / m->bits;
+        words += k / each * m->rows + row;
+        for (int64_t i = 0; i < count / each; i++)
+            codes[i] = words[i * m->rows];
+    }
+    part.values = (const uint8_t *)codes - (row * m->columns + k) * m->bits / 8;
+    part.codes_lie = BY_ROW;
+    return part;
 }
 
 #endif
