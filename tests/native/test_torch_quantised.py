@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ import transformers
 
 import chronos
 from chronos import kernels as native_kernels
-from chronos.backends.torch import kernels
+from chronos.backends.torch import kernels, products
 from chronos.backends.torch.checkpoint import dequantised_bytes
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.quantised import dequantised
@@ -148,6 +148,18 @@ def test_bits_of_mlx_lie_across_words(bits: int) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.fixture
+def tried() -> Iterator[None]:
+    """Nothing is known of trials with another library behind torch's products."""
+    known = (codec_of, products._packs, products._has_onednn)
+    for each in known:
+        each.cache_clear()
+    yield
+    for each in known:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("tried")
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("name", ["mxfp4", "mlx-affine4", "gptq", "awq"])
 def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_bits(
@@ -158,7 +170,6 @@ def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_
     if not native_kernels.available():
         pytest.skip("no kernels: not compiled, or none for this CPU")
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
-    codec_of.cache_clear()  # with what it has tried
     wide = {"gpt_oss": {"intermediate_size": 128}}.get(CASES[name], {"moe_intermediate_size": 128})
     model = build(CASES[name], torch.bfloat16, True, hidden_size=128, **wide)
     quantised.save(model, tmp_path / "source", name, partial(chosen, name))
@@ -189,7 +200,6 @@ def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_
     assert not rows
     for mine, theirs in zip(together, alone, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    codec_of.cache_clear()
 
 
 def described(kinds: dict[str, torch.Tensor]) -> Any:
