@@ -114,11 +114,10 @@ def main() -> None:
                 timed(lambda: measure(task, loaded, TuneSettings(), number, valid))  # noqa: B023
             )
             say(f"an update {updates[-1]:.2f} s, a rung {rungs[-1]:.2f} s")
-        evaluation = timed(lambda: step.evaluate(task.valid, task.objective))
-        say(f"an evaluation {evaluation:.2f} s")
+        held = rungs_of(cadence.steps, tuning.settings)
+        more = max(0, -(-cadence.steps // held[0]) - -(-cadence.steps // cadence.eval_every))
+        evaluation = timed(lambda: step.evaluate(task.valid, task.objective)) if more else 0.0
     update, rung = statistics.median(updates[1:]), statistics.median(rungs[1:])
-    held = rungs_of(cadence.steps, tuning.settings)
-    more = max(0, -(-cadence.steps // held[0]) - -(-cadence.steps // cadence.eval_every))
     fixed = each_s + max(0.0, in_study_s - by_hand_s)
     added = fixed + len(held) * rung + more * evaluation
     found = {
