@@ -64,8 +64,11 @@ def answer(where: str, tokens: int) -> float:
     body: dict[str, Any] = {"prompt": "import os\n\n\ndef ", "max_tokens": tokens, "temperature": 0}
     connection = http.client.HTTPConnection(where)
     connection.request("POST", "/v1/completions", json.dumps(body), HEAD)
-    usage = json.loads(connection.getresponse().read())["usage"]
+    said = json.loads(connection.getresponse().read())
     connection.close()
+    if "usage" not in said:
+        raise RuntimeError(f"the server answered {said}")
+    usage = said["usage"]
     return float(1e3 * (usage["completion_tokens"] - 1) / usage["chronos"]["decode_ms"])
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -26,6 +26,8 @@ from chronos.common.tuning import machine_load
 T = TypeVar("T")
 # Imported for their side effect at the end of `import torch`; 0.5 s of its 2 s.
 _DEFERRED = {"torch": ("torch._meta_registrations",)}
+# What they would have imported and is needed: without it there is no torch.Generator. 0.1 s.
+_NEEDED = {"torch": ("torch._prims.rng_prims",)}
 
 
 # Any of these says how threads of products wait. OMP_WAIT_POLICY is OpenMP's own, the others are of
@@ -97,6 +99,10 @@ def fast_import(backend: str, *, own_process: bool) -> Iterator[None]:
             sys.modules[name] = _Deferred(name)
     try:
         yield
+        if own_process and first:
+            for name in _NEEDED.get(backend, ()):
+                with suppress(ImportError):  # other versions need it not
+                    importlib.import_module(name)
     finally:
         if own_process and first:
             # Modules live as long as the process: no later collection walks them. Not again: what a

@@ -138,7 +138,8 @@ def _database(url: str) -> Any:
             raise UsageError(
                 f"the study's database cannot be opened: {text}",
                 "--study",
-                "give an URL of SQLAlchemy, such as sqlite:///study.db",
+                "give an URL of SQLAlchemy, such as sqlite:///study.db or postgresql+pg8000://... "
+                "(pip install pg8000)",
             ) from None
     raise AssertionError
 

@@ -139,6 +139,20 @@ def test_a_process_of_its_own_loads_it(guest: Callable[..., Guest]) -> None:
     assert done.stdout.split() == ["2", "2", "2"], done.stderr[-2000:]
 
 
+def test_a_process_that_imports_less_of_torch_draws_numbers_and_tries_its_kernels() -> None:
+    code = """if True:
+        from chronos.backends.startup import fast_import
+        with fast_import("torch", own_process=True):
+            import torch
+        from chronos.backends.torch.kernels import multiplies_wide
+        multiplies_wide()  # its trial draws numbers
+        print(torch.Generator().manual_seed(3).initial_seed())
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["3"], done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_bits_of_mlx_lie_across_words(bits: int) -> None:
     weight_NK = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits))
