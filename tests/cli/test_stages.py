@@ -188,53 +188,59 @@ def test_a_run_that_is_resumed_is_the_same_run(runs: Runs, stage: str) -> None:
         assert answers[0] == answers[1]
 
 
+# Runs one after the other, each of them killed; forked, since imports take longer than a run.
 _KILLED = """
-import importlib, os, signal, sys
+import importlib, json, os, signal, sys
 from pathlib import Path
 from chronos.cli.main import main
 from chronos.run.batch import Batch
 
-backend, saved, stage = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-owner, name = importlib.import_module(f"chronos.backends.{backend}.train").TrainStep, "step"
-if stage in ("grpo", "distill"):
-    owner = Batch
-call, left = getattr(owner, name), [2]
+backend, runs = sys.argv[1], json.loads(sys.argv[2])
+update = importlib.import_module(f"chronos.backends.{backend}.train").TrainStep
 
-def killed(*args, **options):
-    left[0] -= saved.exists()
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(*args, **options)
+for stage, saved, words in runs:
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    owner, name = (Batch if stage in ("grpo", "distill") else update), "step"
+    call, left = getattr(owner, name), [2]
 
-setattr(owner, name, killed)
-sys.argv[1:4] = []
-main()
+    def killed(*args, **options):
+        left[0] -= Path(saved).exists()
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+
+    setattr(owner, name, killed)
+    sys.argv[1:] = words
+    main()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_is_killed_goes_on(runs: Runs, stage: str) -> None:
-    """SIGKILL one update behind a checkpoint, where the stage samples in the middle of an answer:
-    resumed, it is to the last bit the run that nobody killed."""
-    model = runs.folder / "base" / "model"
-    section = SECTIONS[stage].replace("on_policy = 0.5", "on_policy = 1.0")
-    section = section.replace("{teacher}", (runs.folder / "teacher").as_posix())
-    recipe = runs.recipe(stage, model, 4, section)
-    assert runs.train(stage, recipe, "straight", "-q").code == 0
-    out = runs.folder / "killed"
-    saved = out / "checkpoints" / "step-00000002.safetensors"
-    words = ("train", stage, "-c", recipe, "-o", out, "--backend", runs.backend, "-q")
-    given = (sys.executable, "-c", _KILLED, runs.backend, saved, stage, *words)
-    done = subprocess.run([str(word) for word in given], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert saved.exists() and not (out / "model").exists()
-    done = runs.train(stage, recipe, "killed", "--resume", "-q")
-    assert done.code == 0, done.err
-    assert runs.weights("killed") == runs.weights("straight")
-    if stage == "grpo":
-        answers = [runs.lines(name, "completions.jsonl") for name in ("straight", "killed")]
-        assert answers[0] == answers[1]
+def test_runs_that_are_killed_go_on(runs: Runs) -> None:
+    """SIGKILL behind a checkpoint, in the middle of an update or of an answer: each stage, resumed,
+    is to the last bit the run that nobody killed."""
+    model, recipes, children = runs.folder / "base" / "model", {}, []
+    for stage in STAGES:
+        section = SECTIONS[stage].replace("on_policy = 0.5", "on_policy = 1.0")
+        section = section.replace("{teacher}", (runs.folder / "teacher").as_posix())
+        recipes[stage] = runs.recipe(stage, model, 4, section)
+        assert runs.train(stage, recipes[stage], f"{stage}-straight", "-q").code == 0
+        out = runs.folder / stage
+        saved = out / "checkpoints" / "step-00000002.safetensors"
+        words = ("train", stage, "-c", recipes[stage], "-o", out, "--backend", runs.backend, "-q")
+        children.append((stage, str(saved), [str(word) for word in words]))
+    given = (sys.executable, "-c", _KILLED, runs.backend, json.dumps(children))
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(STAGES), done.stderr
+    for stage in STAGES:
+        assert not (runs.folder / stage / "model").exists()
+        done = runs.train(stage, recipes[stage], stage, "--resume", "-q")
+        assert done.code == 0, done.err
+        assert runs.weights(stage) == runs.weights(f"{stage}-straight"), stage
+    answers = [runs.lines(out, "completions.jsonl") for out in ("grpo-straight", "grpo")]
+    assert answers[0] == answers[1]
 
 
 def test_what_cannot_be_is_said_before_work(runs: Runs, packed: Path) -> None:
