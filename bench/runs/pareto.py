@@ -48,6 +48,10 @@ def points(lines: list[dict[str, Any]]) -> dict[Group, dict[str, dict[str, float
     return found
 
 
+def title(width: int, steps: int) -> str:
+    return f"width {width}, " + (f"{steps} updates" if steps else "on a trained twin, unlearnt")
+
+
 def best(arms: dict[str, dict[str, float]]) -> set[str]:
     """The arms that no other one beats in both."""
     return {
@@ -65,7 +69,7 @@ def table(found: dict[Group, dict[str, dict[str, float]]]) -> list[str]:
     for (width, steps), arms in found.items():
         front = best(arms)
         lines += [
-            f"width {width}, {steps} updates",
+            title(width, steps),
             "| arm | seeds | loss | by the twin's | bytes read of those needed | bytes a token"
             " | announced | effective of S |",
             "|---|---|---|---|---|---|---|---|",
@@ -86,10 +90,13 @@ def draw(found: dict[Group, dict[str, dict[str, float]]], png: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = -(-len(found) // 2)
     figure, panels = plt.subplots(
-        1, len(found), figsize=(5.2 * len(found), 4.6), squeeze=False, layout="constrained"
+        rows, 2, figsize=(11, 4.4 * rows), squeeze=False, layout="constrained"
     )
-    for axes, ((width, steps), arms) in zip(panels[0], found.items(), strict=True):
+    for axes in panels.flat[len(found) :]:
+        axes.axis("off")
+    for axes, ((width, steps), arms) in zip(panels.flat, found.items(), strict=False):
         front = sorted(best(arms), key=lambda name: arms[name]["bytes"])
         axes.plot(
             [100 * arms[name]["bytes"] for name in front],
@@ -104,8 +111,11 @@ def draw(found: dict[Group, dict[str, dict[str, float]]], png: Path) -> None:
             axes.plot(x, y, "o" if known else "s", color="C0" if known else "C7", markersize=5)
             offset = (4, -9 if number % 2 else 4)
             axes.annotate(name, (x, y), fontsize=7, textcoords="offset points", xytext=offset)
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xlim(-0.5, 95)
+        axes.set_xticks(ticks := [0, 5, 10, 20, 40, 80], labels=map(str, ticks))
         axes.axhline(0, color="C7", linewidth=0.6)
-        axes.set_title(f"width {width}, {steps} updates", fontsize=9)
+        axes.set_title(title(width, steps), fontsize=9)
         axes.set_xlabel("expert bytes read a token, % of those it needs", fontsize=8)
         axes.set_ylabel("loss by the twin's, %", fontsize=8)
         axes.tick_params(labelsize=8)
