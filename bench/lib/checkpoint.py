@@ -28,10 +28,14 @@ _TEMPLATE = (
 
 
 def tokenizer() -> Tokenizer:
-    spare = [f"<|spare{i}|>" for i in range(VOCABULARY - len(_ALPHABET) - len(_SPECIAL))]
-    vocabulary = {name: i for i, name in enumerate(_ALPHABET + _SPECIAL + spare)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # llama.cpp wants a merge: of two bytes that no text has.
+    pair = ("\u00ff", "\u00fe")
+    names = [*_ALPHABET, *_SPECIAL, "".join(pair)]
+    spare = [f"<|spare{i}|>" for i in range(VOCABULARY - len(names))]
+    vocabulary = {name: i for i, name in enumerate(names + spare)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[pair]))
+    # Cut as GPT-2's, which has a name in llama.cpp; here all ways to cut give the same ids.
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(name, special=True) for name in _SPECIAL])
     return made
@@ -136,7 +140,7 @@ def _write_header(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_merges(["\u00ff \u00fe"])
     writer.add_eos_token_id(EOS)
     writer.add_pad_token_id(PAD)
 

@@ -140,7 +140,7 @@ def main() -> None:
     wide.load_state_dict(weights, assign=True)
     wide.save_pretrained(args.work / "model", max_shard_size="500MB")
     checkpoint.save_sides(args.work / "model")
-    checkpoint.write_gguf(args.work / "model", args.work / "model-f16.gguf")
+    checkpoint.write_gguf(args.work / "model", args.work / "model.gguf")
 
 
 if __name__ == "__main__":

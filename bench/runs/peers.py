@@ -34,7 +34,7 @@ from chronos.common.text.tokenizer import Tokenizer
 
 _NO_CAP = 1 << 50
 _PROMPTS, _PROMPT = 4, 64
-_READ_AHEAD_KIB = 128
+READ_AHEAD_KIB = 128
 _LOADING_S = 60.0  # and the token under way at the end of a run
 _TORCH = "torch==2.13.0"
 _SCRIPT = str(Path(__file__).resolve().parents[1] / "lib" / "peer_runs.py")
@@ -66,10 +66,10 @@ PEERS = {
         resident=True,
     ),
     "transformers": Peer("transformers", "model", resident=True),
-    "llamacpp": Peer("llamacpp", "model-f16.gguf", ("xllamacpp==2026.10.11549",), resident=True),
+    "llamacpp": Peer("llamacpp", "model.gguf", ("xllamacpp==2026.10.11549",), resident=True),
     "neurostream": Peer(
         "neurostream",
-        "model-f16.gguf",
+        "model.gguf",
         (f"{_TORCH} neurostream==0.2.1",),
         process_bytes=450_000_000,
     ),
@@ -179,7 +179,7 @@ def measure(work: Path, name: str, cap: str, tokens: int, seconds: float) -> dic
             command, limit, seconds + _LOADING_S, cwd=work, env=environment, stderr=stderr
         )
     row = {"bench": "peers", "peer": name, "cap": cap, "memory_bytes": memory, "cold": cold}
-    row |= {"load_average": load, "read_ahead_kib": _READ_AHEAD_KIB} | report
+    row |= {"load_average": load, "read_ahead_kib": READ_AHEAD_KIB} | report
     runs = [json.loads(line) for line in lines]
     return row | (summary(runs) or {"failed": why(row, runs, errors)})
 
@@ -259,7 +259,7 @@ def main() -> None:
     if args.install:
         return
     begin = time.monotonic()
-    with read_ahead(work, _READ_AHEAD_KIB):
+    with read_ahead(work, READ_AHEAD_KIB):
         rows = [row for cap in args.caps.split(",") for row in at_cap(work, names, cap, args)]
     show(rows)
     save(args.out, rows)

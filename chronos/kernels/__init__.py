@@ -18,6 +18,10 @@ from chronos.kernels.library import (
     multiply,
     multiply_wide,
     orders,
+    pack,
+    packed_nbytes,
+    packs,
+    plain,
     wide,
 )
 
@@ -34,4 +38,8 @@ __all__ = [
     "multiply_wide",
     "orders",
     "wide",
+    "pack",
+    "packed_nbytes",
+    "packs",
+    "plain",
 ]

@@ -11,6 +11,7 @@ import gc
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,29 @@ def test_a_guest_gives_the_same_bits_at_every_budget(
     for budget in (2 * open_layout(tmp_path / "packed").record_nbytes, "50%"):
         with load(tmp_path / "packed", budget=budget) as engine:
             np.testing.assert_array_equal(rollout(engine, prompt), expected)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8", "int4"])
+def test_a_quantised_guest_is_dequantised_on_the_device(tmp_path: Path, name: str) -> None:
+    """Its slots hold the checkpoint's bytes; at every budget the bits of the dequantised experts,
+    which `resident` holds."""
+    pytest.importorskip("transformers")
+    from tests.native.test_torch_quantised import CASES, build, chosen
+    from tests.support import quantised
+
+    model = build(CASES[name], torch.bfloat16, not name.startswith("fp8"))
+    quantised.save(model, tmp_path / "source", name, partial(chosen, name))
+    pack(tmp_path / "source", tmp_path / "packed")
+    prompt, packed = [(5 * i + 3) % 60 for i in range(12)], tmp_path / "packed"
+    with load(packed, budget="resident") as engine:
+        expected = rollout(engine, prompt)
+    record = open_layout(packed).record_nbytes
+    for budget in (2 * record, "50%", "all"):
+        with load(packed, budget=budget) as engine:
+            np.testing.assert_array_equal(rollout(engine, prompt), expected)
+            assert engine.feed is not None
+            copied = engine.feed.stats().bytes_copied
+            assert copied and copied % record == 0
 
 
 @pytest.mark.parametrize("budget", ["resident", "50%"])

@@ -399,3 +399,57 @@ def test_kernels_are_for_one_row_in_bfloat16_without_gradients() -> None:
         assert not kernels.usable(row.float())
         assert not kernels.usable(row.expand(2, -1))
     assert not kernels.usable(row)
+
+
+@pytest.mark.skipif(not native.packs(), reason="a CPU without AVX-512 BF16")
+@pytest.mark.parametrize("N,K", [*SHAPES, (77, 160), (32, 512)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_panels_have_the_bits_and_the_weight_comes_back(N: int, K: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        random = torch.Generator().manual_seed(N)
+        weight_NK = torch.randn((N, K), generator=random).bfloat16()
+        bias_N = torch.randn(N, generator=random).mul_(1e-3).bfloat16()
+        held, out_NK = kernels.panels(weight_NK), torch.empty_like(weight_NK)
+        assert torch.equal(kernels.unpacked(held, out_NK), weight_NK)
+        for x_1K in kernels.cancelling(weight_NK).split(1):
+            for bias in (None, bias_N):
+                y_1N = kernels.row(x_1K, held.matrix, held.memory, bias)
+                assert torch.equal(y_1N, F.linear(x_1K, weight_NK, bias))
+            with torch.inference_mode():
+                assert torch.equal(kernels.product(x_1K, weight_NK), F.linear(x_1K, weight_NK))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not native.packs(), reason="a CPU without AVX-512 BF16")
+def test_a_weight_is_not_packed_where_a_trial_shows_other_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert kernels.keeps_bits(96, 256, True) and not kernels.keeps_bits(96, 250, True)
+    assert not kernels.keeps_bits(1, 8192, False) and not kernels.keeps_bits(64, 64, False)
+    monkeypatch.setattr(kernels, "_keeps_bits", kernels._keeps_bits.__wrapped__)
+    real = kernels.row
+    monkeypatch.setattr(kernels, "row", lambda x, matrix, owners, bias_N: real(
+        x[:, torch.arange(x.shape[1]) ^ 32], matrix, owners, bias_N
+    ))  # fmt: skip
+    assert not kernels.keeps_bits(96, 256, False)
+
+
+def test_torch_computes_on_one_thread_and_has_all_again() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), kernels.torch_on(one=True):
+            assert (torch.get_num_threads(), kernels.threads()) == (1, 2)
+            with kernels.torch_on(one=True):
+                with kernels.torch_on(one=False):
+                    assert (torch.get_num_threads(), kernels.threads()) == (2, 2)
+                assert (torch.get_num_threads(), kernels.threads()) == (1, 2)
+            raise KeyError
+        with kernels.torch_on(one=False):
+            assert torch.get_num_threads() == 2
+        assert (torch.get_num_threads(), kernels.threads()) == (2, 2)
+    finally:
+        torch.set_num_threads(before)
