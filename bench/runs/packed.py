@@ -10,7 +10,8 @@ own clock are printed too: a busy machine moves them less. Ceilings: the memory'
 root for caps; a layer takes 0.42 GB three times, and with --formats 4 GB for a while.
 
     python -m bench.runs.packed --install
-    python -m bench.runs.packed [--layers 1] [--caps none,75,55,40] [--formats mxfp4,fp8,int4]
+    python -m bench.runs.packed --layers 5 --formats ""      # under a cap fewer do not run at all
+    python -m bench.runs.packed --caps "" --formats mxfp4,fp8,int4
 """
 
 from __future__ import annotations

@@ -352,11 +352,8 @@ def _suits_kernels(layer: nn.Linear) -> bool:
     weight, biased = layer.weight, layer.bias is not None
     if weight.dtype != torch.bfloat16 or (biased and layer.bias.dtype != torch.bfloat16):
         return False
-    return (
-        weight.is_cpu
-        and weight.numel() <= _TRIED_AT_MOST
-        and kernels.keeps_bits(*weight.shape, biased)
-    )
+    N, K = weight.shape
+    return weight.is_cpu and N * K <= _TRIED_AT_MOST and kernels.keeps_bits(N, K, biased)
 
 
 def packs(weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = False) -> bool:
