@@ -237,11 +237,12 @@ def keeps_bits(N: int, K: int, biased: bool) -> bool:
     # Fewer numbers the library multiplies in an order of its own.
     if K % 32 or N == 1 or N * K <= _LIBRARYS_OWN:
         return False
-    return kernels.packs() and _keeps_bits(N, K, biased)
+    return kernels.packs() and _keeps_bits(N, K, biased, torch.backends.mkldnn.enabled)
 
 
 @cache
-def _keeps_bits(N: int, K: int, biased: bool) -> bool:
+def _keeps_bits(N: int, K: int, biased: bool, onednn: bool) -> bool:
+    """onednn: whether torch may use it, by whose products the trial goes."""
     random = torch.Generator().manual_seed(0)
     weight_NK = torch.randn((N, K), generator=random).bfloat16()
     bias_N = torch.randn(N, generator=random).mul_(1e-6).bfloat16() if biased else None
