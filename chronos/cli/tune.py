@@ -34,8 +34,8 @@ class StudyOptions:
             "--study",
             metavar="URL",
             help="A database that holds the study, as sqlite:///study.db or "
-            "postgresql+pg8000://USER:PASSWORD@HOST/NAME, so "
-            "that workers of several machines share it.",
+            "postgresql+pg8000://HOST/NAME (docs/tune.md), so that workers of several machines "
+            "share it.",
             show_default="RUN/study.journal",
         ),
     ] = None

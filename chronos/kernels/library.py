@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from ctypes import c_int, c_int32, c_int64, c_void_p
 from functools import cache
@@ -86,13 +87,24 @@ def _library() -> Any:
                 library: Any = ctypes.CDLL(str(path))
             except OSError:  # made for another system
                 return None
-            library.chronos_multiply.argtypes = [c_void_p, c_int, c_int]
-            library.chronos_multiply_wide.argtypes = [
-                c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int,
-            ]  # fmt: skip
-            library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
-            library.chronos_pack.argtypes = [c_void_p, c_void_p]
-            found = library.chronos_open()
+            try:
+                library.chronos_multiply.argtypes = [c_void_p, c_int, c_int]
+                library.chronos_multiply_wide.argtypes = [
+                    c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int,
+                ]  # fmt: skip
+                library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
+                library.chronos_pack.argtypes = [c_void_p, c_void_p]
+                found = library.chronos_open(ctypes.sizeof(_Product))
+            except AttributeError:
+                found = -1
+            if found < 0:
+                warnings.warn(
+                    "the compiled kernels are of another version of Chronos, and none is used: "
+                    "install Chronos again (`pip install -e .` in a clone)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return None
             library.orders = tuple(n for n in range(len(ORDERS)) if found >> n & 1)
             library.multiplies_wide = bool(found >> len(ORDERS))
             atexit.register(_wait, library)

@@ -39,7 +39,7 @@ def test_what_is_no_recipe_of_pretraining_is_refused(chronos: Any, tmp_path: Pat
     (tmp_path / "bad.toml").write_text("[model]\nhiden_size = 4\n")
     done = chronos("inspect", tmp_path / "bad.toml")
     assert done.code == 3 and "did you mean 'hidden_size'?" in done.err
-    assert chronos("inspect", tmp_path / "absent.toml").code == 3
+    assert chronos("inspect", tmp_path / "absent.toml").code == 2
     assert chronos("inspect", tmp_path / "bad.toml", "--disk", "fast").code == 2
     assert chronos("inspect", tmp_path / "bad.toml", "more").code == 2
 

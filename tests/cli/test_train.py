@@ -222,14 +222,14 @@ def test_a_recipe_that_cannot_be_used(chronos: Any, recipe: Path, tmp_path: Path
     recipe.write_text("[train]\nstep = 3\n", "utf-8")
     done = chronos("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
     assert done.code == 3 and "did you mean 'steps'?" in done.error[-1]
-    assert chronos("train", "pretrain", "-c", tmp_path / "absent.toml").code == 3
+    assert chronos("train", "pretrain", "-c", tmp_path / "absent.toml").code == 2
 
 
 @pytest.mark.needs_backend
 def test_data_can_be_named_on_the_command_line(chronos: Any, recipe: Path, tmp_path: Path) -> None:
     flags = ("train", "pretrain", "-c", recipe, "-o", tmp_path / "run")
     done = chronos(*flags, "--data", tmp_path / "absent.txt")
-    assert done.code == 3 and "absent.txt" in done.err
+    assert done.code == 2 and "absent.txt" in done.err
 
 
 @pytest.mark.needs_backend

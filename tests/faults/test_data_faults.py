@@ -22,7 +22,7 @@ from chronos.common.data import (
 )
 from chronos.common.data.lines import MAX_LINE_BYTES, numbered_lines
 from chronos.common.data.rows import RowError, parse_row
-from chronos.common.errors import DataError
+from chronos.common.errors import DataError, UsageError
 from chronos.common.text.chat_template import ChatTemplate, TemplateError
 from chronos.common.text.tokenizer import Tokenizer
 
@@ -168,10 +168,10 @@ def test_pipes_and_links_are_not_opened(tmp_path) -> None:
         list(read_documents(tmp_path / "pipe.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "d.csv"])
-def test_unusable_paths_are_named(tmp_path, name: str) -> None:
+@pytest.mark.parametrize(("name", "error"), [("nowhere", UsageError), ("d.csv", DataError)])
+def test_unusable_paths_are_named(tmp_path, name: str, error: type[Exception]) -> None:
     (tmp_path / "d.csv").write_text("a,b")
-    with pytest.raises(DataError, match=name):
+    with pytest.raises(error, match=name):
         list(read_documents(tmp_path / name))
 
 

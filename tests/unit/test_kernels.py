@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,26 @@ def test_what_no_kernel_is_for() -> None:
     odd = {"weight": Array(0, "F8_E4M3", (8, 40)), "weight_scale_inv": Array(0, "F32", (1, 1))}
     assert kernels.describe("fp8-128x128", odd) is None
     assert kernels.describe("bf16", {"weight": Array(0, "F32", (8, 64))}) is None
+
+
+@pytest.mark.parametrize("opened", [None, -1])
+def test_a_library_of_another_version_is_not_used(
+    opened: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a function that is called, or with other sizes of what it is told."""
+    older: Any = SimpleNamespace()
+    if opened is not None:
+        names = ("multiply", "multiply_wide", "dequantise", "pack")
+        older = SimpleNamespace(**{f"chronos_{name}": SimpleNamespace() for name in names})
+        older.chronos_open = lambda product_bytes: opened
+    if library._library() is None:
+        pytest.skip("no kernels are compiled")
+    library._library.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(library.ctypes, "CDLL", lambda path: older)
+        with pytest.warns(RuntimeWarning, match="of another version"):
+            assert library._library() is None
+    library._library.cache_clear()
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:

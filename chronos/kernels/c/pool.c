@@ -247,10 +247,13 @@ static void decode_plainly(const Matrix *m, int64_t row, int64_t rows, uint16_t 
 }
 
 /* Returns the orders there are products in, a bit for each, and behind them one for wide products;
- * matrices are dequantised on every CPU. */
-int chronos_open(void)
+ * matrices are dequantised on every CPU. -1 where the caller's products are not as large as these:
+ * one of the two is of another version. */
+int chronos_open(int product_bytes)
 {
     static int opened, orders;
+    if (product_bytes != (int)sizeof(Product))
+        return -1;
     if (opened++)
         return orders;
     pthread_atfork(NULL, NULL, forget);
