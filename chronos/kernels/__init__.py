@@ -18,10 +18,6 @@ from chronos.kernels.library import (
     multiply,
     multiply_wide,
     orders,
-    pack,
-    packed_nbytes,
-    packs,
-    plain,
     wide,
 )
 
@@ -38,8 +34,4 @@ __all__ = [
     "multiply_wide",
     "orders",
     "wide",
-    "pack",
-    "packed_nbytes",
-    "packs",
-    "plain",
 ]

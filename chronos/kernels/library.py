@@ -26,8 +26,7 @@ from chronos.common.tuning import kernels_on
 MOST_ROWS, MOST_PRODUCTS = 8, 64  # of x in one product; products in one call
 ORDERS = ("pairs", "dots", "fours")  # in which terms are added, by number: c/kernels.h
 _FP4, _FP8, _AFFINE, _INTEGER = 1, 2, 3, 4  # c/kernels.h
-_BF16, _PANELS = 0, 6
-_BLOCK, _PANEL = 32, 128
+_BF16 = 0
 _BY_GPTQ, _BY_AWQ = 1, 2
 _SCALES = {"F32": 0, "BF16": 1, "F16": 2, "F8_E8M0": 3, "U8": 3, "F8_E4M3": 4}
 
@@ -93,7 +92,6 @@ def _library() -> Any:
                     c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int,
                 ]  # fmt: skip
                 library.chronos_dequantise.argtypes = [c_void_p, c_void_p]
-                library.chronos_pack.argtypes = [c_void_p, c_void_p]
                 found = library.chronos_open(ctypes.sizeof(_Product))
             except AttributeError:
                 found = -1
@@ -121,11 +119,6 @@ def orders() -> tuple[int, ...]:
     """The orders of summation that this CPU has products in, numbers of `ORDERS`: which of them a
     framework has is for the caller to try."""
     return _library().orders if loaded() else ()
-
-
-def packs() -> bool:
-    """Whether matrices can be packed: for products in the first order, oneDNN's."""
-    return 0 in orders()
 
 
 def wide() -> bool:
@@ -171,7 +164,7 @@ def _plain(kinds: Mapping[str, Array]) -> Matrix | None:
     rows, columns = weight.shape
     if weight.dtype != "BF16" or columns % 32:
         return None
-    return plain(weight.address, rows, columns)
+    return Matrix(_BF16, 16, 0, rows, columns, 1, columns, 1, weight.address)
 
 
 def _scaled(
@@ -275,16 +268,11 @@ _METHODS = {
 
 
 def multiply(
-    products: Sequence[tuple[Matrix, int, int]],
-    count: int,
-    threads: int,
-    owners: Any,
-    bias: int | None = None,
+    products: Sequence[tuple[Matrix, int, int]], count: int, threads: int, owners: Any
 ) -> None:
     """Products of `count` rows with several matrices, in one call.
 
     products: a matrix [N, K] with the addresses of x [count, K] and of y [count, N], in bfloat16.
-    bias: address of what is added to each, [N], before it is rounded.
     threads: how many may take part. owners: what keeps all of that memory. Raises UsageError.
     """
     library = _library()
@@ -298,7 +286,7 @@ def multiply(
         )
     if any(matrix.order not in library.orders for matrix, _, _ in products):
         raise UsageError("an order of sums without kernels here", "", "take one of `orders`")
-    calls = (_Product * len(products))(*(_Product(m, x, bias, y, count, 0) for m, x, y in products))
+    calls = (_Product * len(products))(*(_Product(m, x, None, y, count, 0) for m, x, y in products))
     if library.chronos_multiply(calls, len(products), threads) == 0:
         _behind.clear()
     else:
@@ -322,24 +310,6 @@ def multiply_wide(weight: Array, x: int, y: int, count: int, threads: int, owner
 def dequantise(matrix: Matrix, out: int) -> None:
     """Write a matrix as bfloat16 [N, K] to an address. Ask `loaded` first."""
     _library().chronos_dequantise(ctypes.byref(matrix), out)
-
-
-def plain(address: int, rows: int, columns: int) -> Matrix:
-    """A matrix in bfloat16 that lies row by row; columns: a multiple of 32."""
-    return Matrix(_BF16, 16, 0, rows, columns, 1, columns, 1, address)
-
-
-def packed_nbytes(rows: int, columns: int) -> int:
-    """Bytes that `pack` writes of a matrix in bfloat16."""
-    return 2 * (-(-rows // _BLOCK) * _BLOCK) * (-(-columns // _PANEL) * _PANEL)
-
-
-def pack(matrix: Matrix, out: int) -> Matrix:
-    """Write a matrix in bfloat16 to an address, a multiple of 64, in the order in which products
-    read it: the same product then waits for nothing but memory. Ask `packs` first."""
-    _library().chronos_pack(ctypes.byref(matrix), out)
-    rows, columns = matrix.rows, matrix.columns
-    return Matrix(_PANELS, 16, 0, rows, columns, 1, columns, 1, out)
 
 
 # What threads that were left behind may still read.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-from chronos import kernels as native  # noqa: E402
 from chronos.backends.torch import kernels, products  # noqa: E402
 
 SHAPES = [(1, 8, 16), (1, 512, 768), (3, 700, 400), (64, 300, 520)]  # rows, out, in
@@ -262,20 +260,6 @@ def test_a_packed_layer_whose_weight_is_read_is_a_plain_one():
     assert torch.equal(packed.weight, layer.weight)
     assert not packed._held.is_mkldnn
     assert torch.equal(packed(x), layer(x))
-
-
-@pytest.mark.skipif(not native.packs(), reason="no kernels for bfloat16 here")
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_by_our_kernels_has_the_bits_for_any_rows(bias):
-    plain = linear_layer(96, 224, bias=bias)
-    model = torch.nn.Sequential(linear_layer(96, 224, bias=bias))
-    products.pack_linears(model)
-    assert model[0].by_kernel and products.by_kernels(model)
-    for shape in ((1,), (1, 1), (3,), (2, 40)):
-        x = drawn(math.prod(shape), 224).bfloat16().view(*shape, 224)
-        assert torch.equal(model(x), plain(x))
-    assert torch.equal(model[0].weight, plain.weight)
-    assert not model[0].by_kernel and torch.equal(model(x), plain(x))
 
 
 @onednn

@@ -216,36 +216,6 @@ def test_kernels_compute_single_tokens_alone_and_in_company_where_they_have_the_
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_of_a_single_token_torch_computes_on_one_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only our kernels take more: theirs are the threads that nobody waits for. The bits stay."""
-    if not native_kernels.packs():
-        pytest.skip("no kernels: not compiled, or a CPU without AVX-512 BF16")
-    model = build("gpt_oss", torch.bfloat16, True, hidden_size=128, intermediate_size=128)
-    quantised.save(model, tmp_path / "source", "mxfp4", partial(chosen, "mxfp4"))
-    pack(tmp_path / "source", tmp_path / "packed")
-    counts, real = [], kernels.kernels.multiply
-
-    def counted(products: Any, count: int, threads: int, *rest: Any) -> None:
-        counts.append((torch.get_num_threads(), threads))
-        real(products, count, threads, *rest)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = by_library(model, PROMPT)
-        with chronos.load(tmp_path / "packed", backend="torch", budget="50%") as engine:
-            by_engine(engine, PROMPT)  # kernels are tried
-            monkeypatch.setattr(kernels.kernels, "multiply", counted)
-            np.testing.assert_array_equal(by_engine(engine, PROMPT), expected)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert counts[0] == (2, 2)  # the head, for the last row of the prompt
-    assert set(counts[1:]) == {(1, 2)} and len(counts) > 48
-
-
 def described(kinds: dict[str, torch.Tensor]) -> Any:
     names = {torch.uint32: "U32", torch.bfloat16: "BF16"}
     return {kind: (names[tensor.dtype], tuple(tensor.shape)) for kind, tensor in kinds.items()}

@@ -61,7 +61,7 @@ def test_a_library_of_another_version_is_not_used(
     """One without a function that is called, or with other sizes of what it is told."""
     older: Any = SimpleNamespace()
     if opened is not None:
-        names = ("multiply", "multiply_wide", "dequantise", "pack")
+        names = ("multiply", "multiply_wide", "dequantise")
         older = SimpleNamespace(**{f"chronos_{name}": SimpleNamespace() for name in names})
         older.chronos_open = lambda product_bytes: opened
     if library._library() is None:

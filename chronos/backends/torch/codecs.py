@@ -271,8 +271,7 @@ class Quantised(Transformers):
                 expert.matrices = self._matrices(expert, block)
             if expert.matrices:
                 return partial(self._by_kernel, expert, block)
-        with kernels.torch_on(one=False):
-            return super().projector(expert, block, x_TD)
+        return super().projector(expert, block, x_TD)
 
     def _by_kernel(self, expert: Coded, block: Any, name: str, x_1D: Tensor) -> Tensor:
         product = partial(kernels.in_company, partial(_multiplied, expert, block, name))
@@ -379,12 +378,7 @@ def _adapted(y_TD: Tensor, adapter: Adapter, name: str, x_TD: Tensor) -> Tensor:
 
 def _project(block: Any, weights: Mapping[str, Tensor], name: str, x_TD: Tensor) -> Tensor:
     """The bias is added after the product is rounded, as Transformers does."""
-    weight, out = weights[name], None
-    if weight.dtype == torch.bfloat16 and not (weight.is_mkldnn or block.is_transposed):
-        out = kernels.product(x_TD, weight)
-    if out is None:
-        with kernels.torch_on(one=False):
-            out = _product(block, weight, x_TD)
+    out = _product(block, weights[name], x_TD)
     return out + weights[f"{name}_bias"].to(x_TD.dtype) if block.has_bias else out
 
 

@@ -14,16 +14,12 @@ Shape legend: N rows out, K columns in, S samples, R rows in.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from chronos import kernels
 from chronos.common.layout.quantised import SCALES, split
@@ -41,38 +37,6 @@ _NAMES = {
     torch.int64: "I64",
 }
 _SAMPLES, _CORRECTIONS, _SPREAD = 24, 16, 12
-_LIBRARYS_OWN = 1 << 12
-
-
-class _Threads(threading.local):
-    held: int | None = None  # torch's number, while it computes on one
-
-
-_threads = _Threads()
-
-
-def threads() -> int:
-    """How many may take part in a product."""
-    return _threads.held or torch.get_num_threads()
-
-
-@contextmanager
-def torch_on(one: bool) -> Iterator[None]:
-    """Run torch's own operations on one thread, or within that on all of them again; ours keep
-    theirs. What a token needs beside products gains little from a second thread, which a busy
-    neighbour keeps all others waiting for. In bfloat16 no bit depends on torch's number (tried, up
-    to 512 tokens); attention in float32 shares its sums out."""
-    before, count = _threads.held, threads()
-    if one == (before is not None) or count == 1:
-        yield
-        return
-    _threads.held = count if one else None
-    torch.set_num_threads(1 if one else count)
-    try:
-        yield
-    finally:
-        _threads.held = before
-        torch.set_num_threads(count if one else 1)
 
 
 def usable(x: Tensor) -> bool:
@@ -133,7 +97,7 @@ def multiply(x_RK: Tensor, matrices: Sequence[Matrix], owners: Any) -> Tensor:
     for matrix in matrices:
         products.append((matrix, x_RK.data_ptr(), at))
         at += 2 * count * matrix.rows
-    kernels.multiply(products, count, threads(), (owners, x_RK))
+    kernels.multiply(products, count, torch.get_num_threads(), (owners, x_RK))
     if count == 1 or len(matrices) == 1:
         return y.view(count, -1)
     return torch.cat([part.view(count, -1) for part in y.split([count * N for N in sizes])], 1)
@@ -181,77 +145,9 @@ def multiply_wide(x: Tensor, weight_NK: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-1], N))
     weight = Array(weight_NK.data_ptr(), _NAMES[weight_NK.dtype], (N, K))
     kernels.multiply_wide(
-        weight, x.data_ptr(), y.data_ptr(), x.numel() // K, threads(), (weight_NK, x)
+        weight, x.data_ptr(), y.data_ptr(), x.numel() // K, torch.get_num_threads(), (weight_NK, x)
     )
     return y
-
-
-class Panels(NamedTuple):
-    """A weight in bfloat16 in the order in which a kernel reads it."""
-
-    matrix: Matrix
-    memory: Tensor
-
-
-def panels(weight_NK: Tensor) -> Panels:
-    """A copy of a weight; ask `keeps_bits` first."""
-    weight_NK = weight_NK.contiguous()
-    N, K = weight_NK.shape
-    memory = torch.empty(kernels.packed_nbytes(N, K), dtype=torch.uint8)
-    return Panels(
-        kernels.pack(kernels.plain(weight_NK.data_ptr(), N, K), memory.data_ptr()), memory
-    )
-
-
-def unpacked(held: Panels, out_NK: Tensor) -> Tensor:
-    """The weight as it was, written to `out_NK`."""
-    kernels.dequantise(held.matrix, out_NK.data_ptr())
-    return out_NK
-
-
-def row(x: Tensor, matrix: Matrix, owners: Any, bias_N: Tensor | None = None) -> Tensor:
-    """One row [..., K], contiguous, times a weight in bfloat16: [..., N]. To whoever records what a
-    step calls (`fast.capture`) it is a function of torch."""
-    if has_torch_function_unary(x):
-        seen: Tensor = handle_torch_function(row, (x,), x, matrix, owners, bias_N)
-        return seen
-    y = x.new_empty((*x.shape[:-1], matrix.rows))
-    bias = None if bias_N is None else bias_N.data_ptr()
-    product = (matrix, x.data_ptr(), y.data_ptr())
-    kernels.multiply([product], 1, threads(), (owners, x, bias_N), bias)
-    return y
-
-
-def product(x_1K: Tensor, weight_NK: Tensor) -> Tensor | None:
-    """One row times a weight in bfloat16 that lies row by row; None where the library computes."""
-    N, K = weight_NK.shape
-    if not (usable(x_1K) and weight_NK.is_contiguous() and keeps_bits(N, K, False)):
-        return None
-    matrix = kernels.plain(weight_NK.data_ptr(), N, K)
-    return row(x_1K.contiguous(), matrix, weight_NK)
-
-
-def keeps_bits(N: int, K: int, biased: bool) -> bool:
-    """Whether one row times a weight [N, K] in bfloat16 has the library's bits, with a bias or
-    without: tried."""
-    # Fewer numbers the library multiplies in an order of its own.
-    if K % 32 or N == 1 or N * K <= _LIBRARYS_OWN:
-        return False
-    return kernels.packs() and _keeps_bits(N, K, biased, torch.backends.mkldnn.enabled)
-
-
-@cache
-def _keeps_bits(N: int, K: int, biased: bool, onednn: bool) -> bool:
-    """onednn: whether torch may use it, by whose products the trial goes."""
-    random = torch.Generator().manual_seed(0)
-    weight_NK = torch.randn((N, K), generator=random).bfloat16()
-    bias_N = torch.randn(N, generator=random).mul_(1e-6).bfloat16() if biased else None
-    lying, packed = (kernels.plain(weight_NK.data_ptr(), N, K), weight_NK), panels(weight_NK)
-    return all(
-        torch.equal(row(x_1K, matrix, owner, bias_N), F.linear(x_1K, weight_NK, bias_N))
-        for matrix, owner in (lying, packed)
-        for x_1K in cancelling(weight_NK).split(1)
-    )
 
 
 def dequantised(encoding: str, kinds: Kinds) -> Tensor | None:

@@ -39,7 +39,6 @@ _WORTH_A_CALL, _WORTH_CODE, _WORTH_TRAINING = 1 << 18, 1 << 24, 1 << 21
 # Numbers of a weight from which on a compiled kernel is: those of 16 bits would be widened.
 _WORTH_A_KERNEL = {torch.bfloat16: 1 << 15, torch.float32: 1 << 18}
 _WIDENED = 1 << 20  # numbers widened at once
-_SMALL = 1 << 20  # numbers of a weight that one thread multiplies with in no time
 _ROWS_TRIED = (1, 2, 3, 7, 16, 33, 64, 200, 512)
 # Numbers of a weight. Fewer or one row: torch multiplies by itself, in an order of its own. More:
 # trying them takes half a second and longer.
@@ -275,44 +274,27 @@ def _product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """A layer in bfloat16 whose weight lies as products read it: those of our kernels, whose
-    threads a busy neighbour does not hold up, or oneDNN's, which copy its tiles each time otherwise
-    (45 GB/s become 28; one row, 2,048 x 2,048, two cores of an EPYC). It is only run: its weight is
-    no parameter, is not saved and does not move to another device."""
+    """A layer in bfloat16 whose weight lies as oneDNN reads it: each product copies its tiles
+    otherwise, which makes 45 GB/s into 28 (one row, 2,048 x 2,048, two cores of an EPYC). It is
+    only run: its weight is no parameter, is not saved and does not move to another device."""
 
-    def __init__(self, linear: nn.Linear, *, by_kernel: bool = False) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
-        self.bias = linear.bias
-        self._held: Tensor | kernels.Panels
-        self._held = kernels.panels(weight) if by_kernel else packed(weight)
+        self.bias, self._held = linear.bias, packed(linear.weight.detach())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """As it was. A layer whose weight somebody reads is a plain one from then on: unpacking it
         again and again (Jamba, at each token) would cost more than products gain."""
-        held = self._held
-        if isinstance(held, kernels.Panels):
-            shape = (self.out_features, self.in_features)
-            held = kernels.unpacked(held, torch.empty(shape, dtype=torch.bfloat16))
-        self._held = held.to_dense() if held.is_mkldnn else held
+        if self._held.is_mkldnn:
+            self._held = self._held.to_dense()
         return self._held
-
-    @property
-    def by_kernel(self) -> bool:
-        return isinstance(self._held, kernels.Panels)
 
     def forward(self, x: Tensor) -> Tensor:
         held = self._held  # once: another thread may be reading the weight
         if torch.is_grad_enabled() and x.requires_grad:  # a packed product has no gradient
             held = self.weight
-        if isinstance(held, kernels.Panels):
-            one_row = x.numel() == self.in_features and x.is_contiguous()
-            if one_row and x.dtype == torch.bfloat16:
-                return kernels.row(x, held.matrix, held.memory, self.bias)
-            shape = torch.Size((self.out_features, self.in_features))
-            return F.linear(x, kernels.unpacked(held, _plain_scratch.take(shape)), self.bias)
         product = _packed_linear if held.is_mkldnn else F.linear
         return product(x, held, self.bias)
 
@@ -329,31 +311,8 @@ def pack_linears(model: nn.Module) -> None:
     ]
     for parent, name in places:  # no list of layers: each is freed as it is packed
         layer = getattr(parent, name)
-        if _suits_kernels(layer):
-            setattr(parent, name, PackedLinear(layer, by_kernel=True))
-        elif packs(layer.weight, layer.bias):
+        if packs(layer.weight, layer.bias):
             setattr(parent, name, PackedLinear(layer))
-
-
-def by_kernels(model: nn.Module) -> bool:
-    """Whether our kernels compute all products of one row with a model's linear layers, but for
-    small ones, for which a second thread is not worth its wait."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return any(isinstance(layer, PackedLinear) for layer in layers) and all(
-        layer.by_kernel
-        if isinstance(layer, PackedLinear)
-        else layer.in_features * layer.out_features <= _SMALL
-        for layer in layers
-    )
-
-
-def _suits_kernels(layer: nn.Linear) -> bool:
-    """Whether our kernels have the bits of a layer's products of one row."""
-    weight, biased = layer.weight, layer.bias is not None
-    if weight.dtype != torch.bfloat16 or (biased and layer.bias.dtype != torch.bfloat16):
-        return False
-    N, K = weight.shape
-    return weight.is_cpu and N * K <= _TRIED_AT_MOST and kernels.keeps_bits(N, K, biased)
 
 
 def packs(weight: Tensor, bias_O: Tensor | None = None, *, transposed: bool = False) -> bool:
@@ -452,26 +411,26 @@ def _has_onednn() -> bool:
 
 
 class _Scratch(threading.local):
-    """One thread's memory for a widened or unpacked weight: fresh memory costs page faults, three
-    times the time of widening."""
+    """One thread's memory for a widened weight: fresh memory costs page faults, three times the
+    time of widening."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.flat = torch.empty(0, dtype=dtype)
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
         self.by_shape: dict[torch.Size, Tensor] = {}
 
     def take(self, shape: torch.Size) -> Tensor:
-        """Of that shape, valid until the next call."""
+        """float32 of that shape, valid until the next call."""
         found = self.by_shape.get(shape)
         if found is None:
             if shape.numel() > len(self.flat):
                 self.by_shape.clear()
                 with torch.inference_mode(False):  # else no use outside of that mode
-                    self.flat = self.flat.new_empty(max(_WIDENED, shape.numel()))
+                    self.flat = torch.empty(max(_WIDENED, shape.numel()))
             found = self.by_shape[shape] = self.flat[: shape.numel()].view(shape)
         return found
 
 
-_scratch, _plain_scratch = _Scratch(), _Scratch(torch.bfloat16)
+_scratch = _Scratch()
 
 
 def _widened(weight_OI: Tensor) -> Tensor:

@@ -19,9 +19,7 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi")))
 #define INLINE static inline __attribute__((always_inline)) AVX512
 
-enum { LANES = 16, SIDES = BLOCK / LANES, CHUNK = PANEL, AHEAD = 256, FRESH = 512 };
-
-typedef __m512i Panel[CHUNK / 2]; /* sixteen rows of a chunk of columns, pair by pair */
+enum { LANES = 16, SIDES = BLOCK / LANES, CHUNK = 128, AHEAD = 256, FRESH = 512 };
 
 typedef uint32_t __attribute__((aligned(2), may_alias)) Pair; /* of neighbouring bfloat16 */
 
@@ -250,6 +248,12 @@ INLINE void decode_row(const Matrix *m, int64_t row, int64_t k, int64_t count, u
     }
 }
 
+static AVX512 void decode(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        decode_row(m, row + r, 0, m->columns, out + r * m->columns, 1);
+}
+
 /* Sixteen rows of up to 64 bytes to sixteen columns of 32 bits: out[d] has bytes 4 d to 4 d + 3 of
  * each row. stride: bytes from row to row; rows beyond `rows` are the last one again. */
 INLINE void transpose(const uint8_t *from, int64_t stride, int64_t rows, int64_t bytes,
@@ -276,35 +280,6 @@ INLINE void transpose(const uint8_t *from, int64_t stride, int64_t rows, int64_t
         out[j] = _mm512_shuffle_i32x4(a, c, 0x88), out[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
         out[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88), out[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
-}
-
-/* Of panels, the two of the block that a row begins and of a chunk of columns. */
-INLINE const Panel *panels(const Matrix *m, int64_t row, int64_t k)
-{
-    return (const Panel *)m->values + (row / BLOCK * ((m->columns + CHUNK - 1) / CHUNK) + k / CHUNK) * SIDES;
-}
-
-/* Sixteen rows of panels as they were: what was transposed is transposed again. */
-INLINE void unpack(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
-{
-    __m512i lines[LANES];
-    for (int64_t k = 0; k < m->columns; k += 32) {
-        const Panel *panel = panels(m, row, k) + row % BLOCK / LANES;
-        __mmask32 there = m->columns - k < 32 ? (1u << (m->columns - k)) - 1 : ~0u;
-        transpose((const uint8_t *)(*panel + k % CHUNK / 2), 64, LANES, 64, lines);
-        for (int64_t r = 0; r < rows && r < LANES; r++)
-            _mm512_mask_storeu_epi16(out + r * m->columns + k, there, lines[r]);
-    }
-}
-
-static AVX512 void decode(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
-{
-    if (m->format == PANELS) /* from the first of sixteen rows on */
-        for (int64_t r = 0; r < rows; r += LANES)
-            unpack(m, row + r, rows - r, out + r * m->columns);
-    else
-        for (int64_t r = 0; r < rows; r++)
-            decode_row(m, row + r, 0, m->columns, out + r * m->columns, 1);
 }
 
 /* 128 columns of sixteen rows of FP4 with scales that are powers of two, of 32 columns each: the
@@ -365,25 +340,20 @@ INLINE void fill(const Matrix *m, int64_t row, int64_t rows, int64_t k, int64_t 
         transpose((const uint8_t *)&decoded[0][i], sizeof decoded[0], rows, 64, panel + i / 2);
 }
 
-/* count is a constant wherever this is used. ahead: bytes from a panel to what is read next, where
- * that is memory; 0 where it is not. */
-INLINE void dot(const Panel *panel, int64_t pairs, const uint16_t *x, int64_t stride,
-                int count, int64_t ahead, __m512 sums[][SIDES])
+/* count is a constant wherever this is used. */
+INLINE void dot(__m512i panel[SIDES][CHUNK / 2], int64_t pairs, const uint16_t *x, int64_t stride,
+                int count, __m512 sums[][SIDES])
 {
     __m512 sum[4][SIDES];
     for (int i = 0; i < count; i++)
         for (int s = 0; s < SIDES; s++)
             sum[i][s] = sums[i][s];
-    for (int64_t p = 0; p < pairs; p++) {
-        if (ahead)
-            for (int s = 0; s < SIDES; s++)
-                _mm_prefetch((const char *)&panel[s][p] + ahead, _MM_HINT_T0);
+    for (int64_t p = 0; p < pairs; p++)
         for (int i = 0; i < count; i++) {
             __m512bh two = (__m512bh)_mm512_set1_epi32((int)*(const Pair *)(x + i * stride + 2 * p));
             for (int s = 0; s < SIDES; s++)
                 sum[i][s] = _mm512_dpbf16_ps(sum[i][s], two, (__m512bh)panel[s][p]);
         }
-    }
     for (int i = 0; i < count; i++)
         for (int s = 0; s < SIDES; s++)
             sums[i][s] = sum[i][s];
@@ -403,46 +373,27 @@ INLINE void prefetch(const Matrix *m, int64_t row, int64_t rows, int64_t k)
             _mm_prefetch((const char *)(from + r * stride + i), _MM_HINT_T0);
 }
 
-static AVX512 void pack(const Matrix *m, uint16_t *out)
-{
-    Panel *panel = (Panel *)out;
-    for (int64_t row = 0; row < m->rows; row += BLOCK)
-        for (int64_t k = 0; k < m->columns; k += CHUNK)
-            for (int64_t s = 0; s < SIDES; s++, panel++) {
-                int64_t columns = m->columns - k < CHUNK ? m->columns - k : CHUNK;
-                memset(panel, 0, sizeof *panel);
-                if (row + s * LANES < m->rows)
-                    fill(m, row + s * LANES, m->rows - row - s * LANES, k, columns, *panel);
-            }
-}
-
 static AVX512 void block(const Product *p, int64_t row, uint16_t out[MOST_ROWS][BLOCK])
 {
     const Matrix *m = &p->matrix;
     const int count = (int)p->count;
     __m512 total[MOST_ROWS][SIDES], sums[MOST_ROWS][SIDES];
-    Panel filled[SIDES];
-    const Panel *panel = filled;
-    int64_t ahead = 0;
+    __m512i panel[SIDES][CHUNK / 2];
     int64_t rows = m->rows - row < BLOCK ? m->rows - row : BLOCK;
     for (int64_t k = 0; k < m->columns; k += CHUNK) {
         int64_t columns = m->columns - k < CHUNK ? m->columns - k : CHUNK;
-        if (m->format == PANELS) {
-            panel = panels(m, row, k), ahead = sizeof filled;
-        } else {
-            prefetch(m, row, rows, k + AHEAD);
-            for (int64_t s = 0; s < SIDES && s * LANES < rows; s++)
-                fill(m, row + s * LANES, rows - s * LANES, k, columns, filled[s]);
-        }
+        prefetch(m, row, rows, k + AHEAD);
+        for (int64_t s = 0; s < SIDES && s * LANES < rows; s++)
+            fill(m, row + s * LANES, rows - s * LANES, k, columns, panel[s]);
         if (k % FRESH == 0)
             memset(sums, 0, sizeof sums);
         for (int i = 0; i < count; i += 4) {
             const uint16_t *x = (const uint16_t *)p->x + i * m->columns + k;
             switch (count - i) {
-            case 1: dot(panel, columns / 2, x, m->columns, 1, ahead, sums + i); break;
-            case 2: dot(panel, columns / 2, x, m->columns, 2, ahead, sums + i); break;
-            case 3: dot(panel, columns / 2, x, m->columns, 3, ahead, sums + i); break;
-            default: dot(panel, columns / 2, x, m->columns, 4, ahead, sums + i); break;
+            case 1: dot(panel, columns / 2, x, m->columns, 1, sums + i); break;
+            case 2: dot(panel, columns / 2, x, m->columns, 2, sums + i); break;
+            case 3: dot(panel, columns / 2, x, m->columns, 3, sums + i); break;
+            default: dot(panel, columns / 2, x, m->columns, 4, sums + i); break;
             }
         }
         if (k % FRESH == FRESH - CHUNK || k + CHUNK >= m->columns)
@@ -480,7 +431,7 @@ void chronos_avx512(Kernels *kernels)
     for (uint16_t i = 0; i < 32; i++)
         fp4_values[i] = to_bf16(E2M1[i & 15]), woven[i] = (uint16_t)(i / 2 + 16 * (i & 1));
     kernels->block[PAIRS] = block;
-    kernels->decode = decode, kernels->pack = pack;
+    kernels->decode = decode;
 }
 
 #else

@@ -16,7 +16,6 @@ enum {
     AFFINE = 3,  /* integers: round(code * scale) + bias */
     INTEGER = 4, /* integers: (code - zero) * scale; 0 is half of the codes where zeros is NULL */
     FLOAT32 = 5, /* numbers themselves; only for rows that are float32 too */
-    PANELS = 6,  /* bfloat16 as `chronos_pack` lays it for one CPU's products */
 };
 /* How what belongs to a row of a matrix lies. */
 enum {
@@ -60,7 +59,6 @@ typedef struct {
 } Product;
 
 enum { BLOCK = 32, MOST_ROWS = 8 }; /* rows of a matrix that are computed at once, and of x */
-enum { PANEL = 128 };               /* columns of a panel; known to library.py, as is BLOCK */
 
 /* Results of a block of rows of a matrix, by rows of x. */
 typedef union {
@@ -83,9 +81,6 @@ typedef struct {
     void (*wide)(const Product *p, int64_t row, float sums[MOST_ROWS][BLOCK]);
     /* Whole rows as bfloat16, one behind the other. */
     void (*decode)(const Matrix *m, int64_t row, int64_t rows, uint16_t *out);
-    /* All of a matrix in the order in which `block` reads it: whole blocks of rows, and columns up
-     * to a multiple of PANEL, at an address that is a multiple of 64. NULL where block[PAIRS] is. */
-    void (*pack)(const Matrix *m, uint16_t *out);
 } Kernels;
 
 /* Set what this CPU has. */

@@ -238,9 +238,6 @@ int chronos_behind(void) { return atomic_load(&job.inside); }
 /* The whole matrix as bfloat16 [N, K]. */
 void chronos_dequantise(const Matrix *m, uint16_t *out) { cpu.decode(m, 0, m->rows, out); }
 
-/* Numbers that lie row by row, for products from then on; `chronos_open` said there are some. */
-void chronos_pack(const Matrix *m, uint16_t *out) { cpu.pack(m, out); }
-
 static void decode_plainly(const Matrix *m, int64_t row, int64_t rows, uint16_t *out)
 {
     chronos_decode(m, row, rows, 0, m->columns, out, m->columns);

@@ -26,7 +26,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from chronos.backends.libraries import STACKED_ONLY
-from chronos.backends.torch import kernels
 from chronos.backends.torch.codecs import codec_of
 from chronos.backends.torch.fast.steps import Steps, integers
 from chronos.backends.torch.guest.build import (
@@ -53,7 +52,7 @@ from chronos.backends.torch.guest.experts import (
 from chronos.backends.torch.guest.rope import LengthRope
 from chronos.backends.torch.model import DTYPES, Output
 from chronos.backends.torch.moe import Routing
-from chronos.backends.torch.products import by_kernels, pack_linears
+from chronos.backends.torch.products import pack_linears
 from chronos.common.data import check_single
 from chronos.common.disk.header import TensorEntry
 from chronos.common.disk.tensors import read_checkpoint
@@ -67,7 +66,6 @@ from chronos.common.model.guest import GuestConfig
 from chronos.common.text.sampling import PIECE
 from chronos.common.tuning import plain
 
-_SHORT = 512  # tokens up to which attention is not worth a second thread
 # Mamba 1 in Transformers goes on from its state for single tokens only.
 _FORGETFUL = frozenset({"jamba"})
 # Transformers computes their sequences anew in the step that crosses the border of LongRoPE.
@@ -89,7 +87,6 @@ class Model:
         self._rope = LengthRope(core)
         self._said: Any = MoeModelOutputWithPast  # the kind of answer of its decoder
         self.device: torch.device = core.device
-        self._alone = by_kernels(core)  # what is left to torch in a token is small
 
     def eval(self) -> Model:
         return self
@@ -213,8 +210,7 @@ class Model:
         layers = CALL.get().caches = layers_of(cache)
         single = recorded and last_only and cache.position > 0 and ids_BT.shape == (1, 1)
         if single and self.steps is not None and is_watched(layers):
-            with kernels.torch_on(one=self._alone and cache.position < _SHORT):
-                logits = self.steps.run(ids_BT, cache.position, forward)
+            logits = self.steps.run(ids_BT, cache.position, forward)
         else:
             logits = forward(ids_BT)
         cache.position += ids_BT.shape[1]
