@@ -287,21 +287,20 @@ def multiply(
     if any(matrix.order not in library.orders for matrix, _, _ in products):
         raise UsageError("an order of sums without kernels here", "", "take one of `orders`")
     calls = (_Product * len(products))(*(_Product(m, x, None, y, count, 0) for m, x, y in products))
-    if library.chronos_multiply(calls, len(products), threads) == 0:
-        _behind.clear()
-    else:
-        _behind.append(owners)
+    _keep(owners, library.chronos_multiply(calls, len(products), threads))
 
 
 def multiply_wide(weight: Array, x: int, y: int, count: int, threads: int, owners: Any) -> None:
     """`count` rows [count, K] at the address x times a matrix [N, K] of F32 or BF16 to [count, N]
     at y, both in float32; else as `multiply`. Ask `wide` first."""
-    library = _library()
+    call = _library().chronos_multiply_wide
     (rows, columns), bits = weight.shape, 16 if weight.dtype == "BF16" else 32
-    if (
-        library.chronos_multiply_wide(weight.address, bits, rows, columns, x, y, count, threads)
-        == 0
-    ):
+    _keep(owners, call(weight.address, bits, rows, columns, x, y, count, threads))
+
+
+def _keep(owners: Any, behind: int) -> None:
+    """While threads are behind, what they may read is kept."""
+    if behind == 0:
         _behind.clear()
     else:
         _behind.append(owners)

@@ -95,8 +95,9 @@ class Past:
         T, found = z_BTS.shape[1], []
         for group, part in enumerate(self._parts):
             # To whole vectors: MKL takes twice as long for an odd number of columns.
-            z_BTP = F.pad(z_BTS[..., part], (0, -z_BTS[..., part].size(-1) % 16))
-            mean_BTS = (self._weights_GBTT[group] @ z_BTP)[..., : z_BTS[..., part].size(-1)]
+            count = z_BTS[..., part].size(-1)
+            z_BTP = F.pad(z_BTS[..., part], (0, -count % 16))
+            mean_BTS = (self._weights_GBTT[group] @ z_BTP)[..., :count]
             if sum_BS is not None:
                 mean_BTS = mean_BTS + self._powers_GP[group, :T, None] * sum_BS[:, None, part]
             found.append(mean_BTS * self._share_GBT1[group])

@@ -62,7 +62,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     rows = x.numel() // x.size(-1)
     if rows <= MOST_ROWS and _by_kernel(x, weight_OI):
         if rows == 1:
-            return jointly(id(weight_OI), x, partial(linear_rows, weight_OI))
+            return jointly(id(weight_OI), x, partial(_in_company, weight_OI))
         return kernels.multiply_wide(x, weight_OI)
     multiplications = x.numel() * weight_OI.size(0)
     if (
@@ -90,8 +90,12 @@ def linear_rows(weight_OI: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
     """`linear` of one row [..., I] of each of several sequences, which has the bits it has alone:
     at once, if that is so."""
     if _by_kernel(rows[0], weight_OI):
-        return kernels.in_company(lambda x: kernels.multiply_wide(x, weight_OI), rows)
+        return _in_company(weight_OI, rows)
     return [linear(x, weight_OI) for x in rows]
+
+
+def _in_company(weight_OI: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    return kernels.in_company(lambda x: kernels.multiply_wide(x, weight_OI), rows)
 
 
 def _by_kernel(x: Tensor, weight_OI: Tensor) -> bool:

@@ -39,14 +39,7 @@ INLINE AVX512 float sum_of_16(__m512 v)
         _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define FMA _mm512_fmadd_ps
 #define SUM sum_of_16
-#define ROWS_1 8
-#define ROWS_2 8
-#define ROWS_3 4
-#define ROWS_4 4
-#define ROWS_5 4
-#define ROWS_6 4
-#define ROWS_7 2
-#define ROWS_8 2
+#define REGISTERS 32
 #include "wide_block.h"
 
 #define NAME wide_avx2
@@ -60,14 +53,7 @@ INLINE AVX512 float sum_of_16(__m512 v)
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define FMA _mm256_fmadd_ps
 #define SUM sum_of_8
-#define ROWS_1 8
-#define ROWS_2 4
-#define ROWS_3 2
-#define ROWS_4 2
-#define ROWS_5 2
-#define ROWS_6 2
-#define ROWS_7 1
-#define ROWS_8 1
+#define REGISTERS 16
 #include "wide_block.h"
 
 void chronos_wide(Kernels *kernels)
@@ -91,14 +77,7 @@ void chronos_wide(Kernels *kernels)
 #define WIDEN(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define SUM vaddvq_f32
-#define ROWS_1 8
-#define ROWS_2 8
-#define ROWS_3 4
-#define ROWS_4 4
-#define ROWS_5 4
-#define ROWS_6 4
-#define ROWS_7 2
-#define ROWS_8 2
+#define REGISTERS 32
 #include "wide_block.h"
 
 void chronos_wide(Kernels *kernels) { kernels->wide = wide_neon; }

@@ -5,9 +5,28 @@
  *   VECTOR, LANES         a vector of so many floats
  *   ZERO, LOAD, WIDEN     none; from floats; from bfloat16
  *   FMA(a, b, c), SUM     a * b + c rounded once; all lanes, in an order that is always the same
- *   ROWS_1 .. ROWS_8      rows of the matrix that are computed side by side, by rows of x: as many
- *                         sums as there are registers for
+ *   REGISTERS             how many vectors it holds
  */
+/* Rows of the matrix that are computed side by side, by rows of x: as many sums as fit. */
+#if REGISTERS == 32
+#define ROWS_1 8
+#define ROWS_2 8
+#define ROWS_3 4
+#define ROWS_4 4
+#define ROWS_5 4
+#define ROWS_6 4
+#define ROWS_7 2
+#define ROWS_8 2
+#else
+#define ROWS_1 8
+#define ROWS_2 4
+#define ROWS_3 2
+#define ROWS_4 2
+#define ROWS_5 2
+#define ROWS_6 2
+#define ROWS_7 1
+#define ROWS_8 1
+#endif
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define OF_ROWS static inline __attribute__((always_inline)) TARGET
@@ -92,6 +111,7 @@ static TARGET void NAME(const Product *p, int64_t row, float sums[MOST_ROWS][BLO
 #undef WIDEN
 #undef FMA
 #undef SUM
+#undef REGISTERS
 #undef ROWS_1
 #undef ROWS_2
 #undef ROWS_3

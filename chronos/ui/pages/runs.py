@@ -31,23 +31,27 @@ def build(face: Face) -> None:
         asked, called = called, called if called in names else (names[0] if names else None)
         mark = (language, called, [(job.name, job.state, len(job.rows)) for job in jobs])
         job = next((job for job in jobs if job.name == called), None)
-        head = [face.say(language, f"runs.{k}") for k in ("name", "kind", "began", "state")]
-        rows = [
-            (
-                each.name,
-                each.kind,
-                datetime.datetime.fromtimestamp(each.began).strftime("%Y-%m-%d %H:%M"),
-                face.say(language, f"job.{each.state}"),
-            )
-            for each in jobs
-        ]
-        return mark, lambda: [
-            offered(names, asked, called),
-            face.told(language, job),
-            shlex.join(["chronos", *job.args]) if job else "",
-            "\n".join(job.lines()) if job else "",
-            table(head, rows),
-        ]
+
+        def draw() -> list[Any]:
+            head = [face.say(language, f"runs.{k}") for k in ("name", "kind", "began", "state")]
+            rows = [
+                (
+                    each.name,
+                    each.kind,
+                    datetime.datetime.fromtimestamp(each.began).strftime("%Y-%m-%d %H:%M"),
+                    face.say(language, f"job.{each.state}"),
+                )
+                for each in jobs
+            ]
+            return [
+                offered(names, asked, called),
+                face.told(language, job),
+                shlex.join(["chronos", *job.args]) if job else "",
+                "\n".join(job.lines()) if job else "",
+                table(head, rows),
+            ]
+
+        return mark, draw
 
     face.on(stop.click, stopped, [run], [])
     face.live("runs", live, [run], [run, told, command, log, listing])

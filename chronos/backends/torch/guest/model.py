@@ -396,7 +396,7 @@ def _check_records(layout: Layout, core: Any, modules: Mapping[int, tuple[str, A
         record = layout.records[layer, 0]  # all of a layer are alike
         codec = codec_of(record.encoding)
         raw = torch.empty(record.nbytes, dtype=torch.uint8, device="meta")
-        codec.view(raw, record)
+        codec.view(raw, record)  # refuses what it has no dtype for
         shapes: Shapes = codec.shapes(record, module)
         if shapes != module.chronos_shapes:
             raise ShapeMismatch(
